@@ -1,0 +1,18 @@
+//! What a blob is, seen from anywhere: immutable bytes named by their SHA-256.
+//!
+//! Pure: nothing here does I/O, reads a clock or knows an async runtime, so that the tier and the origin answer the same
+//! request in the same words.
+//!
+//! - [`Digest`]: the name of a blob.
+//! - [`Verifier`] → [`Verified`]: the only proof that bytes are the blob they claim to be.
+//! - [`Selection`]: what part of a blob a request asks for, given its headers.
+//! - [`wire`]: paths, headers and error bodies as they stand on the wire.
+
+mod digest;
+mod select;
+mod verify;
+pub mod wire;
+
+pub use digest::{Digest, MalformedDigest};
+pub use select::{Selection, names_this_blob, select};
+pub use verify::{Mismatch, Verified, Verifier};

@@ -1,0 +1,161 @@
+//! Names and shapes on the wire, shared by everything that speaks CAS over HTTP.
+
+use crate::{Digest, Selection};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use serde::{Deserialize, Serialize};
+
+/// Blobs live below this path: `GET /cas/<digest>`; `POST /cas` stores one and names it.
+pub const CAS: &str = "/cas";
+
+/// The path of one blob.
+pub fn blob_path(digest: &Digest) -> String {
+    format!("{CAS}/{digest}")
+}
+
+/// `Repr-Digest`, RFC 9530.
+pub const REPR_DIGEST: HeaderName = HeaderName::from_static("repr-digest");
+/// `Cache-Status`, RFC 9211.
+pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+
+/// A blob never changes: a year is the longest age that caches commonly honour, and `immutable` (RFC 8246) stops revalidation on reload.
+pub const CACHE_FOREVER: HeaderValue = HeaderValue::from_static("public, max-age=31536000, immutable");
+
+/// What a request path asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target<'a> {
+    /// `/cas/<digest>`.
+    Blob(Digest),
+    /// `/cas`: the collection that POST adds to.
+    Collection,
+    /// Below `/cas/`, but no digest.
+    Malformed(&'a str),
+    /// Anything else.
+    Other,
+}
+
+impl<'a> Target<'a> {
+    /// Reads a path, without its query.
+    pub fn of(path: &'a str) -> Self {
+        match path.strip_prefix(CAS) {
+            Some("") => Self::Collection,
+            Some(rest) => match rest.strip_prefix('/') {
+                Some(name) => Digest::parse(name.as_bytes()).map_or(Self::Malformed(name), Self::Blob),
+                None => Self::Other,
+            },
+            None => Self::Other,
+        }
+    }
+}
+
+/// Status and headers of the answer to a GET or HEAD of a blob of `size` bytes, `Content-Length` and all but `Date`.
+/// `size` is none while a blob of unknown length streams through; then only [`Selection::Whole`] and [`Selection::NotModified`] can be told.
+pub fn blob_head(digest: &Digest, size: Option<u64>, selection: Selection) -> (StatusCode, HeaderMap) {
+    let mut headers = HeaderMap::with_capacity(12);
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    let known = size.map_or_else(|| "*".to_owned(), |n| n.to_string());
+    if selection == Selection::Unsatisfiable {
+        // An error, so nothing here may invite a cache to keep it.
+        headers.insert(header::CONTENT_RANGE, text(format!("bytes */{known}")));
+        return (StatusCode::RANGE_NOT_SATISFIABLE, headers);
+    }
+    headers.insert(header::ETAG, text(digest.etag()));
+    headers.insert(header::CACHE_CONTROL, CACHE_FOREVER);
+    if selection == Selection::NotModified {
+        return (StatusCode::NOT_MODIFIED, headers);
+    }
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    headers.insert(REPR_DIGEST, text(digest.repr_digest()));
+    let (status, length) = match selection {
+        Selection::Part { first, last } => {
+            headers.insert(header::CONTENT_RANGE, text(format!("bytes {first}-{last}/{known}")));
+            (StatusCode::PARTIAL_CONTENT, Some(last - first + 1))
+        }
+        Selection::Whole | Selection::NotModified | Selection::Unsatisfiable => (StatusCode::OK, size),
+    };
+    if let Some(length) = length {
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    (status, headers)
+}
+
+/// A header value made of text that this crate composed, and which is therefore visible ASCII.
+fn text(value: String) -> HeaderValue {
+    HeaderValue::try_from(value).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+/// The answer to a stored POST.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    /// The name the blob got, in text.
+    pub digest: String,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
+/// An error as the client reads it: `application/problem+json` (RFC 9457). Says what was wrong and what would be right; never what is inside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    status: u16,
+    title: &'static str,
+    detail: String,
+}
+
+impl Problem {
+    /// The media type of [`Self::to_json`].
+    pub const MEDIA_TYPE: HeaderValue = HeaderValue::from_static("application/problem+json");
+
+    /// A problem with its status' own title.
+    pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        Self { status: status.as_u16(), title: status.canonical_reason().unwrap_or("Error"), detail: detail.into() }
+    }
+
+    /// The body.
+    pub fn to_json(&self) -> String {
+        // A struct of a number and two strings cannot fail to serialise; the fallback keeps this total.
+        serde_json::to_string(self).unwrap_or_else(|_| "{}".to_owned()) + "\n"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets() {
+        let digest = Digest::of(b"x");
+        let path = blob_path(&digest);
+        assert_eq!(Target::of(&path), Target::Blob(digest));
+        assert_eq!(Target::of("/cas"), Target::Collection);
+        assert_eq!(Target::of("/cas/"), Target::Malformed(""));
+        assert_eq!(Target::of("/cas/abc"), Target::Malformed("abc"));
+        assert_eq!(Target::of(&path.to_uppercase()), Target::Other);
+        assert_eq!(Target::of(&format!("{path}/x")), Target::Malformed(&format!("{digest}/x")));
+        assert_eq!(Target::of("/casual"), Target::Other);
+        assert_eq!(Target::of("/"), Target::Other);
+        assert_eq!(Target::of("*"), Target::Other);
+    }
+
+    #[test]
+    fn heads() {
+        let digest = Digest::of(b"x");
+        let (status, headers) = blob_head(&digest, Some(100), Selection::Part { first: 10, last: 19 });
+        assert_eq!(status, 206);
+        assert_eq!(headers[header::CONTENT_RANGE], "bytes 10-19/100");
+        assert_eq!(headers[header::CONTENT_LENGTH], "10");
+        let (status, headers) = blob_head(&digest, Some(100), Selection::Unsatisfiable);
+        assert_eq!((status.as_u16(), headers[header::CONTENT_RANGE].to_str().unwrap()), (416, "bytes */100"));
+        let (status, headers) = blob_head(&digest, Some(100), Selection::NotModified);
+        assert_eq!(status, 304);
+        assert!(!headers.contains_key(header::CONTENT_LENGTH) && headers.contains_key(header::ETAG));
+        let (_, headers) = blob_head(&digest, None, Selection::Whole);
+        assert!(!headers.contains_key(header::CONTENT_LENGTH));
+    }
+
+    #[test]
+    fn problems_are_json() {
+        let json = Problem::new(StatusCode::BAD_REQUEST, "say \"please\"").to_json();
+        let back: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(back, serde_json::json!({"status": 400, "title": "Bad Request", "detail": "say \"please\""}));
+    }
+}

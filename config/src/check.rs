@@ -1,0 +1,194 @@
+//! What can be read and still makes no sense.
+
+use crate::{Castier, Config, Fill, Log, Origin, OriginLimits, OriginServer, Problems, Size, Span};
+use std::{fs::File, io::Read, net::IpAddr, path::Path};
+use url::{Host, Url};
+
+impl Config for Castier {
+    const PLANNED: &'static [&'static str] = &["disk", "cluster"];
+
+    fn check(&self, problems: &mut Problems) {
+        let Self { allow_delete: _, listen, origin, memory, verify, fill, limits, log, shutdown: _ } = self;
+        check_addresses(&listen.public, &listen.admin, problems);
+        // Whether the peer address is free of the others matters only once it is opened.
+        check_address("listen.peer", &listen.peer, problems);
+        check_origin(origin, problems);
+        check_size("memory.capacity", memory.capacity, problems);
+        check_size("memory.max_blob", memory.max_blob, problems);
+        check_order(("memory.max_blob", memory.max_blob), ("memory.capacity", memory.capacity), problems);
+        check_fill(fill, problems);
+        check_order(("verify.buffer_up_to", verify.buffer_up_to), ("fill.memory", fill.memory), problems);
+        check_limits(&limits.into(), problems);
+        check_log(log, problems);
+    }
+}
+
+impl Config for OriginServer {
+    const PLANNED: &'static [&'static str] = &[];
+
+    fn check(&self, problems: &mut Problems) {
+        let Self { allow_delete: _, listen, store, limits, log, shutdown: _ } = self;
+        check_addresses(&listen.public, &listen.admin, problems);
+        if store.root.as_os_str().is_empty() {
+            problems.add("store.root", "names no directory; write one, such as \"./castier-data/origin\"");
+        }
+        check_limits(limits, problems);
+        check_log(log, problems);
+    }
+}
+
+fn check_addresses(public: &str, admin: &str, problems: &mut Problems) {
+    let (public, admin) = (check_address("listen.public", public, problems), check_address("listen.admin", admin, problems));
+    if let (Some(public), Some(admin)) = (public, admin)
+        && public.collides_with(&admin)
+    {
+        problems.add("listen.admin", "takes the same port as listen.public; write another port");
+    }
+}
+
+/// `HOST:PORT`, read.
+struct Address {
+    host: Host,
+    port: u16,
+}
+
+impl Address {
+    fn parse(text: &str) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        // `u16::from_str` would take "+80".
+        let port = port.bytes().all(|b| b.is_ascii_digit()).then(|| port.parse().ok())??;
+        Some(Self { host: Host::parse(host).ok()?, port })
+    }
+
+    /// Whether the two cannot both be opened. Port 0 is a port of its own for everybody.
+    fn collides_with(&self, other: &Self) -> bool {
+        self.port == other.port && self.port != 0 && (self.host == other.host || self.is_wildcard() || other.is_wildcard())
+    }
+
+    fn is_wildcard(&self) -> bool {
+        match self.host {
+            Host::Ipv4(ip) => IpAddr::from(ip).is_unspecified(),
+            Host::Ipv6(ip) => IpAddr::from(ip).is_unspecified(),
+            Host::Domain(_) => false,
+        }
+    }
+}
+
+fn check_address(key: &str, text: &str, problems: &mut Problems) -> Option<Address> {
+    let address = Address::parse(text);
+    if address.is_none() {
+        problems.add(
+            key,
+            format!("{text:?} is not an address; write HOST:PORT, such as \"127.0.0.1:8080\", or \"0.0.0.0:8080\" for every interface"),
+        );
+    }
+    address
+}
+
+fn check_origin(origin: &Origin, problems: &mut Problems) {
+    check_span("origin.connect_timeout", origin.connect_timeout, problems);
+    check_span("origin.read_timeout", origin.read_timeout, problems);
+    if origin.retries > 100 {
+        problems.add("origin.retries", format!("{} is too many; write 0 to 100", origin.retries));
+    }
+    if !origin.ca_file.as_os_str().is_empty()
+        && let Err(error) = first_byte(&origin.ca_file)
+    {
+        let path = origin.ca_file.display();
+        problems.add(
+            "origin.ca_file",
+            format!("{path} cannot be read ({error}); name a PEM file, or write \"\" for the system's certificates"),
+        );
+    }
+}
+
+/// Opening a directory works; reading from it does not.
+fn first_byte(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.read_exact(&mut [0])
+}
+
+fn check_fill(fill: &Fill, problems: &mut Problems) {
+    check_count("fill.max_in_flight", fill.max_in_flight, problems);
+    check_size("fill.memory", fill.memory, problems);
+    check_size("fill.spool", fill.spool, problems);
+    if !fill.spool_dir.as_os_str().is_empty() && !fill.spool_dir.is_dir() {
+        let path = fill.spool_dir.display();
+        problems.add("fill.spool_dir", format!("{path} is not a directory; create it, or write \"\" for the system's temporary directory"));
+    }
+}
+
+/// The limits of both programs; what castier has beyond these may have any value.
+fn check_limits(limits: &OriginLimits, problems: &mut Problems) {
+    check_size("limits.max_blob", limits.max_blob, problems);
+    check_count("limits.max_connections", limits.max_connections, problems);
+    check_span("limits.header_timeout", limits.header_timeout, problems);
+    check_span("limits.idle_timeout", limits.idle_timeout, problems);
+    check_span("limits.write_timeout", limits.write_timeout, problems);
+    let (max_header_bytes, max_headers) = (limits.max_header_bytes, limits.max_headers);
+    if !(Size::kib(1)..=Size::mib(1)).contains(&max_header_bytes) {
+        problems.add("limits.max_header_bytes", format!("{max_header_bytes} is out of range; write 1KiB to 1MiB"));
+    }
+    if !(1..=256).contains(&max_headers) {
+        problems.add("limits.max_headers", format!("{max_headers} is out of range; write 1 to 256"));
+    }
+}
+
+fn check_log(log: &Log, problems: &mut Problems) {
+    check_span("log.stats_interval", log.stats_interval, problems);
+    if let Err(part) = check_level(&log.level) {
+        problems.add(
+            "log.level",
+            format!("{part:?} is no level; write off, error, warn, info, debug or trace, or a list such as \"info,castier=debug\""),
+        );
+    }
+    // The text is not repeated: it may hold a password.
+    let is_http = |url: &Url| matches!(url.scheme(), "http" | "https") && log.loki_url.contains("://");
+    if !log.loki_url.is_empty() && !Url::parse(&log.loki_url).is_ok_and(|url| is_http(&url)) {
+        problems.add("log.loki_url", "is not a URL of Loki; write \"http://HOST:3100\" or \"https://HOST\", or \"\" for none");
+    }
+}
+
+/// The part that is wrong, if one is. No spaces and no dots in targets: what passes here must also pass the log library.
+fn check_level(directives: &str) -> Result<(), &str> {
+    let is_level = |text: &str| ["off", "error", "warn", "info", "debug", "trace"].iter().any(|level| text.eq_ignore_ascii_case(level));
+    let is_target = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_:-".contains(c));
+    let mut bare = 0;
+    for part in directives.split(',') {
+        let sound = match part.split_once('=') {
+            Some((target, level)) => is_target(target) && is_level(level),
+            None => {
+                bare += 1;
+                is_level(part) && bare == 1
+            }
+        };
+        if !sound {
+            return Err(part);
+        }
+    }
+    Ok(())
+}
+
+fn check_span(key: &str, span: Span, problems: &mut Problems) {
+    if span.get().is_zero() {
+        problems.add(key, "must be longer than 0s; write a duration such as \"5s\"");
+    }
+}
+
+fn check_size(key: &str, size: Size, problems: &mut Problems) {
+    if size.get() == 0 {
+        problems.add(key, "must be more than 0; write a size such as \"64MiB\"");
+    }
+}
+
+fn check_count(key: &str, count: usize, problems: &mut Problems) {
+    if count == 0 {
+        problems.add(key, "must be 1 or more");
+    }
+}
+
+/// `small` must not be more than `large`.
+fn check_order(small: (&str, Size), large: (&str, Size), problems: &mut Problems) {
+    if small.1 > large.1 && problems.are_sound(&[small.0, large.0]) {
+        problems.add(small.0, format!("{} is more than {}, which is {}; lower the one or raise the other", small.1, large.0, large.1));
+    }
+}

@@ -1,0 +1,272 @@
+//! File → environment → types → sense: each step notes what is wrong and goes on, so that one run names every problem.
+
+use crate::{Problems, shape};
+use serde::{Serialize, de::DeserializeOwned};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+use toml::{Table, Value};
+
+/// The configuration of one program. Its `Default` is the documented default of every key.
+pub trait Config: Clone + Default + PartialEq + Serialize + DeserializeOwned {
+    /// Sections that the documentation of a later version promises, and that this version does not know.
+    const PLANNED: &'static [&'static str];
+
+    /// Notes every value that can be read, but makes no sense.
+    fn check(&self, problems: &mut Problems);
+}
+
+/// A checked configuration, and what of it somebody chose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loaded<C> {
+    /// The effective configuration.
+    pub config: C,
+    /// The dotted keys that the file or the environment set.
+    explicit: BTreeSet<String>,
+}
+
+impl<C> Loaded<C> {
+    /// Whether the file or the environment set this dotted key, be it to its default.
+    pub fn is_set(&self, key: &str) -> bool {
+        self.explicit.contains(key)
+    }
+}
+
+/// The environment as [`load`] wants it: `CASTIER_` variables alone, and no panic over text that is not Unicode.
+pub fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os()
+        .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
+        .filter(|(name, _)| name.starts_with(PREFIX))
+}
+
+/// Reads a configuration: defaults, overridden by the file, overridden by the environment, of which a later pair overrides an
+/// earlier one.
+///
+/// # Errors
+/// [`Problems`]: everything that is wrong with it.
+pub fn load<C: Config>(file: Option<&Path>, env: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
+    let mut problems = Problems::default();
+    let mut table = file.map(|file| parse(file, &mut problems)).unwrap_or_default();
+    let file_is_sound = problems.is_empty();
+    let variables = merge::<C>(&mut table, env, &mut problems);
+    let known: BTreeSet<_> = shape::keys::<C>().into_iter().collect();
+    let explicit = shape::leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(key)).collect();
+    let config = read::<C>(table, &mut problems);
+    // Half of a file is no base for comparing values.
+    if let Some(config) = config.as_ref().filter(|_| file_is_sound) {
+        config.check(&mut problems);
+    }
+    problems.blame(|key| variables.get(key).cloned());
+    match config {
+        Some(config) if problems.is_empty() => Ok(Loaded { config, explicit }),
+        _ => Err(problems),
+    }
+}
+
+fn parse(file: &Path, problems: &mut Problems) -> Table {
+    let name = file.display();
+    let text = match std::fs::read_to_string(file) {
+        Ok(text) => text,
+        Err(error) => {
+            problems.add(name.to_string(), format!("cannot be read ({error}); name a TOML file that this user may read"));
+            return Table::new();
+        }
+    };
+    text.parse().unwrap_or_else(|error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+        // The message alone: the full text would quote the line, and with it whatever secret stands there.
+        problems.add(format!("{name}:{line}:{column}"), error.message());
+        Table::new()
+    })
+}
+
+const PREFIX: &str = "CASTIER_";
+
+fn variable_name(key: &str) -> String {
+    PREFIX.to_owned() + &key.replace('.', "__").to_uppercase()
+}
+
+/// Puts the environment's values into the table, each with the type of its key's default. Returns the variable of each key
+/// that was set so.
+fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String)>, problems: &mut Problems) -> BTreeMap<String, String> {
+    let defaults = shape::table(&C::default());
+    let known: BTreeMap<_, _> = shape::leaves(&defaults).into_iter().map(|(key, value)| (variable_name(&key), (key, value))).collect();
+    let mut variables = BTreeMap::new();
+    for (name, text) in env.filter(|(name, _)| name.starts_with(PREFIX)) {
+        if let Some((key, default)) = known.get(&name) {
+            variables.insert(key.clone(), name);
+            match typed(&text, default) {
+                Ok(value) => insert(table, key, value),
+                Err(wanted) => problems.add(key.clone(), format!("{text:?} is not {wanted}")),
+            }
+        } else if let Some(path) = name.strip_prefix(PREFIX).filter(|path| path.contains("__")) {
+            let section = path.split("__").next().unwrap_or_default().to_lowercase();
+            let text = unknown::<C>(&section, "variable", suggestion(&name, known.keys().map(String::as_str), "__"));
+            problems.add(name, text);
+        }
+        // Kubernetes gives every container CASTIER_PORT, CASTIER_SERVICE_HOST and more of the kind for a service named castier:
+        // a variable without `__` that is no key is not meant for us.
+    }
+    variables
+}
+
+fn typed(text: &str, default: &Value) -> Result<Value, &'static str> {
+    match default {
+        Value::Boolean(_) => text.parse().map(Value::Boolean).map_err(|_| "true or false"),
+        Value::Integer(_) => text.parse().map(Value::Integer).map_err(|_| "a whole number"),
+        Value::Float(_) => text.parse().map(Value::Float).map_err(|_| "a number"),
+        Value::Array(_) => {
+            let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+            Ok(Value::Array(items.map(|item| Value::String(item.to_owned())).collect()))
+        }
+        Value::String(_) | Value::Datetime(_) | Value::Table(_) => Ok(Value::String(text.to_owned())),
+    }
+}
+
+fn insert(table: &mut Table, key: &str, value: Value) {
+    match key.split_once('.') {
+        None => drop(table.insert(key.to_owned(), value)),
+        Some((section, rest)) => {
+            // Something else in the section's place is the file's mistake, which the types will tell.
+            if let Value::Table(section) = table.entry(section).or_insert_with(|| Value::Table(Table::new())) {
+                insert(section, rest, value);
+            }
+        }
+    }
+}
+
+/// Table → struct. A value of the wrong type is noted and left out, until the rest can be read.
+fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
+    loop {
+        let mut unknown_keys = Vec::new();
+        let mut track = serde_path_to_error::Track::new();
+        let tracked = serde_path_to_error::Deserializer::new(table.clone(), &mut track);
+        match serde_ignored::deserialize(tracked, |path| unknown_keys.push(path.to_string())) {
+            Ok(config) => {
+                note_unknown::<C>(&unknown_keys, problems);
+                return Some(config);
+            }
+            Err(error) => {
+                let error: toml::de::Error = error;
+                let key = track.path().to_string();
+                problems.add(key.clone(), plain(error.message(), &key));
+                // Every round takes one key away, so the loop ends.
+                if !remove(&mut table, &key) {
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+fn remove(table: &mut Table, key: &str) -> bool {
+    match key.split_once('.') {
+        None => table.remove(key).is_some(),
+        Some((section, rest)) => table.get_mut(section).and_then(Value::as_table_mut).is_some_and(|section| remove(section, rest)),
+    }
+}
+
+/// serde's words → words for somebody who has never seen the program's types.
+fn plain(message: &str, key: &str) -> String {
+    match message.split_once("expected struct ") {
+        Some((found, _)) => format!("{found}expected a section; write its keys below [{key}]"),
+        None => ["usize", "u32"].iter().fold(message.to_owned(), |text, ty| {
+            text.replace(&format!("expected {ty}"), "expected a whole number, 0 or more, that is not too large")
+        }),
+    }
+}
+
+fn note_unknown<C: Config>(unknown_keys: &[String], problems: &mut Problems) {
+    let keys = shape::keys::<C>();
+    let sections: BTreeSet<_> = keys.iter().filter_map(|key| key.split_once('.')).map(|(section, _)| section).collect();
+    for key in unknown_keys {
+        let names = keys.iter().map(String::as_str).chain(sections.iter().copied());
+        problems.add(key, unknown::<C>(key, "key", suggestion(key, names, ".")));
+    }
+}
+
+fn unknown<C: Config>(section: &str, kind: &str, suggestion: Option<&str>) -> String {
+    match suggestion {
+        _ if C::PLANNED.contains(&section) => "not available in this version; leave it out".to_owned(),
+        Some(name) => format!("unknown {kind}; did you mean {name}?"),
+        None => format!("unknown {kind}; --print-config shows every key there is"),
+    }
+}
+
+/// The known name that was probably meant: one that is spelt much the same, or whose last part is, in another section.
+fn suggestion<'a>(name: &str, known: impl Iterator<Item = &'a str>, separator: &str) -> Option<&'a str> {
+    let last = |name: &str| name.rsplit(separator).next().unwrap_or_default().to_owned();
+    let wanted = last(name);
+    let distance = |candidate: &str| {
+        let elsewhere = strsim::damerau_levenshtein(&wanted, &last(candidate)) + 1;
+        strsim::damerau_levenshtein(name, candidate).min(elsewhere)
+    };
+    let (slips, candidate) = known.map(|candidate| (distance(candidate), candidate)).min_by_key(|(slips, _)| *slips)?;
+    (slips <= 1 + wanted.len() / 4).then_some(candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    /// Stands for programs to come, which have lists and numbers that the present ones do not have.
+    #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(default)]
+    struct Sample {
+        share: f64,
+        count: u32,
+        ring: Ring,
+    }
+
+    #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(default)]
+    struct Ring {
+        peers: Vec<String>,
+    }
+
+    impl Config for Sample {
+        const PLANNED: &'static [&'static str] = &["moon"];
+        fn check(&self, _: &mut Problems) {}
+    }
+
+    fn from_env(pairs: &[(&str, &str)]) -> Result<Sample, String> {
+        let env = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        load::<Sample>(None, env).map(|loaded| loaded.config).map_err(|problems| problems.to_string())
+    }
+
+    #[test]
+    fn variables_take_the_type_of_their_default() {
+        let sample = from_env(&[("CASTIER_SHARE", "0.125"), ("CASTIER_COUNT", "7"), ("CASTIER_RING__PEERS", "a:1, b:2,")]);
+        assert_eq!(sample, Ok(Sample { share: 0.125, count: 7, ring: Ring { peers: vec!["a:1".into(), "b:2".into()] } }));
+        assert_eq!(from_env(&[("CASTIER_RING__PEERS", "")]), Ok(Sample::default()));
+        assert_eq!(from_env(&[("CASTIER_SHARE", "half")]).unwrap_err(), "share (set by CASTIER_SHARE): \"half\" is not a number");
+        assert_eq!(
+            from_env(&[("CASTIER_COUNT", "-1")]).unwrap_err(),
+            "count (set by CASTIER_COUNT): invalid value: integer `-1`, expected a whole number, 0 or more, that is not too large"
+        );
+    }
+
+    #[test]
+    fn planned_sections_are_refused_as_such() {
+        assert_eq!(
+            from_env(&[("CASTIER_MOON__PHASE", "new")]).unwrap_err(),
+            "CASTIER_MOON__PHASE: not available in this version; leave it out"
+        );
+    }
+
+    #[test]
+    fn suggestions_are_near_or_absent() {
+        let known = ["memory.capacity", "limits.max_blob", "listen.public", "memory"];
+        let suggest = |name| suggestion(name, known.into_iter(), ".");
+        assert_eq!(suggest("memory.capasity"), Some("memory.capacity"));
+        assert_eq!(suggest("capacity"), Some("memory.capacity"));
+        assert_eq!(suggest("memry"), Some("memory"));
+        assert_eq!(suggest("origin.public"), Some("listen.public"));
+        assert_eq!(suggest("frobnicate"), None);
+        assert_eq!(suggest("x"), None);
+    }
+}

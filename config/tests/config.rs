@@ -1,0 +1,289 @@
+//! The configuration as an operator meets it: files, variables, and what the programs say about them.
+#![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
+
+use castier_config::{Castier, Config, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print};
+use proptest::prelude::*;
+use std::{io::Write, path::Path};
+use tempfile::NamedTempFile;
+
+fn file(text: &str) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn read<C: Config>(text: &str, env: &[(&str, &str)]) -> Result<Loaded<C>, Problems> {
+    let file = file(text);
+    load(Some(file.path()), env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())))
+}
+
+/// The lines about a configuration that must be wrong.
+fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {
+    let problems = read::<Castier>(text, env).unwrap_err();
+    let lines: Vec<String> = problems.to_string().lines().map(str::to_owned).collect();
+    assert_eq!(lines.len(), problems.subjects().count(), "one line per problem: {lines:#?}");
+    lines
+}
+
+fn example_shows_every_default<C: Config + std::fmt::Debug>(name: &str) {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    let loaded = load::<C>(Some(&example), std::iter::empty()).unwrap();
+    assert_eq!(loaded.config, C::default());
+    let missing: Vec<_> = keys::<C>().into_iter().filter(|key| !loaded.is_set(key)).collect();
+    assert_eq!(missing, Vec::<String>::new(), "keys that {name} does not show");
+}
+
+#[test]
+fn examples_show_every_key_at_its_default() {
+    example_shows_every_default::<Castier>("castier.toml");
+    example_shows_every_default::<OriginServer>("castier-origin.toml");
+}
+
+#[test]
+fn keys_are_dotted_and_in_the_order_of_the_documentation() {
+    let keys = keys::<Castier>();
+    assert_eq!(keys.len(), 33);
+    assert_eq!(&keys[..4], ["allow_delete", "listen.public", "listen.admin", "listen.peer"]);
+    assert_eq!(keys.last().unwrap(), "shutdown.grace");
+}
+
+#[test]
+fn nothing_at_all_is_the_default() {
+    let loaded = load::<Castier>(None, std::iter::empty()).unwrap();
+    assert_eq!(loaded.config, Castier::default());
+    assert!(!keys::<Castier>().iter().any(|key| loaded.is_set(key)));
+    assert_eq!(read::<OriginServer>("", &[]).unwrap().config, OriginServer::default());
+}
+
+#[test]
+fn environment_beats_file_beats_default() {
+    let text = "allow_delete = false\n[memory]\ncapacity = 1024\nmax_blob = \"1KiB\"\npolicy = \"lru\"";
+    let env = [("CASTIER_MEMORY__CAPACITY", "2GiB"), ("CASTIER_ALLOW_DELETE", "true"), ("CASTIER_FILL__MAX_IN_FLIGHT", "7"), ("HOME", "/")];
+    let Loaded { config, .. } = &read::<Castier>(text, &env).unwrap();
+    assert!(config.allow_delete);
+    assert_eq!((config.memory.capacity, config.memory.max_blob, config.memory.policy), (Size::gib(2), Size::kib(1), Policy::Lru));
+    assert_eq!((config.fill.max_in_flight, config.fill.memory), (7, Size::mib(256)));
+    assert_eq!(read::<Castier>(text, &[]).unwrap().config.memory.capacity, Size::new(1024));
+    let later = [("CASTIER_SHUTDOWN__GRACE", "1s"), ("CASTIER_SHUTDOWN__GRACE", "2s")];
+    assert_eq!(read::<Castier>("", &later).unwrap().config.shutdown.grace, Span::secs(2));
+}
+
+#[test]
+fn is_set_tells_choice_from_default() {
+    let loaded = read::<Castier>("[listen]\nadmin = \"127.0.0.1:8082\"", &[("CASTIER_LOG__LEVEL", "info")]).unwrap();
+    assert_eq!(loaded.config, Castier::default());
+    assert!(loaded.is_set("listen.admin") && loaded.is_set("log.level"));
+    assert!(!loaded.is_set("listen.public") && !loaded.is_set("listen"));
+}
+
+#[test]
+fn variables_of_kubernetes_are_ignored_and_slips_are_not() {
+    let injected = [
+        ("CASTIER_PORT", "tcp://10.0.0.1:8080"),
+        ("CASTIER_SERVICE_HOST", "10.0.0.1"),
+        ("CASTIER_PORT_8080_TCP_ADDR", "10.0.0.1"),
+        ("CASTIER_ORIGIN", "x"),
+        ("CASTIER_ORIGIN_SERVICE_PORT", "9000"),
+    ];
+    assert_eq!(read::<Castier>("", &injected).unwrap().config, Castier::default());
+    assert_eq!(
+        wrong("", &[("CASTIER_MEMORY__CAPASITY", "1GiB"), ("CASTIER_FROBNICATE__X", "1"), ("CASTIER_DISK__PATH", "/x")]),
+        [
+            "CASTIER_MEMORY__CAPASITY: unknown variable; did you mean CASTIER_MEMORY__CAPACITY?",
+            "CASTIER_FROBNICATE__X: unknown variable; --print-config shows every key there is",
+            "CASTIER_DISK__PATH: not available in this version; leave it out",
+        ]
+    );
+}
+
+#[test]
+fn all_problems_are_told_at_once() {
+    let text = r#"
+        alow_delete = true
+        shutdown = 5
+        [memory]
+        capasity = "1GiB"
+        capacity = "lots"
+        max_blob = "1TiB"
+        policy = "mru"
+        [memry]
+        capacity = 1
+        [fill]
+        max_in_flight = -1
+        max_wait = 2
+        [limits]
+        max_connections = 0
+        [listen]
+        public = "localhost"
+        [disk]
+        path = "/x"
+        [cluster]
+    "#;
+    let env = [("CASTIER_ALLOW_DELETE", "yes"), ("CASTIER_ORIGIN__READ_TIMEOUT", "0s"), ("CASTIER_LIMITS__MAX_HEADERS", "many")];
+    let lines = wrong(text, &env);
+    let expected = [
+        "allow_delete (set by CASTIER_ALLOW_DELETE): \"yes\" is not true or false",
+        "limits.max_headers (set by CASTIER_LIMITS__MAX_HEADERS): \"many\" is not a whole number",
+        "shutdown: invalid type: integer `5`, expected a section; write its keys below [shutdown]",
+        "memory.capacity: \"lots\" is not a size; write a number of bytes, or one with its unit, such as \"64MiB\" or \"1GB\"",
+        "memory.policy: unknown variant `mru`, expected `tiny-lfu` or `lru`",
+        "fill.max_in_flight: invalid value: integer `-1`, expected a whole number, 0 or more, that is not too large",
+        "fill.max_wait: \"2\" is not a duration; write a number with its unit, such as \"5s\", \"250ms\" or \"1m30s\"",
+        "alow_delete: unknown key; did you mean allow_delete?",
+        "memory.capasity: unknown key; did you mean memory.capacity?",
+        "memry: unknown key; did you mean memory?",
+        "disk: not available in this version; leave it out",
+        "cluster: not available in this version; leave it out",
+        "limits.max_connections: must be 1 or more",
+        "origin.read_timeout (set by CASTIER_ORIGIN__READ_TIMEOUT): must be longer than 0s; write a duration such as \"5s\"",
+    ];
+    for line in expected {
+        assert!(lines.iter().any(|l| l == line), "missing: {line}\nin {lines:#?}");
+    }
+    assert!(lines.iter().any(|line| line.starts_with("listen.public: \"localhost\" is not an address")), "{lines:#?}");
+    // And nothing else: memory.max_blob is not compared with a capacity that could not be read.
+    assert_eq!(lines.len(), expected.len() + 1, "{lines:#?}");
+}
+
+#[test]
+fn values_that_make_no_sense_are_refused() {
+    let refused = [
+        ("listen.public", "[listen]\npublic = \":8080\""),
+        ("listen.peer", "[listen]\npeer = \"10.0.0.1:99999\""),
+        ("listen.public", "[listen]\npublic = \"300.0.0.1:80\""),
+        ("listen.admin", "[listen]\nadmin = \"127.0.0.1:8080\""),
+        ("listen.admin", "[listen]\nadmin = \"0.0.0.0:8080\""),
+        ("origin.url", "[origin]\nurl = \"origin.internal:9000\""),
+        ("origin.retries", "[origin]\nretries = 101"),
+        ("origin.connect_timeout", "[origin]\nconnect_timeout = \"0s\""),
+        ("origin.ca_file", "[origin]\nca_file = \"/does/not/exist.pem\""),
+        ("origin.ca_file", "[origin]\nca_file = \"/\""),
+        ("memory.capacity", "[memory]\ncapacity = 0\nmax_blob = \"0\""),
+        ("memory.max_blob", "[memory]\nmax_blob = \"257MiB\""),
+        ("verify.buffer_up_to", "[verify]\nbuffer_up_to = \"257MiB\""),
+        ("fill.max_in_flight", "[fill]\nmax_in_flight = 0"),
+        ("fill.spool", "[fill]\nspool = \"0B\""),
+        ("fill.spool_dir", "[fill]\nspool_dir = \"/does/not/exist\""),
+        ("limits.max_headers", "[limits]\nmax_headers = 257"),
+        ("limits.max_headers", "[limits]\nmax_headers = 0"),
+        ("limits.max_header_bytes", "[limits]\nmax_header_bytes = 1023"),
+        ("limits.max_blob", "[limits]\nmax_blob = 0"),
+        ("limits.write_timeout", "[limits]\nwrite_timeout = \"0ms\""),
+        ("limits.idle_timeout", "[limits]\nidle_timeout = \"20years\""),
+        ("log.level", "[log]\nlevel = \"loud\""),
+        ("log.level", "[log]\nlevel = \"info,debug\""),
+        ("log.level", "[log]\nlevel = \"castier=\""),
+        ("log.level", "[log]\nlevel = \"\""),
+        ("log.level", "[log]\nlevel = \"info, castier=debug\""),
+        ("log.format", "[log]\nformat = \"xml\""),
+        ("log.loki_url", "[log]\nloki_url = \"loki:3100\""),
+        ("log.stats_interval", "[log]\nstats_interval = \"0s\""),
+    ];
+    for (key, text) in refused {
+        let problems = read::<Castier>(text, &[]).map(|_| ()).unwrap_err();
+        assert!(problems.subjects().any(|subject| subject == key), "{text}\n{problems}");
+    }
+    let origin = read::<OriginServer>("[store]\nroot = \"\"\n[limits]\nmax_headers = 0\n[log]\nlevel = \"x\"\n[disk]\n", &[]).unwrap_err();
+    assert_eq!(origin.subjects().collect::<Vec<_>>(), ["disk", "store.root", "limits.max_headers", "log.level"]);
+}
+
+#[test]
+fn values_that_make_sense_are_taken() {
+    let pem = file("-----BEGIN CERTIFICATE-----");
+    let text = format!(
+        "[listen]\npublic = \"[::]:0\"\nadmin = \"localhost:0\"\n[origin]\nurl = \"https://u:p@origin:1\"\nca_file = {:?}\n\
+         [verify]\nbuffer_up_to = 0\n[fill]\nmax_wait = \"0s\"\nspool_dir = \"/\"\n[limits]\nnegative_ttl = \"0s\"\nmax_negative = 0\n\
+         [log]\nlevel = \"WARN,castier::flight=debug,h2=off\"\nformat = \"json\"\nloki_url = \"http://loki:3100\"\n\
+         [shutdown]\ngrace = \"0s\"",
+        pem.path()
+    );
+    let config = read::<Castier>(&text, &[]).unwrap().config;
+    assert_eq!(config.origin.url, OriginUrl::Remote("https://u:p@origin:1".parse().unwrap()));
+}
+
+#[test]
+fn unreadable_files_are_one_line_each() {
+    let missing = load::<Castier>(Some(Path::new("/does/not/exist.toml")), std::iter::empty()).unwrap_err().to_string();
+    assert!(missing.starts_with("/does/not/exist.toml: cannot be read (") && missing.lines().count() == 1, "{missing}");
+
+    let broken = file("[memory]\ncapacity = \"1GiB\"\nsecret = http://u:hunter2@h\n");
+    // A variable that is fine beside the file is not measured against defaults that the file may have changed.
+    let env = [("CASTIER_MEMORY__MAX_BLOB".to_owned(), "1GiB".to_owned())];
+    let text = load::<Castier>(Some(broken.path()), env.into_iter()).unwrap_err().to_string();
+    assert!(text.starts_with(&format!("{}:3:", broken.path().display())), "{text}");
+    assert!(text.lines().count() == 1 && !text.contains("hunter2"), "{text}");
+}
+
+#[test]
+fn printing_masks_secrets_and_nothing_else() {
+    let text = "[origin]\nurl = \"http://user:hunter2@origin:9000\"\n[log]\nloki_url = \"https://hunter2@loki/x@y\"";
+    let config = read::<Castier>(text, &[]).unwrap().config;
+    let printed = print(&config);
+    assert!(printed.contains("url = \"http://***@origin:9000\"") && printed.contains("loki_url = \"https://***@loki/x@y\""), "{printed}");
+    assert!(!printed.contains("hunter2") && !format!("{config:?}").contains("hunter2"));
+    assert_eq!(printed.lines().filter(|line| line.contains(" = ")).count(), keys::<Castier>().len());
+}
+
+#[test]
+fn problems_never_tell_secrets() {
+    let text = "[origin]\nurl = \"http://user:hunter2@origin/path\"\n[log]\nloki_url = \"ftp://user:hunter2@loki\"";
+    let lines = wrong(text, &[]);
+    assert_eq!(lines.len(), 2);
+    assert!(!lines.concat().contains("hunter2"), "{lines:#?}");
+}
+
+#[test]
+fn changed_names_what_differs() {
+    let old = Castier::default();
+    let mut new = old.clone();
+    assert_eq!(changed(&old, &new), Vec::<String>::new());
+    new.log.level = "debug".into();
+    new.allow_delete = true;
+    new.limits.max_connections = 1;
+    assert_eq!(changed(&old, &new), ["allow_delete", "limits.max_connections", "log.level"]);
+    // A new password is a change, though it prints the same.
+    let with = |url: &str| Castier { origin: castier_config::Origin { url: url.parse().unwrap(), ..old.origin.clone() }, ..old.clone() };
+    assert_eq!(changed(&with("http://u:a@h"), &with("http://u:b@h")), ["origin.url"]);
+}
+
+proptest! {
+    #[test]
+    fn what_is_printed_reads_back(
+        allow_delete: bool,
+        capacity in 1u64..=i64::MAX as u64,
+        share in 0u64..1000,
+        retries in 0u32..=100,
+        max_connections in 1usize..1_000_000,
+        millis in 1u64..100_000_000,
+        nanos in 1u64..5_000_000_000,
+        root in "[ -~é]{1,20}",
+        lru: bool,
+    ) {
+        let mut config = Castier { allow_delete, ..Castier::default() };
+        config.memory.capacity = Size::new(capacity);
+        config.memory.max_blob = Size::new((capacity / 1000 * share).max(1));
+        config.memory.policy = if lru { Policy::Lru } else { Policy::TinyLfu };
+        config.origin.url = OriginUrl::Embedded(root.clone().into());
+        config.origin.retries = retries;
+        config.limits.max_connections = max_connections;
+        config.limits.idle_timeout = Span::millis(millis);
+        config.limits.negative_ttl = Span::new(std::time::Duration::from_nanos(nanos));
+        // Paths that look like a URL with userinfo are masked, and are none.
+        prop_assume!(!root.contains("://"));
+        let loaded = read::<Castier>(&print(&config), &[]).unwrap();
+        prop_assert_eq!(&loaded.config, &config);
+        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key)));
+
+        let mut server = OriginServer { allow_delete, ..OriginServer::default() };
+        server.store.root = root.into();
+        prop_assert_eq!(read::<OriginServer>(&print(&server), &[]).unwrap().config, server);
+    }
+
+    #[test]
+    fn no_file_panics(text in "(\\[(memory|fill|x)\\]\n|[a-z.]{1,8} = (\"[ -~]{0,9}\"|[0-9]{1,20}|\\[\\]|\\{\\})\n|\\PC{0,5}){0,8}") {
+        if let Err(problems) = read::<Castier>(&text, &[]) {
+            prop_assert!(!problems.is_empty());
+            prop_assert_eq!(problems.to_string().lines().count(), problems.subjects().count());
+        }
+    }
+}
