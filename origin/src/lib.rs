@@ -1,0 +1,145 @@
+//! The simple file origin: a durable content-addressed store over HTTP.
+//!
+//! The binary `castier-origin` and the embedded origin of `castier` are this very server. An upload goes through the
+//! house as `server` (a connection) → `service` (which request does what) → `intake` (its body) → `store` (temp file,
+//! verified, synced, renamed, synced again) and is answered; a download as `service` → `store` → `reply` (read and hashed
+//! one chunk ahead of the client, the last chunk only if the digest matches).
+//!
+//! What a read promises: a whole blob, however it was asked for, is hashed as it leaves, and is cut before its end if it
+//! rotted. A part of a blob is *not* checked, since a digest of the whole cannot judge it.
+
+use arc_swap::ArcSwap;
+use castier_config::{OriginLimits, OriginServer};
+use std::{
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
+    time::Duration,
+};
+use store::{Fault, Store};
+use tokio::net::TcpListener;
+
+mod admin;
+mod intake;
+pub mod log;
+mod metrics;
+mod patience;
+mod refused;
+mod reply;
+mod server;
+mod service;
+mod store;
+
+/// What an origin may do, and how much of it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether clients may delete blobs.
+    pub allow_delete: bool,
+    /// What clients may do; can be changed later with [`Origin::set_limits`].
+    pub limits: OriginLimits,
+    /// How long what is in flight at the end may take to finish.
+    pub grace: Duration,
+}
+
+impl From<&OriginServer> for Options {
+    fn from(config: &OriginServer) -> Self {
+        Self { allow_delete: config.allow_delete, limits: config.limits.clone(), grace: config.shutdown.grace.get() }
+    }
+}
+
+/// An origin: a store that this process owns, ready to be served. Cheap to clone; all clones are the same origin.
+#[derive(Clone)]
+pub struct Origin(Arc<Shared>);
+
+/// What all connections share.
+pub(crate) struct Shared {
+    store: Arc<Store>,
+    metrics: metrics::Metrics,
+    allow_delete: bool,
+    limits: ArcSwap<OriginLimits>,
+    grace: Duration,
+    phase: AtomicU8,
+    /// Blobs on their way in or out.
+    transfers: Arc<AtomicUsize>,
+}
+
+/// What the origin is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Starting,
+    Ready,
+    Draining,
+}
+
+impl Shared {
+    fn phase(&self) -> Phase {
+        [Phase::Starting, Phase::Ready].into_iter().find(|phase| *phase as u8 == self.phase.load(Relaxed)).unwrap_or(Phase::Draining)
+    }
+
+    fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Relaxed);
+    }
+
+    /// Logs and counts a fault of the store, as far as it is one of the store's own.
+    fn note(&self, fault: &Fault) {
+        match fault {
+            Fault::Mismatch(mismatch) => tracing::debug!(%mismatch, "an upload was refused"),
+            Fault::Full(error) => tracing::error!(%error, "an upload was refused: the disk below the store root is full; free or add space"),
+            Fault::Rotten(digest) => {
+                self.metrics.count_corrupt();
+                tracing::error!(%digest, "a blob's stored bytes were damaged; they are in the quarantine below the store root; store the blob again");
+            }
+            Fault::Io(error) => tracing::error!(%error, "the file system below the store root failed"),
+        }
+    }
+}
+
+impl Origin {
+    /// Takes possession of the directory `root`, which is made if it is missing. Counting what lies there goes on in the background.
+    ///
+    /// # Errors
+    /// When `root` cannot be written to, or another process is using it. The text names `root` and says what to do.
+    pub fn open(root: impl AsRef<Path>, options: Options) -> io::Result<Self> {
+        let store = Arc::new(Store::open(root.as_ref())?);
+        let counted = Arc::clone(&store);
+        thread::Builder::new().name("count".to_owned()).spawn(move || {
+            if let Err(error) = counted.count() {
+                tracing::error!(%error, "the blobs in the store could not be counted; castier_origin_blobs and castier_origin_bytes are too low");
+            }
+        })?;
+        Ok(Self(Arc::new(Shared {
+            store,
+            metrics: metrics::Metrics::new().map_err(io::Error::other)?,
+            allow_delete: options.allow_delete,
+            limits: ArcSwap::from_pointee(options.limits),
+            grace: options.grace,
+            phase: AtomicU8::new(Phase::Starting as u8),
+            transfers: Arc::default(),
+        })))
+    }
+
+    /// Serves clients on `listener` until `shutdown` is done; then accepts no more, and finishes what is in flight within
+    /// [`Options::grace`].
+    pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+        self.0.enter(Phase::Ready);
+        let draining = async {
+            shutdown.await;
+            self.0.enter(Phase::Draining);
+        };
+        server::serve(listener, service::Clients(Arc::clone(&self.0)), draining, self.0.grace).await;
+    }
+
+    /// Serves metrics and health on `listener` until `shutdown` is done.
+    pub async fn serve_admin(&self, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+        server::serve(listener, admin::Admin(Arc::clone(&self.0)), shutdown, Duration::ZERO).await;
+    }
+
+    /// Changes the limits. Those on a connection hold for connections opened from now on.
+    pub fn set_limits(&self, limits: OriginLimits) {
+        self.0.limits.store(Arc::new(limits));
+    }
+}

@@ -1,0 +1,187 @@
+//! `castier-origin`: the simple file origin as a program.
+
+use castier_config::{Loaded, OriginServer, changed, environment, load, print};
+use castier_origin::{Options, Origin, log};
+use clap::Parser;
+use std::{
+    ffi::OsString,
+    io::{self, ErrorKind, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+};
+
+/// A durable content-addressed store over HTTP, one file per blob.
+///
+/// Every key of the configuration can also be set from the environment: CASTIER_ and the key with __ for the dot, as in
+/// CASTIER_LIMITS__MAX_BLOB=1GiB. Options win over the environment, and the environment over the file.
+#[derive(Parser)]
+#[command(name = "castier-origin", version)]
+struct Arguments {
+    /// Where clients connect, HOST:PORT (listen.public)
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<String>,
+    /// The directory of the blobs (store.root)
+    #[arg(long, value_name = "DIR")]
+    root: Option<OsString>,
+    /// The configuration, a TOML file
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Check the configuration, name everything that is wrong with it, and exit
+    #[arg(long)]
+    check_config: bool,
+    /// Print the effective configuration, secrets masked, and exit
+    #[arg(long)]
+    print_config: bool,
+}
+
+impl Arguments {
+    fn load(&self) -> Result<Loaded<OriginServer>, castier_config::Problems> {
+        let listen = self.listen.clone().map(|listen| ("CASTIER_LISTEN__PUBLIC".to_owned(), listen));
+        let root = self.root.as_ref().map(|root| ("CASTIER_STORE__ROOT".to_owned(), root.to_string_lossy().into_owned()));
+        // A later pair overrides an earlier one.
+        load(self.config.as_deref(), environment().chain(listen).chain(root))
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let loaded = match arguments.load() {
+        Ok(loaded) => loaded,
+        Err(problems) => {
+            eprintln!("{problems}");
+            return ExitCode::from(2);
+        }
+    };
+    if arguments.print_config {
+        say(&print(&loaded.config));
+        return ExitCode::SUCCESS;
+    }
+    if arguments.check_config {
+        say("the configuration is sound\n");
+        return ExitCode::SUCCESS;
+    }
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => match runtime.block_on(run(&arguments, loaded)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        },
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &io::Error) -> ExitCode {
+    eprintln!("castier-origin: {error}");
+    ExitCode::FAILURE
+}
+
+/// Writes to stdout. Whoever closed it does not want to know, and that must not end the program.
+fn say(text: &str) {
+    io::stdout().write_all(text.as_bytes()).ok();
+}
+
+async fn run(arguments: &Arguments, loaded: Loaded<OriginServer>) -> io::Result<()> {
+    let config = &loaded.config;
+    let mut signals = Signals::new()?;
+    let log = log::init(&config.log, "castier-origin").map_err(io::Error::other)?;
+    let public = bind("listen.public", &config.listen.public).await?;
+    let admin = bind_admin(&loaded).await?;
+    let origin = Origin::open(&config.store.root, Options::from(config))?;
+    say(&format!("castier-origin: clients on http://{}, blobs in {}\n", public.local_addr()?, config.store.root.display()));
+    say(&format!("castier-origin: admin on http://{}/metrics\n", admin.local_addr()?));
+
+    let (stop, stopped) = oneshot::channel::<()>();
+    let admin = {
+        let origin = origin.clone();
+        tokio::spawn(async move { origin.serve_admin(admin, async { drop(stopped.await) }).await })
+    };
+    let shutdown = signals.attend(|running| reload(arguments, running, &origin, &log), loaded.config.clone());
+    origin.serve(public, shutdown).await;
+    // Probes may see that the program is draining until it is done.
+    drop(stop);
+    admin.await.ok();
+    tracing::info!("finished");
+    log.close().await;
+    Ok(())
+}
+
+async fn bind(key: &str, address: &str) -> io::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let advice = match error.kind() {
+            ErrorKind::AddrInUse => "is taken by another program; stop that one, or choose another port",
+            ErrorKind::AddrNotAvailable => "is not an address of this machine; choose one that is, or 0.0.0.0 for all",
+            ErrorKind::PermissionDenied => "may not be used by this user; choose a port over 1023",
+            _ => "cannot be listened on; choose another",
+        };
+        io::Error::new(error.kind(), format!("{key} {address} {advice} ({error})"))
+    })
+}
+
+/// The admin listener's default port is a convenience: with two origins on one machine the second takes any other. A port that
+/// somebody chose is a promise.
+async fn bind_admin(loaded: &Loaded<OriginServer>) -> io::Result<TcpListener> {
+    let address = &loaded.config.listen.admin;
+    match bind("listen.admin", address).await {
+        Err(error) if error.kind() == ErrorKind::AddrInUse && !loaded.is_set("listen.admin") => {
+            let other = bind("listen.admin", "127.0.0.1:0").await?;
+            let port = other.local_addr()?.port();
+            tracing::warn!("the default of listen.admin, {address}, is taken by another program; using port {port} this time. Set listen.admin to choose one");
+            Ok(other)
+        }
+        bound => bound,
+    }
+}
+
+/// What the world can tell the process.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        let [terminate, interrupt, hang_up] = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        Ok(Self { terminate: terminate?, interrupt: interrupt?, hang_up: hang_up? })
+    }
+
+    /// Re-reads the configuration on SIGHUP, until the process shall end.
+    async fn attend(&mut self, reload: impl Fn(OriginServer) -> OriginServer, mut running: OriginServer) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => break,
+                _ = self.interrupt.recv() => break,
+                _ = self.hang_up.recv() => running = reload(running),
+            }
+        }
+        tracing::info!("finishing what is in flight, then ending");
+    }
+}
+
+/// Takes over from the configuration what can change while running, and returns what holds from now on.
+fn reload(arguments: &Arguments, mut running: OriginServer, origin: &Origin, log: &log::Guard) -> OriginServer {
+    let wanted = match arguments.load() {
+        Ok(loaded) => loaded.config,
+        Err(problems) => {
+            tracing::error!("the configuration was not re-read, and nothing changes: {}", problems.to_string().replace('\n', "; "));
+            return running;
+        }
+    };
+    if let Err(error) = log.set_level(&wanted.log.level) {
+        tracing::error!(%error, "the log level stays as it was");
+    } else {
+        running.log.level.clone_from(&wanted.log.level);
+    }
+    origin.set_limits(wanted.limits.clone());
+    running.limits = wanted.limits.clone();
+    tracing::info!("the configuration was re-read; limits and log level are in force");
+    let rest = changed(&running, &wanted);
+    if !rest.is_empty() {
+        tracing::warn!("changed in the configuration, but only a restart brings it into force: {}", rest.join(", "));
+    }
+    running
+}

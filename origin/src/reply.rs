@@ -1,0 +1,189 @@
+//! The answer to a request, on its way out, and the record that is made of it.
+
+use crate::{
+    Shared,
+    patience::Activity,
+    server::Seat,
+    store::{Fault, Reader},
+};
+use bytes::Bytes;
+use http::{Method, StatusCode};
+use http_body::{Body, Frame};
+use std::{
+    mem,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Instant,
+};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+/// How much of a blob is read, or gathered before it is written, in one go.
+const CHUNK: usize = 256 << 10;
+/// With more blobs than this under way at once, chunks become small, so that a crowd of slow clients costs little memory.
+const CROWD: usize = 512;
+const SMALL_CHUNK: usize = 32 << 10;
+
+/// What a transfer among `transfers` at the same time may hold.
+pub(crate) const fn chunk_for(transfers: usize) -> usize {
+    if transfers > CROWD { SMALL_CHUNK } else { CHUNK }
+}
+
+/// The body was cut, so that the client cannot mistake it for a whole blob. The log knows why.
+#[derive(Debug, thiserror::Error)]
+#[error("the blob was cut")]
+pub(crate) struct Cut;
+
+/// What an answer carries.
+pub(crate) enum Content {
+    /// Nothing, or nothing more.
+    Empty,
+    /// Bytes at hand.
+    Bytes(Bytes),
+    /// A blob, as it is read.
+    Blob(Streaming),
+}
+
+/// A blob being read: at most one chunk ahead of the client.
+pub(crate) struct Streaming {
+    next: Next,
+    chunk: usize,
+    _seat: Seat,
+}
+
+enum Next {
+    /// Read, not yet sent; and the reader, which may have more.
+    Chunk(Bytes, Reader),
+    /// A chunk is being read.
+    Reading(JoinHandle<(Result<Bytes, Fault>, Reader)>),
+    /// All was sent, or nothing more will be.
+    End,
+}
+
+impl Streaming {
+    /// Goes on where `reader` is after `first`.
+    pub(crate) fn new(first: Bytes, reader: Reader, chunk: usize, seat: Seat) -> Self {
+        Self { next: Next::Chunk(first, reader), chunk, _seat: seat }
+    }
+
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+        loop {
+            match mem::replace(&mut self.next, Next::End) {
+                Next::Chunk(bytes, mut reader) => {
+                    if !reader.is_done() {
+                        let most = self.chunk;
+                        self.next = Next::Reading(spawn_blocking(move || (reader.next(most), reader)));
+                    }
+                    return Poll::Ready(Some(Ok(bytes)));
+                }
+                Next::Reading(mut job) => match Pin::new(&mut job).poll(cx) {
+                    Poll::Pending => {
+                        self.next = Next::Reading(job);
+                        return Poll::Pending;
+                    }
+                    Poll::Ready(Ok((Ok(bytes), reader))) => self.next = Next::Chunk(bytes, reader),
+                    Poll::Ready(Ok((Err(fault), _))) => return Poll::Ready(Some(Err(fault))),
+                    Poll::Ready(Err(stopped)) => return Poll::Ready(Some(Err(Fault::Io(stopped.into())))),
+                },
+                Next::End => return Poll::Ready(None),
+            }
+        }
+    }
+}
+
+/// The body of an answer. Dropped when all of it has been handed to the connection, or when the connection is gone.
+pub(crate) struct Reply {
+    pub(crate) content: Content,
+    pub(crate) record: Record,
+}
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = Cut;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        let this = &mut *self;
+        let chunk = match &mut this.content {
+            Content::Empty => None,
+            Content::Bytes(bytes) => Some(Ok(mem::take(bytes))),
+            Content::Blob(streaming) => match streaming.poll_chunk(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(chunk) => chunk,
+            },
+        };
+        if !matches!(this.content, Content::Blob(_)) {
+            this.content = Content::Empty;
+        }
+        Poll::Ready(match chunk {
+            None => None,
+            Some(Ok(bytes)) => {
+                this.record.bytes += bytes.len() as u64;
+                Some(Ok(Frame::data(bytes)))
+            }
+            Some(Err(fault)) => {
+                this.content = Content::Empty;
+                this.record.shared.note(&fault);
+                Some(Err(Cut))
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Empty => true,
+            Content::Bytes(bytes) => bytes.is_empty(),
+            Content::Blob(streaming) => matches!(streaming.next, Next::End),
+        }
+    }
+}
+
+/// What is known of a request; logged and counted when it is over, however it ends.
+pub(crate) struct Record {
+    shared: Arc<Shared>,
+    activity: Arc<Activity>,
+    peer: SocketAddr,
+    method: Method,
+    path: String,
+    begun: Instant,
+    /// None until there is an answer.
+    pub(crate) status: Option<StatusCode>,
+    /// Bytes of the body that were handed to the connection.
+    bytes: u64,
+}
+
+impl Record {
+    pub(crate) fn begin(shared: &Arc<Shared>, activity: Arc<Activity>, peer: SocketAddr, method: &Method, path: &str) -> Self {
+        activity.begin();
+        Self {
+            shared: Arc::clone(shared),
+            activity,
+            peer,
+            method: method.clone(),
+            path: path.to_owned(),
+            begun: Instant::now(),
+            status: None,
+            bytes: 0,
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.activity.end();
+        let duration = self.begun.elapsed();
+        // The client left before it had an answer: 499, as nginx says.
+        let status = self.status.map_or(499, |status| status.as_u16());
+        self.shared.metrics.count_request(&self.method, status, duration);
+        tracing::info!(
+            target: "castier_origin::access",
+            method = %self.method,
+            path = self.path,
+            status,
+            bytes = self.bytes,
+            duration = duration.as_secs_f64(),
+            peer = %self.peer,
+            "request"
+        );
+    }
+}

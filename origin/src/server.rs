@@ -1,0 +1,154 @@
+//! Connections: accepting them within a limit, serving HTTP/1 on them, and ending them well.
+
+use crate::patience::{Activity, Patience};
+use bytes::Bytes;
+use castier_blob::wire::Problem;
+use castier_config::OriginLimits;
+use http::{Request, Response, StatusCode};
+use http_body::Body;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::{GracefulShutdown, Watcher},
+};
+use std::{
+    convert::Infallible,
+    error::Error,
+    io,
+    net::SocketAddr,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::sync::CancellationToken;
+
+/// What hyper gathers before it writes: head and small bodies in one go, and no more of a large one than it must.
+const WRITE_BUFFER: usize = 64 << 10;
+/// Connections over the limit that are told so at the same time; any more are just closed.
+const REFUSALS: usize = 128;
+/// How long being told may take.
+const REFUSAL_TIME: Duration = Duration::from_secs(1);
+/// How long to wait before accepting again after a failure: most often there are no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Answers requests.
+pub(crate) trait Handler: Clone + Send + Sync + 'static {
+    /// What its answers carry.
+    type Body: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static;
+
+    /// The limits that hold now.
+    fn limits(&self) -> Arc<OriginLimits>;
+
+    /// Answers one request. Whoever answers calls `activity`'s `begin` now, and its `end` when the answer has been sent or given up.
+    fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: SocketAddr,
+        activity: Arc<Activity>,
+    ) -> impl Future<Output = Response<Self::Body>> + Send;
+}
+
+/// A place among a limited number; given back when dropped.
+pub(crate) struct Seat(Arc<AtomicUsize>);
+
+impl Seat {
+    /// Takes one, and says how many are taken now.
+    pub(crate) fn take(taken: &Arc<AtomicUsize>) -> (Self, usize) {
+        let now = taken.fetch_add(1, Relaxed) + 1;
+        (Self(Arc::clone(taken)), now)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Serves `listener` until `shutdown` is done, then finishes what is in flight, up to `grace`, and cuts the rest.
+pub(crate) async fn serve(listener: TcpListener, handler: impl Handler, shutdown: impl Future<Output = ()>, grace: Duration) {
+    let (graceful, cut) = (GracefulShutdown::new(), CancellationToken::new());
+    let (open, refusals) = (Arc::default(), Arc::default());
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut shutdown => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let (seat, taken) = Seat::take(&open);
+                if taken <= handler.limits().max_connections {
+                    tokio::spawn(connection(stream, peer, handler.clone(), graceful.watcher(), cut.clone(), seat));
+                } else {
+                    let (seat, taken) = Seat::take(&refusals);
+                    if taken <= REFUSALS {
+                        tokio::spawn(refuse(stream, seat));
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted; is the limit of open files below limits.max_connections?");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    if tokio::time::timeout(grace, graceful.shutdown()).await.is_err() {
+        tracing::warn!("shutdown.grace is over; connections still in use are cut");
+    }
+    cut.cancel();
+}
+
+async fn connection(stream: TcpStream, peer: SocketAddr, handler: impl Handler, watcher: Watcher, cut: CancellationToken, _seat: Seat) {
+    // A connection that cannot be told to send at once is served all the same, if slower.
+    stream.set_nodelay(true).ok();
+    let limits = handler.limits();
+    let activity = Arc::new(Activity::default());
+    let stream = Patience::new(stream, Arc::clone(&activity), &limits);
+    let service = service_fn(move |request| {
+        let (handler, activity) = (handler.clone(), Arc::clone(&activity));
+        async move { Ok::<_, Infallible>(handler.answer(request, peer, activity).await) }
+    });
+    let header_bytes = usize::try_from(limits.max_header_bytes.get()).unwrap_or(usize::MAX);
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .half_close(true)
+        .max_buf_size(WRITE_BUFFER.max(header_bytes.saturating_add(1)))
+        .max_header_size(header_bytes)
+        .max_headers(limits.max_headers)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::select! {
+        served = watcher.watch(serving) => if let Err(error) = served {
+            tracing::debug!(%peer, error = &error as &dyn Error, "a connection ended badly");
+        },
+        () = cut.cancelled() => {}
+    }
+}
+
+/// Says that there are too many connections, and goes. What the client sends meanwhile is read, since closing over unread
+/// bytes would reset the connection and take the answer with it.
+async fn refuse(mut stream: TcpStream, _seat: Seat) {
+    let status = StatusCode::SERVICE_UNAVAILABLE;
+    let body = Problem::new(status, "there are too many connections; try again in a second").to_json();
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    let telling = async {
+        stream.write_all((head + &body).as_bytes()).await?;
+        stream.shutdown().await?;
+        while stream.read(&mut [0; 4096]).await? > 0 {}
+        Ok::<_, io::Error>(())
+    };
+    // A client that does not listen has been told nothing, and is let go all the same.
+    tokio::time::timeout(REFUSAL_TIME, telling).await.ok();
+}

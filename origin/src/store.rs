@@ -1,0 +1,344 @@
+//! The durable store: one file per blob, no HTTP.
+//!
+//! ```text
+//! <root>/lock            held exclusively: one process per root
+//! <root>/ab/cd/abcd…     a blob, under its whole digest
+//! <root>/tmp/            uploads in progress; whatever is left here by a crash is removed at the next start
+//! <root>/quarantine/     blobs whose bytes rotted, kept for whoever wants to know why
+//! ```
+//!
+//! A blob appears under its name by a rename, after its bytes were verified and reached the disk, so a name either has
+//! all of its bytes or does not exist. It is acknowledged after the rename reached the disk too.
+//!
+//! Everything here blocks: call it off the async threads.
+
+use castier_blob::{Digest, Mismatch, Verified, Verifier};
+use parking_lot::Mutex;
+use std::{
+    fs::{self, File, TryLockError},
+    io::{self, ErrorKind, Write as _},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
+};
+use tempfile::NamedTempFile;
+
+pub(crate) use reader::Reader;
+
+mod reader;
+
+/// Directories at each level of the fan-out: one per value of a byte.
+const FAN_OUT: usize = 256;
+
+/// Why the store could not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
+    /// The bytes are not the blob they were sent as.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// The disk, or the quota on it, is used up.
+    #[error("the disk is full: {0}")]
+    Full(io::Error),
+    /// The stored bytes are no longer the blob they were; the file has been set aside.
+    #[error("the stored bytes of {0} are damaged; the file was moved to the quarantine")]
+    Rotten(Digest),
+    /// Anything else that the file system says.
+    #[error(transparent)]
+    Io(io::Error),
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::Full(error),
+            _ => Self::Io(error),
+        }
+    }
+}
+
+/// A directory of blobs, owned by this process while this value lives.
+pub(crate) struct Store {
+    root: PathBuf,
+    tmp: PathBuf,
+    quarantine: PathBuf,
+    /// What is known of the directories below `<root>/ab`, by `ab`. The lock orders renames and removals of the blobs
+    /// there, so that "was it there before" and the totals are exact; it is never held while bytes are written.
+    shards: Box<[Mutex<Shard>]>,
+    totals: Totals,
+    /// Dropping it releases the root.
+    _lock: File,
+}
+
+/// What is known of `<root>/ab/cd`, by `cd`.
+struct Shard {
+    /// Its name, and its parent's, are on disk. Asked anew in each run: a directory that exists may have been made by a
+    /// run that was killed before it got to say so to the disk.
+    durable: [bool; FAN_OUT],
+    /// Its blobs are in the totals. Until then changes to it must not touch them: the count will see their outcome.
+    counted: [bool; FAN_OUT],
+}
+
+/// What is stored, as far as [`Store::count`] has come.
+#[derive(Debug, Default)]
+pub(crate) struct Totals {
+    pub(crate) blobs: AtomicI64,
+    pub(crate) bytes: AtomicI64,
+}
+
+impl Totals {
+    fn add(&self, size: u64) {
+        self.blobs.fetch_add(1, Relaxed);
+        self.bytes.fetch_add(size.cast_signed(), Relaxed);
+    }
+
+    fn subtract(&self, size: u64) {
+        self.blobs.fetch_sub(1, Relaxed);
+        self.bytes.fetch_sub(size.cast_signed(), Relaxed);
+    }
+}
+
+/// A blob that has been acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kept {
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+    /// It was not there before.
+    pub(crate) new: bool,
+}
+
+impl Store {
+    /// Takes possession of `root`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// When `root` cannot be written to, or another process has it. The text names `root` and says what to do.
+    pub(crate) fn open(root: &Path) -> io::Result<Self> {
+        let say = |what: &str, error: &io::Error| io::Error::new(error.kind(), format!("store root {}: {what}: {error}", root.display()));
+        let (tmp, quarantine) = (root.join("tmp"), root.join("quarantine"));
+        fs::create_dir_all(root).map_err(|e| say("cannot be made; make it, or name another with --root or store.root", &e))?;
+        let unwritable = |e: io::Error| say("is not writable; give this user the right to, or name another with --root or store.root", &e);
+        let lock = File::options().create(true).truncate(false).write(true).open(root.join("lock")).map_err(unwritable)?;
+        lock.try_lock().map_err(|e| match e {
+            TryLockError::WouldBlock => io::Error::new(
+                ErrorKind::WouldBlock,
+                format!("store root {}: another process is using it; stop that one, or name another with --root or store.root", root.display()),
+            ),
+            TryLockError::Error(e) => say("cannot be locked", &e),
+        })?;
+        // Only now, with the lock held, is everything in tmp/ known to belong to nobody.
+        for dir in [&tmp, &quarantine] {
+            fs::create_dir_all(dir).map_err(unwritable)?;
+        }
+        for left_over in fs::read_dir(&tmp).map_err(unwritable)? {
+            fs::remove_file(left_over?.path()).map_err(|e| say("a left-over upload in tmp/ cannot be removed", &e))?;
+        }
+        NamedTempFile::new_in(&tmp).map_err(unwritable)?.close().map_err(unwritable)?;
+        sync_dir(root).map_err(|e| say("cannot be synced to disk", &e))?;
+        let shards = (0..FAN_OUT).map(|_| Mutex::new(Shard { durable: [false; FAN_OUT], counted: [false; FAN_OUT] })).collect();
+        Ok(Self { root: root.to_owned(), tmp, quarantine, shards, totals: Totals::default(), _lock: lock })
+    }
+
+    pub(crate) const fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    /// Adds what lies in the store to the totals, one small directory at a time so that uploads wait for no more than that.
+    ///
+    /// # Errors
+    /// When a directory cannot be read; the totals are then too low.
+    pub(crate) fn count(&self) -> io::Result<()> {
+        for (a, shard) in self.shards.iter().enumerate() {
+            for b in 0..FAN_OUT {
+                let mut shard = shard.lock();
+                let dir = self.root.join(format!("{a:02x}/{b:02x}"));
+                match fs::read_dir(&dir) {
+                    Ok(entries) => {
+                        for entry in entries {
+                            let entry = entry?;
+                            if entry.file_name().to_str().is_some_and(|name| name.parse::<Digest>().is_ok()) {
+                                self.totals.add(entry.metadata()?.len());
+                            }
+                        }
+                    }
+                    Err(e) if e.kind() == ErrorKind::NotFound => {}
+                    Err(e) => return Err(e),
+                }
+                shard.counted[b] = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a blob for reading; none if it is not here.
+    pub(crate) fn open_blob(self: &Arc<Self>, digest: &Digest) -> Result<Option<Blob>, Fault> {
+        let file = match File::open(self.path(digest)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        let size = file.metadata()?.len();
+        Ok(Some(Blob { store: Arc::clone(self), digest: *digest, file, size }))
+    }
+
+    /// Whether a blob is here *and* would outlive a power cut: what an upload that need not be sent is acknowledged with.
+    /// (It may be visible already while the upload that brought it has still to sync the rename.)
+    pub(crate) fn holds_durably(&self, digest: &Digest) -> Result<bool, Fault> {
+        let path = self.path(digest);
+        if size_of(&path)?.is_none() {
+            return Ok(false);
+        }
+        let [a, b, ..] = *digest.as_bytes();
+        let dir = self.dir(a, b);
+        self.make_durable(&dir, &mut self.shards[usize::from(a)].lock().durable[usize::from(b)])?;
+        sync_dir(&dir)?;
+        Ok(true)
+    }
+
+    /// Begins an upload that `claim` will judge. Dropped before [`Upload::finish`], it leaves nothing behind.
+    pub(crate) fn begin(self: &Arc<Self>, claim: Verifier) -> Result<Upload, Fault> {
+        let temp =
+            tempfile::Builder::new().prefix("upload-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp)?;
+        Ok(Upload { store: Arc::clone(self), temp, verifier: claim })
+    }
+
+    /// Removes a blob; false if it was not here.
+    pub(crate) fn remove(&self, digest: &Digest) -> Result<bool, Fault> {
+        let path = self.path(digest);
+        let [a, b, ..] = *digest.as_bytes();
+        {
+            let shard = self.shards[usize::from(a)].lock();
+            let Some(size) = size_of(&path)? else { return Ok(false) };
+            fs::remove_file(&path)?;
+            if shard.counted[usize::from(b)] {
+                self.totals.subtract(size);
+            }
+        }
+        sync_dir(&self.dir(a, b))?;
+        Ok(true)
+    }
+
+    /// Gives verified, synced bytes their name. Replaces what has that name already: those bytes may have rotted, these have not.
+    fn place(&self, blob: Verified<NamedTempFile>) -> Result<Kept, Fault> {
+        let (digest, size) = (blob.digest(), blob.size());
+        let [a, b, ..] = *digest.as_bytes();
+        let (path, dir) = (self.path(&digest), self.dir(a, b));
+        let before = {
+            let mut shard = self.shards[usize::from(a)].lock();
+            self.make_durable(&dir, &mut shard.durable[usize::from(b)])?;
+            let before = size_of(&path)?;
+            blob.into_content().persist(&path).map_err(|e| e.error)?;
+            if shard.counted[usize::from(b)] {
+                before.inspect(|size| self.totals.subtract(*size));
+                self.totals.add(size);
+            }
+            before
+        };
+        sync_dir(&dir)?;
+        Ok(Kept { digest, size, new: before.is_none() })
+    }
+
+    /// Makes `<root>/ab/cd` if need be, and sees to it that a power cut would not take it away.
+    fn make_durable(&self, dir: &Path, durable: &mut bool) -> io::Result<()> {
+        match fs::create_dir(dir) {
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+            made => {
+                *durable = false;
+                match made {
+                    Err(e) if e.kind() == ErrorKind::NotFound => fs::create_dir_all(dir)?,
+                    made => made?,
+                }
+            }
+        }
+        if !*durable {
+            dir.parent().map_or(Ok(()), sync_dir)?;
+            sync_dir(&self.root)?;
+            *durable = true;
+        }
+        Ok(())
+    }
+
+    /// Sets a rotten blob aside so that it can be stored anew, unless that has happened since `file` was opened.
+    fn set_aside(&self, digest: &Digest, file: &File) -> io::Result<()> {
+        let path = self.path(digest);
+        let [a, b, ..] = *digest.as_bytes();
+        let shard = self.shards[usize::from(a)].lock();
+        let read = file.metadata()?;
+        let there = match fs::metadata(&path) {
+            Ok(there) => there,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        if (there.dev(), there.ino()) != (read.dev(), read.ino()) {
+            return Ok(());
+        }
+        fs::rename(&path, self.quarantine.join(digest.to_string()))?;
+        if shard.counted[usize::from(b)] {
+            self.totals.subtract(there.len());
+        }
+        Ok(())
+    }
+
+    fn dir(&self, a: u8, b: u8) -> PathBuf {
+        self.root.join(format!("{a:02x}/{b:02x}"))
+    }
+
+    fn path(&self, digest: &Digest) -> PathBuf {
+        let [a, b, ..] = *digest.as_bytes();
+        self.root.join(format!("{a:02x}/{b:02x}/{digest}"))
+    }
+}
+
+/// A blob opened for reading. It stays readable when the name is replaced or removed meanwhile.
+pub(crate) struct Blob {
+    store: Arc<Store>,
+    digest: Digest,
+    file: File,
+    size: u64,
+}
+
+impl Blob {
+    /// Its length on disk.
+    pub(crate) const fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// An upload in progress: a file in `tmp/` that vanishes with this value.
+pub(crate) struct Upload {
+    store: Arc<Store>,
+    temp: NamedTempFile,
+    verifier: Verifier,
+}
+
+impl Upload {
+    /// Takes the next bytes.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+        self.verifier.update(bytes);
+        Ok(self.temp.write_all(bytes)?)
+    }
+
+    /// Verifies the bytes and makes them durable under their name.
+    pub(crate) fn finish(self) -> Result<Kept, Fault> {
+        let verified = self.verifier.finish(self.temp)?;
+        verified.content().as_file().sync_all()?;
+        self.store.place(verified)
+    }
+}
+
+/// Makes renames, creations and removals in a directory outlive a power cut.
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+fn size_of(path: &Path) -> io::Result<Option<u64>> {
+    match fs::metadata(path) {
+        Ok(metadata) => Ok(Some(metadata.len())),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests;

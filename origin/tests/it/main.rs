@@ -1,0 +1,8 @@
+//! The real binary, on ephemeral ports, seen from outside.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod contract;
+mod durability;
+mod process;
+mod support;
+mod uploads;

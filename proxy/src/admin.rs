@@ -1,0 +1,113 @@
+//! The admin listener: metrics, health, statistics, purge, and a page for people.
+
+use crate::{ladder::Ladder, metrics::Metrics};
+use axum::{
+    Router,
+    extract::{Path, State},
+    http::{HeaderValue, StatusCode, header},
+    response::{Html, IntoResponse, Response},
+    routing::{get, post},
+};
+use castier_blob::{Digest, MalformedDigest, wire::Problem};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+/// What the admin listener tells about.
+pub struct Admin {
+    /// The data path.
+    pub ladder: Arc<Ladder>,
+    /// The series.
+    pub metrics: Arc<Metrics>,
+    /// False while starting and draining. An origin that is down does not change it: what is kept is served.
+    pub ready: AtomicBool,
+    /// This node, as it names itself in the answer to a purge.
+    pub name: String,
+}
+
+/// The admin interface.
+pub fn router(admin: Arc<Admin>) -> Router {
+    Router::new()
+        .route("/", get(page))
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/stats", get(stats))
+        .route("/purge/{digest}", post(purge))
+        .fallback(|| async { problem(StatusCode::NOT_FOUND, "here are /metrics, /healthz, /readyz, /stats, /purge/<digest> and /") })
+        .method_not_allowed_fallback(|| async { problem(StatusCode::METHOD_NOT_ALLOWED, "everything here is GET, but /purge/<digest>, which is POST") })
+        .with_state(admin)
+}
+
+async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.render(&admin.ladder.tiers())).into_response()
+}
+
+async fn ready(State(admin): State<Arc<Admin>>) -> Response {
+    if admin.ready.load(Ordering::Relaxed) { "ready\n".into_response() } else { problem(StatusCode::SERVICE_UNAVAILABLE, "starting or draining") }
+}
+
+async fn stats(State(admin): State<Arc<Admin>>) -> Response {
+    json(&admin.ladder.stats())
+}
+
+async fn purge(State(admin): State<Arc<Admin>>, Path(digest): Path<String>) -> Response {
+    let Ok(digest) = digest.parse::<Digest>() else { return problem(StatusCode::BAD_REQUEST, &MalformedDigest.to_string()) };
+    admin.ladder.forget(&digest);
+    tracing::info!(%digest, "purged");
+    json(&serde_json::json!({ "purged": [admin.name], "failed": [] }))
+}
+
+async fn page(State(admin): State<Arc<Admin>>) -> Html<String> {
+    let stats = serde_json::to_value(admin.ladder.stats()).unwrap_or_default();
+    let figure = |name: &str| stats[name].as_u64().unwrap_or(0);
+    let share = 100.0 * figure("CacheHits") as f64 / figure("Gets").max(1) as f64;
+    let mut rows = String::new();
+    for (name, value) in stats.as_object().into_iter().flatten().filter(|(_, value)| value.is_u64()) {
+        rows += &format!("<tr><th>{name}<td>{value}");
+    }
+    let mut tiers = String::new();
+    for (name, tier) in stats["tiers"].as_object().into_iter().flatten().filter(|(_, tier)| tier["capacity"].as_u64() > Some(0)) {
+        let mib = |key: &str| tier[key].as_u64().unwrap_or(0) as f64 / 1048576.0;
+        let plain = |key: &str| tier[key].as_u64().unwrap_or(0);
+        tiers += &format!(
+            "<tr><th>{name}<td>{:.1} of {:.1} MiB<td>{}<td>{}<td>{}",
+            mib("bytes"),
+            mib("capacity"),
+            plain("blobs"),
+            plain("hits"),
+            plain("evictions")
+        );
+    }
+    Html(format!(
+        "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=5><title>castier {name}</title>\
+         <style>body{{font:16px system-ui;margin:2rem auto;max-width:46rem;padding:0 1rem}}table{{border-collapse:collapse;margin:1rem 0}}\
+         th,td{{padding:.3rem .9rem;border-bottom:1px solid #8884;text-align:right}}th{{text-align:left;font-weight:500}}b{{font-size:2rem}}</style>\
+         <h1>castier {version}</h1><p>{name} · {ready} · <b>{share:.1} %</b> of gets were hits\
+         <table><tr><th>tier<th>holds<th>blobs<th>hits<th>evictions{tiers}</table><table>{rows}</table>\
+         <p><a href=/metrics>metrics</a> · <a href=/stats>stats</a> · <a href=/readyz>readyz</a></html>",
+        name = admin.name,
+        version = env!("CARGO_PKG_VERSION"),
+        ready = if admin.ready.load(Ordering::Relaxed) { "ready" } else { "not ready" },
+    ))
+}
+
+fn json(value: &impl serde::Serialize) -> Response {
+    match serde_json::to_string(value) {
+        Ok(text) => ([(header::CONTENT_TYPE, "application/json")], text + "\n").into_response(),
+        Err(error) => {
+            tracing::error!(%error, "an answer could not be written");
+            problem(StatusCode::INTERNAL_SERVER_ERROR, "the answer could not be written")
+        }
+    }
+}
+
+fn problem(status: StatusCode, detail: &str) -> Response {
+    let mut response = (status, Problem::new(status, detail).to_json()).into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, Problem::MEDIA_TYPE);
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}

@@ -1,0 +1,107 @@
+//! The error taxonomy of the data path: what went wrong, by whose doing. Knows nothing of HTTP; [`crate::serve`] maps each
+//! fault to a status in one exhaustive match.
+//!
+//! Invariant: "absent" is not a fault. It is an answer, and only the origin can give it.
+
+use castier_blob::Mismatch;
+
+/// Something that kept a request from its blob. Cheap to clone: everyone in a flight gets the same one.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Fault {
+    /// The uploaded bytes are not the blob they were announced as.
+    #[error("upload refused: {0}")]
+    Mismatch(Mismatch),
+    /// The request cannot be understood; the text says what would be right.
+    #[error("{0}")]
+    BadRequest(String),
+    /// The blob is larger than `limits.max_blob`, or than the origin takes.
+    #[error("larger than the limit of {limit} bytes")]
+    TooLarge {
+        /// The limit that was hit.
+        limit: u64,
+    },
+    /// No connection to the source, or it broke and could not be mended.
+    #[error("{source_name} unreachable: {why}")]
+    Unreachable {
+        /// Which source.
+        source_name: &'static str,
+        /// What the attempts died of.
+        why: String,
+    },
+    /// The source sent no byte for `origin.read_timeout`.
+    #[error("{source_name} silent for too long: {why}")]
+    Silent {
+        /// Which source.
+        source_name: &'static str,
+        /// What was being waited for.
+        why: String,
+    },
+    /// The source answered, but not as a CAS answers.
+    #[error("{source_name} gave an unusable answer: {why}")]
+    Unusable {
+        /// Which source.
+        source_name: &'static str,
+        /// What it said.
+        why: String,
+    },
+    /// The source's bytes do not hash to the digest that was asked for.
+    #[error("{source_name} sent corrupt bytes: {mismatch}")]
+    Corrupt {
+        /// Which source.
+        source_name: &'static str,
+        /// What they hashed to.
+        mismatch: Mismatch,
+    },
+    /// A limit of the tier is reached; worth trying again.
+    #[error("over a limit: {0}")]
+    Busy(Limit),
+    /// The origin has no room for the upload.
+    #[error("the origin is full")]
+    OriginFull,
+    /// The origin does not do this (DELETE, most often).
+    #[error("the origin does not allow this method")]
+    NotAllowed,
+    /// The client went away, or stopped in the middle of its upload.
+    #[error("client gone: {0}")]
+    ClientGone(String),
+    /// Nobody reads the flight any more and too much was left to finish it.
+    #[error("abandoned by all its readers")]
+    Abandoned,
+    /// Our own failing.
+    #[error("internal: {0}")]
+    Internal(String),
+}
+
+/// The limits that a request can run into. The text is the `reason` label of `castier_shed_requests_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// `limits.max_connections`.
+    Connections,
+    /// `fill.max_in_flight`, for longer than `fill.max_wait`.
+    Fills,
+    /// `fill.spool`.
+    Spool,
+    /// The origin itself said that it is over a limit.
+    Origin,
+}
+
+impl Limit {
+    /// Every reason, for making the series exist from the start.
+    pub const ALL: [Self; 4] = [Self::Connections, Self::Fills, Self::Spool, Self::Origin];
+
+    /// As it stands in labels and texts.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::Fills => "fills",
+            Self::Spool => "spool",
+            Self::Origin => "origin",
+        }
+    }
+}
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}

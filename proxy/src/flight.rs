@@ -1,0 +1,553 @@
+//! One coalesced fill of one blob: whoever comes first starts it, everybody reads it, nobody owns it.
+//!
+//! Invariants:
+//! - At most one flight per digest is in the map, and a blob is kept before its flight leaves the map. So a look-up that
+//!   re-checks the tiers under the map's lock either finds the blob, joins the flight, or is right to start one.
+//! - A fill runs in a task of its own. A client that leaves takes nobody down; a panic fails the flight instead of stranding it.
+//! - Unverified bytes leave only as the front of a response that cannot complete: the last [`HOLD_BACK`] bytes of every
+//!   response wait until all of the blob has verified.
+//!
+//! An absent blob's flight stays in the map for `limits.negative_ttl`: that is the negative cache.
+
+use crate::{
+    fault::{Fault, Limit},
+    memory::Memory,
+    metrics::{Metrics, Outcome},
+    spool::{self, Admit, Piece, Room, Spool},
+    upstream::{Incoming, Upstream},
+};
+use arc_swap::ArcSwap;
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use bytes::Bytes;
+use castier_blob::{Digest, Verifier};
+use castier_config as config;
+use futures::FutureExt;
+use parking_lot::Mutex;
+use std::{
+    collections::HashMap,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::sync::{Notify, Semaphore, watch};
+
+/// How much of the end of every response waits for the digest.
+pub const HOLD_BACK: u64 = 64 << 10;
+/// A broken transfer that came this far since the last break has made progress, and gets all its attempts again. A floor keeps a
+/// source that breaks after every byte from being asked for ever.
+const PROGRESS: u64 = 64 << 10;
+
+/// All flights of this node, and what they need to fly.
+pub struct Flights {
+    map: Mutex<HashMap<Digest, Arc<Flight>>>,
+    /// Absences being remembered: flights in the map that have ended.
+    remembered: AtomicUsize,
+    places: Semaphore,
+    room: Room,
+    memory: Arc<Memory>,
+    origin: Arc<Upstream>,
+    retries: usize,
+    max_wait: Duration,
+    finish_under: u64,
+    buffer_up_to: u64,
+    limits: Arc<ArcSwap<config::Limits>>,
+    metrics: Arc<Metrics>,
+}
+
+/// What [`Flights::join`] found.
+pub enum Joined {
+    /// The blob has landed in memory meanwhile.
+    Kept(Bytes),
+    /// This request started the flight.
+    Led(Reader),
+    /// Another had started it.
+    Followed(Reader),
+}
+
+struct Flight {
+    digest: Digest,
+    state: Mutex<State>,
+    /// Told after every change of `state`.
+    tick: watch::Sender<()>,
+    /// Changed only under the map's lock when it grows, so that an empty flight can be abandoned without a race.
+    readers: AtomicUsize,
+    /// Told when the last reader has gone.
+    deserted: Notify,
+}
+
+struct State {
+    phase: Phase,
+    spool: Spool,
+    /// The blob's size as the source announced it.
+    size: Option<u64>,
+    /// Unverified bytes have been handed out, so the flight can no longer start over.
+    released: bool,
+    /// Purged or overtaken by an upload: what comes out must not be remembered.
+    detached: bool,
+}
+
+#[derive(Clone)]
+enum Phase {
+    /// No source has answered yet.
+    Opening,
+    Filling,
+    Verified,
+    Absent,
+    Failed(Fault),
+}
+
+impl Flights {
+    /// No flights yet. Every bound is as configured.
+    pub fn new(config: &config::Castier, limits: Arc<ArcSwap<config::Limits>>, memory: Arc<Memory>, origin: Arc<Upstream>, room: Room, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
+            map: Mutex::default(),
+            remembered: AtomicUsize::new(0),
+            places: Semaphore::new(config.fill.max_in_flight),
+            room,
+            memory,
+            origin,
+            retries: config.origin.retries as usize,
+            max_wait: config.fill.max_wait.get(),
+            finish_under: config.fill.finish_under.get(),
+            buffer_up_to: config.verify.buffer_up_to.get(),
+            limits,
+            metrics,
+        })
+    }
+
+    /// Joins the flight of a blob that the tiers did not have, or starts it.
+    pub fn join(self: &Arc<Self>, digest: &Digest) -> Joined {
+        let mut map = self.map.lock();
+        if let Some(flight) = map.get(digest) {
+            return Joined::Followed(Reader::new(self, flight.clone(), true));
+        }
+        // Since the first look-up a flight may have come and gone.
+        if let Some(bytes) = self.memory.find(digest) {
+            return Joined::Kept(bytes);
+        }
+        let flight = Arc::new(Flight {
+            digest: *digest,
+            state: Mutex::new(State { phase: Phase::Opening, spool: Spool::default(), size: None, released: false, detached: false }),
+            tick: watch::Sender::new(()),
+            readers: AtomicUsize::new(0),
+            deserted: Notify::new(),
+        });
+        map.insert(*digest, flight.clone());
+        let reader = Reader::new(self, flight.clone(), false);
+        drop(map);
+        tokio::spawn(self.clone().fly(flight));
+        Joined::Led(reader)
+    }
+
+    /// What flights know of a blob without asking anybody: its size, or that it is absent.
+    pub fn peek(&self, digest: &Digest) -> Option<Option<u64>> {
+        let flight = self.map.lock().get(digest)?.clone();
+        let state = flight.state.lock();
+        match state.phase {
+            Phase::Absent => Some(None),
+            Phase::Verified => Some(Some(state.spool.len())),
+            _ => None,
+        }
+    }
+
+    /// The blob was stored: an absence that is remembered, or about to be, is no longer true.
+    pub fn stored(&self, digest: &Digest) {
+        self.detach_if(digest, |phase| matches!(phase, Phase::Opening | Phase::Absent));
+    }
+
+    /// The blob must not be remembered. Whoever reads it may go on.
+    pub fn forget(&self, digest: &Digest) {
+        self.detach_if(digest, |_| true);
+    }
+
+    fn detach_if(&self, digest: &Digest, which: impl Fn(&Phase) -> bool) {
+        let mut map = self.map.lock();
+        let Some(flight) = map.get(digest) else { return };
+        let mut state = flight.state.lock();
+        if which(&state.phase) {
+            state.detached = true;
+            drop(state);
+            map.remove(digest);
+        }
+    }
+
+    /// Runs a flight from start to end, whatever happens on the way.
+    async fn fly(self: Arc<Self>, flight: Arc<Flight>) {
+        let started = Instant::now();
+        self.metrics.flights_in_progress.inc();
+        let phase = match AssertUnwindSafe(self.fill(&flight)).catch_unwind().await {
+            Ok(Ok(phase)) => phase,
+            Ok(Err(fault)) => Phase::Failed(fault),
+            Err(_) => Phase::Failed(Fault::Internal("the fill panicked".into())),
+        };
+        let outcome = match &phase {
+            Phase::Absent => Outcome::Absent,
+            Phase::Failed(fault) => {
+                log_failure(&flight.digest, fault);
+                Outcome::Error
+            }
+            _ => Outcome::Ok,
+        };
+        self.metrics.source_load(self.origin.name, outcome, started.elapsed());
+        self.metrics.flights_in_progress.dec();
+        let ttl = self.limits.load().negative_ttl.get();
+        let remember = matches!(phase, Phase::Absent) && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
+        flight.update(|state| state.phase = phase);
+        if remember {
+            self.remembered.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(ttl).await;
+            self.remembered.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.remove(&flight);
+    }
+
+    fn remove(&self, flight: &Arc<Flight>) {
+        let mut map = self.map.lock();
+        // Once detached, another flight may stand in its place.
+        if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
+            map.remove(&flight.digest);
+        }
+    }
+
+    /// Gets the blob from a source, verifies and keeps it.
+    async fn fill(&self, flight: &Arc<Flight>) -> Result<Phase, Fault> {
+        let _place = match tokio::time::timeout(self.max_wait, self.places.acquire()).await {
+            Ok(Ok(place)) => place,
+            _ => {
+                self.metrics.shed(Limit::Fills);
+                return Err(Fault::Busy(Limit::Fills));
+            }
+        };
+        let mut verifier = Verifier::of(flight.digest);
+        let mut attempts = Attempts::new(self.retries);
+        let mut may_start_over = true;
+        loop {
+            let fault = match self.pour(flight, &mut verifier).await {
+                Ok(false) if verifier.seen() == 0 => return Ok(Phase::Absent),
+                Ok(false) => Fault::Unusable { source_name: self.origin.name, why: "the blob vanished midway".into() },
+                Ok(true) => {
+                    let fault = match self.land(flight, verifier) {
+                        Ok(()) => return Ok(Phase::Verified),
+                        Err(fault) => fault,
+                    };
+                    if !may_start_over || !flight.start_over() {
+                        return Err(fault);
+                    }
+                    may_start_over = false;
+                    verifier = Verifier::of(flight.digest);
+                    tracing::warn!(digest = %flight.digest, %fault, "corrupt fill, trying once more from the start");
+                    continue;
+                }
+                Err(fault) => fault,
+            };
+            let Some(delay) = attempts.after(&fault, verifier.seen()) else { return Err(fault) };
+            tracing::debug!(digest = %flight.digest, %fault, at = verifier.seen(), "transfer broke, going on");
+            tokio::time::sleep(delay).await;
+            if verifier.seen() > 0 {
+                self.metrics.source_resume(self.origin.name);
+            }
+        }
+    }
+
+    /// Opens the source where the last transfer ended and takes all that comes; false if it says that the blob is absent.
+    async fn pour(&self, flight: &Arc<Flight>, verifier: &mut Verifier) -> Result<bool, Fault> {
+        let Some(mut incoming) = self.origin.open(&flight.digest, verifier.seen()).await? else { return Ok(false) };
+        let size = self.begin(flight, &incoming)?;
+        loop {
+            if size == Some(verifier.seen()) {
+                incoming.release().await;
+                return Ok(true);
+            }
+            let next = incoming.next();
+            tokio::pin!(next);
+            let chunk = loop {
+                // Checked before waiting, since the last reader may have left before anyone listened.
+                if self.abandon(flight, size, verifier.seen()) {
+                    return Err(Fault::Abandoned);
+                }
+                tokio::select! {
+                    chunk = &mut next => break chunk?,
+                    () = flight.deserted.notified() => {}
+                }
+            };
+            let Some(chunk) = chunk else {
+                let broke = |_| Fault::Unreachable { source_name: self.origin.name, why: "ended before the announced length".into() };
+                return size.map_or(Ok(true), |size| Err(broke(size)));
+            };
+            let seen = verifier.seen() + chunk.len() as u64;
+            let limit = self.limits.load().max_blob.get();
+            if seen > size.unwrap_or(limit) {
+                return Err(Fault::Unusable { source_name: self.origin.name, why: format!("more bytes than the {} announced or allowed", size.unwrap_or(limit)) });
+            }
+            verifier.update(&chunk);
+            self.append(flight, chunk).await?;
+        }
+    }
+
+    /// Takes note of what the source announced, and holds it to what was announced before.
+    fn begin(&self, flight: &Flight, incoming: &Incoming) -> Result<Option<u64>, Fault> {
+        let unusable = |why: String| Fault::Unusable { source_name: self.origin.name, why };
+        let limit = self.limits.load().max_blob.get();
+        if let Some(size) = incoming.size.filter(|size| *size > limit) {
+            return Err(unusable(format!("a blob of {size} bytes, over limits.max_blob")));
+        }
+        flight.update(|state| {
+            if let (Some(before), Some(now)) = (state.size, incoming.size)
+                && before != now
+            {
+                return Err(unusable(format!("announced {before} bytes first and {now} now")));
+            }
+            state.size = state.size.or(incoming.size);
+            if matches!(state.phase, Phase::Opening) {
+                state.phase = Phase::Filling;
+                state.spool = Spool::new(&self.room, state.size);
+            }
+            Ok(state.size)
+        })
+    }
+
+    /// Puts bytes at the end of the spool, and moves it to a file when they become too many for memory.
+    async fn append(&self, flight: &Flight, chunk: Bytes) -> Result<(), Fault> {
+        loop {
+            let (admitted, at) = {
+                let mut state = flight.state.lock();
+                let at = state.spool.len();
+                (state.spool.admit(&self.room, chunk.len() as u64), at)
+            };
+            match admitted.inspect_err(|_| self.metrics.shed(Limit::Spool))? {
+                Admit::Memory => break,
+                Admit::File(file) => {
+                    spool::write_file(file, chunk.clone(), at).await?;
+                    break;
+                }
+                Admit::NeedsFile => {
+                    let parts = flight.state.lock().spool.in_memory();
+                    let file = spool::make_file(self.room.dir.clone(), parts).await?;
+                    flight.state.lock().spool.move_to_file(&self.room, file)?;
+                }
+            }
+        }
+        flight.update(|state| state.spool.push(chunk));
+        Ok(())
+    }
+
+    /// All bytes are in. Keeps the blob if it is the right one.
+    fn land(&self, flight: &Flight, verifier: Verifier) -> Result<(), Fault> {
+        // Put together off the lock: the fill is the only writer.
+        let whole = flight.state.lock().spool.parts().map(spool::join);
+        let corrupt = |mismatch| {
+            self.metrics.corrupt(self.origin.name);
+            Fault::Corrupt { source_name: self.origin.name, mismatch }
+        };
+        let Some(whole) = whole else { return verifier.finish(()).map(drop).map_err(corrupt) };
+        let verified = verifier.finish(whole.clone()).map_err(corrupt)?;
+        let mut state = flight.state.lock();
+        state.spool.settle(whole);
+        // Under the lock, so that a purge comes either before (and is seen here) or after (and finds the blob in the tier).
+        if !state.detached {
+            self.memory.keep(verified);
+        }
+        Ok(())
+    }
+
+    /// Ends a flight that nobody reads and that has too far to go.
+    fn abandon(&self, flight: &Arc<Flight>, size: Option<u64>, seen: u64) -> bool {
+        if flight.readers.load(Ordering::Acquire) > 0 || size.is_some_and(|size| size - seen <= self.finish_under) {
+            return false;
+        }
+        let mut map = self.map.lock();
+        // Nobody joins while the map is locked.
+        if flight.readers.load(Ordering::Acquire) > 0 {
+            return false;
+        }
+        if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
+            map.remove(&flight.digest);
+        }
+        true
+    }
+}
+
+fn log_failure(digest: &Digest, fault: &Fault) {
+    match fault {
+        Fault::Abandoned => tracing::debug!(%digest, "flight abandoned by its last reader"),
+        Fault::Internal(_) => tracing::error!(%digest, %fault, "fill failed"),
+        _ => tracing::warn!(%digest, %fault, "fill failed"),
+    }
+}
+
+impl Flight {
+    fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.state.lock());
+        self.tick.send_replace(());
+        result
+    }
+
+    /// Back to byte 0, if no reader has been given anything.
+    fn start_over(&self) -> bool {
+        self.update(|state| {
+            if !state.released {
+                state.phase = Phase::Opening;
+                state.size = None;
+                state.spool = Spool::default();
+            }
+            !state.released
+        })
+    }
+}
+
+/// How often a broken transfer is taken up again.
+struct Attempts {
+    retries: usize,
+    delays: ExponentialBackoff,
+    /// Where the transfer stood when the delays were last renewed.
+    from: u64,
+}
+
+impl Attempts {
+    fn new(retries: usize) -> Self {
+        Self { retries, delays: Self::delays(retries), from: 0 }
+    }
+
+    fn delays(retries: usize) -> ExponentialBackoff {
+        ExponentialBuilder::new().with_min_delay(Duration::from_millis(50)).with_max_delay(Duration::from_secs(1)).with_max_times(retries).with_jitter().build()
+    }
+
+    /// How long to wait before going on; none if it is no use.
+    fn after(&mut self, fault: &Fault, seen: u64) -> Option<Duration> {
+        match fault {
+            Fault::Unreachable { .. } | Fault::Silent { .. } | Fault::Unusable { .. } => {}
+            _ => return None,
+        }
+        if seen >= self.from + PROGRESS {
+            self.delays = Self::delays(self.retries);
+            self.from = seen;
+        }
+        self.delays.next()
+    }
+}
+
+/// One request's view of a flight: an offset into its spool.
+pub struct Reader {
+    flights: Arc<Flights>,
+    flight: Arc<Flight>,
+    tick: watch::Receiver<()>,
+    follower: bool,
+    /// Offset of the next byte.
+    at: u64,
+    /// Where this response ends; none while the blob's length is not known.
+    end: Option<u64>,
+}
+
+/// What a reader can be told before it reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opened {
+    /// The origin says that there is no such blob.
+    Absent,
+    /// The blob's bytes can be read, and this is its size, unless it streams with none announced.
+    Blob(Option<u64>),
+}
+
+impl Reader {
+    /// Call under the map's lock, where flights cannot be abandoned.
+    fn new(flights: &Arc<Flights>, flight: Arc<Flight>, follower: bool) -> Self {
+        flight.readers.fetch_add(1, Ordering::AcqRel);
+        if follower {
+            flights.metrics.flight_followers.inc();
+        }
+        Self { flights: flights.clone(), tick: flight.tick.subscribe(), flight, follower, at: 0, end: None }
+    }
+
+    /// Waits until the response can begin: the blob has verified, or it is too large to wait for and bytes of the wanted part can leave.
+    /// `part` picks first offset and end, given the size. With `need_size`, a blob of unknown length is waited for.
+    ///
+    /// # Errors
+    /// The flight's fault.
+    pub async fn open(&mut self, need_size: bool, part: impl Fn(Option<u64>) -> (u64, Option<u64>)) -> Result<Opened, Fault> {
+        loop {
+            if let Some(opened) = self.try_open(need_size, &part)? {
+                return Ok(opened);
+            }
+            self.changed().await?;
+        }
+    }
+
+    fn try_open(&mut self, need_size: bool, part: impl Fn(Option<u64>) -> (u64, Option<u64>)) -> Result<Option<Opened>, Fault> {
+        let mut state = self.flight.state.lock();
+        match &state.phase {
+            Phase::Opening => Ok(None),
+            Phase::Absent => Ok(Some(Opened::Absent)),
+            Phase::Failed(fault) => Err(fault.clone()),
+            Phase::Verified => {
+                let size = state.spool.len();
+                let (first, end) = part(Some(size));
+                (self.at, self.end) = (first, Some(end.unwrap_or(size)));
+                Ok(Some(Opened::Blob(Some(size))))
+            }
+            Phase::Filling => {
+                let known = state.size.unwrap_or(state.spool.len());
+                if known <= self.flights.buffer_up_to || (need_size && state.size.is_none()) {
+                    return Ok(None);
+                }
+                let (first, end) = part(state.size);
+                let nothing = end == Some(first);
+                let may_leave = end.map_or(state.spool.len().saturating_sub(HOLD_BACK), |end| end.saturating_sub(HOLD_BACK).min(state.spool.len()));
+                if !nothing && may_leave <= first {
+                    return Ok(None);
+                }
+                state.released |= !nothing;
+                (self.at, self.end) = (first, end);
+                Ok(Some(Opened::Blob(state.size)))
+            }
+        }
+    }
+
+    /// The next bytes of the response, at most [`spool::PIECE`]; none at its end.
+    ///
+    /// # Errors
+    /// The flight's fault: the response must then be cut.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+        loop {
+            let (piece, at) = {
+                let state = self.flight.state.lock();
+                let len = state.spool.len();
+                let limit = match &state.phase {
+                    Phase::Failed(fault) => return Err(fault.clone()),
+                    Phase::Verified => self.end.unwrap_or(len),
+                    _ => self.end.map_or(len.saturating_sub(HOLD_BACK), |end| end.saturating_sub(HOLD_BACK).min(len)),
+                };
+                if matches!(state.phase, Phase::Verified) && self.at >= limit {
+                    return Ok(None);
+                }
+                (limit.checked_sub(self.at).filter(|n| *n > 0).map(|n| state.spool.read(self.at, n)), self.at)
+            };
+            let bytes = match piece {
+                Some(Piece::Memory(bytes)) => bytes,
+                Some(Piece::File(file, len)) => spool::read_file(file, at, len).await?,
+                None => {
+                    self.changed().await?;
+                    continue;
+                }
+            };
+            self.at += bytes.len() as u64;
+            return Ok(Some(bytes));
+        }
+    }
+
+    async fn changed(&mut self) -> Result<(), Fault> {
+        self.tick.changed().await.map_err(|_| Fault::Internal("the flight is gone".into()))
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        if self.follower {
+            self.flights.metrics.flight_followers.dec();
+        }
+        if self.flight.readers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.flight.deserted.notify_one();
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! Reads one request head off a connection, within every limit, before anything is built for it.
+//!
+//! Strict on purpose: what two parsers could read differently is refused here, and only here.
+
+use castier_blob::wire::Target;
+use castier_config::Limits;
+use bytes::BytesMut;
+use http::{Method, StatusCode};
+use std::{ops::Range, time::Duration};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    time::{Instant, timeout_at},
+};
+
+/// `limits.max_headers` cannot be more than this (the config sees to it): the room on the stack for parsing.
+const MAX_HEADERS: usize = 256;
+/// How much is read at once.
+const READ: usize = 4 << 10;
+
+/// A complete and well-formed request head at the front of the bytes read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Its length, the empty line included.
+    pub len: usize,
+    /// The method.
+    pub method: Method,
+    /// Where the path stands, without scheme, authority and query.
+    path: Range<usize>,
+    /// GET over HTTP/1.1 with no header that could change the answer: the bytes of the blob, whole, on a connection that stays open.
+    pub plain: bool,
+    /// How the request's body is framed.
+    pub framing: Framing,
+}
+
+/// How a request's body is framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// So many bytes; 0 for none.
+    Length(u64),
+    /// In chunks, to an end that only a parser of chunks knows.
+    Chunked,
+}
+
+/// Why there is no request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoHead {
+    /// The client closed, or stayed idle too long: nothing to answer.
+    Closed,
+    /// Refused, with what to say before closing.
+    Refused(StatusCode, String),
+}
+
+impl Head {
+    /// The path, out of the very bytes that were parsed.
+    pub fn path<'a>(&self, bytes: &'a [u8]) -> &'a str {
+        bytes.get(self.path.clone()).and_then(|path| str::from_utf8(path).ok()).unwrap_or_default()
+    }
+
+    /// What the request is for.
+    pub fn target<'a>(&self, bytes: &'a [u8]) -> Target<'a> {
+        Target::of(self.path(bytes))
+    }
+}
+
+/// Reads until `ahead` begins with a whole head. What follows the head stays in `ahead`.
+///
+/// The first byte may take `wait` (a new connection's whole head must then come within `header_timeout`); `ahead` may hold bytes from before.
+///
+/// # Errors
+/// [`NoHead`]: nothing came, or nothing that may be served.
+pub async fn read_head(stream: &mut (impl AsyncRead + Unpin), ahead: &mut BytesMut, limits: &Limits, wait: Duration) -> Result<Head, NoHead> {
+    let max_bytes = usize::try_from(limits.max_header_bytes.get()).unwrap_or(usize::MAX);
+    let started = Instant::now();
+    let mut deadline = if ahead.is_empty() { started + wait } else { started + limits.header_timeout.get() };
+    loop {
+        if !ahead.is_empty() {
+            if let Some(head) = parse(ahead, limits.max_headers)? {
+                if head.len > max_bytes {
+                    return Err(too_large(max_bytes));
+                }
+                return Ok(head);
+            }
+            if ahead.len() > max_bytes {
+                return Err(too_large(max_bytes));
+            }
+        }
+        let was_empty = ahead.is_empty();
+        ahead.reserve(READ);
+        match timeout_at(deadline, stream.read_buf(ahead)).await {
+            Ok(Ok(n)) if n > 0 => {}
+            Ok(_) => return Err(NoHead::Closed),
+            Err(_) if was_empty => return Err(NoHead::Closed),
+            Err(_) => {
+                let why = format!("the request head did not arrive within {}", limits.header_timeout);
+                return Err(NoHead::Refused(StatusCode::REQUEST_TIMEOUT, why));
+            }
+        }
+        if was_empty {
+            deadline = Instant::now() + limits.header_timeout.get();
+        }
+    }
+}
+
+fn too_large(max_bytes: usize) -> NoHead {
+    NoHead::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, format!("the request head is larger than {max_bytes} bytes"))
+}
+
+/// A head, or none yet, or never.
+fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let max_headers = max_headers.min(MAX_HEADERS);
+    let mut request = httparse::Request::new(&mut headers[..max_headers]);
+    let len = match request.parse(bytes) {
+        Ok(httparse::Status::Complete(len)) => len,
+        Ok(httparse::Status::Partial) => return Ok(None),
+        Err(httparse::Error::TooManyHeaders) => {
+            let why = format!("more than {max_headers} header fields");
+            return Err(NoHead::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, why));
+        }
+        Err(httparse::Error::Version) => {
+            return Err(NoHead::Refused(StatusCode::HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 and HTTP/1.0 are spoken here".into()));
+        }
+        Err(error) => return Err(bad(&format!("malformed request head: {error}"))),
+    };
+    let (Some(method), Some(target), Some(minor)) = (request.method, request.path, request.version) else {
+        return Err(bad("malformed request line"));
+    };
+    let method = Method::from_bytes(method.as_bytes()).map_err(|_| bad("malformed method"))?;
+    if method == Method::CONNECT {
+        return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served: castier is no forward proxy".into()));
+    }
+    let path = path_of(bytes, target)?;
+    let mut plain = method == Method::GET && minor == 1;
+    let framing = framing(request.headers, minor, &mut plain)?;
+    Ok(Some(Head { len, method, path, plain, framing }))
+}
+
+/// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer.
+fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool) -> Result<Framing, NoHead> {
+    let mut length = None;
+    let mut chunked = false;
+    let mut hosts = 0;
+    for header in headers {
+        let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+        match header.name.len() {
+            4 if is("host") => hosts += 1,
+            14 if is("content-length") => {
+                let value = str::from_utf8(header.value).ok().map(str::trim).filter(|v| v.bytes().all(|b| b.is_ascii_digit()));
+                let value: u64 = value.and_then(|v| v.parse().ok()).ok_or_else(|| bad("malformed Content-Length"))?;
+                if length.is_some_and(|before| before != value) {
+                    return Err(bad("contradicting Content-Length"));
+                }
+                length = Some(value);
+            }
+            17 if is("transfer-encoding") => {
+                if !header.value.trim_ascii().eq_ignore_ascii_case(b"chunked") || chunked || minor == 0 {
+                    return Err(bad("the only Transfer-Encoding is chunked, over HTTP/1.1"));
+                }
+                chunked = true;
+            }
+            10 if is("connection") => *plain &= header.value.trim_ascii().eq_ignore_ascii_case(b"keep-alive"),
+            5 if is("range") => *plain = false,
+            6 if is("expect") => *plain = false,
+            7 if is("upgrade") => *plain = false,
+            13 if is("if-none-match") => *plain = false,
+            _ => {}
+        }
+    }
+    if hosts > 1 || (hosts == 0 && minor == 1) {
+        return Err(bad("HTTP/1.1 wants exactly one Host header field"));
+    }
+    if chunked && length.is_some() {
+        return Err(bad("both Content-Length and Transfer-Encoding"));
+    }
+    let framing = if chunked { Framing::Chunked } else { Framing::Length(length.unwrap_or(0)) };
+    *plain &= framing == Framing::Length(0);
+    Ok(framing)
+}
+
+/// Where the path stands within the head: `/a?b` and `http://host/a?b` both mean `/a`.
+fn path_of(bytes: &[u8], target: &str) -> Result<Range<usize>, NoHead> {
+    let start = target.as_ptr() as usize - bytes.as_ptr() as usize;
+    let skip = match target.find("://") {
+        _ if target.starts_with('/') || target == "*" => 0,
+        Some(scheme) => target[scheme + 3..].find('/').map_or(target.len(), |slash| scheme + 3 + slash),
+        None => return Err(bad("the request target is neither a path nor a URL")),
+    };
+    let path = &target[skip..];
+    let end = path.find(['?', '#']).unwrap_or(path.len());
+    Ok(start + skip..start + skip + end)
+}
+
+fn bad(why: &str) -> NoHead {
+    NoHead::Refused(StatusCode::BAD_REQUEST, why.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn head(text: &str) -> Result<Option<Head>, NoHead> {
+        parse(text.as_bytes(), 100)
+    }
+
+    fn refused(text: &str) -> u16 {
+        match head(text) {
+            Err(NoHead::Refused(status, _)) => status.as_u16(),
+            other => panic!("{text:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn targets_and_framing() {
+        let text = "GET http://a.example:80/cas/abc?x=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello";
+        let parsed = head(text).unwrap().unwrap();
+        assert_eq!((parsed.path(text.as_bytes()), parsed.framing, parsed.plain), ("/cas/abc", Framing::Length(5), false));
+        assert_eq!(&text[parsed.len..], "hello");
+        let text = "GET /cas/abc HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nConnection: Keep-Alive\r\n\r\n";
+        assert!(head(text).unwrap().unwrap().plain);
+        for change in ["Range: bytes=0-1", "If-None-Match: \"x\"", "Connection: close", "Expect: 100-continue", "Upgrade: h2c", "Transfer-Encoding: chunked"] {
+            let text = format!("GET /cas/abc HTTP/1.1\r\nHost: a\r\n{change}\r\n\r\n");
+            assert!(!head(&text).unwrap().unwrap().plain, "{change}");
+        }
+        assert!(!head("GET / HTTP/1.0\r\n\r\n").unwrap().unwrap().plain);
+        assert!(!head("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap().unwrap().plain);
+        assert_eq!(head("GET / HTTP/1.1\r\nHost: a\r\n").unwrap(), None);
+    }
+
+    #[test]
+    fn refusals() {
+        for (status, text) in [
+            (400, "GET / HTTP/1.1\r\n\r\n"),
+            (400, "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"),
+            (400, "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n"),
+            (400, "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: +1\r\n\r\n"),
+            (400, "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"),
+            (400, "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"),
+            (400, "GET /\0 HTTP/1.1\r\nHost: a\r\n\r\n"),
+            (400, "GET somewhere HTTP/1.1\r\nHost: a\r\n\r\n"),
+            (400, "\u{16}\u{3}\u{1}TLS client hello\r\n\r\n"),
+            (405, "CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n"),
+            (505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+        ] {
+            assert_eq!(refused(text), status, "{text:?}");
+        }
+        let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: y\r\n".repeat(100));
+        assert_eq!(refused(&many), 431);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn limits_of_size_and_time() {
+        let limits = Limits::default();
+        let wait = limits.idle_timeout.get();
+        let large = format!("GET / HTTP/1.1\r\nX: {}", "y".repeat(40_000));
+        let mut ahead = BytesMut::new();
+        let answer = read_head(&mut large.as_bytes(), &mut ahead, &limits, wait).await;
+        assert!(matches!(answer, Err(NoHead::Refused(status, _)) if status == 431), "{answer:?}");
+        // A client that sends a byte now and then does not get more time for it.
+        let (mut client, mut server) = tokio::io::duplex(64);
+        let sender = tokio::spawn(async move {
+            for byte in b"GET / HTTP/1.1\r\nHost: a\r\n".iter().cycle() {
+                if tokio::io::AsyncWriteExt::write_all(&mut client, &[*byte]).await.is_err() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
+        let answer = read_head(&mut server, &mut BytesMut::new(), &limits, wait).await;
+        assert!(matches!(answer, Err(NoHead::Refused(status, _)) if status == 408), "{answer:?}");
+        drop(server);
+        sender.await.unwrap();
+        let answer = read_head(&mut tokio::io::empty(), &mut BytesMut::new(), &limits, wait).await;
+        assert_eq!(answer, Err(NoHead::Closed));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = parse(&bytes, 10);
+        }
+
+        #[test]
+        fn no_request_line_panics(target in "[ -~]{0,40}", rest in "[ -~\r\n]{0,80}") {
+            let text = format!("GET {target} HTTP/1.1\r\nHost: a\r\n{rest}\r\n\r\n");
+            if let Ok(Some(head)) = parse(text.as_bytes(), 10) {
+                prop_assert!(text.contains(head.path(text.as_bytes())));
+            }
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! Connections: reads requests, asks the ladder, writes replies. With `relay.rs`, the only place that sees pingora's sessions.
+//!
+//! Two lanes write the same [`Reply`]. A plain GET that memory can answer is written straight onto the connection; everything
+//! else about blobs goes through pingora's HTTP/1 session; what is no blob goes to [`Relay`].
+
+use crate::{
+    fault::{Fault, Limit},
+    flight::Opened,
+    gate::{self, Head, NoHead},
+    ladder::{Found, Ladder},
+    metrics::{Metrics, Route, Served},
+    record::Record,
+    relay::Relay,
+    serve::{Body, Reply, Via},
+    upload,
+    upstream::Put,
+};
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use bytes::{BufMut, Bytes, BytesMut};
+use castier_blob::{Digest, Selection, wire, wire::Target};
+use castier_config::Limits;
+use http::{HeaderMap, Method, StatusCode, Version, header};
+use pingora::{
+    apps::ServerApp,
+    http::ResponseHeader,
+    protocols::{
+        Stream,
+        http::{ServerSession, date::get_cached_date},
+    },
+    server::ShutdownWatch,
+};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
+
+/// Connections over the limit that are told so; beyond these they are closed without a word, so that telling costs little.
+const REFUSALS: usize = 1024;
+/// A refused client has this long to send its request and read the answer.
+const REFUSAL: Duration = Duration::from_secs(2);
+/// After an early answer the rest of an upload is read for this long, so that the client gets to see the answer and not a reset.
+const LINGER: Duration = Duration::from_secs(10);
+/// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
+const IDLE_BODY: usize = 64 << 10;
+/// Bodies up to this size are copied behind their head, to leave in one write.
+const ONE_WRITE: usize = 16 << 10;
+/// Longer ones are written in pieces, each within `limits.write_timeout`: a slow client is not a stuck one.
+const PIECE: usize = crate::spool::PIECE;
+
+/// The public listener's application.
+pub struct Front {
+    ladder: Arc<Ladder>,
+    relay: Relay,
+    limits: Arc<ArcSwap<Limits>>,
+    metrics: Arc<Metrics>,
+}
+
+/// The connection broke, or had to be broken, before the response was whole.
+struct Cut;
+
+/// Counts one connection for as long as it lives.
+struct Open<'a>(&'a Front);
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.metrics.connections.dec();
+    }
+}
+
+#[async_trait]
+impl ServerApp for Front {
+    async fn process_new(self: &Arc<Self>, mut stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        self.metrics.connections.inc();
+        let _open = Open(self);
+        let open = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
+        let max = self.limits.load().max_connections;
+        if open > max {
+            self.metrics.shed(Limit::Connections);
+            if open <= max + REFUSALS {
+                let _ = timeout(REFUSAL, refuse_connection(&mut stream)).await;
+            }
+            return None;
+        }
+        self.serve_connection(stream, shutdown).await;
+        None
+    }
+}
+
+impl Front {
+    /// The application over these parts.
+    pub fn new(ladder: Arc<Ladder>, relay: Relay, limits: Arc<ArcSwap<Limits>>, metrics: Arc<Metrics>) -> Self {
+        Self { ladder, relay, limits, metrics }
+    }
+
+    /// One request after the other, until either side has had enough.
+    async fn serve_connection(&self, mut stream: Stream, shutdown: &ShutdownWatch) {
+        let peer = stream.get_socket_digest().and_then(|socket| socket.peer_addr().and_then(|address| address.as_inet().copied()));
+        let mut draining = shutdown.clone();
+        let mut ahead = BytesMut::new();
+        let mut wait = self.limits.load().header_timeout.get();
+        loop {
+            let limits = self.limits.load_full();
+            let idle = ahead.is_empty();
+            let head = tokio::select! {
+                biased;
+                head = gate::read_head(&mut stream, &mut ahead, &limits, wait) => head,
+                _ = draining.wait_for(|down| *down), if idle => return,
+            };
+            wait = limits.idle_timeout.get();
+            let head = match head {
+                Ok(head) => head,
+                Err(NoHead::Closed) => return,
+                Err(NoHead::Refused(status, why)) => return self.refuse_request(stream, status, &why, peer).await,
+            };
+            let next = match head.target(&ahead) {
+                Target::Blob(digest) if head.plain && !*draining.borrow() => match self.fast_hit(&mut stream, &mut ahead, &head, &digest, &limits, peer).await {
+                    Ok(true) => Some((stream, ahead)),
+                    Ok(false) => self.serve_session(stream, ahead, &limits, &draining, peer).await,
+                    Err(Cut) => return,
+                },
+                Target::Blob(_) | Target::Malformed(_) if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) => {
+                    self.serve_session(stream, ahead, &limits, &draining, peer).await
+                }
+                Target::Collection if head.method == Method::POST => self.serve_session(stream, ahead, &limits, &draining, peer).await,
+                _ => self.relay.pass(stream, ahead, &head, limits.idle_timeout.get(), limits.write_timeout.get(), shutdown).await,
+            };
+            match next {
+                Some(next) => (stream, ahead) = next,
+                None => return,
+            }
+        }
+    }
+
+    /// The fast lane: a blob that memory has, to a client that asks for nothing but the blob. False if memory has it not.
+    async fn fast_hit(&self, stream: &mut Stream, ahead: &mut BytesMut, head: &Head, digest: &Digest, limits: &Limits, peer: Option<SocketAddr>) -> Result<bool, Cut> {
+        let started = Instant::now();
+        let Some(bytes) = self.ladder.get_from_memory(digest) else { return Ok(false) };
+        let request = ahead.split_to(head.len);
+        let reply = Reply::blob(digest, Some(bytes.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
+        let mut out = head_on_wire(&reply, true);
+        let write = limits.write_timeout.get();
+        let written = async {
+            if bytes.len() <= ONE_WRITE {
+                out.extend_from_slice(&bytes);
+                return timeout(write, stream.write_all(&out)).await;
+            }
+            let first = PIECE.min(bytes.len());
+            let mut both = bytes::Buf::chain(&out[..], &bytes[..first]);
+            timeout(write, stream.write_all_buf(&mut both)).await?.ok();
+            for piece in bytes[first..].chunks(PIECE) {
+                if let Err(error) = timeout(write, stream.write_all(piece)).await? {
+                    return Ok(Err(error));
+                }
+            }
+            Ok(stream.flush().await)
+        };
+        let cut = !matches!(written.await, Ok(Ok(())));
+        self.metrics.memory_bytes.inc_by(bytes.len() as u64);
+        let served = if cut { Served::Error } else { Served::Hit };
+        let cache = cache_status(&reply.headers);
+        Record { route: Route::Blob, method: &Method::GET, path: head.path(&request), code: 200, bytes: bytes.len() as u64, took: started.elapsed(), cache, served, peer }.log(&self.metrics);
+        if cut { Err(Cut) } else { Ok(true) }
+    }
+
+    /// A request that could not be read: says why, and closes.
+    async fn refuse_request(&self, mut stream: Stream, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
+        let started = Instant::now();
+        let _ = timeout(REFUSAL, write_and_close(&mut stream, &Reply::error(status, why))).await;
+        Record { route: Route::Refused, method: &Method::GET, path: "-", code: status.as_u16(), bytes: 0, took: started.elapsed(), cache: "", served: Served::Error, peer }.log(&self.metrics);
+    }
+
+    /// A request about blobs, through pingora's session. Gives the connection back if it can serve another.
+    async fn serve_session(&self, stream: Stream, ahead: BytesMut, limits: &Limits, draining: &ShutdownWatch, peer: Option<SocketAddr>) -> Option<(Stream, BytesMut)> {
+        let started = Instant::now();
+        let mut session = ServerSession::new_http1(stream);
+        // Pipelining is switched on for the sake of `finish`, which then gives back what was read too much.
+        session.set_pipelining_enabled(true);
+        session.set_pipelined_prefix(ahead);
+        session.set_read_timeout(Some(limits.idle_timeout.get()));
+        session.set_write_timeout(Some(limits.write_timeout.get()));
+        session.set_total_drain_timeout(Some(LINGER));
+        if !matches!(session.read_request().await, Ok(true)) {
+            // The gate has seen a whole and sound head, so this is where the two parsers differ: in doubt, out.
+            let _ = write(&mut session, Reply::error(StatusCode::BAD_REQUEST, "malformed request head")).await;
+            session.shutdown().await;
+            return None;
+        }
+        if *draining.borrow() {
+            session.set_keepalive(None);
+        }
+        let method = session.req_header().method.clone();
+        let path = session.req_header().uri.path().to_owned();
+        let target = Target::of(&path);
+        let answered = match target {
+            Target::Blob(digest) => match method {
+                Method::GET => self.get(&mut session, &digest).await,
+                Method::HEAD => self.head(&mut session, &digest).await,
+                Method::PUT => self.put(&mut session, Some(digest), limits).await,
+                _ => self.delete(&mut session, &digest).await,
+            },
+            Target::Collection => self.put(&mut session, None, limits).await,
+            Target::Malformed(_) | Target::Other => Ok(Reply::malformed_digest()),
+        };
+        let outcome = match answered {
+            Ok(reply) => {
+                let (code, served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
+                let whole = self.write_reply(&mut session, reply).await.is_ok();
+                (code, if whole { served } else { Served::Error }, cache, whole)
+            }
+            // The client left before there was an answer (nginx's 499).
+            Err(Cut) => (499, Served::Error, String::new(), false),
+        };
+        let (code, served, cache, whole) = outcome;
+        let route = if matches!(target, Target::Collection) { Route::Collection } else { Route::Blob };
+        Record { route, method: &method, path: &path, code, bytes: session.body_bytes_sent() as u64, took: started.elapsed(), cache: &cache, served, peer }.log(&self.metrics);
+        if !whole {
+            session.shutdown().await;
+            return None;
+        }
+        if !session.is_body_done() && session.req_header().headers.get(header::EXPECT).is_none() {
+            let _ = timeout(LINGER, async { while let Ok(Some(_)) = session.read_request_body().await {} }).await;
+        }
+        let (stream, ahead) = session.finish().await.ok().flatten()?.into_parts();
+        Some((stream, ahead.unwrap_or_default()))
+    }
+
+    async fn get(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Cut> {
+        if castier_blob::names_this_blob(&session.req_header().headers, digest) {
+            return Ok(Reply::not_modified(digest));
+        }
+        if let Some(refusal) = idle_body(session).await {
+            return Ok(refusal);
+        }
+        let headers = session.req_header().headers.clone();
+        let select = |size: u64| castier_blob::select(&Method::GET, &headers, digest, size);
+        let (mut reader, collapsed) = match self.ladder.get(digest) {
+            Found::Memory(bytes) => {
+                let selection = select(bytes.len() as u64);
+                let body = match selection {
+                    Selection::Part { first, last } => bytes.slice(first as usize..=last as usize),
+                    _ => bytes.clone(),
+                };
+                return Ok(Reply::blob(digest, Some(bytes.len() as u64), selection, Via::Memory, Body::Whole(body)));
+            }
+            Found::Flight { reader, collapsed } => (reader, collapsed),
+        };
+        let part = |size: Option<u64>| match size.map(select) {
+            None => (0, None),
+            Some(Selection::Whole) => (0, size),
+            Some(Selection::Part { first, last }) => (first, Some(last + 1)),
+            Some(Selection::NotModified | Selection::Unsatisfiable) => (0, Some(0)),
+        };
+        // Without a length, an HTTP/1.0 client could take a cut body for a whole one, and a range would have nothing to refer to.
+        let need_size = session.req_header().version == Version::HTTP_10 || headers.contains_key(header::RANGE) || headers.contains_key(header::IF_NONE_MATCH);
+        let opened = tokio::select! {
+            biased;
+            opened = reader.open(need_size, part) => opened,
+            _ = session.read_body_or_idle(true) => return Err(Cut),
+        };
+        Ok(match opened {
+            Ok(Opened::Blob(size)) => {
+                let selection = size.map_or(Selection::Whole, select);
+                let via = Via::Origin { collapsed, stored: self.ladder.keeps(size) };
+                Reply::blob(digest, size, selection, via, Body::Flight(reader))
+            }
+            Ok(Opened::Absent) => Reply::absent(digest),
+            Err(fault) => Reply::fault(&fault),
+        })
+    }
+
+    async fn head(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Cut> {
+        if castier_blob::names_this_blob(&session.req_header().headers, digest) {
+            return Ok(Reply::not_modified(digest));
+        }
+        if let Some(refusal) = idle_body(session).await {
+            return Ok(refusal);
+        }
+        Ok(match self.ladder.stat(digest).await {
+            Ok((Opened::Blob(size), hit)) => {
+                let via = if hit { Via::Memory } else { Via::Origin { collapsed: false, stored: false } };
+                let selection = castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
+                Reply::blob(digest, size, selection, via, Body::Empty)
+            }
+            Ok((Opened::Absent, _)) => Reply::absent(digest),
+            Err(fault) => Reply::fault(&fault),
+        })
+    }
+
+    /// PUT with a digest, POST without.
+    async fn put(&self, session: &mut ServerSession, digest: Option<Digest>, limits: &Limits) -> Result<Reply, Cut> {
+        let max = limits.max_blob.get();
+        let request = session.req_header();
+        let announced = request.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.trim().parse::<u64>().ok());
+        let waits = request.headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+        let boundary = match digest {
+            Some(_) => None,
+            None => upload::boundary(&request.headers),
+        };
+        if boundary.is_none() && announced.is_some_and(|size| size > max) {
+            return Ok(Reply::fault(&Fault::TooLarge { limit: max }));
+        }
+        if waits {
+            if let Some(digest) = digest
+                && let Ok(Some(size)) = self.ladder.stored_at_origin(&digest).await
+            {
+                return Ok(Reply::stored(&digest, size, false, true));
+            }
+            session.write_continue_response().await.map_err(|_| Cut)?;
+        }
+        let size = if boundary.is_some() { None } else { announced };
+        let mut body = upload::of_session(session, max, boundary.is_some());
+        if let Some(boundary) = boundary {
+            body = upload::first_file(body, boundary, max);
+        }
+        match self.ladder.put(digest, size, body).await {
+            Ok((put, stored, size)) => Ok(Reply::stored(&stored, size, put == Put::Created, digest.is_some())),
+            Err(Fault::ClientGone(_)) => Err(Cut),
+            Err(fault) => {
+                tracing::info!(%fault, "upload refused");
+                Ok(Reply::fault(&fault))
+            }
+        }
+    }
+
+    async fn delete(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Cut> {
+        if let Some(refusal) = idle_body(session).await {
+            return Ok(refusal);
+        }
+        Ok(match self.ladder.delete(digest).await {
+            Ok(true) => Reply::deleted(),
+            Ok(false) => Reply::absent(digest),
+            Err(fault) => Reply::fault(&fault),
+        })
+    }
+
+    /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.
+    async fn write_reply(&self, session: &mut ServerSession, reply: Reply) -> Result<(), Cut> {
+        let Reply { status, headers, body, served } = reply;
+        let mut reader = match body {
+            Body::Flight(reader) => reader,
+            whole => {
+                let sent = write(session, Reply { status, headers, body: whole, served }).await;
+                if served == Served::Hit {
+                    self.metrics.memory_bytes.inc_by(session.body_bytes_sent() as u64);
+                }
+                return sent.map_err(|_| Cut);
+            }
+        };
+        session.write_response_header(response_header(status, &headers)).await.map_err(|_| Cut)?;
+        loop {
+            let piece = tokio::select! {
+                biased;
+                piece = reader.next() => piece,
+                _ = session.read_body_or_idle(true) => return Err(Cut),
+            };
+            match piece {
+                Ok(Some(piece)) => {
+                    self.metrics.flight_bytes.inc_by(piece.len() as u64);
+                    session.write_response_body(piece, false).await.map_err(|_| Cut)?;
+                }
+                Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(|_| Cut),
+                Err(fault) => {
+                    tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
+                    return Err(Cut);
+                }
+            }
+        }
+    }
+}
+
+/// Writes a reply that is whole.
+pub(crate) async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
+    session.write_response_header(response_header(reply.status, &reply.headers)).await?;
+    if let Body::Whole(bytes) = reply.body {
+        for at in (0..bytes.len()).step_by(PIECE) {
+            session.write_response_body(bytes.slice(at..bytes.len().min(at + PIECE)), false).await?;
+        }
+    }
+    session.write_response_body(Bytes::new(), true).await
+}
+
+/// The body of a request that should have none, read away; a refusal if it is too much.
+async fn idle_body(session: &mut ServerSession) -> Option<Reply> {
+    let mut read = 0;
+    while !session.is_body_done() {
+        match session.read_request_body().await {
+            Ok(Some(part)) => read += part.len(),
+            Ok(None) => break,
+            Err(_) => return Some(Reply::error(StatusCode::BAD_REQUEST, "malformed request body")),
+        }
+        if read > IDLE_BODY {
+            return Some(Reply::error(StatusCode::PAYLOAD_TOO_LARGE, "this method takes no body"));
+        }
+    }
+    None
+}
+
+async fn refuse_connection(stream: &mut Stream) {
+    // The request is read first: closing over unread bytes would reset the connection and take the answer along.
+    let _ = stream.read(&mut [0; 4096]).await;
+    write_and_close(stream, &Reply::fault(&Fault::Busy(Limit::Connections))).await;
+}
+
+/// Writes a reply on a connection that has no session, closes our side, and reads on until the client has closed its own.
+async fn write_and_close(stream: &mut Stream, reply: &Reply) {
+    let mut out = head_on_wire(reply, false);
+    if let Body::Whole(body) = &reply.body {
+        out.extend_from_slice(body);
+    }
+    if stream.write_all(&out).await.is_err() || AsyncWriteExt::shutdown(stream).await.is_err() {
+        return;
+    }
+    let mut rest = [0; 16 << 10];
+    while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {}
+}
+
+/// The head as it goes over the wire, without a session.
+fn head_on_wire(reply: &Reply, keep_alive: bool) -> BytesMut {
+    let mut out = BytesMut::with_capacity(1024 + ONE_WRITE.min(4096));
+    out.put_slice(b"HTTP/1.1 ");
+    out.put_slice(reply.status.as_str().as_bytes());
+    out.put_u8(b' ');
+    out.put_slice(reply.status.canonical_reason().unwrap_or_default().as_bytes());
+    out.put_slice(b"\r\nDate: ");
+    out.put_slice(get_cached_date().as_bytes());
+    out.put_slice(if keep_alive { b"\r\n" } else { b"\r\nConnection: close\r\n" });
+    for (name, value) in &reply.headers {
+        out.put_slice(name.as_str().as_bytes());
+        out.put_slice(b": ");
+        out.put_slice(value.as_bytes());
+        out.put_slice(b"\r\n");
+    }
+    out.put_slice(b"\r\n");
+    out
+}
+
+fn response_header(status: StatusCode, headers: &HeaderMap) -> Box<ResponseHeader> {
+    let (mut parts, ()) = http::Response::new(()).into_parts();
+    parts.status = status;
+    parts.headers = headers.clone();
+    Box::new(parts.into())
+}
+
+fn cache_status(headers: &HeaderMap) -> &str {
+    headers.get(wire::CACHE_STATUS).and_then(|value| value.to_str().ok()).unwrap_or_default()
+}

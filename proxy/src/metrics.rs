@@ -1,0 +1,259 @@
+//! Every series of the tier in one place. Labels are finite and never hold a digest.
+//!
+//! The ledger: at a quiet moment `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one of
+//! `source_loads{result}`. HEADs and 304s by validator are no gets: they hand out no blob.
+
+use crate::{fault::Limit, memory::TierStats};
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    core::Collector, process_collector::ProcessCollector,
+};
+use std::{sync::OnceLock, time::Duration};
+
+/// From a memory hit (tens of microseconds) to a blob of many gigabytes.
+const SECONDS: [f64; 15] = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
+
+/// How a load from a source ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The blob came, and verified.
+    Ok,
+    /// The source says that there is no such blob.
+    Absent,
+    /// Neither.
+    Error,
+}
+
+impl Outcome {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Absent => "absent",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// What a request was about: the `route` label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// `/cas/<digest>`, malformed ones included.
+    Blob,
+    /// `/cas`.
+    Collection,
+    /// Anything that goes to the origin unchanged.
+    Relay,
+    /// Nothing that could be understood, or that was let in.
+    Refused,
+}
+
+impl Route {
+    /// As it stands in labels.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Blob => "blob",
+            Self::Collection => "collection",
+            Self::Relay => "relay",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// How a request was answered: the `result` label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// From a tier, or without needing one.
+    Hit,
+    /// By a flight that this request started, or by the origin.
+    Miss,
+    /// By a flight that another request had started.
+    Collapsed,
+    /// With a status of 400 or more, or by cutting the connection.
+    Error,
+}
+
+impl Served {
+    const ALL: [&'static str; 4] = ["hit", "miss", "collapsed", "error"];
+}
+
+/// The series.
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    /// The series of the one kind of request that must cost nothing, found once.
+    hit_requests: OnceLock<IntCounter>,
+    durations: [[Histogram; 4]; 4],
+    /// Bytes served from memory.
+    pub memory_bytes: IntCounter,
+    /// Bytes served from flights.
+    pub flight_bytes: IntCounter,
+    /// Gets: requests for the bytes of a blob.
+    pub gets: IntCounter,
+    /// Gets that no tier could answer.
+    pub loads: IntCounter,
+    /// Loads that started a flight.
+    pub flights: IntCounter,
+    /// Loads that joined one.
+    pub collapsed: IntCounter,
+    /// Gets answered by the memory tier.
+    pub memory_hits: IntCounter,
+    source_loads: IntCounterVec,
+    source_duration: HistogramVec,
+    source_resumes: IntCounterVec,
+    /// Fills going on.
+    pub flights_in_progress: IntGauge,
+    /// Requests reading a flight that another request started.
+    pub flight_followers: IntGauge,
+    tier_bytes: IntGaugeVec,
+    tier_capacity: IntGaugeVec,
+    tier_blobs: IntGaugeVec,
+    tier_evictions: IntCounterVec,
+    corrupt: IntCounterVec,
+    shed: IntCounterVec,
+    /// Client connections open now.
+    pub connections: IntGauge,
+}
+
+impl Metrics {
+    /// All series, those with known labels at 0 from the start.
+    ///
+    /// # Errors
+    /// A name or label that Prometheus does not allow: a mistake in this file.
+    pub fn new() -> prometheus::Result<Self> {
+        let r = Registry::new();
+        r.register(Box::new(ProcessCollector::for_self()))?;
+        let duration_vec = add(
+            &r,
+            HistogramVec::new(
+                HistogramOpts::new("castier_http_request_duration_seconds", "Time from a request's head to the end of its answer").buckets(SECONDS.to_vec()),
+                &["route", "result"],
+            )?,
+        )?;
+        let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused];
+        let durations = routes.map(|route| Served::ALL.map(|result| duration_vec.with_label_values(&[route.as_str(), result])));
+        let response_bytes = counters(&r, "castier_http_response_bytes_total", "Bytes of blobs sent to clients", &["from"])?;
+        let hits = counters(&r, "castier_hits_total", "Gets answered by a tier", &["tier"])?;
+        let info = gauges(&r, "castier_build_info", "The version that runs", &["version"])?;
+        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let metrics = Self {
+            requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
+            hit_requests: OnceLock::new(),
+            durations,
+            memory_bytes: response_bytes.with_label_values(&["memory"]),
+            flight_bytes: response_bytes.with_label_values(&["flight"]),
+            gets: counter(&r, "castier_gets_total", "Requests for the bytes of a blob")?,
+            loads: counter(&r, "castier_loads_total", "Gets that no tier could answer")?,
+            flights: counter(&r, "castier_flights_total", "Loads that started a flight")?,
+            collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight, a remembered absence included")?,
+            memory_hits: hits.with_label_values(&["memory"]),
+            source_loads: counters(&r, "castier_source_loads_total", "Flights by how they ended", &["source", "result"])?,
+            source_duration: add(
+                &r,
+                HistogramVec::new(HistogramOpts::new("castier_source_load_duration_seconds", "Time of a flight").buckets(SECONDS.to_vec()), &["source"])?,
+            )?,
+            source_resumes: counters(&r, "castier_source_resumes_total", "Broken transfers taken up again in the middle", &["source"])?,
+            flights_in_progress: gauge(&r, "castier_flights_in_progress", "Flights now")?,
+            flight_followers: gauge(&r, "castier_flight_followers", "Requests now reading a flight that another started")?,
+            tier_bytes: gauges(&r, "castier_tier_bytes", "Bytes that a tier takes up", &["tier"])?,
+            tier_capacity: gauges(&r, "castier_tier_capacity_bytes", "Bytes that a tier may take up", &["tier"])?,
+            tier_blobs: gauges(&r, "castier_tier_blobs", "Blobs in a tier", &["tier"])?,
+            tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs dropped for lack of room", &["tier"])?,
+            corrupt: counters(&r, "castier_corrupt_blobs_total", "Blobs whose bytes did not match their digest", &["source"])?,
+            shed: counters(&r, "castier_shed_requests_total", "Requests turned away at a limit", &["reason"])?,
+            connections: gauge(&r, "castier_connections", "Client connections open")?,
+            registry: r,
+        };
+        for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
+            metrics.source_loads.with_label_values(&["origin", outcome.as_str()]);
+        }
+        metrics.source_duration.with_label_values(&["origin"]);
+        metrics.source_resumes.with_label_values(&["origin"]);
+        for source in ["origin", "client"] {
+            metrics.corrupt.with_label_values(&[source]);
+        }
+        for limit in Limit::ALL {
+            metrics.shed.with_label_values(&[limit.as_str()]);
+        }
+        Ok(metrics)
+    }
+
+    /// A request was answered. `method` must come from a finite set.
+    pub fn request(&self, method: &str, route: Route, code: u16, served: Served, took: Duration) {
+        self.durations[route as usize][served as usize].observe(took.as_secs_f64());
+        let series = || self.requests.with_label_values(&["public", method, route.as_str(), code_text(code).as_str()]);
+        if code == 200 && method == "GET" && route == Route::Blob {
+            self.hit_requests.get_or_init(series).inc();
+        } else {
+            series().inc();
+        }
+    }
+
+    /// A flight ended.
+    pub fn source_load(&self, source: &str, outcome: Outcome, took: Duration) {
+        self.source_loads.with_label_values(&[source, outcome.as_str()]).inc();
+        self.source_duration.with_label_values(&[source]).observe(took.as_secs_f64());
+    }
+
+    /// How many flights ended so.
+    pub fn source_loads(&self, source: &str, outcome: Outcome) -> u64 {
+        self.source_loads.with_label_values(&[source, outcome.as_str()]).get()
+    }
+
+    /// A broken transfer was taken up again.
+    pub fn source_resume(&self, source: &str) {
+        self.source_resumes.with_label_values(&[source]).inc();
+    }
+
+    /// Bytes that did not match their digest came from `source`.
+    pub fn corrupt(&self, source: &str) {
+        self.corrupt.with_label_values(&[source]).inc();
+    }
+
+    /// A request was turned away.
+    pub fn shed(&self, limit: Limit) {
+        self.shed.with_label_values(&[limit.as_str()]).inc();
+    }
+
+    /// The text that Prometheus scrapes, with the tiers' state as of now.
+    pub fn render(&self, tiers: &[(&str, TierStats)]) -> String {
+        for (tier, stats) in tiers {
+            let gauge = |series: &IntGaugeVec, value: u64| series.with_label_values(&[*tier]).set(i64::try_from(value).unwrap_or(i64::MAX));
+            gauge(&self.tier_bytes, stats.bytes);
+            gauge(&self.tier_capacity, stats.capacity);
+            gauge(&self.tier_blobs, stats.blobs);
+            let evictions = self.tier_evictions.with_label_values(&[*tier]);
+            evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
+        }
+        let mut text = Vec::new();
+        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            tracing::error!(%error, "metrics could not be written");
+        }
+        String::from_utf8(text).unwrap_or_default()
+    }
+}
+
+fn add<C: Collector + Clone + 'static>(registry: &Registry, series: C) -> prometheus::Result<C> {
+    registry.register(Box::new(series.clone()))?;
+    Ok(series)
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntCounter> {
+    add(registry, IntCounter::new(name, help)?)
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntGauge> {
+    add(registry, IntGauge::new(name, help)?)
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
+    add(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntGaugeVec> {
+    add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
+}
+
+/// A status code in text, without an allocation.
+fn code_text(code: u16) -> http::StatusCode {
+    http::StatusCode::from_u16(code).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR)
+}

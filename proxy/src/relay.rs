@@ -1,0 +1,286 @@
+//! Everything that is no blob goes to the origin unchanged and uncached, streaming both ways. The only place that sees
+//! `pingora_proxy`.
+
+use crate::{
+    fault::Fault,
+    gate::{Framing, Head},
+    metrics::{Metrics, Route, Served},
+    record,
+    serve::Reply,
+    upstream::Upstream,
+};
+use async_trait::async_trait;
+use bytes::BytesMut;
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+use pingora::{
+    apps::HttpServerApp,
+    http::{RequestHeader, ResponseHeader},
+    prelude::HttpPeer,
+    protocols::{
+        GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID, UniqueIDType,
+        http::ServerSession, raw_connect::ProxyDigest,
+    },
+    proxy::{FailToProxy, HttpProxy, ProxyHttp, Session},
+    server::{ShutdownWatch, configuration::ServerConf},
+};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// `Via` as this node writes it.
+const VIA: HeaderValue = HeaderValue::from_static("1.1 castier");
+
+/// Relays requests to the origin.
+pub struct Relay {
+    proxy: Arc<HttpProxy<Rules>>,
+}
+
+/// What becomes of a relayed request, in pingora's terms.
+struct Rules {
+    origin: Arc<Upstream>,
+    metrics: Arc<Metrics>,
+}
+
+impl Relay {
+    /// To this origin.
+    pub fn new(origin: Arc<Upstream>, metrics: Arc<Metrics>, ca_file: &std::path::Path) -> Self {
+        let mut conf = ServerConf { upstream_keepalive_pool_size: 256, ..ServerConf::default() };
+        conf.ca_file = (!ca_file.as_os_str().is_empty()).then(|| ca_file.to_string_lossy().into_owned());
+        let mut proxy = HttpProxy::new(Rules { origin, metrics }, Arc::new(conf));
+        proxy.handle_init_modules();
+        Self { proxy: Arc::new(proxy) }
+    }
+
+    /// Relays the request whose head stands at the front of `ahead`. Gives the connection back if it can serve another.
+    pub async fn pass(&self, stream: Stream, mut ahead: BytesMut, head: &Head, read: Duration, write: Duration, shutdown: &ShutdownWatch) -> Option<(Stream, BytesMut)> {
+        let reusable = head.framing != Framing::Chunked;
+        let prefix = ahead.split_to(head.len);
+        let mut session = ServerSession::new_http1(Box::new(Fence::new(stream, ahead, head.framing)));
+        session.set_pipelined_prefix(prefix);
+        session.set_read_timeout(Some(read));
+        session.set_write_timeout(Some(write));
+        let (stream, _) = self.proxy.process_new_http(session, shutdown).await?.consume();
+        let fence = stream.into_any().downcast::<Fence>().ok()?;
+        reusable.then_some((fence.stream, fence.ahead))
+    }
+}
+
+/// What a relayed request's record needs.
+struct Passage {
+    started: Instant,
+    failed: bool,
+}
+
+#[async_trait]
+impl ProxyHttp for Rules {
+    type CTX = Passage;
+
+    fn new_ctx(&self) -> Passage {
+        Passage { started: Instant::now(), failed: false }
+    }
+
+    fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
+
+    async fn upstream_peer(&self, _session: &mut Session, _ctx: &mut Passage) -> pingora::Result<Box<HttpPeer>> {
+        let unreachable = |why: String| pingora::Error::explain(pingora::ErrorType::ConnectError, why).into_up();
+        let peers = self.origin.peers().await.map_err(|fault| unreachable(fault.to_string()))?;
+        peers.into_iter().next().map(Box::new).ok_or_else(|| unreachable("the origin has no address".into()))
+    }
+
+    async fn upstream_request_filter(&self, session: &mut Session, request: &mut RequestHeader, _ctx: &mut Passage) -> pingora::Result<()> {
+        let upgrade = session.is_upgrade_req();
+        for name in hop_by_hop(&request.headers) {
+            if !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
+                request.remove_header(&name);
+            }
+        }
+        // Absolute form is for proxies; the origin gets the path.
+        if request.uri.authority().is_some() {
+            let path = request.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
+            request.set_uri(path.parse().map_err(|_| pingora::Error::new(pingora::ErrorType::InvalidHTTPHeader))?);
+        }
+        if let Some(host) = request.headers.get(header::HOST).cloned()
+            && !request.headers.contains_key("x-forwarded-host")
+        {
+            request.insert_header("X-Forwarded-Host", host)?;
+        }
+        request.insert_header(header::HOST, self.origin.authority())?;
+        if let Some(client) = session.client_addr().and_then(|address| address.as_inet()) {
+            let before = request.headers.get("x-forwarded-for").and_then(|value| value.to_str().ok());
+            let chain = before.map_or_else(|| client.ip().to_string(), |before| format!("{before}, {}", client.ip()));
+            request.insert_header("X-Forwarded-For", chain)?;
+        }
+        if !request.headers.contains_key("x-forwarded-proto") {
+            request.insert_header("X-Forwarded-Proto", "http")?;
+        }
+        request.append_header(header::VIA, VIA)?;
+        Ok(())
+    }
+
+    async fn response_filter(&self, session: &mut Session, response: &mut ResponseHeader, _ctx: &mut Passage) -> pingora::Result<()> {
+        let upgrade = session.is_upgrade_req();
+        for name in hop_by_hop(&response.headers) {
+            // Framing is pingora's own business, and so is an upgrade that was agreed on.
+            if name != header::TRANSFER_ENCODING && !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
+                response.remove_header(&name);
+            }
+        }
+        response.append_header(header::VIA, VIA)?;
+        Ok(())
+    }
+
+    async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, ctx: &mut Passage) -> FailToProxy {
+        ctx.failed = true;
+        let fault = self.origin.fault(error);
+        if error.esource == pingora::ErrorSource::Downstream || session.response_written().is_some() {
+            return FailToProxy { error_code: 0, can_reuse_downstream: false };
+        }
+        tracing::warn!(%fault, "relay failed");
+        let reply = match fault {
+            Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
+            _ => Reply::fault(&fault),
+        };
+        let error_code = reply.status.as_u16();
+        if let Err(error) = crate::http::write(session.as_downstream_mut(), reply).await {
+            tracing::debug!(%error, "client gone");
+        }
+        FailToProxy { error_code, can_reuse_downstream: false }
+    }
+
+    async fn logging(&self, session: &mut Session, error: Option<&pingora::Error>, ctx: &mut Passage) {
+        let failed = ctx.failed || error.is_some();
+        let code = session.response_written().map_or(0, |response| response.status.as_u16());
+        let request = session.req_header();
+        let done = record::Record {
+            route: Route::Relay,
+            method: &request.method,
+            path: request.uri.path(),
+            code,
+            bytes: session.body_bytes_sent() as u64,
+            took: ctx.started.elapsed(),
+            cache: "castier; fwd=bypass",
+            served: if failed || code >= 400 { Served::Error } else { Served::Miss },
+            peer: session.client_addr().and_then(|address| address.as_inet()).copied(),
+        };
+        done.log(&self.metrics);
+    }
+}
+
+/// The headers that end here (RFC 9110, section 7.6.1): the fixed ones and those that `Connection` names.
+fn hop_by_hop(headers: &HeaderMap) -> Vec<HeaderName> {
+    const FIXED: [&str; 7] = ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
+    let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
+    let named: Vec<HeaderName> = named.filter_map(|name| name.trim().parse().ok()).collect();
+    // A request's framing headers stay even if `Connection` names them: dropping them would change where the body ends.
+    let fixed = FIXED.into_iter().map(HeaderName::from_static).filter(|name| *name != header::TRANSFER_ENCODING);
+    fixed.chain(named.into_iter().filter(|name| ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::HOST].contains(name))).collect()
+}
+
+/// A connection that shows its reader one request and no more: what belongs to the next stays in `ahead`. Without it, bytes that
+/// pingora reads ahead could not be had back, and a pipelining client would lose requests.
+#[derive(Debug)]
+struct Fence {
+    stream: Stream,
+    /// Bytes read from `stream` and not yet shown.
+    ahead: BytesMut,
+    /// Bytes of this request's body still to be shown; none: as many as come.
+    left: Option<u64>,
+}
+
+impl Fence {
+    fn new(stream: Stream, ahead: BytesMut, framing: Framing) -> Self {
+        let left = match framing {
+            Framing::Length(length) => Some(length),
+            Framing::Chunked => None,
+        };
+        Self { stream, ahead, left }
+    }
+
+    /// How much a pipelining client may send ahead before it is no longer read.
+    const AHEAD: usize = 64 << 10;
+
+    /// Reads on into `ahead`; 0 at the end of the stream.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut part = [0; 16 << 10];
+        let mut part = ReadBuf::new(&mut part);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut part))?;
+        self.ahead.extend_from_slice(part.filled());
+        Poll::Ready(Ok(part.filled().len()))
+    }
+}
+
+impl AsyncRead for Fence {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        loop {
+            let left = this.left.map_or(usize::MAX, |left| usize::try_from(left).unwrap_or(usize::MAX));
+            let show = this.ahead.len().min(left).min(buf.remaining());
+            if show > 0 {
+                buf.put_slice(&this.ahead.split_to(show));
+                this.left = this.left.map(|left| left - show as u64);
+                return Poll::Ready(Ok(()));
+            }
+            // Whoever reads past the request waits for the client to leave; what else comes belongs to the next request.
+            if this.ahead.len() >= Self::AHEAD {
+                return Poll::Pending;
+            }
+            if ready!(this.poll_fill(cx))? == 0 {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Fence {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[async_trait]
+impl Shutdown for Fence {
+    async fn shutdown(&mut self) {
+        self.stream.shutdown().await;
+    }
+}
+
+impl UniqueID for Fence {
+    fn id(&self) -> UniqueIDType {
+        self.stream.id()
+    }
+}
+
+impl Ssl for Fence {}
+
+impl GetTimingDigest for Fence {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        self.stream.get_timing_digest()
+    }
+}
+
+impl GetProxyDigest for Fence {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        self.stream.get_proxy_digest()
+    }
+}
+
+impl GetSocketDigest for Fence {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.stream.get_socket_digest()
+    }
+}
+
+impl Peek for Fence {}

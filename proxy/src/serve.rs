@@ -1,0 +1,182 @@
+//! From what was found to what is said: status, headers, and which body. Pure, and free of pingora, so that every way to write a
+//! response writes the same one.
+
+use crate::{
+    fault::{Fault, Limit},
+    flight::Reader,
+    metrics::Served,
+};
+use bytes::Bytes;
+use castier_blob::{Digest, Selection, wire};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+
+/// What a shed client is told to wait, in seconds: long enough for a burst to pass, short enough to be worth it.
+const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
+
+/// What [`wire::Target::Collection`] takes.
+pub const COLLECTION_METHODS: HeaderValue = HeaderValue::from_static("POST");
+/// What a blob takes when nothing may be deleted.
+pub const BLOB_METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD, PUT");
+
+/// A response, ready to be written by whoever holds the connection.
+pub struct Reply {
+    /// The status.
+    pub status: StatusCode,
+    /// All headers but `Date` and `Connection`, which belong to the connection.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Body,
+    /// For metrics and the access record.
+    pub served: Served,
+}
+
+/// Where the bytes of a response come from.
+pub enum Body {
+    /// Nowhere.
+    Empty,
+    /// Out of a tier or made up here, whole.
+    Whole(Bytes),
+    /// Out of a flight, as they arrive.
+    Flight(Reader),
+}
+
+/// How a blob was come by: the `Cache-Status` of the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// The memory tier had it.
+    Memory,
+    /// A flight brings it from the origin.
+    Origin {
+        /// Another request started the flight.
+        collapsed: bool,
+        /// A tier will keep it.
+        stored: bool,
+    },
+}
+
+impl Via {
+    const fn cache_status(self) -> HeaderValue {
+        HeaderValue::from_static(match self {
+            Self::Memory => "castier; hit; detail=memory",
+            Self::Origin { collapsed: false, stored: true } => "castier; fwd=uri-miss; stored; detail=origin",
+            Self::Origin { collapsed: false, stored: false } => "castier; fwd=uri-miss; detail=origin",
+            Self::Origin { collapsed: true, stored: true } => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
+            Self::Origin { collapsed: true, stored: false } => "castier; fwd=uri-miss; collapsed; detail=origin",
+        })
+    }
+
+    const fn served(self) -> Served {
+        match self {
+            Self::Memory => Served::Hit,
+            Self::Origin { collapsed: true, .. } => Served::Collapsed,
+            Self::Origin { .. } => Served::Miss,
+        }
+    }
+}
+
+impl Reply {
+    /// A blob, or the part of it that was selected. `size` is none while it streams with no length announced.
+    pub fn blob(digest: &Digest, size: Option<u64>, selection: Selection, via: Via, body: Body) -> Self {
+        let (status, mut headers) = wire::blob_head(digest, size, selection);
+        headers.insert(wire::CACHE_STATUS, via.cache_status());
+        if selection == Selection::Unsatisfiable {
+            let known = size.map_or_else(String::new, |size| format!(" of {size} bytes"));
+            return Self::explained(status, headers, &format!("the range lies outside the blob{known}"));
+        }
+        Self { status, headers, body: if selection == Selection::NotModified { Body::Empty } else { body }, served: via.served() }
+    }
+
+    /// The client named this very blob in `If-None-Match`: nothing had to be looked up.
+    pub fn not_modified(digest: &Digest) -> Self {
+        let (status, mut headers) = wire::blob_head(digest, None, Selection::NotModified);
+        headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; hit; detail=validator"));
+        Self { status, headers, body: Body::Empty, served: Served::Hit }
+    }
+
+    /// The blob's size, without its bytes.
+    pub fn size(digest: &Digest, size: u64, via: Via) -> Self {
+        Self::blob(digest, Some(size), Selection::Whole, via, Body::Empty)
+    }
+
+    /// An upload was stored, or was there already. Under its own name (`PUT`) that says it all; otherwise (`POST`) the name is told.
+    pub fn stored(digest: &Digest, size: u64, created: bool, by_name: bool) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ETAG, value(digest.etag()));
+        let status = if created || !by_name { StatusCode::CREATED } else { StatusCode::OK };
+        headers.insert(header::LOCATION, value(wire::blob_path(digest)));
+        let mut body = Bytes::new();
+        if !by_name {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            let stored = wire::Stored { digest: digest.to_string(), size };
+            body = serde_json::to_vec(&stored).unwrap_or_default().into();
+        }
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        Self { status, headers, body: Body::Whole(body), served: Served::Miss }
+    }
+
+    /// The blob is gone.
+    pub fn deleted() -> Self {
+        Self { status: StatusCode::NO_CONTENT, headers: HeaderMap::new(), body: Body::Empty, served: Served::Miss }
+    }
+
+    /// The origin says that there is no such blob.
+    pub fn absent(digest: &Digest) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=uri-miss; detail=origin"));
+        Self::explained(StatusCode::NOT_FOUND, headers, &format!("the origin has no blob {digest}"))
+    }
+
+    /// Below `/cas/`, but no digest.
+    pub fn malformed_digest() -> Self {
+        Self::error(StatusCode::BAD_REQUEST, &format!("{}; the path is {}/<digest>", castier_blob::MalformedDigest, wire::CAS))
+    }
+
+    /// A method that the target does not take.
+    pub fn wrong_method(allow: HeaderValue) -> Self {
+        let detail = format!("allowed here: {}", allow.to_str().unwrap_or_default());
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ALLOW, allow);
+        Self::explained(StatusCode::METHOD_NOT_ALLOWED, headers, &detail)
+    }
+
+    /// Any fault, as the client may know it: the cause stays in the log.
+    pub fn fault(fault: &Fault) -> Self {
+        let (status, detail) = match fault {
+            Fault::Mismatch(mismatch) => (StatusCode::UNPROCESSABLE_ENTITY, mismatch.to_string()),
+            Fault::BadRequest(why) => (StatusCode::BAD_REQUEST, why.clone()),
+            Fault::TooLarge { limit } => (StatusCode::PAYLOAD_TOO_LARGE, format!("larger than the limit of {limit} bytes")),
+            Fault::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the blob is not cached and its source cannot be reached".into()),
+            Fault::Unusable { .. } => (StatusCode::BAD_GATEWAY, "the blob is not cached and its source gave an unusable answer".into()),
+            Fault::Corrupt { .. } => (StatusCode::BAD_GATEWAY, "the source sent bytes that do not match the digest".into()),
+            Fault::Silent { .. } => (StatusCode::GATEWAY_TIMEOUT, "the source was silent for too long".into()),
+            Fault::Busy(Limit::Origin) => (StatusCode::SERVICE_UNAVAILABLE, "the origin is over a limit; try again".into()),
+            Fault::Busy(limit) => (StatusCode::SERVICE_UNAVAILABLE, format!("over the limit on {limit}; try again")),
+            Fault::OriginFull => (StatusCode::INSUFFICIENT_STORAGE, "the origin has no room for the blob".into()),
+            Fault::NotAllowed => return Self::wrong_method(BLOB_METHODS),
+            Fault::ClientGone(_) => (StatusCode::BAD_REQUEST, "the request body ended before its announced end".into()),
+            Fault::Abandoned | Fault::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the request could not be completed".into()),
+        };
+        Self::error(status, &detail)
+    }
+
+    /// An error with nothing but its explanation.
+    pub fn error(status: StatusCode, detail: &str) -> Self {
+        Self::explained(status, HeaderMap::new(), detail)
+    }
+
+    fn explained(status: StatusCode, mut headers: HeaderMap, detail: &str) -> Self {
+        let body = wire::Problem::new(status, detail).to_json();
+        headers.insert(header::CONTENT_TYPE, wire::Problem::MEDIA_TYPE);
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, RETRY_AFTER);
+        }
+        Self { status, headers, body: Body::Whole(body.into()), served: Served::Error }
+    }
+}
+
+/// A header value made of text that was composed here, and which is therefore visible ASCII.
+fn value(text: String) -> HeaderValue {
+    HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+}

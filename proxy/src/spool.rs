@@ -1,0 +1,389 @@
+//! The growing buffer behind a flight: in memory while the blob may end up in the memory tier, else in an unlinked file with a
+//! window of its newest bytes in memory. Readers cost an offset each, never a copy of the blob.
+//!
+//! What a spool holds is unverified until its flight says otherwise. Two budgets bound all spools together: `fill.memory` and
+//! `fill.spool`; a spool that gets no memory goes to its file, one that gets no file space fails its flight.
+
+use crate::fault::{Fault, Limit};
+use bytes::{Bytes, BytesMut};
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// How much of a spooled file's end stays in memory, for the readers who keep up. A few network reads' worth.
+const WINDOW: u64 = 1 << 20;
+/// The longest piece a reader gets at once: what a slow client can pin.
+pub const PIECE: usize = 64 << 10;
+/// Arrivals are merged up to this length, so that a source that dribbles does not cost a segment per byte.
+const MERGE: usize = 64 << 10;
+
+/// An amount that all flights share, handed out as [`Lease`]s.
+pub struct Budget {
+    limit: u64,
+    used: AtomicU64,
+}
+
+impl Budget {
+    /// A budget of `limit` bytes.
+    pub fn new(limit: u64) -> Arc<Self> {
+        Arc::new(Self { limit, used: AtomicU64::new(0) })
+    }
+
+    /// Takes `amount` bytes, or nothing.
+    pub fn lease(self: &Arc<Self>, amount: u64) -> Option<Lease> {
+        let mut lease = Lease { budget: self.clone(), amount: 0 };
+        lease.grow(amount).then_some(lease)
+    }
+}
+
+/// A part of a [`Budget`]; given back on drop.
+pub struct Lease {
+    budget: Arc<Budget>,
+    amount: u64,
+}
+
+impl Lease {
+    /// Makes the lease at least `amount` bytes; false, and unchanged, if the budget does not have them.
+    pub fn cover(&mut self, amount: u64) -> bool {
+        amount <= self.amount || self.grow(amount - self.amount)
+    }
+
+    fn grow(&mut self, more: u64) -> bool {
+        let within = |used: u64| used.checked_add(more).filter(|sum| *sum <= self.budget.limit);
+        let taken = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok();
+        if taken {
+            self.amount += more;
+        }
+        taken
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.amount, Ordering::Relaxed);
+    }
+}
+
+/// Where spools get their room.
+pub struct Room {
+    /// `fill.memory`.
+    pub memory: Arc<Budget>,
+    /// `fill.spool`.
+    pub disk: Arc<Budget>,
+    /// `fill.spool_dir`.
+    pub dir: PathBuf,
+    /// `memory.max_blob`: what is larger has no business in memory.
+    pub max_in_memory: u64,
+}
+
+impl Room {
+    /// Room as configured, with `memory` shared with whoever else holds unverified bytes.
+    pub fn new(config: &castier_config::Castier, memory: Arc<Budget>) -> Self {
+        let dir = &config.fill.spool_dir;
+        Self {
+            memory,
+            disk: Budget::new(config.fill.spool.get()),
+            dir: if dir.as_os_str().is_empty() { std::env::temp_dir() } else { dir.clone() },
+            max_in_memory: config.memory.max_blob.get(),
+        }
+    }
+}
+
+/// The bytes of one blob as they arrive. One writer (the fill), any number of readers; the flight's lock guards it.
+#[derive(Default)]
+pub struct Spool {
+    /// Bytes in order, ending at `len`. All of them while there is no file; else the newest few.
+    segments: VecDeque<Bytes>,
+    /// Offset of the first segment.
+    start: u64,
+    /// Bytes held altogether.
+    len: u64,
+    /// All bytes, once they are too many for memory.
+    file: Option<Arc<File>>,
+    /// The memory that `segments` may take. None with a file: no window then.
+    memory: Option<Lease>,
+    /// The space that `file` takes.
+    disk: Option<Lease>,
+}
+
+/// What a reader gets.
+pub enum Piece {
+    /// Bytes shared with the spool.
+    Memory(Bytes),
+    /// To be read from the file with [`read_file`], off the lock.
+    File(Arc<File>, usize),
+}
+
+/// A step that the writer must take off the lock before it can append.
+pub enum Admit {
+    /// Call [`Spool::push`] at once.
+    Memory,
+    /// Write to the file at the spool's length first.
+    File(Arc<File>),
+    /// Make a file first (see [`Spool::move_to_file`]).
+    NeedsFile,
+}
+
+impl Spool {
+    /// A spool for a blob of `size` bytes (none: not known), in memory if the blob may stay there and there is room.
+    pub fn new(room: &Room, size: Option<u64>) -> Self {
+        let wanted = size.unwrap_or(0);
+        let memory = (wanted <= room.max_in_memory).then(|| room.memory.lease(wanted)).flatten();
+        Self { memory, ..Self::default() }
+    }
+
+    /// Bytes held.
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Makes room for `more` bytes and says where they go.
+    ///
+    /// # Errors
+    /// [`Fault::Busy`] when `fill.spool` is used up.
+    pub fn admit(&mut self, room: &Room, more: u64) -> Result<Admit, Fault> {
+        if let Some(file) = &self.file {
+            let Some(disk) = &mut self.disk else { return Err(Fault::Internal("spool file without a lease".into())) };
+            return if disk.grow(more) { Ok(Admit::File(file.clone())) } else { Err(Fault::Busy(Limit::Spool)) };
+        }
+        let after = self.len + more;
+        let covered = after <= room.max_in_memory && self.memory.as_mut().is_some_and(|lease| lease.cover(after));
+        Ok(if covered { Admit::Memory } else { Admit::NeedsFile })
+    }
+
+    /// What has to be written to a new file before it can take over with [`Self::move_to_file`].
+    pub fn in_memory(&self) -> Vec<Bytes> {
+        self.segments.iter().cloned().collect()
+    }
+
+    /// From now on all bytes are in `file`, which holds all that came so far.
+    pub fn move_to_file(&mut self, room: &Room, file: Arc<File>) -> Result<(), Fault> {
+        let Some(disk) = room.disk.lease(self.len) else { return Err(Fault::Busy(Limit::Spool)) };
+        self.disk = Some(disk);
+        self.file = Some(file);
+        self.memory = None;
+        self.memory = room.memory.lease(WINDOW);
+        self.trim();
+        Ok(())
+    }
+
+    /// Appends bytes for which [`Self::admit`] said yes (and which are in the file, if there is one).
+    pub fn push(&mut self, bytes: Bytes) {
+        self.len += bytes.len() as u64;
+        self.segments.push_back(bytes);
+        // Like a binary counter: a segment is merged only with one no longer than itself, so every byte is copied O(log) times.
+        while let [.., a, b] = self.segments.make_contiguous() {
+            if a.len() > b.len() || a.len() + b.len() > MERGE {
+                break;
+            }
+            let mut merged = BytesMut::with_capacity(a.len() + b.len());
+            merged.extend_from_slice(a);
+            merged.extend_from_slice(b);
+            self.segments.truncate(self.segments.len() - 2);
+            self.segments.push_back(merged.freeze());
+        }
+        self.trim();
+    }
+
+    /// Holds a spool with a file to its window.
+    fn trim(&mut self) {
+        if self.file.is_none() {
+            return;
+        }
+        let keep = if self.memory.is_some() { WINDOW } else { 0 };
+        while self.len - self.start > keep {
+            let Some(oldest) = self.segments.pop_front() else { break };
+            self.start += oldest.len() as u64;
+        }
+    }
+
+    /// Bytes from offset `at`, at least one and at most [`PIECE`] and `limit` of them. `at + limit` must not exceed the length.
+    pub fn read(&self, at: u64, limit: u64) -> Piece {
+        let want = usize::try_from(limit).unwrap_or(PIECE).min(PIECE);
+        let mut end = self.len;
+        // From the newest backwards: most readers are near the end.
+        for segment in self.segments.iter().rev() {
+            let start = end - segment.len() as u64;
+            if at >= start {
+                let skip = (at - start) as usize;
+                return Piece::Memory(segment.slice(skip..segment.len().min(skip + want)));
+            }
+            end = start;
+        }
+        match &self.file {
+            Some(file) => Piece::File(file.clone(), want),
+            None => Piece::Memory(Bytes::new()),
+        }
+    }
+
+    /// All bytes, if they are in memory.
+    pub fn parts(&self) -> Option<Vec<Bytes>> {
+        self.file.is_none().then(|| self.in_memory())
+    }
+
+    /// Replaces the parts by the whole, so that memory is not held twice.
+    pub fn settle(&mut self, whole: Bytes) {
+        self.segments = VecDeque::from([whole]);
+        self.start = 0;
+    }
+}
+
+/// One piece of memory out of several. Copies only if there are several.
+pub fn join(mut parts: Vec<Bytes>) -> Bytes {
+    if parts.len() <= 1 {
+        return parts.pop().unwrap_or_default();
+    }
+    let mut all = BytesMut::with_capacity(parts.iter().map(Bytes::len).sum());
+    parts.iter().for_each(|part| all.extend_from_slice(part));
+    all.freeze()
+}
+
+/// Makes the unlinked file of a spool, holding `parts` from offset 0.
+///
+/// # Errors
+/// [`Fault::Busy`] if the file system has no room, else [`Fault::Internal`].
+pub async fn make_file(dir: PathBuf, parts: Vec<Bytes>) -> Result<Arc<File>, Fault> {
+    off_thread(move || {
+        let file = tempfile::tempfile_in(dir)?;
+        let mut at = 0;
+        for part in parts {
+            file.write_all_at(&part, at)?;
+            at += part.len() as u64;
+        }
+        Ok(Arc::new(file))
+    })
+    .await
+}
+
+/// Writes to the file of a spool.
+///
+/// # Errors
+/// As [`make_file`].
+pub async fn write_file(file: Arc<File>, bytes: Bytes, at: u64) -> Result<(), Fault> {
+    off_thread(move || file.write_all_at(&bytes, at)).await
+}
+
+/// Reads `len` bytes at offset `at`.
+///
+/// # Errors
+/// [`Fault::Internal`] on an I/O error.
+pub async fn read_file(file: Arc<File>, at: u64, len: usize) -> Result<Bytes, Fault> {
+    off_thread(move || {
+        let mut buffer = BytesMut::zeroed(len);
+        file.read_exact_at(&mut buffer, at)?;
+        Ok(buffer.freeze())
+    })
+    .await
+}
+
+async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Fault> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            tracing::warn!(%error, "the spool directory is full");
+            Err(Fault::Busy(Limit::Spool))
+        }
+        Ok(Err(error)) => Err(Fault::Internal(format!("spool file: {error}"))),
+        Err(panic) => Err(Fault::Internal(format!("spool file: {panic}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn room(memory: u64, disk: u64, max_in_memory: u64) -> Room {
+        Room { memory: Budget::new(memory), disk: Budget::new(disk), dir: std::env::temp_dir(), max_in_memory }
+    }
+
+    async fn append(spool: &mut Spool, room: &Room, bytes: Bytes) -> Result<(), Fault> {
+        loop {
+            match spool.admit(room, bytes.len() as u64)? {
+                Admit::Memory => break,
+                Admit::File(file) => {
+                    write_file(file, bytes.clone(), spool.len()).await?;
+                    break;
+                }
+                Admit::NeedsFile => {
+                    let file = make_file(room.dir.clone(), spool.in_memory()).await?;
+                    spool.move_to_file(room, file)?;
+                }
+            }
+        }
+        spool.push(bytes);
+        Ok(())
+    }
+
+    async fn read_all(spool: &Spool, mut at: u64) -> Vec<u8> {
+        let mut all = Vec::new();
+        while at < spool.len() {
+            let piece = match spool.read(at, spool.len() - at) {
+                Piece::Memory(bytes) => bytes,
+                Piece::File(file, len) => read_file(file, at, len).await.unwrap(),
+            };
+            assert!(!piece.is_empty() && piece.len() <= PIECE);
+            at += piece.len() as u64;
+            all.extend_from_slice(&piece);
+        }
+        all
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Whatever the arrivals and the room, what is read from any offset is what was written.
+        #[test]
+        fn reads_what_was_written(parts in prop::collection::vec(1usize..90_000, 1..40), max in 0u64..600_000, memory in 0u64..3_000_000, known: bool, from: prop::sample::Index) {
+            tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+                let total: usize = parts.iter().sum();
+                let bytes: Vec<u8> = (0..total).map(|i| (i * 31 / 7) as u8).collect();
+                let room = room(memory, 1 << 30, max);
+                let mut spool = Spool::new(&room, known.then_some(total as u64));
+                let mut at = 0;
+                for part in parts {
+                    append(&mut spool, &room, Bytes::copy_from_slice(&bytes[at..at + part])).await.unwrap();
+                    at += part;
+                }
+                let from = from.index(total);
+                prop_assert_eq!(&read_all(&spool, from as u64).await[..], &bytes[from..]);
+                prop_assert!(room.memory.used.load(Ordering::Relaxed) <= memory);
+                if let Some(whole) = spool.parts().map(join) {
+                    prop_assert!(total as u64 <= max);
+                    prop_assert_eq!(&whole[..], &bytes[..]);
+                    spool.settle(whole);
+                    prop_assert_eq!(&read_all(&spool, from as u64).await[..], &bytes[from..]);
+                }
+                drop(spool);
+                prop_assert_eq!((room.memory.used.load(Ordering::Relaxed), room.disk.used.load(Ordering::Relaxed)), (0, 0));
+                Ok(())
+            })?;
+        }
+    }
+
+    #[tokio::test]
+    async fn dribbled_bytes_make_few_segments() {
+        let room = room(1 << 20, 0, 1 << 20);
+        let mut spool = Spool::new(&room, None);
+        for i in 0..200_000u32 {
+            append(&mut spool, &room, Bytes::from(vec![i as u8])).await.unwrap();
+        }
+        assert!(spool.segments.len() < 30, "{}", spool.segments.len());
+    }
+
+    #[tokio::test]
+    async fn a_full_spool_budget_is_a_limit_not_a_crash() {
+        let room = room(0, 100, 1_000);
+        let mut spool = Spool::new(&room, None);
+        append(&mut spool, &room, Bytes::from(vec![1; 60])).await.unwrap();
+        let fault = append(&mut spool, &room, Bytes::from(vec![1; 60])).await.unwrap_err();
+        assert!(matches!(fault, Fault::Busy(Limit::Spool)), "{fault}");
+    }
+}

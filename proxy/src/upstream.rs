@@ -1,0 +1,491 @@
+//! Sources: where blobs come from and uploads go to. The only place that sees pingora's connectors.
+
+use crate::fault::{Fault, Limit};
+use bytes::Bytes;
+use castier_blob::{Digest, Verified, Verifier, wire};
+use castier_config as config;
+use futures::{StreamExt, stream::BoxStream};
+use http::{Method, StatusCode, header};
+use parking_lot::Mutex;
+use pingora::{
+    ErrorType,
+    connectors::{ConnectorOptions, http::v1::Connector},
+    http::RequestHeader,
+    protocols::http::v1::client::HttpSession,
+    upstreams::peer::HttpPeer,
+};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// How long a resolved name is believed. Short, since it is how an origin moves; a failed look-up keeps the last good answer.
+const RESOLVED_FOR: Duration = Duration::from_secs(5);
+/// Kept-alive connections to one source. More than `fill.max_in_flight` would never be used at once.
+const POOL: usize = 256;
+/// The longest answer to an upload that is worth reading.
+const MAX_ANSWER: usize = 64 << 10;
+
+/// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
+const SMALL: usize = 64 << 10;
+
+/// The bytes of an upload as they arrive from the client.
+pub type Upload<'a> = BoxStream<'a, Result<Bytes, Fault>>;
+
+/// One HTTP server that blobs can be had from: the origin, or a peer.
+pub struct Upstream {
+    /// `origin` or `peer`, as in metric labels.
+    pub name: &'static str,
+    connector: Connector,
+    host: String,
+    port: u16,
+    tls: bool,
+    /// Host and port as they stand in `Host`.
+    authority: String,
+    resolved: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
+    connect_timeout: Duration,
+    /// Longest silence, not the whole transfer.
+    read_timeout: Duration,
+}
+
+/// How an upload ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Put {
+    /// It was not there before.
+    Created,
+    /// It was there already.
+    Existed,
+}
+
+impl Upstream {
+    /// The origin as configured, at `url`.
+    ///
+    /// # Errors
+    /// A text that names what in the URL cannot be used.
+    pub fn origin(url: &url::Url, config: &config::Origin) -> Result<Arc<Self>, String> {
+        let host = url.host_str().ok_or("origin.url: names no host")?.trim_matches(['[', ']']).to_owned();
+        let port = url.port_or_known_default().ok_or("origin.url: names no port")?;
+        let default_port = url.port().is_none();
+        let shown = url.host_str().unwrap_or_default();
+        let mut options = ConnectorOptions::new(POOL);
+        let ca_file = &config.ca_file;
+        options.ca_file = (!ca_file.as_os_str().is_empty()).then(|| ca_file.to_string_lossy().into_owned());
+        Ok(Arc::new(Self {
+            name: "origin",
+            connector: Connector::new(Some(options)),
+            authority: if default_port { shown.to_owned() } else { format!("{shown}:{port}") },
+            host,
+            port,
+            tls: url.scheme() == "https",
+            resolved: Mutex::new(None),
+            connect_timeout: config.connect_timeout.get(),
+            read_timeout: config.read_timeout.get(),
+        }))
+    }
+
+    /// Host and port as they stand in `Host`.
+    pub fn authority(&self) -> &str {
+        &self.authority
+    }
+
+    /// Opens the blob for reading from offset `from`. `None`: the source says that it does not exist.
+    ///
+    /// # Errors
+    /// Whatever kept the source from answering, or made its answer useless.
+    pub async fn open(self: &Arc<Self>, digest: &Digest, from: u64) -> Result<Option<Incoming>, Fault> {
+        let mut request = self.request(Method::GET, &wire::blob_path(digest))?;
+        if from > 0 {
+            insert(&mut request, header::RANGE, &format!("bytes={from}-"))?;
+        }
+        let (session, peer) = self.exchange(&request, &[]).await?;
+        let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
+        if head.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity") {
+            return Err(self.unusable("a content coding that was not asked for"));
+        }
+        let length = number(head.headers.get(header::CONTENT_LENGTH));
+        let (size, skip) = match head.status {
+            StatusCode::NOT_FOUND | StatusCode::GONE => {
+                self.finish(session, &peer).await;
+                return Ok(None);
+            }
+            // A source that does not know ranges sends all of it again; what is known already is skipped.
+            StatusCode::OK => (length, from),
+            StatusCode::PARTIAL_CONTENT if from > 0 => {
+                let (first, size) = head.headers.get(header::CONTENT_RANGE).and_then(content_range).ok_or_else(|| self.unusable("a 206 without a Content-Range"))?;
+                if first != from {
+                    return Err(self.unusable("another range than was asked for"));
+                }
+                (size, 0)
+            }
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => return Err(Fault::Busy(Limit::Origin)),
+            status => return Err(self.unusable(format!("status {}", status.as_u16()))),
+        };
+        Ok(Some(Incoming { upstream: self.clone(), session: Some(session), peer, size, skip }))
+    }
+
+    /// The size of the blob, without its bytes. `None`: the source says that it does not exist.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn stat(&self, digest: &Digest) -> Result<Option<u64>, Fault> {
+        let request = self.request(Method::HEAD, &wire::blob_path(digest))?;
+        let (session, peer) = self.exchange(&request, &[]).await?;
+        let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
+        let (status, length) = (head.status, number(head.headers.get(header::CONTENT_LENGTH)));
+        self.finish(session, &peer).await;
+        match status {
+            StatusCode::OK => length.map(Some).ok_or_else(|| self.unusable("a HEAD answer without a length")),
+            StatusCode::NOT_FOUND | StatusCode::GONE => Ok(None),
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
+            status => Err(self.unusable(format!("status {}", status.as_u16()))),
+        }
+    }
+
+    /// Uploads a blob as its bytes arrive. With a `digest` by PUT, else by POST, which lets the source name it.
+    /// `seen` gets every byte that was read. The last bytes wait until all of them have verified, so that the source never
+    /// sees a complete upload of something else.
+    ///
+    /// # Errors
+    /// [`Fault::Mismatch`] when the bytes are not the blob named `digest`; else as [`Self::open`].
+    pub async fn put(
+        &self,
+        digest: Option<Digest>,
+        size: Option<u64>,
+        mut upload: Upload<'_>,
+        mut seen: impl FnMut(&Bytes) + Send,
+    ) -> Result<(Put, Verified<()>), Fault> {
+        let (method, path) = digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
+        let mut request = self.request(method, &path)?;
+        let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
+        let mut take = |chunk: &Bytes| {
+            verifier.update(chunk);
+            seen(chunk);
+        };
+        let mut held = Vec::new();
+        let mut ended = false;
+        while !ended && held.len() < SMALL {
+            match upload.next().await.transpose()? {
+                Some(chunk) => {
+                    take(&chunk);
+                    held.extend_from_slice(&chunk);
+                }
+                None => ended = true,
+            }
+        }
+        if ended {
+            // All of it is at hand, so it can be verified before and repeated after.
+            let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
+            insert(&mut request, header::CONTENT_LENGTH, &held.len().to_string())?;
+            let (session, peer) = self.exchange(&request, &held).await?;
+            return self.stored(session, &peer, digest.is_some(), verified).await;
+        }
+        match size {
+            Some(size) => insert(&mut request, header::CONTENT_LENGTH, &size.to_string())?,
+            None => insert(&mut request, header::TRANSFER_ENCODING, "chunked")?,
+        }
+        let (mut session, peer) = self.connect_fresh().await?;
+        session.write_request_header(Box::new(request)).await.map_err(|error| self.fault(&error))?;
+        let mut held = Bytes::from(held);
+        let answered_early = loop {
+            let chunk = tokio::select! {
+                biased;
+                answer = read_final(&mut session) => { answer.map_err(|error| self.fault(&error))?; break true }
+                chunk = upload.next() => chunk.transpose()?,
+            };
+            let Some(chunk) = chunk else { break false };
+            if chunk.is_empty() {
+                continue;
+            }
+            take(&chunk);
+            let ready = std::mem::replace(&mut held, chunk);
+            if session.write_body(&ready).await.is_err() {
+                // It stopped reading, most likely because it has answered already.
+                read_final(&mut session).await.map_err(|error| self.fault(&error))?;
+                break true;
+            }
+        };
+        if answered_early {
+            // What it says counts only for bytes that verified, so the rest of them is read all the same.
+            while let Some(chunk) = upload.next().await.transpose()? {
+                take(&chunk);
+            }
+        }
+        let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
+        if !answered_early {
+            let sent = async {
+                session.write_body(&held).await?;
+                session.finish_body().await
+            };
+            let sent = sent.await;
+            if let Err(error) = read_final(&mut session).await {
+                return Err(self.fault(sent.as_ref().err().unwrap_or(&error)));
+            }
+        }
+        self.stored(session, &peer, digest.is_some(), verified).await
+    }
+
+    /// Reads the answer to an upload.
+    async fn stored(&self, mut session: HttpSession, peer: &HttpPeer, by_name: bool, verified: Verified<()>) -> Result<(Put, Verified<()>), Fault> {
+        let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
+        let mut answer = Vec::new();
+        while let Some(part) = session.read_body_bytes().await.map_err(|error| self.fault(&error))? {
+            if answer.len() + part.len() > MAX_ANSWER {
+                return Err(self.unusable("an endless answer to an upload"));
+            }
+            answer.extend_from_slice(&part);
+        }
+        self.finish(session, peer).await;
+        let put = match status {
+            StatusCode::CREATED | StatusCode::NO_CONTENT => Put::Created,
+            StatusCode::OK => Put::Existed,
+            StatusCode::PAYLOAD_TOO_LARGE => return Err(Fault::TooLarge { limit: verified.size().saturating_sub(1) }),
+            StatusCode::INSUFFICIENT_STORAGE => return Err(Fault::OriginFull),
+            StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => return Err(Fault::NotAllowed),
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => return Err(Fault::Busy(Limit::Origin)),
+            status => return Err(self.unusable(format!("status {} to an upload", status.as_u16()))),
+        };
+        if !by_name {
+            let stored: wire::Stored = serde_json::from_slice(&answer).map_err(|_| self.unusable("a POST answer that is no JSON of digest and size"))?;
+            if stored.digest.parse().ok() != Some(verified.digest()) {
+                return Err(self.unusable(format!("stored {} as {}", verified.digest(), stored.digest)));
+            }
+        }
+        Ok((put, verified))
+    }
+
+    /// Deletes the blob; false if it was not there.
+    ///
+    /// # Errors
+    /// [`Fault::NotAllowed`] if the source does not delete; else as [`Self::open`].
+    pub async fn delete(&self, digest: &Digest) -> Result<bool, Fault> {
+        let request = self.request(Method::DELETE, &wire::blob_path(digest))?;
+        let (session, peer) = self.exchange(&request, &[]).await?;
+        let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
+        self.finish(session, &peer).await;
+        match status {
+            StatusCode::OK | StatusCode::ACCEPTED | StatusCode::NO_CONTENT => Ok(true),
+            StatusCode::NOT_FOUND | StatusCode::GONE => Ok(false),
+            StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED | StatusCode::FORBIDDEN => Err(Fault::NotAllowed),
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
+            status => Err(self.unusable(format!("status {} to a DELETE", status.as_u16()))),
+        }
+    }
+
+    /// Where to connect, one entry per address that the name resolves to.
+    ///
+    /// # Errors
+    /// [`Fault::Unreachable`] if the name has never resolved.
+    pub async fn peers(&self) -> Result<Vec<HttpPeer>, Fault> {
+        let addresses = self.resolve().await?;
+        let peer = |address: SocketAddr| {
+            let mut peer = HttpPeer::new(address, self.tls, if self.tls { self.host.clone() } else { String::new() });
+            peer.options.connection_timeout = Some(self.connect_timeout);
+            peer.options.total_connection_timeout = Some(self.connect_timeout);
+            peer.options.read_timeout = Some(self.read_timeout);
+            peer.options.write_timeout = Some(self.read_timeout);
+            peer.options.idle_timeout = Some(Duration::from_secs(60));
+            peer
+        };
+        Ok(addresses.into_iter().map(peer).collect())
+    }
+
+    async fn resolve(&self) -> Result<Vec<SocketAddr>, Fault> {
+        if let Ok(ip) = self.host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(ip, self.port)]);
+        }
+        let known = self.resolved.lock().clone();
+        if let Some((at, addresses)) = &known
+            && at.elapsed() < RESOLVED_FOR
+        {
+            return Ok(addresses.clone());
+        }
+        let looked_up = tokio::time::timeout(self.connect_timeout, tokio::net::lookup_host((self.host.as_str(), self.port))).await;
+        let addresses: Vec<_> = looked_up.ok().and_then(Result::ok).into_iter().flatten().collect();
+        match known {
+            _ if !addresses.is_empty() => {
+                *self.resolved.lock() = Some((Instant::now(), addresses.clone()));
+                Ok(addresses)
+            }
+            Some((_, last_good)) => Ok(last_good),
+            None => Err(Fault::Unreachable { source_name: self.name, why: format!("{} does not resolve", self.host) }),
+        }
+    }
+
+    /// Sends a request that may be repeated, with a body small enough to be at hand, and reads the head of the answer.
+    async fn exchange(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer), Fault> {
+        let peers = self.peers().await?;
+        let mut last = Fault::Unreachable { source_name: self.name, why: "no address".into() };
+        for peer in peers {
+            loop {
+                let (mut session, reused) = match self.connector.get_http_session(&peer).await {
+                    Ok(connected) => connected,
+                    Err(error) => {
+                        last = self.fault(&error);
+                        break;
+                    }
+                };
+                let answered = async {
+                    session.write_request_header(Box::new(request.clone())).await?;
+                    if !body.is_empty() {
+                        session.write_body(body).await?;
+                        session.finish_body().await?;
+                    }
+                    read_final(&mut session).await
+                };
+                match answered.await {
+                    Ok(()) => return Ok((session, peer)),
+                    // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
+                    Err(error) if reused && error.etype != ErrorType::ReadTimedout => {}
+                    Err(error) => return Err(self.fault(&error)),
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// A new connection: a large upload cannot be repeated, so it does not gamble on a kept-alive one.
+    async fn connect_fresh(&self) -> Result<(HttpSession, HttpPeer), Fault> {
+        let mut last = Fault::Unreachable { source_name: self.name, why: "no address".into() };
+        for mut peer in self.peers().await? {
+            // Pools go by the peer's hash: this one is never found in the pool, so connections are made anew.
+            peer.group_key = 1;
+            match self.connector.get_http_session(&peer).await {
+                Ok((session, _)) => return Ok((session, peer)),
+                Err(error) => last = self.fault(&error),
+            }
+        }
+        Err(last)
+    }
+
+    /// Gives a session back to the pool if it can be used again.
+    async fn finish(&self, mut session: HttpSession, peer: &HttpPeer) {
+        if peer.group_key != 0 {
+            return;
+        }
+        // A short error body is worth reading to the end for the connection's sake.
+        let rest = async {
+            let mut read = 0;
+            while let Ok(Some(part)) = session.read_body_bytes().await {
+                read += part.len();
+                if read > MAX_ANSWER {
+                    return false;
+                }
+            }
+            true
+        };
+        if tokio::time::timeout(Duration::from_millis(200), rest).await == Ok(true) {
+            self.connector.release_http_session(session, peer, peer.options.idle_timeout).await;
+        }
+    }
+
+    fn request(&self, method: Method, path: &str) -> Result<RequestHeader, Fault> {
+        let mut request = RequestHeader::build(method, path.as_bytes(), Some(6)).map_err(|error| Fault::Internal(error.to_string()))?;
+        insert(&mut request, header::HOST, &self.authority)?;
+        insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
+        insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
+        Ok(request)
+    }
+
+    fn unusable(&self, why: impl Into<String>) -> Fault {
+        Fault::Unusable { source_name: self.name, why: why.into() }
+    }
+
+    /// What a pingora error means here.
+    pub fn fault(&self, error: &pingora::Error) -> Fault {
+        let (source_name, why) = (self.name, error.to_string());
+        match error.etype {
+            ErrorType::ReadTimedout | ErrorType::WriteTimedout => Fault::Silent { source_name, why },
+            ErrorType::InvalidHTTPHeader => Fault::Unusable { source_name, why },
+            _ => Fault::Unreachable { source_name, why },
+        }
+    }
+}
+
+/// A blob on its way from a source.
+pub struct Incoming {
+    upstream: Arc<Upstream>,
+    session: Option<HttpSession>,
+    peer: HttpPeer,
+    /// The whole blob's size, where the source told it.
+    pub size: Option<u64>,
+    /// Bytes to pass over first: the source began at 0 although it was asked for less.
+    skip: u64,
+}
+
+impl Incoming {
+    /// Gives the connection back early: the reader has all it wants. Keeps it only if the answer is at its end.
+    pub async fn release(&mut self) {
+        if let Some(mut session) = self.session.take()
+            && session.is_body_done()
+        {
+            self.upstream.finish(session, &self.peer).await;
+        }
+    }
+
+    /// The next bytes, never none at all; `None` at the end of the source's answer.
+    ///
+    /// # Errors
+    /// The transfer broke off, or fell silent.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+        loop {
+            let Some(session) = &mut self.session else { return Ok(None) };
+            let Some(mut bytes) = session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error))? else {
+                if let Some(session) = self.session.take() {
+                    self.upstream.finish(session, &self.peer).await;
+                }
+                return Ok(None);
+            };
+            if self.skip > 0 {
+                let skip = self.skip.min(bytes.len() as u64);
+                self.skip -= skip;
+                bytes = bytes.slice(skip as usize..);
+            }
+            if !bytes.is_empty() {
+                return Ok(Some(bytes));
+            }
+        }
+    }
+}
+
+/// Reads response heads up to the first that is not informational. Safe to cancel and call again.
+async fn read_final(session: &mut HttpSession) -> pingora::Result<()> {
+    loop {
+        session.read_response().await?;
+        if !session.get_status().is_some_and(|status| status.is_informational()) {
+            return Ok(());
+        }
+    }
+}
+
+fn insert(request: &mut RequestHeader, name: header::HeaderName, value: &str) -> Result<(), Fault> {
+    request.insert_header(name, value).map_err(|error| Fault::Internal(error.to_string()))
+}
+
+fn number(value: Option<&http::HeaderValue>) -> Option<u64> {
+    value?.to_str().ok()?.trim().parse().ok()
+}
+
+/// `bytes 5-9/10` → (5, Some(10)); `bytes 5-9/*` → (5, None).
+fn content_range(value: &http::HeaderValue) -> Option<(u64, Option<u64>)> {
+    let (range, size) = value.to_str().ok()?.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+    let size = if size == "*" { None } else { Some(size.parse().ok()?) };
+    (first <= last && size.is_none_or(|size: u64| last < size)).then_some((first, size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_ranges() {
+        let parse = |text: &'static str| content_range(&http::HeaderValue::from_static(text));
+        assert_eq!(parse("bytes 5-9/10"), Some((5, Some(10))));
+        assert_eq!(parse("bytes 5-9/*"), Some((5, None)));
+        for bad in ["bytes 5-9/9", "bytes 9-5/10", "bytes */10", "lines 5-9/10", "bytes 5-9", "bytes -/10", ""] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}
