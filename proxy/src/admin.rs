@@ -36,7 +36,9 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/stats", get(stats))
         .route("/purge/{digest}", post(purge))
         .fallback(|| async { problem(StatusCode::NOT_FOUND, "here are /metrics, /healthz, /readyz, /stats, /purge/<digest> and /") })
-        .method_not_allowed_fallback(|| async { problem(StatusCode::METHOD_NOT_ALLOWED, "everything here is GET, but /purge/<digest>, which is POST") })
+        .method_not_allowed_fallback(|| async {
+            problem(StatusCode::METHOD_NOT_ALLOWED, "everything here is GET, but /purge/<digest>, which is POST")
+        })
         .with_state(admin)
 }
 
@@ -45,7 +47,11 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
 }
 
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {
-    if admin.ready.load(Ordering::Relaxed) { "ready\n".into_response() } else { problem(StatusCode::SERVICE_UNAVAILABLE, "starting or draining") }
+    if admin.ready.load(Ordering::Relaxed) {
+        "ready\n".into_response()
+    } else {
+        problem(StatusCode::SERVICE_UNAVAILABLE, "starting or draining")
+    }
 }
 
 async fn stats(State(admin): State<Arc<Admin>>) -> Response {

@@ -9,11 +9,15 @@
 //!
 //! An absent blob's flight stays in the map for `limits.negative_ttl`: that is the negative cache.
 
+mod reader;
+
+pub use reader::{Opened, Reader};
+
 use crate::{
     fault::{Fault, Limit},
     memory::Memory,
     metrics::{Metrics, Outcome},
-    spool::{self, Admit, Piece, Room, Spool},
+    spool::{self, Admit, Room, Spool},
     upstream::{Incoming, Upstream},
 };
 use arc_swap::ArcSwap;
@@ -101,7 +105,14 @@ enum Phase {
 
 impl Flights {
     /// No flights yet. Every bound is as configured.
-    pub fn new(config: &config::Castier, limits: Arc<ArcSwap<config::Limits>>, memory: Arc<Memory>, origin: Arc<Upstream>, room: Room, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub fn new(
+        config: &config::Castier,
+        limits: Arc<ArcSwap<config::Limits>>,
+        memory: Arc<Memory>,
+        origin: Arc<Upstream>,
+        room: Room,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             map: Mutex::default(),
             remembered: AtomicUsize::new(0),
@@ -148,7 +159,7 @@ impl Flights {
         let state = flight.state.lock();
         match state.phase {
             Phase::Absent => Some(None),
-            Phase::Verified => Some(Some(state.spool.len())),
+            Phase::Verified => Some(Some(state.spool.length())),
             _ => None,
         }
     }
@@ -194,7 +205,8 @@ impl Flights {
         self.metrics.source_load(self.origin.name, outcome, started.elapsed());
         self.metrics.flights_in_progress.dec();
         let ttl = self.limits.load().negative_ttl.get();
-        let remember = matches!(phase, Phase::Absent) && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
+        let remember =
+            matches!(phase, Phase::Absent) && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
         flight.update(|state| state.phase = phase);
         if remember {
             self.remembered.fetch_add(1, Ordering::Relaxed);
@@ -280,7 +292,10 @@ impl Flights {
             let seen = verifier.seen() + chunk.len() as u64;
             let limit = self.limits.load().max_blob.get();
             if seen > size.unwrap_or(limit) {
-                return Err(Fault::Unusable { source_name: self.origin.name, why: format!("more bytes than the {} announced or allowed", size.unwrap_or(limit)) });
+                return Err(Fault::Unusable {
+                    source_name: self.origin.name,
+                    why: format!("more bytes than the {} announced or allowed", size.unwrap_or(limit)),
+                });
             }
             verifier.update(&chunk);
             self.append(flight, chunk).await?;
@@ -314,7 +329,7 @@ impl Flights {
         loop {
             let (admitted, at) = {
                 let mut state = flight.state.lock();
-                let at = state.spool.len();
+                let at = state.spool.length();
                 (state.spool.admit(&self.room, chunk.len() as u64), at)
             };
             match admitted.inspect_err(|_| self.metrics.shed(Limit::Spool))? {
@@ -412,7 +427,12 @@ impl Attempts {
     }
 
     fn delays(retries: usize) -> ExponentialBackoff {
-        ExponentialBuilder::new().with_min_delay(Duration::from_millis(50)).with_max_delay(Duration::from_secs(1)).with_max_times(retries).with_jitter().build()
+        ExponentialBuilder::new()
+            .with_min_delay(Duration::from_millis(50))
+            .with_max_delay(Duration::from_secs(1))
+            .with_max_times(retries)
+            .with_jitter()
+            .build()
     }
 
     /// How long to wait before going on; none if it is no use.
@@ -426,128 +446,5 @@ impl Attempts {
             self.from = seen;
         }
         self.delays.next()
-    }
-}
-
-/// One request's view of a flight: an offset into its spool.
-pub struct Reader {
-    flights: Arc<Flights>,
-    flight: Arc<Flight>,
-    tick: watch::Receiver<()>,
-    follower: bool,
-    /// Offset of the next byte.
-    at: u64,
-    /// Where this response ends; none while the blob's length is not known.
-    end: Option<u64>,
-}
-
-/// What a reader can be told before it reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Opened {
-    /// The origin says that there is no such blob.
-    Absent,
-    /// The blob's bytes can be read, and this is its size, unless it streams with none announced.
-    Blob(Option<u64>),
-}
-
-impl Reader {
-    /// Call under the map's lock, where flights cannot be abandoned.
-    fn new(flights: &Arc<Flights>, flight: Arc<Flight>, follower: bool) -> Self {
-        flight.readers.fetch_add(1, Ordering::AcqRel);
-        if follower {
-            flights.metrics.flight_followers.inc();
-        }
-        Self { flights: flights.clone(), tick: flight.tick.subscribe(), flight, follower, at: 0, end: None }
-    }
-
-    /// Waits until the response can begin: the blob has verified, or it is too large to wait for and bytes of the wanted part can leave.
-    /// `part` picks first offset and end, given the size. With `need_size`, a blob of unknown length is waited for.
-    ///
-    /// # Errors
-    /// The flight's fault.
-    pub async fn open(&mut self, need_size: bool, part: impl Fn(Option<u64>) -> (u64, Option<u64>)) -> Result<Opened, Fault> {
-        loop {
-            if let Some(opened) = self.try_open(need_size, &part)? {
-                return Ok(opened);
-            }
-            self.changed().await?;
-        }
-    }
-
-    fn try_open(&mut self, need_size: bool, part: impl Fn(Option<u64>) -> (u64, Option<u64>)) -> Result<Option<Opened>, Fault> {
-        let mut state = self.flight.state.lock();
-        match &state.phase {
-            Phase::Opening => Ok(None),
-            Phase::Absent => Ok(Some(Opened::Absent)),
-            Phase::Failed(fault) => Err(fault.clone()),
-            Phase::Verified => {
-                let size = state.spool.len();
-                let (first, end) = part(Some(size));
-                (self.at, self.end) = (first, Some(end.unwrap_or(size)));
-                Ok(Some(Opened::Blob(Some(size))))
-            }
-            Phase::Filling => {
-                let known = state.size.unwrap_or(state.spool.len());
-                if known <= self.flights.buffer_up_to || (need_size && state.size.is_none()) {
-                    return Ok(None);
-                }
-                let (first, end) = part(state.size);
-                let nothing = end == Some(first);
-                let may_leave = end.map_or(state.spool.len().saturating_sub(HOLD_BACK), |end| end.saturating_sub(HOLD_BACK).min(state.spool.len()));
-                if !nothing && may_leave <= first {
-                    return Ok(None);
-                }
-                state.released |= !nothing;
-                (self.at, self.end) = (first, end);
-                Ok(Some(Opened::Blob(state.size)))
-            }
-        }
-    }
-
-    /// The next bytes of the response, at most [`spool::PIECE`]; none at its end.
-    ///
-    /// # Errors
-    /// The flight's fault: the response must then be cut.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
-        loop {
-            let (piece, at) = {
-                let state = self.flight.state.lock();
-                let len = state.spool.len();
-                let limit = match &state.phase {
-                    Phase::Failed(fault) => return Err(fault.clone()),
-                    Phase::Verified => self.end.unwrap_or(len),
-                    _ => self.end.map_or(len.saturating_sub(HOLD_BACK), |end| end.saturating_sub(HOLD_BACK).min(len)),
-                };
-                if matches!(state.phase, Phase::Verified) && self.at >= limit {
-                    return Ok(None);
-                }
-                (limit.checked_sub(self.at).filter(|n| *n > 0).map(|n| state.spool.read(self.at, n)), self.at)
-            };
-            let bytes = match piece {
-                Some(Piece::Memory(bytes)) => bytes,
-                Some(Piece::File(file, len)) => spool::read_file(file, at, len).await?,
-                None => {
-                    self.changed().await?;
-                    continue;
-                }
-            };
-            self.at += bytes.len() as u64;
-            return Ok(Some(bytes));
-        }
-    }
-
-    async fn changed(&mut self) -> Result<(), Fault> {
-        self.tick.changed().await.map_err(|_| Fault::Internal("the flight is gone".into()))
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        if self.follower {
-            self.flights.metrics.flight_followers.dec();
-        }
-        if self.flight.readers.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.flight.deserted.notify_one();
-        }
     }
 }

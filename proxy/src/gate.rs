@@ -2,9 +2,9 @@
 //!
 //! Strict on purpose: what two parsers could read differently is refused here, and only here.
 
+use bytes::BytesMut;
 use castier_blob::wire::Target;
 use castier_config::Limits;
-use bytes::BytesMut;
 use http::{Method, StatusCode};
 use std::{ops::Range, time::Duration};
 use tokio::{
@@ -68,7 +68,12 @@ impl Head {
 ///
 /// # Errors
 /// [`NoHead`]: nothing came, or nothing that may be served.
-pub async fn read_head(stream: &mut (impl AsyncRead + Unpin), ahead: &mut BytesMut, limits: &Limits, wait: Duration) -> Result<Head, NoHead> {
+pub async fn read_head(
+    stream: &mut (impl AsyncRead + Unpin),
+    ahead: &mut BytesMut,
+    limits: &Limits,
+    wait: Duration,
+) -> Result<Head, NoHead> {
     let max_bytes = usize::try_from(limits.max_header_bytes.get()).unwrap_or(usize::MAX);
     let started = Instant::now();
     let mut deadline = if ahead.is_empty() { started + wait } else { started + limits.header_timeout.get() };
@@ -218,7 +223,14 @@ mod tests {
         assert_eq!(&text[parsed.len..], "hello");
         let text = "GET /cas/abc HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nConnection: Keep-Alive\r\n\r\n";
         assert!(head(text).unwrap().unwrap().plain);
-        for change in ["Range: bytes=0-1", "If-None-Match: \"x\"", "Connection: close", "Expect: 100-continue", "Upgrade: h2c", "Transfer-Encoding: chunked"] {
+        for change in [
+            "Range: bytes=0-1",
+            "If-None-Match: \"x\"",
+            "Connection: close",
+            "Expect: 100-continue",
+            "Upgrade: h2c",
+            "Transfer-Encoding: chunked",
+        ] {
             let text = format!("GET /cas/abc HTTP/1.1\r\nHost: a\r\n{change}\r\n\r\n");
             assert!(!head(&text).unwrap().unwrap().plain, "{change}");
         }

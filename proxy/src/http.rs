@@ -3,10 +3,12 @@
 //! Two lanes write the same [`Reply`]. A plain GET that memory can answer is written straight onto the connection; everything
 //! else about blobs goes through pingora's HTTP/1 session; what is no blob goes to [`Relay`].
 
+mod raw;
+
 use crate::{
     fault::{Fault, Limit},
     flight::Opened,
-    gate::{self, Head, NoHead},
+    gate::{self, NoHead},
     ladder::{Found, Ladder},
     metrics::{Metrics, Route, Served},
     record::Record,
@@ -17,17 +19,14 @@ use crate::{
 };
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use castier_blob::{Digest, Selection, wire, wire::Target};
 use castier_config::Limits;
 use http::{HeaderMap, Method, StatusCode, Version, header};
 use pingora::{
     apps::ServerApp,
     http::ResponseHeader,
-    protocols::{
-        Stream,
-        http::{ServerSession, date::get_cached_date},
-    },
+    protocols::{Stream, http::ServerSession},
     server::ShutdownWatch,
 };
 use std::{
@@ -35,21 +34,14 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    time::timeout,
-};
+use tokio::time::timeout;
 
 /// Connections over the limit that are told so; beyond these they are closed without a word, so that telling costs little.
 const REFUSALS: usize = 1024;
-/// A refused client has this long to send its request and read the answer.
-const REFUSAL: Duration = Duration::from_secs(2);
 /// After an early answer the rest of an upload is read for this long, so that the client gets to see the answer and not a reset.
 const LINGER: Duration = Duration::from_secs(10);
 /// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
 const IDLE_BODY: usize = 64 << 10;
-/// Bodies up to this size are copied behind their head, to leave in one write.
-const ONE_WRITE: usize = 16 << 10;
 /// Longer ones are written in pieces, each within `limits.write_timeout`: a slow client is not a stuck one.
 const PIECE: usize = crate::spool::PIECE;
 
@@ -83,7 +75,7 @@ impl ServerApp for Front {
         if open > max {
             self.metrics.shed(Limit::Connections);
             if open <= max + REFUSALS {
-                let _ = timeout(REFUSAL, refuse_connection(&mut stream)).await;
+                let _ = raw::refuse_connection(&mut stream).await;
             }
             return None;
         }
@@ -119,12 +111,16 @@ impl Front {
                 Err(NoHead::Refused(status, why)) => return self.refuse_request(stream, status, &why, peer).await,
             };
             let next = match head.target(&ahead) {
-                Target::Blob(digest) if head.plain && !*draining.borrow() => match self.fast_hit(&mut stream, &mut ahead, &head, &digest, &limits, peer).await {
-                    Ok(true) => Some((stream, ahead)),
-                    Ok(false) => self.serve_session(stream, ahead, &limits, &draining, peer).await,
-                    Err(Cut) => return,
-                },
-                Target::Blob(_) | Target::Malformed(_) if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) => {
+                Target::Blob(digest) if head.plain && !*draining.borrow() => {
+                    match self.fast_hit(&mut stream, &mut ahead, &head, &digest, &limits, peer).await {
+                        Ok(true) => Some((stream, ahead)),
+                        Ok(false) => self.serve_session(stream, ahead, &limits, &draining, peer).await,
+                        Err(Cut) => return,
+                    }
+                }
+                Target::Blob(_) | Target::Malformed(_)
+                    if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) =>
+                {
                     self.serve_session(stream, ahead, &limits, &draining, peer).await
                 }
                 Target::Collection if head.method == Method::POST => self.serve_session(stream, ahead, &limits, &draining, peer).await,
@@ -137,46 +133,15 @@ impl Front {
         }
     }
 
-    /// The fast lane: a blob that memory has, to a client that asks for nothing but the blob. False if memory has it not.
-    async fn fast_hit(&self, stream: &mut Stream, ahead: &mut BytesMut, head: &Head, digest: &Digest, limits: &Limits, peer: Option<SocketAddr>) -> Result<bool, Cut> {
-        let started = Instant::now();
-        let Some(bytes) = self.ladder.get_from_memory(digest) else { return Ok(false) };
-        let request = ahead.split_to(head.len);
-        let reply = Reply::blob(digest, Some(bytes.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
-        let mut out = head_on_wire(&reply, true);
-        let write = limits.write_timeout.get();
-        let written = async {
-            if bytes.len() <= ONE_WRITE {
-                out.extend_from_slice(&bytes);
-                return timeout(write, stream.write_all(&out)).await;
-            }
-            let first = PIECE.min(bytes.len());
-            let mut both = bytes::Buf::chain(&out[..], &bytes[..first]);
-            timeout(write, stream.write_all_buf(&mut both)).await?.ok();
-            for piece in bytes[first..].chunks(PIECE) {
-                if let Err(error) = timeout(write, stream.write_all(piece)).await? {
-                    return Ok(Err(error));
-                }
-            }
-            Ok(stream.flush().await)
-        };
-        let cut = !matches!(written.await, Ok(Ok(())));
-        self.metrics.memory_bytes.inc_by(bytes.len() as u64);
-        let served = if cut { Served::Error } else { Served::Hit };
-        let cache = cache_status(&reply.headers);
-        Record { route: Route::Blob, method: &Method::GET, path: head.path(&request), code: 200, bytes: bytes.len() as u64, took: started.elapsed(), cache, served, peer }.log(&self.metrics);
-        if cut { Err(Cut) } else { Ok(true) }
-    }
-
-    /// A request that could not be read: says why, and closes.
-    async fn refuse_request(&self, mut stream: Stream, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
-        let started = Instant::now();
-        let _ = timeout(REFUSAL, write_and_close(&mut stream, &Reply::error(status, why))).await;
-        Record { route: Route::Refused, method: &Method::GET, path: "-", code: status.as_u16(), bytes: 0, took: started.elapsed(), cache: "", served: Served::Error, peer }.log(&self.metrics);
-    }
-
     /// A request about blobs, through pingora's session. Gives the connection back if it can serve another.
-    async fn serve_session(&self, stream: Stream, ahead: BytesMut, limits: &Limits, draining: &ShutdownWatch, peer: Option<SocketAddr>) -> Option<(Stream, BytesMut)> {
+    async fn serve_session(
+        &self,
+        stream: Stream,
+        ahead: BytesMut,
+        limits: &Limits,
+        draining: &ShutdownWatch,
+        peer: Option<SocketAddr>,
+    ) -> Option<(Stream, BytesMut)> {
         let started = Instant::now();
         let mut session = ServerSession::new_http1(stream);
         // Pipelining is switched on for the sake of `finish`, which then gives back what was read too much.
@@ -218,7 +183,18 @@ impl Front {
         };
         let (code, served, cache, whole) = outcome;
         let route = if matches!(target, Target::Collection) { Route::Collection } else { Route::Blob };
-        Record { route, method: &method, path: &path, code, bytes: session.body_bytes_sent() as u64, took: started.elapsed(), cache: &cache, served, peer }.log(&self.metrics);
+        Record {
+            route,
+            method: &method,
+            path: &path,
+            code,
+            bytes: session.body_bytes_sent() as u64,
+            took: started.elapsed(),
+            cache: &cache,
+            served,
+            peer,
+        }
+        .log(&self.metrics);
         if !whole {
             session.shutdown().await;
             return None;
@@ -257,7 +233,9 @@ impl Front {
             Some(Selection::NotModified | Selection::Unsatisfiable) => (0, Some(0)),
         };
         // Without a length, an HTTP/1.0 client could take a cut body for a whole one, and a range would have nothing to refer to.
-        let need_size = session.req_header().version == Version::HTTP_10 || headers.contains_key(header::RANGE) || headers.contains_key(header::IF_NONE_MATCH);
+        let need_size = session.req_header().version == Version::HTTP_10
+            || headers.contains_key(header::RANGE)
+            || headers.contains_key(header::IF_NONE_MATCH);
         let opened = tokio::select! {
             biased;
             opened = reader.open(need_size, part) => opened,
@@ -399,45 +377,6 @@ async fn idle_body(session: &mut ServerSession) -> Option<Reply> {
         }
     }
     None
-}
-
-async fn refuse_connection(stream: &mut Stream) {
-    // The request is read first: closing over unread bytes would reset the connection and take the answer along.
-    let _ = stream.read(&mut [0; 4096]).await;
-    write_and_close(stream, &Reply::fault(&Fault::Busy(Limit::Connections))).await;
-}
-
-/// Writes a reply on a connection that has no session, closes our side, and reads on until the client has closed its own.
-async fn write_and_close(stream: &mut Stream, reply: &Reply) {
-    let mut out = head_on_wire(reply, false);
-    if let Body::Whole(body) = &reply.body {
-        out.extend_from_slice(body);
-    }
-    if stream.write_all(&out).await.is_err() || AsyncWriteExt::shutdown(stream).await.is_err() {
-        return;
-    }
-    let mut rest = [0; 16 << 10];
-    while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {}
-}
-
-/// The head as it goes over the wire, without a session.
-fn head_on_wire(reply: &Reply, keep_alive: bool) -> BytesMut {
-    let mut out = BytesMut::with_capacity(1024 + ONE_WRITE.min(4096));
-    out.put_slice(b"HTTP/1.1 ");
-    out.put_slice(reply.status.as_str().as_bytes());
-    out.put_u8(b' ');
-    out.put_slice(reply.status.canonical_reason().unwrap_or_default().as_bytes());
-    out.put_slice(b"\r\nDate: ");
-    out.put_slice(get_cached_date().as_bytes());
-    out.put_slice(if keep_alive { b"\r\n" } else { b"\r\nConnection: close\r\n" });
-    for (name, value) in &reply.headers {
-        out.put_slice(name.as_str().as_bytes());
-        out.put_slice(b": ");
-        out.put_slice(value.as_bytes());
-        out.put_slice(b"\r\n");
-    }
-    out.put_slice(b"\r\n");
-    out
 }
 
 fn response_header(status: StatusCode, headers: &HeaderMap) -> Box<ResponseHeader> {

@@ -73,7 +73,13 @@ struct Tiers {
 
 impl Ladder {
     /// Puts the rungs together.
-    pub fn new(memory: Arc<Memory>, flights: Arc<Flights>, origin: Arc<Upstream>, upload_memory: Arc<spool::Budget>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        memory: Arc<Memory>,
+        flights: Arc<Flights>,
+        origin: Arc<Upstream>,
+        upload_memory: Arc<spool::Budget>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self { memory, flights, origin, upload_memory, metrics }
     }
 

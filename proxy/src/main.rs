@@ -10,7 +10,7 @@ use castier::{
     metrics::Metrics,
     relay::Relay,
     spool::{Budget, Room},
-    upstream::Upstream,
+    upstream::{self, Upstream},
 };
 use castier_blob::Digest;
 use castier_config::{self as config, Castier, Limits, OriginUrl};
@@ -113,10 +113,11 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let memory = Arc::new(Memory::new(&config.memory));
     let fill_memory = Budget::new(config.fill.memory.get());
     let room = Room::new(&config, fill_memory.clone());
+    room.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.dir.display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin)?;
     let flights = Flights::new(&config, limits.clone(), memory.clone(), origin.clone(), room, metrics.clone());
     let ladder = Arc::new(Ladder::new(memory, flights, origin.clone(), fill_memory, metrics.clone()));
-    let relay = Relay::new(origin.clone(), metrics.clone(), &config.origin.ca_file);
+    let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let front = Front::new(ladder.clone(), relay, limits.clone(), metrics.clone());
     let name = public.local_addr().map_or_else(|_| config.listen.public.clone(), |address| address.to_string());
     let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), ready: AtomicBool::new(false), name: name.clone() });
@@ -173,7 +174,11 @@ struct Signals {
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { hangup: signal(SignalKind::hangup())?, terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            hangup: signal(SignalKind::hangup())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
     }
 }
 
@@ -186,14 +191,20 @@ fn shown(listener: &TcpListener) -> String {
 }
 
 /// Starts the real origin server on a loopback port of its own choosing. It is reached over HTTP like any other.
-async fn embedded_origin(root: &Path, config: &Castier, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, (SocketAddr, PathBuf)), String> {
+async fn embedded_origin(
+    root: &Path,
+    config: &Castier,
+    mut stopped: watch::Receiver<bool>,
+) -> Result<(url::Url, (SocketAddr, PathBuf)), String> {
     let grace = config.shutdown.grace.get();
     let options = castier_origin::Options { allow_delete: config.allow_delete, limits: (&config.limits).into(), grace };
     let origin = castier_origin::Origin::open(root, options).map_err(|error| format!("origin.url: {}: {error}", root.display()))?;
     let listener = bind("origin.url (embedded)", "127.0.0.1:0").await?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;
     let url = format!("http://{address}").parse().map_err(|error| format!("origin.url: {error}"))?;
-    tokio::spawn(async move { origin.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await });
+    tokio::spawn(
+        async move { origin.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await },
+    );
     Ok((url, (address, root.to_owned())))
 }
 

@@ -125,7 +125,8 @@ impl Metrics {
         let duration_vec = add(
             &r,
             HistogramVec::new(
-                HistogramOpts::new("castier_http_request_duration_seconds", "Time from a request's head to the end of its answer").buckets(SECONDS.to_vec()),
+                HistogramOpts::new("castier_http_request_duration_seconds", "Time from a request's head to the end of its answer")
+                    .buckets(SECONDS.to_vec()),
                 &["route", "result"],
             )?,
         )?;
@@ -149,7 +150,10 @@ impl Metrics {
             source_loads: counters(&r, "castier_source_loads_total", "Flights by how they ended", &["source", "result"])?,
             source_duration: add(
                 &r,
-                HistogramVec::new(HistogramOpts::new("castier_source_load_duration_seconds", "Time of a flight").buckets(SECONDS.to_vec()), &["source"])?,
+                HistogramVec::new(
+                    HistogramOpts::new("castier_source_load_duration_seconds", "Time of a flight").buckets(SECONDS.to_vec()),
+                    &["source"],
+                )?,
             )?,
             source_resumes: counters(&r, "castier_source_resumes_total", "Broken transfers taken up again in the middle", &["source"])?,
             flights_in_progress: gauge(&r, "castier_flights_in_progress", "Flights now")?,

@@ -47,17 +47,24 @@ struct Rules {
 }
 
 impl Relay {
-    /// To this origin.
-    pub fn new(origin: Arc<Upstream>, metrics: Arc<Metrics>, ca_file: &std::path::Path) -> Self {
-        let mut conf = ServerConf { upstream_keepalive_pool_size: 256, ..ServerConf::default() };
-        conf.ca_file = (!ca_file.as_os_str().is_empty()).then(|| ca_file.to_string_lossy().into_owned());
+    /// To this origin, whose certificate must stand below the roots in `ca_file` if there is one.
+    pub fn new(origin: Arc<Upstream>, metrics: Arc<Metrics>, ca_file: Option<String>) -> Self {
+        let conf = ServerConf { upstream_keepalive_pool_size: 256, ca_file, ..ServerConf::default() };
         let mut proxy = HttpProxy::new(Rules { origin, metrics }, Arc::new(conf));
         proxy.handle_init_modules();
         Self { proxy: Arc::new(proxy) }
     }
 
     /// Relays the request whose head stands at the front of `ahead`. Gives the connection back if it can serve another.
-    pub async fn pass(&self, stream: Stream, mut ahead: BytesMut, head: &Head, read: Duration, write: Duration, shutdown: &ShutdownWatch) -> Option<(Stream, BytesMut)> {
+    pub async fn pass(
+        &self,
+        stream: Stream,
+        mut ahead: BytesMut,
+        head: &Head,
+        read: Duration,
+        write: Duration,
+        shutdown: &ShutdownWatch,
+    ) -> Option<(Stream, BytesMut)> {
         let reusable = head.framing != Framing::Chunked;
         let prefix = ahead.split_to(head.len);
         let mut session = ServerSession::new_http1(Box::new(Fence::new(stream, ahead, head.framing)));
@@ -178,7 +185,9 @@ fn hop_by_hop(headers: &HeaderMap) -> Vec<HeaderName> {
     let named: Vec<HeaderName> = named.filter_map(|name| name.trim().parse().ok()).collect();
     // A request's framing headers stay even if `Connection` names them: dropping them would change where the body ends.
     let fixed = FIXED.into_iter().map(HeaderName::from_static).filter(|name| *name != header::TRANSFER_ENCODING);
-    fixed.chain(named.into_iter().filter(|name| ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::HOST].contains(name))).collect()
+    fixed
+        .chain(named.into_iter().filter(|name| ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::HOST].contains(name)))
+        .collect()
 }
 
 /// A connection that shows its reader one request and no more: what belongs to the next stays in `ahead`. Without it, bytes that

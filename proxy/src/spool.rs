@@ -95,6 +95,14 @@ impl Room {
             max_in_memory: config.memory.max_blob.get(),
         }
     }
+
+    /// Makes a file as fills will, to find out at the start whether they can.
+    ///
+    /// # Errors
+    /// What kept the file from being made.
+    pub fn check(&self) -> io::Result<()> {
+        tempfile::tempfile_in(&self.dir).map(drop)
+    }
 }
 
 /// The bytes of one blob as they arrive. One writer (the fill), any number of readers; the flight's lock guards it.
@@ -141,7 +149,7 @@ impl Spool {
     }
 
     /// Bytes held.
-    pub const fn len(&self) -> u64 {
+    pub const fn length(&self) -> u64 {
         self.len
     }
 
@@ -310,7 +318,7 @@ mod tests {
             match spool.admit(room, bytes.len() as u64)? {
                 Admit::Memory => break,
                 Admit::File(file) => {
-                    write_file(file, bytes.clone(), spool.len()).await?;
+                    write_file(file, bytes.clone(), spool.length()).await?;
                     break;
                 }
                 Admit::NeedsFile => {
@@ -325,8 +333,8 @@ mod tests {
 
     async fn read_all(spool: &Spool, mut at: u64) -> Vec<u8> {
         let mut all = Vec::new();
-        while at < spool.len() {
-            let piece = match spool.read(at, spool.len() - at) {
+        while at < spool.length() {
+            let piece = match spool.read(at, spool.length() - at) {
                 Piece::Memory(bytes) => bytes,
                 Piece::File(file, len) => read_file(file, at, len).await.unwrap(),
             };

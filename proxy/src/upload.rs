@@ -39,9 +39,13 @@ pub fn first_file(body: Upload<'_>, boundary: String, max: u64) -> Upload<'_> {
             State::File(field) => field,
             State::Form(mut form) => loop {
                 match form.next_field().await.map_err(|error| fault(error, max))? {
-                    Some(field) if field.file_name().is_some() => break field,
+                    Some(field) if field.file_name().is_some() => break Box::new(field),
                     Some(_) => {}
-                    None => return Err(Fault::BadRequest("the form holds no file: a part with a filename, as `curl -F file=@x` sends it".into())),
+                    None => {
+                        return Err(Fault::BadRequest(
+                            "the form holds no file: a part with a filename, as `curl -F file=@x` sends it".into(),
+                        ));
+                    }
                 }
             },
         };
@@ -53,7 +57,7 @@ pub fn first_file(body: Upload<'_>, boundary: String, max: u64) -> Upload<'_> {
 
 enum State<'a> {
     Form(Multipart<'a>),
-    File(multer::Field<'a>),
+    File(Box<multer::Field<'a>>),
 }
 
 fn fault(error: multer::Error, max: u64) -> Fault {

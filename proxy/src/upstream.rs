@@ -1,10 +1,13 @@
 //! Sources: where blobs come from and uploads go to. The only place that sees pingora's connectors.
 
+mod put;
+
+pub use put::{Put, Upload};
+
 use crate::fault::{Fault, Limit};
 use bytes::Bytes;
-use castier_blob::{Digest, Verified, Verifier, wire};
+use castier_blob::{Digest, wire};
 use castier_config as config;
-use futures::{StreamExt, stream::BoxStream};
 use http::{Method, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{
@@ -14,6 +17,7 @@ use pingora::{
     protocols::http::v1::client::HttpSession,
     upstreams::peer::HttpPeer,
 };
+use rustls_pki_types::{CertificateDer, pem::PemObject};
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -24,14 +28,8 @@ use std::{
 const RESOLVED_FOR: Duration = Duration::from_secs(5);
 /// Kept-alive connections to one source. More than `fill.max_in_flight` would never be used at once.
 const POOL: usize = 256;
-/// The longest answer to an upload that is worth reading.
+/// The longest answer beside a blob that is worth reading.
 const MAX_ANSWER: usize = 64 << 10;
-
-/// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
-const SMALL: usize = 64 << 10;
-
-/// The bytes of an upload as they arrive from the client.
-pub type Upload<'a> = BoxStream<'a, Result<Bytes, Fault>>;
 
 /// One HTTP server that blobs can be had from: the origin, or a peer.
 pub struct Upstream {
@@ -49,15 +47,6 @@ pub struct Upstream {
     read_timeout: Duration,
 }
 
-/// How an upload ended well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Put {
-    /// It was not there before.
-    Created,
-    /// It was there already.
-    Existed,
-}
-
 impl Upstream {
     /// The origin as configured, at `url`.
     ///
@@ -69,8 +58,7 @@ impl Upstream {
         let default_port = url.port().is_none();
         let shown = url.host_str().unwrap_or_default();
         let mut options = ConnectorOptions::new(POOL);
-        let ca_file = &config.ca_file;
-        options.ca_file = (!ca_file.as_os_str().is_empty()).then(|| ca_file.to_string_lossy().into_owned());
+        options.ca_file = ca_file(config)?;
         Ok(Arc::new(Self {
             name: "origin",
             connector: Connector::new(Some(options)),
@@ -112,7 +100,11 @@ impl Upstream {
             // A source that does not know ranges sends all of it again; what is known already is skipped.
             StatusCode::OK => (length, from),
             StatusCode::PARTIAL_CONTENT if from > 0 => {
-                let (first, size) = head.headers.get(header::CONTENT_RANGE).and_then(content_range).ok_or_else(|| self.unusable("a 206 without a Content-Range"))?;
+                let (first, size) = head
+                    .headers
+                    .get(header::CONTENT_RANGE)
+                    .and_then(content_range)
+                    .ok_or_else(|| self.unusable("a 206 without a Content-Range"))?;
                 if first != from {
                     return Err(self.unusable("another range than was asked for"));
                 }
@@ -140,118 +132,6 @@ impl Upstream {
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
             status => Err(self.unusable(format!("status {}", status.as_u16()))),
         }
-    }
-
-    /// Uploads a blob as its bytes arrive. With a `digest` by PUT, else by POST, which lets the source name it.
-    /// `seen` gets every byte that was read. The last bytes wait until all of them have verified, so that the source never
-    /// sees a complete upload of something else.
-    ///
-    /// # Errors
-    /// [`Fault::Mismatch`] when the bytes are not the blob named `digest`; else as [`Self::open`].
-    pub async fn put(
-        &self,
-        digest: Option<Digest>,
-        size: Option<u64>,
-        mut upload: Upload<'_>,
-        mut seen: impl FnMut(&Bytes) + Send,
-    ) -> Result<(Put, Verified<()>), Fault> {
-        let (method, path) = digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
-        let mut request = self.request(method, &path)?;
-        let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
-        let mut take = |chunk: &Bytes| {
-            verifier.update(chunk);
-            seen(chunk);
-        };
-        let mut held = Vec::new();
-        let mut ended = false;
-        while !ended && held.len() < SMALL {
-            match upload.next().await.transpose()? {
-                Some(chunk) => {
-                    take(&chunk);
-                    held.extend_from_slice(&chunk);
-                }
-                None => ended = true,
-            }
-        }
-        if ended {
-            // All of it is at hand, so it can be verified before and repeated after.
-            let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
-            insert(&mut request, header::CONTENT_LENGTH, &held.len().to_string())?;
-            let (session, peer) = self.exchange(&request, &held).await?;
-            return self.stored(session, &peer, digest.is_some(), verified).await;
-        }
-        match size {
-            Some(size) => insert(&mut request, header::CONTENT_LENGTH, &size.to_string())?,
-            None => insert(&mut request, header::TRANSFER_ENCODING, "chunked")?,
-        }
-        let (mut session, peer) = self.connect_fresh().await?;
-        session.write_request_header(Box::new(request)).await.map_err(|error| self.fault(&error))?;
-        let mut held = Bytes::from(held);
-        let answered_early = loop {
-            let chunk = tokio::select! {
-                biased;
-                answer = read_final(&mut session) => { answer.map_err(|error| self.fault(&error))?; break true }
-                chunk = upload.next() => chunk.transpose()?,
-            };
-            let Some(chunk) = chunk else { break false };
-            if chunk.is_empty() {
-                continue;
-            }
-            take(&chunk);
-            let ready = std::mem::replace(&mut held, chunk);
-            if session.write_body(&ready).await.is_err() {
-                // It stopped reading, most likely because it has answered already.
-                read_final(&mut session).await.map_err(|error| self.fault(&error))?;
-                break true;
-            }
-        };
-        if answered_early {
-            // What it says counts only for bytes that verified, so the rest of them is read all the same.
-            while let Some(chunk) = upload.next().await.transpose()? {
-                take(&chunk);
-            }
-        }
-        let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
-        if !answered_early {
-            let sent = async {
-                session.write_body(&held).await?;
-                session.finish_body().await
-            };
-            let sent = sent.await;
-            if let Err(error) = read_final(&mut session).await {
-                return Err(self.fault(sent.as_ref().err().unwrap_or(&error)));
-            }
-        }
-        self.stored(session, &peer, digest.is_some(), verified).await
-    }
-
-    /// Reads the answer to an upload.
-    async fn stored(&self, mut session: HttpSession, peer: &HttpPeer, by_name: bool, verified: Verified<()>) -> Result<(Put, Verified<()>), Fault> {
-        let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
-        let mut answer = Vec::new();
-        while let Some(part) = session.read_body_bytes().await.map_err(|error| self.fault(&error))? {
-            if answer.len() + part.len() > MAX_ANSWER {
-                return Err(self.unusable("an endless answer to an upload"));
-            }
-            answer.extend_from_slice(&part);
-        }
-        self.finish(session, peer).await;
-        let put = match status {
-            StatusCode::CREATED | StatusCode::NO_CONTENT => Put::Created,
-            StatusCode::OK => Put::Existed,
-            StatusCode::PAYLOAD_TOO_LARGE => return Err(Fault::TooLarge { limit: verified.size().saturating_sub(1) }),
-            StatusCode::INSUFFICIENT_STORAGE => return Err(Fault::OriginFull),
-            StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => return Err(Fault::NotAllowed),
-            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => return Err(Fault::Busy(Limit::Origin)),
-            status => return Err(self.unusable(format!("status {} to an upload", status.as_u16()))),
-        };
-        if !by_name {
-            let stored: wire::Stored = serde_json::from_slice(&answer).map_err(|_| self.unusable("a POST answer that is no JSON of digest and size"))?;
-            if stored.digest.parse().ok() != Some(verified.digest()) {
-                return Err(self.unusable(format!("stored {} as {}", verified.digest(), stored.digest)));
-            }
-        }
-        Ok((put, verified))
     }
 
     /// Deletes the blob; false if it was not there.
@@ -344,20 +224,6 @@ impl Upstream {
         Err(last)
     }
 
-    /// A new connection: a large upload cannot be repeated, so it does not gamble on a kept-alive one.
-    async fn connect_fresh(&self) -> Result<(HttpSession, HttpPeer), Fault> {
-        let mut last = Fault::Unreachable { source_name: self.name, why: "no address".into() };
-        for mut peer in self.peers().await? {
-            // Pools go by the peer's hash: this one is never found in the pool, so connections are made anew.
-            peer.group_key = 1;
-            match self.connector.get_http_session(&peer).await {
-                Ok((session, _)) => return Ok((session, peer)),
-                Err(error) => last = self.fault(&error),
-            }
-        }
-        Err(last)
-    }
-
     /// Gives a session back to the pool if it can be used again.
     async fn finish(&self, mut session: HttpSession, peer: &HttpPeer) {
         if peer.group_key != 0 {
@@ -399,6 +265,24 @@ impl Upstream {
             ErrorType::InvalidHTTPHeader => Fault::Unusable { source_name, why },
             _ => Fault::Unreachable { source_name, why },
         }
+    }
+}
+
+/// `origin.ca_file` as pingora takes it; none for the system's roots. Checked here, since pingora panics over a bad one.
+///
+/// # Errors
+/// A text that names the file.
+pub fn ca_file(config: &config::Origin) -> Result<Option<String>, String> {
+    let path = &config.ca_file;
+    if path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let unusable = |why: String| format!("origin.ca_file: {}: {why}", path.display());
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    match certificates {
+        Ok(found) if found.is_empty() => Err(unusable("holds no PEM certificate".into())),
+        Ok(_) => path.to_str().map(|path| Some(path.to_owned())).ok_or_else(|| unusable("is not a path in UTF-8".into())),
+        Err(error) => Err(unusable(error.to_string())),
     }
 }
 

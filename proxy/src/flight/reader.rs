@@ -1,0 +1,134 @@
+//! What a request sees of a flight.
+
+use super::{Flight, Flights, HOLD_BACK, Phase};
+use crate::{
+    fault::Fault,
+    spool::{self, Piece},
+};
+use bytes::Bytes;
+use std::sync::{Arc, atomic::Ordering};
+use tokio::sync::watch;
+
+/// One request's view of a flight: an offset into its spool.
+pub struct Reader {
+    flights: Arc<Flights>,
+    flight: Arc<Flight>,
+    tick: watch::Receiver<()>,
+    follower: bool,
+    /// Offset of the next byte.
+    at: u64,
+    /// Where this response ends; none while the blob's length is not known.
+    end: Option<u64>,
+}
+
+/// What a reader can be told before it reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opened {
+    /// The origin says that there is no such blob.
+    Absent,
+    /// The blob's bytes can be read, and this is its size, unless it streams with none announced.
+    Blob(Option<u64>),
+}
+
+impl Reader {
+    /// Call under the map's lock, where flights cannot be abandoned.
+    pub(super) fn new(flights: &Arc<Flights>, flight: Arc<Flight>, follower: bool) -> Self {
+        flight.readers.fetch_add(1, Ordering::AcqRel);
+        if follower {
+            flights.metrics.flight_followers.inc();
+        }
+        Self { flights: flights.clone(), tick: flight.tick.subscribe(), flight, follower, at: 0, end: None }
+    }
+
+    /// Waits until the response can begin: the blob has verified, or it is too large to wait for and bytes of the wanted part can leave.
+    /// `part` picks first offset and end, given the size. With `need_size`, a blob of unknown length is waited for.
+    ///
+    /// # Errors
+    /// The flight's fault.
+    pub async fn open(&mut self, need_size: bool, part: impl Fn(Option<u64>) -> (u64, Option<u64>)) -> Result<Opened, Fault> {
+        loop {
+            if let Some(opened) = self.try_open(need_size, &part)? {
+                return Ok(opened);
+            }
+            self.changed().await?;
+        }
+    }
+
+    fn try_open(&mut self, need_size: bool, part: impl Fn(Option<u64>) -> (u64, Option<u64>)) -> Result<Option<Opened>, Fault> {
+        let mut state = self.flight.state.lock();
+        match &state.phase {
+            Phase::Opening => Ok(None),
+            Phase::Absent => Ok(Some(Opened::Absent)),
+            Phase::Failed(fault) => Err(fault.clone()),
+            Phase::Verified => {
+                let size = state.spool.length();
+                let (first, end) = part(Some(size));
+                (self.at, self.end) = (first, Some(end.unwrap_or(size)));
+                Ok(Some(Opened::Blob(Some(size))))
+            }
+            Phase::Filling => {
+                let known = state.size.unwrap_or(state.spool.length());
+                if known <= self.flights.buffer_up_to || (need_size && state.size.is_none()) {
+                    return Ok(None);
+                }
+                let (first, end) = part(state.size);
+                let nothing = end == Some(first);
+                let may_leave = end
+                    .map_or(state.spool.length().saturating_sub(HOLD_BACK), |end| end.saturating_sub(HOLD_BACK).min(state.spool.length()));
+                if !nothing && may_leave <= first {
+                    return Ok(None);
+                }
+                state.released |= !nothing;
+                (self.at, self.end) = (first, end);
+                Ok(Some(Opened::Blob(state.size)))
+            }
+        }
+    }
+
+    /// The next bytes of the response, at most [`spool::PIECE`]; none at its end.
+    ///
+    /// # Errors
+    /// The flight's fault: the response must then be cut.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+        loop {
+            let (piece, at) = {
+                let state = self.flight.state.lock();
+                let len = state.spool.length();
+                let limit = match &state.phase {
+                    Phase::Failed(fault) => return Err(fault.clone()),
+                    Phase::Verified => self.end.unwrap_or(len),
+                    _ => self.end.map_or(len.saturating_sub(HOLD_BACK), |end| end.saturating_sub(HOLD_BACK).min(len)),
+                };
+                if matches!(state.phase, Phase::Verified) && self.at >= limit {
+                    return Ok(None);
+                }
+                (limit.checked_sub(self.at).filter(|n| *n > 0).map(|n| state.spool.read(self.at, n)), self.at)
+            };
+            let bytes = match piece {
+                Some(Piece::Memory(bytes)) => bytes,
+                Some(Piece::File(file, len)) => spool::read_file(file, at, len).await?,
+                None => {
+                    self.changed().await?;
+                    continue;
+                }
+            };
+            self.at += bytes.len() as u64;
+            return Ok(Some(bytes));
+        }
+    }
+
+    async fn changed(&mut self) -> Result<(), Fault> {
+        self.tick.changed().await.map_err(|_| Fault::Internal("the flight is gone".into()))
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        if self.follower {
+            self.flights.metrics.flight_followers.dec();
+        }
+        if self.flight.readers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.flight.deserted.notify_one();
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Uploads to a source.
+
+use super::{MAX_ANSWER, Upstream, insert, read_final};
+use crate::fault::{Fault, Limit};
+use bytes::Bytes;
+use castier_blob::{Digest, Verified, Verifier, wire};
+use futures::{StreamExt, stream::BoxStream};
+use http::{Method, StatusCode, header};
+use pingora::{protocols::http::v1::client::HttpSession, upstreams::peer::HttpPeer};
+
+/// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
+const SMALL: usize = 64 << 10;
+
+/// The bytes of an upload as they arrive from the client.
+pub type Upload<'a> = BoxStream<'a, Result<Bytes, Fault>>;
+
+/// How an upload ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Put {
+    /// It was not there before.
+    Created,
+    /// It was there already.
+    Existed,
+}
+
+impl Upstream {
+    /// Uploads a blob as its bytes arrive. With a `digest` by PUT, else by POST, which lets the source name it.
+    /// `seen` gets every byte that was read. The last bytes wait until all of them have verified, so that the source never
+    /// sees a complete upload of something else.
+    ///
+    /// # Errors
+    /// [`Fault::Mismatch`] when the bytes are not the blob named `digest`; else as [`Self::open`].
+    pub async fn put(
+        &self,
+        digest: Option<Digest>,
+        size: Option<u64>,
+        mut upload: Upload<'_>,
+        mut seen: impl FnMut(&Bytes) + Send,
+    ) -> Result<(Put, Verified<()>), Fault> {
+        let (method, path) = digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
+        let mut request = self.request(method, &path)?;
+        let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
+        let mut take = |chunk: &Bytes| {
+            verifier.update(chunk);
+            seen(chunk);
+        };
+        let mut held = Vec::new();
+        let mut ended = false;
+        while !ended && held.len() < SMALL {
+            match upload.next().await.transpose()? {
+                Some(chunk) => {
+                    take(&chunk);
+                    held.extend_from_slice(&chunk);
+                }
+                None => ended = true,
+            }
+        }
+        if ended {
+            // All of it is at hand, so it can be verified before and repeated after.
+            let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
+            insert(&mut request, header::CONTENT_LENGTH, &held.len().to_string())?;
+            let (session, peer) = self.exchange(&request, &held).await?;
+            return self.stored(session, &peer, digest.is_some(), verified).await;
+        }
+        match size {
+            Some(size) => insert(&mut request, header::CONTENT_LENGTH, &size.to_string())?,
+            None => insert(&mut request, header::TRANSFER_ENCODING, "chunked")?,
+        }
+        let (mut session, peer) = self.connect_fresh().await?;
+        session.write_request_header(Box::new(request)).await.map_err(|error| self.fault(&error))?;
+        let mut held = Bytes::from(held);
+        let answered_early = loop {
+            let chunk = tokio::select! {
+                biased;
+                answer = read_final(&mut session) => { answer.map_err(|error| self.fault(&error))?; break true }
+                chunk = upload.next() => chunk.transpose()?,
+            };
+            let Some(chunk) = chunk else { break false };
+            if chunk.is_empty() {
+                continue;
+            }
+            take(&chunk);
+            let ready = std::mem::replace(&mut held, chunk);
+            if session.write_body(&ready).await.is_err() {
+                // It stopped reading, most likely because it has answered already.
+                read_final(&mut session).await.map_err(|error| self.fault(&error))?;
+                break true;
+            }
+        };
+        if answered_early {
+            // What it says counts only for bytes that verified, so the rest of them is read all the same.
+            while let Some(chunk) = upload.next().await.transpose()? {
+                take(&chunk);
+            }
+        }
+        let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
+        if !answered_early {
+            let sent = async {
+                session.write_body(&held).await?;
+                session.finish_body().await
+            };
+            let sent = sent.await;
+            if let Err(error) = read_final(&mut session).await {
+                return Err(self.fault(sent.as_ref().err().unwrap_or(&error)));
+            }
+        }
+        self.stored(session, &peer, digest.is_some(), verified).await
+    }
+
+    /// Reads the answer to an upload.
+    async fn stored(
+        &self,
+        mut session: HttpSession,
+        peer: &HttpPeer,
+        by_name: bool,
+        verified: Verified<()>,
+    ) -> Result<(Put, Verified<()>), Fault> {
+        let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
+        let mut answer = Vec::new();
+        while let Some(part) = session.read_body_bytes().await.map_err(|error| self.fault(&error))? {
+            if answer.len() + part.len() > MAX_ANSWER {
+                return Err(self.unusable("an endless answer to an upload"));
+            }
+            answer.extend_from_slice(&part);
+        }
+        self.finish(session, peer).await;
+        let put = match status {
+            StatusCode::CREATED | StatusCode::NO_CONTENT => Put::Created,
+            StatusCode::OK => Put::Existed,
+            StatusCode::PAYLOAD_TOO_LARGE => return Err(Fault::TooLarge { limit: verified.size().saturating_sub(1) }),
+            StatusCode::INSUFFICIENT_STORAGE => return Err(Fault::OriginFull),
+            StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => return Err(Fault::NotAllowed),
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => return Err(Fault::Busy(Limit::Origin)),
+            status => return Err(self.unusable(format!("status {} to an upload", status.as_u16()))),
+        };
+        if !by_name {
+            let stored: wire::Stored =
+                serde_json::from_slice(&answer).map_err(|_| self.unusable("a POST answer that is no JSON of digest and size"))?;
+            if stored.digest.parse().ok() != Some(verified.digest()) {
+                return Err(self.unusable(format!("stored {} as {}", verified.digest(), stored.digest)));
+            }
+        }
+        Ok((put, verified))
+    }
+
+    /// A new connection: a large upload cannot be repeated, so it does not gamble on a kept-alive one.
+    async fn connect_fresh(&self) -> Result<(HttpSession, HttpPeer), Fault> {
+        let mut last = Fault::Unreachable { source_name: self.name, why: "no address".into() };
+        for mut peer in self.peers().await? {
+            // Pools go by the peer's hash: this one is never found in the pool, so connections are made anew.
+            peer.group_key = 1;
+            match self.connector.get_http_session(&peer).await {
+                Ok((session, _)) => return Ok((session, peer)),
+                Err(error) => last = self.fault(&error),
+            }
+        }
+        Err(last)
+    }
+}
