@@ -278,8 +278,8 @@ pub enum LogFormat {
 #[serde(default)]
 pub struct Log {
     /// What is worth a record: `off`, `error`, `warn`, `info`, `debug` or `trace`, or a comma list of `target=level` with at
-    /// most one bare level, such as `info,castier::flight=debug`. Default `info`: starts, stops, and what an operator must
-    /// act on, with nothing per request.
+    /// most one bare level, such as `info,castier::flight=debug`. Default `info`: starts, stops, what an operator must
+    /// act on, and one record per request; `info,castier::access=warn` leaves those out.
     pub level: String,
     /// How a record looks on stderr: `text` or `json`. Default `text`, as the first reader is a person at a terminal.
     pub format: LogFormat,

@@ -16,7 +16,7 @@ use std::{
 };
 use tokio::{
     runtime::Handle,
-    time::{Instant, Sleep, sleep},
+    time::{Instant, Sleep, sleep_until},
 };
 
 /// How much of a body that nobody wants is read all the same, and for how long.
@@ -44,11 +44,19 @@ pub(crate) struct Intake {
     waits: bool,
     silence: Duration,
     clock: Option<Pin<Box<Sleep>>>,
+    /// The clock runs: somebody asked, and nothing has come since. While nobody asks, silence is not the client's fault.
+    running: bool,
 }
 
 impl Intake {
     pub(crate) fn new(head: &request::Parts, body: Incoming, silence: Duration) -> Self {
-        Self { body: Some(body), waits: head.version >= Version::HTTP_11 && expects_continue(&head.headers), silence, clock: None }
+        Self {
+            body: Some(body),
+            waits: head.version >= Version::HTTP_11 && expects_continue(&head.headers),
+            silence,
+            clock: None,
+            running: false,
+        }
     }
 
     /// The length that was declared, if one was.
@@ -62,8 +70,12 @@ impl Intake {
     }
 
     fn is_silent(&mut self, cx: &mut Context<'_>) -> bool {
-        let silence = self.silence;
-        self.clock.get_or_insert_with(|| Box::pin(sleep(silence))).as_mut().poll(cx).is_ready()
+        let end = Instant::now() + self.silence;
+        let clock = self.clock.get_or_insert_with(|| Box::pin(sleep_until(end)));
+        if !std::mem::replace(&mut self.running, true) {
+            clock.as_mut().reset(end);
+        }
+        clock.as_mut().poll(cx).is_ready()
     }
 }
 
@@ -83,9 +95,7 @@ impl Stream for Intake {
             pending @ Poll::Pending => return pending.map(|_| None),
             Poll::Ready(frame) => frame.map(|frame| frame.map_err(|_| Broken::Off)),
         };
-        if let Some(clock) = &mut this.clock {
-            clock.as_mut().reset(Instant::now() + this.silence);
-        }
+        this.running = false;
         match frame {
             // Trailers say nothing that matters here.
             Some(Ok(frame)) => Poll::Ready(Some(Ok(frame.into_data().unwrap_or_default()))),
@@ -107,7 +117,7 @@ impl Drop for Intake {
         // Who waits to be asked has not sent anything, and asking now would make it send in vain.
         let Some(body) = self.body.take().filter(|body| !self.waits && !body.is_end_stream()) else { return };
         let Ok(runtime) = Handle::try_current() else { return };
-        let mut rest = Self { body: Some(body), waits: true, silence: DRAIN_TIME, clock: None };
+        let mut rest = Self { body: Some(body), waits: true, silence: DRAIN_TIME, clock: None, running: false };
         runtime.spawn(async move {
             let drain = async {
                 let mut read = 0;

@@ -88,8 +88,11 @@ impl Shared {
     fn note(&self, fault: &Fault) {
         match fault {
             Fault::Mismatch(mismatch) => tracing::debug!(%mismatch, "an upload was refused"),
-            Fault::Full(error) => tracing::error!(%error, "an upload was refused: the disk below the store root is full; free or add space"),
-            Fault::Rotten(digest) => {
+            Fault::Full(error) => {
+                tracing::error!(%error, "an upload was refused: the disk below the store root is full; free or add space")
+            }
+            Fault::Rotten { digest, found: false } => tracing::debug!(%digest, "a reader of a damaged blob was cut off"),
+            Fault::Rotten { digest, found: true } => {
                 self.metrics.count_corrupt();
                 tracing::error!(%digest, "a blob's stored bytes were damaged; they are in the quarantine below the store root; store the blob again");
             }

@@ -7,7 +7,7 @@ use castier_config::{Log, LogFormat};
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     Layer, Registry,
-    filter::{ParseError, Targets},
+    filter::{LevelFilter, ParseError, Targets},
     layer::SubscriberExt as _,
     reload,
     util::SubscriberInitExt as _,
@@ -46,7 +46,7 @@ pub struct Guard {
 /// # Errors
 /// [`LogError`], which names the key that is wrong.
 pub fn init(log: &Log, program: &str) -> Result<Guard, LogError> {
-    let (filter, level) = reload::Layer::new(log.level.parse::<Targets>()?);
+    let (filter, level) = reload::Layer::new(targets(&log.level)?);
     let (writer, guard) =
         NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).lossy(true).thread_name("log").finish(std::io::stderr());
     let lines = tracing_subscriber::fmt::layer().with_writer(writer);
@@ -62,13 +62,24 @@ pub fn init(log: &Log, program: &str) -> Result<Guard, LogError> {
     Ok(Guard { level, loki, _writer: guard })
 }
 
+/// `log.level`, with pingora held to what an operator can act on: its connection pool calls it an error when two tasks reach for
+/// the same kept-alive connection, and its shutdown repeats what castier says. Naming pingora in the level overrides this.
+fn targets(level: &str) -> Result<Targets, ParseError> {
+    let targets: Targets = level.parse()?;
+    if level.contains("pingora") {
+        return Ok(targets);
+    }
+    let most = targets.default_level().unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
+    Ok(targets.with_target("pingora_core", most).with_target("pingora_core::connectors", LevelFilter::OFF))
+}
+
 impl Guard {
     /// Changes what is worth a record, from now on. The text is that of `log.level`.
     ///
     /// # Errors
     /// [`LogError::Level`] when it cannot be read; nothing changes then.
     pub fn set_level(&self, level: &str) -> Result<(), LogError> {
-        let targets: Targets = level.parse()?;
+        let targets = targets(level)?;
         // Fails only when the subscriber is gone, and then there is no log whose level could matter.
         self.level.reload(targets).ok();
         Ok(())

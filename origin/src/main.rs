@@ -129,7 +129,9 @@ async fn bind_admin(loaded: &Loaded<OriginServer>) -> io::Result<TcpListener> {
         Err(error) if error.kind() == ErrorKind::AddrInUse && !loaded.is_set("listen.admin") => {
             let other = bind("listen.admin", "127.0.0.1:0").await?;
             let port = other.local_addr()?.port();
-            tracing::warn!("the default of listen.admin, {address}, is taken by another program; using port {port} this time. Set listen.admin to choose one");
+            tracing::warn!(
+                "the default of listen.admin, {address}, is taken by another program; using port {port} this time. Set listen.admin to choose one"
+            );
             Ok(other)
         }
         bound => bound,

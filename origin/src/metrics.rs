@@ -33,7 +33,10 @@ impl Metrics {
             requests: IntCounterVec::new(requests, &["method", "code"])?,
             durations: HistogramVec::new(durations.buckets(SECONDS.to_vec()), &["method"])?,
             blobs: IntGauge::new("castier_origin_blobs", "Blobs in the store, as far as they have been counted since the start.")?,
-            bytes: IntGauge::new("castier_origin_bytes", "Bytes of the blobs in the store, as far as they have been counted since the start.")?,
+            bytes: IntGauge::new(
+                "castier_origin_bytes",
+                "Bytes of the blobs in the store, as far as they have been counted since the start.",
+            )?,
             corrupt: IntCounter::new("castier_origin_corrupt_blobs_total", "Blobs whose stored bytes were found damaged and set aside.")?,
         };
         metrics.registry.register(Box::new(metrics.requests.clone()))?;

@@ -163,10 +163,13 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(200);
     const LONG: Duration = Duration::from_secs(3600);
 
+    const SECOND: Duration = Duration::from_secs(1);
+
     fn pair(head: Duration, idle: Duration) -> (Patience<DuplexStream>, DuplexStream, Arc<Activity>) {
         let (near, far) = duplex(10);
         let activity = Arc::new(Activity::default());
-        let [header_timeout, idle_timeout, write_timeout] = [head, idle, SHORT].map(Span::from);
+        let [header_timeout, idle_timeout, write_timeout] =
+            [head, idle, SECOND].map(|time| Span::millis(u64::try_from(time.as_millis()).unwrap()));
         let limits = OriginLimits { header_timeout, idle_timeout, write_timeout, ..OriginLimits::default() };
         (Patience::new(near, Arc::clone(&activity), &limits), far, activity)
     }
@@ -240,9 +243,9 @@ mod tests {
         let (mut near, mut far, _) = pair(LONG, LONG);
         let start = Instant::now();
         let read_a_little = async {
-            for _ in 0..10 {
-                tokio::time::sleep(SHORT / 4).await;
-                far.read_exact(&mut [0; 5]).await.unwrap();
+            for _ in 0..60 {
+                tokio::time::sleep(SECOND / 50).await;
+                far.read_exact(&mut [0; 1]).await.unwrap();
             }
             std::future::pending::<()>().await;
         };
@@ -251,7 +254,7 @@ mod tests {
             () = read_a_little => unreachable!(),
         };
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        // Ten slow reads took longer than the timeout, and the stuck one all of it.
-        assert!(start.elapsed() >= SHORT * 10 / 4 + SHORT, "{:?}", start.elapsed());
+        // The slow reads took longer than the timeout, and the stuck one all of it.
+        assert!(start.elapsed() >= SECOND * 60 / 50 + SECOND, "{:?}", start.elapsed());
     }
 }

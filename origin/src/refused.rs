@@ -77,7 +77,7 @@ impl Refused {
                 format!("the {size} bytes received are the blob {actual}, not {claimed}; if that is what you meant to store, PUT it there"),
             ),
             Self::Store(Fault::Full(_)) => (S::INSUFFICIENT_STORAGE, "the store is full; nothing was stored".to_owned()),
-            Self::Store(Fault::Rotten(_)) => {
+            Self::Store(Fault::Rotten { .. }) => {
                 (S::INTERNAL_SERVER_ERROR, "the stored bytes of this blob are damaged and were set aside; store it again".to_owned())
             }
             Self::Store(Fault::Io(_)) => (S::INTERNAL_SERVER_ERROR, ours.to_owned()),

@@ -8,7 +8,7 @@ use crate::{
 };
 use bytes::Bytes;
 use http::{Method, StatusCode};
-use http_body::{Body, Frame};
+use http_body::{Body, Frame, SizeHint};
 use std::{
     mem,
     net::SocketAddr,
@@ -54,9 +54,9 @@ pub(crate) struct Streaming {
 
 enum Next {
     /// Read, not yet sent; and the reader, which may have more.
-    Chunk(Bytes, Reader),
+    Chunk(Bytes, Box<Reader>),
     /// A chunk is being read.
-    Reading(JoinHandle<(Result<Bytes, Fault>, Reader)>),
+    Reading(JoinHandle<(Result<Bytes, Fault>, Box<Reader>)>),
     /// All was sent, or nothing more will be.
     End,
 }
@@ -64,7 +64,7 @@ enum Next {
 impl Streaming {
     /// Goes on where `reader` is after `first`.
     pub(crate) fn new(first: Bytes, reader: Reader, chunk: usize, seat: Seat) -> Self {
-        Self { next: Next::Chunk(first, reader), chunk, _seat: seat }
+        Self { next: Next::Chunk(first, Box::new(reader)), chunk, _seat: seat }
     }
 
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
@@ -136,7 +136,19 @@ impl Body for Reply {
             Content::Blob(streaming) => matches!(streaming.next, Next::End),
         }
     }
+
+    /// Tells hyper the `Content-Length` of bytes at hand. A blob's answer has that header anyway.
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Empty => SizeHint::with_exact(0),
+            Content::Bytes(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Content::Blob(_) => SizeHint::default(),
+        }
+    }
 }
+
+/// How much of a path is logged: any blob's, and not all of what somebody may have made up.
+const LOGGED_PATH: usize = 200;
 
 /// What is known of a request; logged and counted when it is over, however it ends.
 pub(crate) struct Record {
@@ -160,7 +172,7 @@ impl Record {
             activity,
             peer,
             method: method.clone(),
-            path: path.to_owned(),
+            path: path.chars().take(LOGGED_PATH).collect(),
             begun: Instant::now(),
             status: None,
             bytes: 0,

@@ -32,6 +32,9 @@ use tokio::task::{JoinHandle, spawn_blocking};
 /// What a form may have before its file and, in headers and a boundary, around it.
 const FORM_EXTRA: u64 = 1 << 20;
 
+/// A batch is written when it has this many pieces, however small: a body that comes byte by byte must not cost more to hold.
+const MOST_PIECES: usize = 256;
+
 /// Status, headers and content of an answer.
 type Answer = (StatusCode, HeaderMap, Content);
 
@@ -187,7 +190,7 @@ impl Clients {
             }
             held += bytes.len();
             batch.push(bytes);
-            if held >= chunk {
+            if held >= chunk || batch.len() >= MOST_PIECES {
                 held = 0;
                 let (store, batch, before) = (Arc::clone(&self.0.store), mem::take(&mut batch), work.settle().await?);
                 work = Work::Writing(spawn_blocking(move || before.go_on(&store, &batch)));

@@ -42,9 +42,14 @@ pub(crate) enum Fault {
     /// The disk, or the quota on it, is used up.
     #[error("the disk is full: {0}")]
     Full(io::Error),
-    /// The stored bytes are no longer the blob they were; the file has been set aside.
-    #[error("the stored bytes of {0} are damaged; the file was moved to the quarantine")]
-    Rotten(Digest),
+    /// The stored bytes are no longer the blob they were.
+    #[error("the stored bytes of {digest} are damaged")]
+    Rotten {
+        /// The blob they were.
+        digest: Digest,
+        /// Nobody noticed before: of many who read a rotten blob at the same time, one.
+        found: bool,
+    },
     /// Anything else that the file system says.
     #[error(transparent)]
     Io(io::Error),
@@ -123,7 +128,10 @@ impl Store {
         lock.try_lock().map_err(|e| match e {
             TryLockError::WouldBlock => io::Error::new(
                 ErrorKind::WouldBlock,
-                format!("store root {}: another process is using it; stop that one, or name another with --root or store.root", root.display()),
+                format!(
+                    "store root {}: another process is using it; stop that one, or name another with --root or store.root",
+                    root.display()
+                ),
             ),
             TryLockError::Error(e) => say("cannot be locked", &e),
         })?;
@@ -198,8 +206,7 @@ impl Store {
 
     /// Begins an upload that `claim` will judge. Dropped before [`Upload::finish`], it leaves nothing behind.
     pub(crate) fn begin(self: &Arc<Self>, claim: Verifier) -> Result<Upload, Fault> {
-        let temp =
-            tempfile::Builder::new().prefix("upload-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp)?;
+        let temp = tempfile::Builder::new().prefix("upload-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp)?;
         Ok(Upload { store: Arc::clone(self), temp, verifier: claim })
     }
 
@@ -259,25 +266,25 @@ impl Store {
         Ok(())
     }
 
-    /// Sets a rotten blob aside so that it can be stored anew, unless that has happened since `file` was opened.
-    fn set_aside(&self, digest: &Digest, file: &File) -> io::Result<()> {
+    /// Sets a rotten blob aside so that it can be stored anew; false if that, or even the storing, has happened since `file` was opened.
+    fn set_aside(&self, digest: &Digest, file: &File) -> io::Result<bool> {
         let path = self.path(digest);
         let [a, b, ..] = *digest.as_bytes();
         let shard = self.shards[usize::from(a)].lock();
         let read = file.metadata()?;
         let there = match fs::metadata(&path) {
             Ok(there) => there,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
             Err(e) => return Err(e),
         };
         if (there.dev(), there.ino()) != (read.dev(), read.ino()) {
-            return Ok(());
+            return Ok(false);
         }
         fs::rename(&path, self.quarantine.join(digest.to_string()))?;
         if shard.counted[usize::from(b)] {
             self.totals.subtract(there.len());
         }
-        Ok(())
+        Ok(true)
     }
 
     fn dir(&self, a: u8, b: u8) -> PathBuf {

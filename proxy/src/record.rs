@@ -31,7 +31,7 @@ impl Record<'_> {
     pub fn log(&self, metrics: &Metrics) {
         metrics.request(method_label(self.method), self.route, self.code, self.served, self.took);
         tracing::info!(
-            target: "access",
+            target: "castier::access",
             method = self.method.as_str(),
             path = self.path,
             status = self.code,

@@ -23,13 +23,7 @@ impl Blob {
     /// Reads the bytes in `range`, which must lie within the blob.
     pub(crate) fn read(self, range: Range<u64>) -> Reader {
         let whole = range == (0..self.size);
-        Reader {
-            verifier: whole.then(|| Verifier::of(self.digest)),
-            store: self.store,
-            digest: self.digest,
-            file: self.file,
-            left: range,
-        }
+        Reader { verifier: whole.then(|| Verifier::of(self.digest)), store: self.store, digest: self.digest, file: self.file, left: range }
     }
 }
 
@@ -59,9 +53,10 @@ impl Reader {
     }
 
     fn rotten(&self) -> Fault {
-        if let Err(error) = self.store.set_aside(&self.digest, &self.file) {
-            tracing::error!(digest = %self.digest, %error, "a damaged blob could not be moved to the quarantine");
-        }
-        Fault::Rotten(self.digest)
+        let found = self.store.set_aside(&self.digest, &self.file).unwrap_or_else(|error| {
+            tracing::error!(digest = %self.digest, %error, "a damaged blob could not be moved to the quarantine; remove it by hand");
+            true
+        });
+        Fault::Rotten { digest: self.digest, found }
     }
 }

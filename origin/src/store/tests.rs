@@ -77,7 +77,7 @@ fn rot_is_found_set_aside_and_healed() {
         let (_dir, store) = store();
         let digest = put(&store, Verifier::any(), &[7; 5000]).unwrap().digest;
         spoil(&store.path(&digest));
-        assert!(matches!(read(&store, &digest, None), Err(Fault::Rotten(d)) if d == digest), "{name}");
+        assert!(matches!(read(&store, &digest, None), Err(Fault::Rotten { digest: d, found: true }) if d == digest), "{name}");
         assert!(store.open_blob(&digest).unwrap().is_none(), "{name}: still there");
         assert!(store.quarantine.join(digest.to_string()).exists(), "{name}: not in quarantine");
         assert_eq!(totals(&store).0, 0, "{name}");
@@ -93,7 +93,9 @@ fn the_last_chunk_waits_for_the_digest() {
     fs::write(store.path(&digest), [8; 1000]).unwrap();
     let mut reader = store.open_blob(&digest).unwrap().unwrap().read(0..1000);
     assert_eq!(reader.next(600).unwrap().len(), 600);
-    assert!(matches!(reader.next(600), Err(Fault::Rotten(_))));
+    let mut other = store.open_blob(&digest).unwrap().unwrap().read(0..1000);
+    assert!(matches!(reader.next(600), Err(Fault::Rotten { found: true, .. })));
+    assert!(matches!(other.next(1000), Err(Fault::Rotten { found: false, .. })), "one damage is found once");
 }
 
 #[test]
@@ -103,7 +105,7 @@ fn a_healed_blob_is_not_set_aside() {
     fs::write(store.path(&digest), [8; 5000]).unwrap();
     let mut reader = store.open_blob(&digest).unwrap().unwrap().read(0..5000);
     assert!(!put(&store, Verifier::of(digest), &[7; 5000]).unwrap().new);
-    assert!(matches!(reader.next(9000), Err(Fault::Rotten(_))));
+    assert!(matches!(reader.next(9000), Err(Fault::Rotten { found: false, .. })));
     assert_eq!(read(&store, &digest, None).unwrap(), [7; 5000]);
     assert_eq!(totals(&store), (1, 5000));
 }
@@ -123,13 +125,13 @@ fn counting_beside_traffic_is_exact() {
     let dir = tempfile::tempdir().unwrap();
     {
         let store = Arc::new(Store::open(dir.path()).unwrap());
-        (0..100u32).for_each(|i| drop(put(&store, Verifier::any(), &i.to_be_bytes()).unwrap()));
+        (0..100u32).for_each(|i| assert!(put(&store, Verifier::any(), &i.to_be_bytes()).unwrap().new));
         assert_eq!(totals(&store), (0, 0), "nothing is known before the count");
     }
     let store = Arc::new(Store::open(dir.path()).unwrap());
     thread::scope(|scope| {
         scope.spawn(|| store.count().unwrap());
-        scope.spawn(|| (50..200u32).for_each(|i| drop(put(&store, Verifier::any(), &i.to_be_bytes()).unwrap())));
+        scope.spawn(|| (50..200u32).for_each(|i| assert_eq!(put(&store, Verifier::any(), &i.to_be_bytes()).unwrap().new, i >= 100)));
         scope.spawn(|| (0..50u32).for_each(|i| assert!(store.remove(&Digest::of(&i.to_be_bytes())).unwrap())));
     });
     assert_eq!(totals(&store), (150, 600));

@@ -28,7 +28,8 @@ fn flags_and_exit_codes() {
     assert!(code == Some(0) && ["--listen", "--root", "--config"].iter().all(|flag| out.contains(flag)), "{out}");
     assert_eq!(run(&["--no-such-flag"], &[]).0, Some(2));
     assert_eq!(run(&["--check-config", "--config", good], &[]).0, Some(0));
-    let (code, out, _) = run(&["--print-config", "--config", good, "--listen", "127.0.0.1:7", "--root", "/r"], &[("CASTIER_ALLOW_DELETE", "true")]);
+    let (code, out, _) =
+        run(&["--print-config", "--config", good, "--listen", "127.0.0.1:7", "--root", "/r"], &[("CASTIER_ALLOW_DELETE", "true")]);
     assert_eq!(code, Some(0));
     for line in ["max_blob = \"7MiB\"", "public = \"127.0.0.1:7\"", "root = \"/r\"", "allow_delete = true"] {
         assert!(out.contains(line), "{line} not in {out}");
@@ -171,11 +172,17 @@ fn every_request_leaves_one_record() {
     assert_eq!(node.ask("GET", &path, &[], b"").status, 200);
     let records = || -> Vec<serde_json::Value> {
         let log = node.log();
-        log.lines().map(|line| serde_json::from_str(line).unwrap()).filter(|r: &serde_json::Value| r["target"] == "castier_origin::access").collect()
+        log.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .filter(|r: &serde_json::Value| r["target"] == "castier_origin::access")
+            .collect()
     };
     let records = wait_for("two records", || Some(records()).filter(|records| records.len() == 2));
     let record = &records[1];
-    assert_eq!((&record["method"], &record["path"], &record["status"], &record["bytes"]), (&"GET".into(), &path.into(), &200.into(), &1000.into()));
+    assert_eq!(
+        (&record["method"], &record["path"], &record["status"], &record["bytes"]),
+        (&"GET".into(), &path.into(), &200.into(), &1000.into())
+    );
     assert!(record["duration"].is_f64() && record["peer"].as_str().unwrap().starts_with("127.0.0.1:"), "{record}");
 }
 

@@ -10,7 +10,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use tempfile::TempDir;
+use tempfile::{TempDir, TempPath};
 
 /// Nothing that a test waits for takes this long unless it never comes.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
@@ -39,7 +39,7 @@ pub(crate) struct Node {
     pub(crate) clients: SocketAddr,
     pub(crate) admin: SocketAddr,
     pub(crate) root: PathBuf,
-    pub(crate) log: PathBuf,
+    log: TempPath,
     _dir: Option<TempDir>,
 }
 
@@ -71,7 +71,7 @@ impl Node {
     }
 
     pub(crate) fn run(mut command: Command, root: &Path) -> Self {
-        let log = tempfile::Builder::new().prefix("castier-origin-").suffix(".log").tempfile().unwrap().into_temp_path().keep().unwrap();
+        let log = tempfile::Builder::new().prefix("castier-origin-").suffix(".log").tempfile().unwrap().into_temp_path();
         let mut child = command.stdout(Stdio::piped()).stderr(File::create(&log).unwrap()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut address = |what: &str| -> SocketAddr {

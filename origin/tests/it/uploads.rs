@@ -56,7 +56,11 @@ fn post_names_what_it_stores() {
         (vec![], big.clone(), &big),
         (vec!["Content-Type: application/x-www-form-urlencoded"], b"a=b".to_vec(), b"a=b"),
         (vec![FORM], form(&[("name=\"file\"; filename=\"a\"", b"hello\r\n--X")]), b"hello\r\n--X"),
-        (vec![FORM], form(&[("name=\"note\"", b"no file"), ("name=\"f\"; filename=\"a\"", &big), ("name=\"g\"; filename=\"b\"", b"two")]), &big),
+        (
+            vec![FORM],
+            form(&[("name=\"note\"", b"no file"), ("name=\"f\"; filename=\"a\"", &big), ("name=\"g\"; filename=\"b\"", b"two")]),
+            &big,
+        ),
         (vec![FORM], form(&[("name=\"f\"; filename=\"empty\"", b"")]), b""),
         (vec![FORM, "Transfer-Encoding: chunked"], chunked(&form(&[("name=\"f\"; filename=\"a\"", &big)]), 10_000), &big),
     ] {
