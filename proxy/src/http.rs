@@ -330,7 +330,12 @@ impl Front {
                 return sent.map_err(|_| Cut);
             }
         };
-        session.write_response_header(response_header(status, &headers)).await.map_err(|_| Cut)?;
+        let mut head = response_header(status, &headers);
+        if !headers.contains_key(header::CONTENT_LENGTH) {
+            // Never delimited by the end of the connection: a cut must not look like an end.
+            head.insert_header(header::TRANSFER_ENCODING, "chunked").map_err(|_| Cut)?;
+        }
+        session.write_response_header(head).await.map_err(|_| Cut)?;
         loop {
             let piece = tokio::select! {
                 biased;

@@ -93,6 +93,14 @@ impl ProxyHttp for Rules {
 
     fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
 
+    async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Passage) -> pingora::Result<()> {
+        // Where a chunked body ends only pingora will know, so the connection is not used again, and the client is told.
+        if session.req_header().headers.contains_key(header::TRANSFER_ENCODING) {
+            session.set_keepalive(None);
+        }
+        Ok(())
+    }
+
     async fn upstream_peer(&self, _session: &mut Session, _ctx: &mut Passage) -> pingora::Result<Box<HttpPeer>> {
         let unreachable = |why: String| pingora::Error::explain(pingora::ErrorType::ConnectError, why).into_up();
         let peers = self.origin.peers().await.map_err(|fault| unreachable(fault.to_string()))?;

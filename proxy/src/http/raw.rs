@@ -51,7 +51,9 @@ impl Front {
             }
             let first = PIECE.min(bytes.len());
             let mut both = bytes::Buf::chain(&out[..], &bytes[..first]);
-            timeout(write, stream.write_all_buf(&mut both)).await?.ok();
+            if let Err(error) = timeout(write, stream.write_all_buf(&mut both)).await? {
+                return Ok(Err(error));
+            }
             for piece in bytes[first..].chunks(PIECE) {
                 if let Err(error) = timeout(write, stream.write_all(piece)).await? {
                     return Ok(Err(error));
