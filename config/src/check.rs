@@ -109,6 +109,10 @@ fn first_byte(path: &Path) -> std::io::Result<()> {
 
 fn check_fill(fill: &Fill, problems: &mut Problems) {
     check_count("fill.max_in_flight", fill.max_in_flight, problems);
+    // Each fill in flight is a connection to the origin, of which one address has no more ports than this.
+    if fill.max_in_flight > 65_536 {
+        problems.add("fill.max_in_flight", "must be 65536 or less");
+    }
     check_size("fill.memory", fill.memory, problems);
     check_size("fill.spool", fill.spool, problems);
     if !fill.spool_dir.as_os_str().is_empty() && !fill.spool_dir.is_dir() {

@@ -228,10 +228,7 @@ impl Flights {
     async fn fill(&self, flight: &Arc<Flight>) -> Result<Phase, Fault> {
         let _place = match tokio::time::timeout(self.max_wait, self.places.acquire()).await {
             Ok(Ok(place)) => place,
-            _ => {
-                self.metrics.shed(Limit::Fills);
-                return Err(Fault::Busy(Limit::Fills));
-            }
+            _ => return Err(Fault::Busy(Limit::Fills)),
         };
         let mut verifier = Verifier::of(flight.digest);
         let mut attempts = Attempts::new(self.retries);
@@ -332,7 +329,7 @@ impl Flights {
                 let at = state.spool.length();
                 (state.spool.admit(&self.room, chunk.len() as u64), at)
             };
-            match admitted.inspect_err(|_| self.metrics.shed(Limit::Spool))? {
+            match admitted? {
                 Admit::Memory => break,
                 Admit::File(file) => {
                     spool::write_file(file, chunk.clone(), at).await?;

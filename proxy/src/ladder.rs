@@ -135,12 +135,12 @@ impl Ladder {
         Ok((known.map_or(Opened::Absent, |size| Opened::Blob(Some(size))), false))
     }
 
-    /// Whether the origin itself has the blob: what an upload that has not been sent yet hangs on.
+    /// The blob's size, if the origin has it for good: an upload that has not been sent yet may then stay where it is.
     ///
     /// # Errors
     /// The origin could not be asked.
-    pub async fn stored_at_origin(&self, digest: &Digest) -> Result<Option<u64>, Fault> {
-        self.origin.stat(digest).await
+    pub async fn stored_at_origin(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
+        self.origin.holds(digest, size).await
     }
 
     /// Stores an upload at the origin, by name or letting its bytes name it, and keeps it. Done only when the origin says that it is durable.

@@ -4,6 +4,7 @@
 //! `source_loads{result}`. HEADs and 304s by validator are no gets: they hand out no blob.
 
 use crate::{fault::Limit, memory::TierStats};
+use parking_lot::Mutex;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::Collector, process_collector::ProcessCollector,
@@ -108,6 +109,7 @@ pub struct Metrics {
     tier_capacity: IntGaugeVec,
     tier_blobs: IntGaugeVec,
     tier_evictions: IntCounterVec,
+    following: Mutex<()>,
     corrupt: IntCounterVec,
     shed: IntCounterVec,
     /// Client connections open now.
@@ -162,6 +164,7 @@ impl Metrics {
             tier_capacity: gauges(&r, "castier_tier_capacity_bytes", "Bytes that a tier may take up", &["tier"])?,
             tier_blobs: gauges(&r, "castier_tier_blobs", "Blobs in a tier", &["tier"])?,
             tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs dropped for lack of room", &["tier"])?,
+            following: Mutex::new(()),
             corrupt: counters(&r, "castier_corrupt_blobs_total", "Blobs whose bytes did not match their digest", &["source"])?,
             shed: counters(&r, "castier_shed_requests_total", "Requests turned away at a limit", &["reason"])?,
             connections: gauge(&r, "castier_connections", "Client connections open")?,
@@ -225,7 +228,9 @@ impl Metrics {
             gauge(&self.tier_bytes, stats.bytes);
             gauge(&self.tier_capacity, stats.capacity);
             gauge(&self.tier_blobs, stats.blobs);
+            // The tier counts; this follows. Two scrapes at once must not both add the difference.
             let evictions = self.tier_evictions.with_label_values(&[*tier]);
+            let _alone = self.following.lock();
             evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
         }
         let mut text = Vec::new();

@@ -13,10 +13,8 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 /// What a shed client is told to wait, in seconds: long enough for a burst to pass, short enough to be worth it.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
-/// What [`wire::Target::Collection`] takes.
-pub const COLLECTION_METHODS: HeaderValue = HeaderValue::from_static("POST");
 /// What a blob takes when nothing may be deleted.
-pub const BLOB_METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD, PUT");
+const BLOB_METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD, PUT");
 
 /// A response, ready to be written by whoever holds the connection.
 pub struct Reply {
@@ -131,12 +129,11 @@ impl Reply {
         Self::error(StatusCode::BAD_REQUEST, &format!("{}; the path is {}/<digest>", castier_blob::MalformedDigest, wire::CAS))
     }
 
-    /// A method that the target does not take.
-    pub fn wrong_method(allow: HeaderValue) -> Self {
-        let detail = format!("allowed here: {}", allow.to_str().unwrap_or_default());
+    /// The origin does not do this to a blob.
+    fn not_allowed() -> Self {
         let mut headers = HeaderMap::new();
-        headers.insert(header::ALLOW, allow);
-        Self::explained(StatusCode::METHOD_NOT_ALLOWED, headers, &detail)
+        headers.insert(header::ALLOW, BLOB_METHODS);
+        Self::explained(StatusCode::METHOD_NOT_ALLOWED, headers, "the origin does not allow this; it takes GET, HEAD and PUT")
     }
 
     /// Any fault, as the client may know it: the cause stays in the log.
@@ -145,6 +142,7 @@ impl Reply {
             Fault::Mismatch(mismatch) => (StatusCode::UNPROCESSABLE_ENTITY, mismatch.to_string()),
             Fault::BadRequest(why) => (StatusCode::BAD_REQUEST, why.clone()),
             Fault::TooLarge { limit } => (StatusCode::PAYLOAD_TOO_LARGE, format!("larger than the limit of {limit} bytes")),
+            Fault::OriginRefusesSize => (StatusCode::PAYLOAD_TOO_LARGE, "larger than the origin takes".into()),
             Fault::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the blob is not cached and its source cannot be reached".into()),
             Fault::Unusable { .. } => (StatusCode::BAD_GATEWAY, "the blob is not cached and its source gave an unusable answer".into()),
             Fault::Corrupt { .. } => (StatusCode::BAD_GATEWAY, "the source sent bytes that do not match the digest".into()),
@@ -152,8 +150,9 @@ impl Reply {
             Fault::Busy(Limit::Origin) => (StatusCode::SERVICE_UNAVAILABLE, "the origin is over a limit; try again".into()),
             Fault::Busy(limit) => (StatusCode::SERVICE_UNAVAILABLE, format!("over the limit on {limit}; try again")),
             Fault::OriginFull => (StatusCode::INSUFFICIENT_STORAGE, "the origin has no room for the blob".into()),
-            Fault::NotAllowed => return Self::wrong_method(BLOB_METHODS),
+            Fault::NotAllowed => return Self::not_allowed(),
             Fault::ClientGone(_) => (StatusCode::BAD_REQUEST, "the request body ended before its announced end".into()),
+            Fault::ClientSilent => (StatusCode::REQUEST_TIMEOUT, "the request body did not go on for too long".into()),
             Fault::Abandoned | Fault::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the request could not be completed".into()),
         };
         Self::error(status, &detail)
