@@ -338,6 +338,9 @@ impl Front {
                 }
                 Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(|_| Cut),
                 Err(fault) => {
+                    if let Fault::Busy(limit) = fault {
+                        self.metrics.shed(limit);
+                    }
                     tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
                     return Err(Cut);
                 }

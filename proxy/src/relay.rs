@@ -140,13 +140,19 @@ impl ProxyHttp for Rules {
     async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, ctx: &mut Passage) -> FailToProxy {
         ctx.failed = true;
         let fault = self.origin.fault(error);
-        if error.esource == pingora::ErrorSource::Downstream || session.response_written().is_some() {
+        use pingora::ErrorType::{ConnectionClosed, ReadError, WriteError};
+        let downstream = error.esource == pingora::ErrorSource::Downstream;
+        if session.response_written().is_some() || (downstream && matches!(error.etype, ConnectionClosed | ReadError | WriteError)) {
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
         }
-        tracing::warn!(%fault, "relay failed");
-        let reply = match fault {
-            Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
-            _ => Reply::fault(&fault),
+        let reply = if downstream {
+            Reply::error(http::StatusCode::BAD_REQUEST, "malformed request body")
+        } else {
+            tracing::warn!(%fault, "relay failed");
+            match fault {
+                Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
+                _ => Reply::fault(&fault),
+            }
         };
         let error_code = reply.status.as_u16();
         if let Err(error) = crate::http::write(session.as_downstream_mut(), reply).await {

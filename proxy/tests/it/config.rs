@@ -1,6 +1,6 @@
 //! Arguments, configuration, and what castier says when it cannot run.
 
-use crate::support::{Blob, Castier, LyingOrigin, Request, get, light, process::config_text};
+use crate::support::{Blob, Castier, Request, get, light, process::config_text};
 use std::{
     fs,
     process::{Command, Output},
@@ -189,8 +189,8 @@ async fn the_embedded_origin_keeps_what_it_has() {
 #[tokio::test]
 async fn the_environment_configures_a_running_castier() {
     let _turn = light().await;
-    let origin = LyingOrigin::start().await;
-    let blob = origin.blob(1000);
-    let castier = Castier::start_with(&origin.url(), "allow_delete = false", &[("CASTIER_ALLOW_DELETE", "true")]).await;
+    let castier = Castier::start_with("embedded:./store", "allow_delete = false", &[("CASTIER_ALLOW_DELETE", "true")]).await;
+    let blob = Blob::new(1000);
+    assert_eq!(Request::new("PUT", blob.path()).body(blob.whole()).send(castier.public).await.status, 201);
     assert_eq!(Request::new("DELETE", blob.path()).send(castier.public).await.status, 204);
 }

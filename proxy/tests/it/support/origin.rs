@@ -229,6 +229,11 @@ impl Connection {
 
     async fn upload(&mut self, claimed: Option<Digest>, head: &Head) -> io::Result<Keep> {
         if head.header("expect").is_some() {
+            if claimed.is_some_and(|claimed| self.state.lock().held.contains_key(&claimed)) {
+                // The body stays where it is, and so the connection ends here.
+                self.status(200).await?;
+                return Ok(false);
+            }
             self.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
         }
         let lie = self.state.lock().uploads.pop_front().unwrap_or_else(Lie::honest);
