@@ -1,12 +1,18 @@
 //! A client's connection, as everything here reads and writes it: pingora's stream, a client that may take no byte for only so long,
 //! and a fence that keeps a relay's reader to its own request.
 
-use crate::gate::Framing;
+use crate::{
+    gate::Framing,
+    serve::{Body, Reply},
+    spool::PIECE,
+};
 use async_trait::async_trait;
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, StatusCode};
+use pingora::http::ResponseHeader;
 use pingora::protocols::{
     GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID, UniqueIDType,
-    raw_connect::ProxyDigest,
+    http::ServerSession, raw_connect::ProxyDigest,
 };
 use std::{
     io,
@@ -199,3 +205,25 @@ impl GetSocketDigest for Conn {
 }
 
 impl Peek for Conn {}
+
+/// Writes a reply whose body is whole, or empty, in pieces that a slow client takes one by one.
+///
+/// # Errors
+/// The client is gone, or takes nothing any more.
+pub async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
+    session.write_response_header(response_header(reply.status, &reply.headers)).await?;
+    if let Body::Whole(bytes) = reply.body {
+        for at in (0..bytes.len()).step_by(PIECE) {
+            session.write_response_body(bytes.slice(at..bytes.len().min(at + PIECE)), false).await?;
+        }
+    }
+    session.write_response_body(Bytes::new(), true).await
+}
+
+/// A reply's head in pingora's terms.
+pub fn response_header(status: StatusCode, headers: &HeaderMap) -> Box<ResponseHeader> {
+    let (mut parts, ()) = http::Response::new(()).into_parts();
+    parts.status = status;
+    parts.headers = headers.clone();
+    Box::new(parts.into())
+}

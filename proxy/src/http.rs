@@ -6,7 +6,7 @@
 mod raw;
 
 use crate::{
-    conn::Conn,
+    conn::{Conn, response_header, write},
     fault::{Fault, Limit},
     flight::Opened,
     gate::{self, NoHead},
@@ -27,7 +27,6 @@ use futures::StreamExt;
 use http::{HeaderMap, Method, StatusCode, Version, header};
 use pingora::{
     apps::ServerApp,
-    http::ResponseHeader,
     protocols::{Stream, http::ServerSession},
     server::ShutdownWatch,
 };
@@ -44,9 +43,6 @@ const REFUSALS: usize = 1024;
 const LINGER: Duration = Duration::from_secs(10);
 /// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
 const IDLE_BODY: u64 = 64 << 10;
-/// Longer ones are written in pieces, each within `limits.write_timeout`: a slow client is not a stuck one.
-const PIECE: usize = crate::spool::PIECE;
-
 /// The public listener's application.
 pub struct Front {
     ladder: Arc<Ladder>,
@@ -349,17 +345,6 @@ impl Front {
     }
 }
 
-/// Writes a reply that is whole.
-pub(crate) async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
-    session.write_response_header(response_header(reply.status, &reply.headers)).await?;
-    if let Body::Whole(bytes) = reply.body {
-        for at in (0..bytes.len()).step_by(PIECE) {
-            session.write_response_body(bytes.slice(at..bytes.len().min(at + PIECE)), false).await?;
-        }
-    }
-    session.write_response_body(Bytes::new(), true).await
-}
-
 /// Reads away the body of a request that should have none.
 async fn no_body(session: &mut ServerSession) -> Result<(), Fault> {
     if session.is_body_done() {
@@ -372,13 +357,6 @@ async fn no_body(session: &mut ServerSession) -> Result<(), Fault> {
 
 fn expects_continue(session: &ServerSession) -> bool {
     session.req_header().headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"))
-}
-
-fn response_header(status: StatusCode, headers: &HeaderMap) -> Box<ResponseHeader> {
-    let (mut parts, ()) = http::Response::new(()).into_parts();
-    parts.status = status;
-    parts.headers = headers.clone();
-    Box::new(parts.into())
 }
 
 fn cache_status(headers: &HeaderMap) -> &str {

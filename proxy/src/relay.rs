@@ -2,7 +2,7 @@
 //! `pingora_proxy`.
 
 use crate::{
-    conn::Conn,
+    conn::{self, Conn},
     fault::Fault,
     gate::{Framing, Head},
     metrics::{Metrics, Route, Served},
@@ -155,7 +155,7 @@ impl ProxyHttp for Rules {
             }
         };
         let error_code = reply.status.as_u16();
-        if let Err(error) = crate::http::write(session.as_downstream_mut(), reply).await {
+        if let Err(error) = conn::write(session.as_downstream_mut(), reply).await {
             tracing::debug!(%error, "client gone");
         }
         FailToProxy { error_code, can_reuse_downstream: false }

@@ -64,7 +64,11 @@ pub fn first_file(body: Upload<'_>, boundary: String, max: u64) -> Upload<'_> {
                     match form.next_field().await.map_err(|error| fault(error, max))? {
                         Some(field) if field.file_name().is_some() => break Box::new(field),
                         Some(_) => {}
-                        None => return Err(Fault::BadRequest("the form holds no file: a part with a filename, as `curl -F file=@x` sends it".into())),
+                        None => {
+                            return Err(Fault::BadRequest(
+                                "the form holds no file: a part with a filename, as `curl -F file=@x` sends it".into(),
+                            ));
+                        }
                     }
                 },
             };

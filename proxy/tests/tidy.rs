@@ -15,15 +15,16 @@ const MAX_FUNCTION: usize = 70;
 /// Who uses whom in `proxy/src`, exactly. `main` uses everything and `lib` nothing.
 const USES: &[(&str, &[&str])] = &[
     ("admin", &["ladder", "metrics"]),
+    ("conn", &["gate", "serve", "spool"]),
     ("fault", &[]),
     ("flight", &["fault", "memory", "metrics", "spool", "upstream"]),
     ("gate", &[]),
-    ("http", &["fault", "flight", "gate", "ladder", "metrics", "record", "relay", "serve", "spool", "upload", "upstream"]),
+    ("http", &["conn", "fault", "flight", "gate", "ladder", "metrics", "record", "relay", "serve", "upload", "upstream"]),
     ("ladder", &["fault", "flight", "memory", "metrics", "spool", "upstream"]),
     ("memory", &[]),
     ("metrics", &["fault", "memory"]),
     ("record", &["metrics"]),
-    ("relay", &["fault", "gate", "http", "metrics", "record", "serve", "upstream"]),
+    ("relay", &["conn", "fault", "gate", "metrics", "record", "serve", "upstream"]),
     ("serve", &["fault", "flight", "metrics"]),
     ("spool", &["fault"]),
     ("upload", &["fault", "upstream"]),
@@ -32,7 +33,7 @@ const USES: &[(&str, &[&str])] = &[
 
 /// The only rooms in `proxy/src` that may name each of these.
 const CONFINED: &[(&str, &[&str])] = &[
-    ("pingora", &["http", "main", "relay", "upload", "upstream"]),
+    ("pingora", &["conn", "http", "main", "relay", "upload", "upstream"]),
     ("pingora::proxy", &["relay"]),
     ("pingora::connectors", &["upstream"]),
     ("moka", &["memory"]),

@@ -168,7 +168,8 @@ impl Upstream {
             session.write_request_header(Box::new(request)).await?;
             session.read_response().await
         };
-        let refused = answered.await.is_ok() && session.get_status().is_some_and(|status| status.is_client_error() || status.is_server_error());
+        let refused =
+            answered.await.is_ok() && session.get_status().is_some_and(|status| status.is_client_error() || status.is_server_error());
         Ok((!refused).then_some(known))
     }
 
