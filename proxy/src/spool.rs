@@ -6,10 +6,11 @@
 
 use crate::fault::{Fault, Limit};
 use bytes::{Bytes, BytesMut};
+use rustix::io::ReadWriteFlags;
 use std::{
     collections::VecDeque,
     fs::File,
-    io,
+    io::{self, IoSliceMut},
     os::unix::fs::FileExt,
     path::PathBuf,
     sync::{
@@ -279,13 +280,18 @@ pub async fn write_file(file: Arc<File>, bytes: Bytes, at: u64) -> Result<(), Fa
     off_thread(move || file.write_all_at(&bytes, at)).await
 }
 
-/// Reads `len` bytes at offset `at`.
+/// Reads up to `len` bytes at offset `at`, at least one. What the page cache has, which is all that was just written, is read in place;
+/// another thread waits for the rest.
 ///
 /// # Errors
 /// [`Fault::Internal`] on an I/O error.
 pub async fn read_file(file: Arc<File>, at: u64, len: usize) -> Result<Bytes, Fault> {
+    let mut buffer = BytesMut::zeroed(len);
+    if let Ok(read @ 1..) = rustix::io::preadv2(&*file, &mut [IoSliceMut::new(&mut buffer)], at, ReadWriteFlags::NOWAIT) {
+        buffer.truncate(read);
+        return Ok(buffer.freeze());
+    }
     off_thread(move || {
-        let mut buffer = BytesMut::zeroed(len);
         file.read_exact_at(&mut buffer, at)?;
         Ok(buffer.freeze())
     })
