@@ -8,8 +8,8 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Castier {
-    /// Whether clients may delete blobs, true or false. Default false: immutable content needs no deletion, and one wrong
-    /// script would empty the store.
+    /// Whether clients may delete blobs of the embedded origin, true or false; a remote origin decides for itself. Default false:
+    /// immutable content needs no deletion, and one wrong script would empty the store.
     pub allow_delete: bool,
     /// Where the program listens.
     pub listen: Listen,

@@ -207,21 +207,31 @@ impl Flights {
         let ttl = self.limits.load().negative_ttl.get();
         let remember =
             matches!(phase, Phase::Absent) && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
+        let passing = matches!(phase, Phase::Verified) && flight.state.lock().spool.parts().is_none();
         flight.update(|state| state.phase = phase);
+        if passing {
+            // No tier keeps it, but its readers do: as long as one reads, a late comer can, and the origin is not asked again.
+            while !self.remove_if_deserted(&flight) {
+                flight.deserted.notified().await;
+            }
+            return;
+        }
         if remember {
             self.remembered.fetch_add(1, Ordering::Relaxed);
             tokio::time::sleep(ttl).await;
             self.remembered.fetch_sub(1, Ordering::Relaxed);
         }
-        self.remove(&flight);
+        take_out(&mut self.map.lock(), &flight);
     }
 
-    fn remove(&self, flight: &Arc<Flight>) {
+    /// Takes the flight out of the map if nobody reads it. Nobody joins while the map is locked.
+    fn remove_if_deserted(&self, flight: &Arc<Flight>) -> bool {
         let mut map = self.map.lock();
-        // Once detached, another flight may stand in its place.
-        if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
-            map.remove(&flight.digest);
+        let deserted = flight.readers.load(Ordering::Acquire) == 0;
+        if deserted {
+            take_out(&mut map, flight);
         }
+        deserted
     }
 
     /// Gets the blob from a source, verifies and keeps it.
@@ -370,15 +380,14 @@ impl Flights {
         if flight.readers.load(Ordering::Acquire) > 0 || size.is_some_and(|size| size - seen <= self.finish_under) {
             return false;
         }
-        let mut map = self.map.lock();
-        // Nobody joins while the map is locked.
-        if flight.readers.load(Ordering::Acquire) > 0 {
-            return false;
-        }
-        if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
-            map.remove(&flight.digest);
-        }
-        true
+        self.remove_if_deserted(flight)
+    }
+}
+
+/// Once detached, another flight may stand in its place.
+fn take_out(map: &mut HashMap<Digest, Arc<Flight>>, flight: &Arc<Flight>) {
+    if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
+        map.remove(&flight.digest);
     }
 }
 

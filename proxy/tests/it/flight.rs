@@ -1,7 +1,7 @@
 //! One flight, watched closely: who may join it, what they get and when, and what becomes of it when they leave.
 
 use crate::support::{
-    Castier, Download, Gate, HELD_BACK, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get, light, metrics,
+    Castier, Conn, Download, Gate, HELD_BACK, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get, light, metrics,
 };
 use std::{
     sync::atomic::Ordering,
@@ -186,4 +186,25 @@ async fn many_at_once_on_many_blobs() {
         assert_eq!(origin.gets(blob), 1);
     }
     assert_eq!(assert_ledger(&castier).await.kept(), 10);
+}
+
+#[tokio::test]
+async fn a_blob_that_no_tier_keeps_is_shared_while_somebody_reads_it() {
+    let _turn = light().await;
+    let (origin, castier) = world("memory.max_blob = \"1MiB\"").await;
+    // More than the kernel takes on a reader's behalf.
+    let blob = origin.blob(40 * MIB);
+    let mut slow = Conn::narrow(castier.public).await;
+    slow.send(&Request::get(blob.path()).bytes()).await;
+    assert!(slow.head().await.unwrap().first.contains(" 200 "));
+    eventually("the fill has ended", async || (metrics(&castier).await.total("castier_source_loads_total") == 1).then_some(())).await;
+    get(castier.public, &blob).await.assert_is(&blob);
+    assert_eq!(origin.gets(&blob), 1);
+    drop(slow);
+    eventually("with its last reader it is gone", async || {
+        get(castier.public, &blob).await.assert_is(&blob);
+        (origin.gets(&blob) == 2).then_some(())
+    })
+    .await;
+    assert_ledger(&castier).await;
 }
