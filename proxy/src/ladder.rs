@@ -3,9 +3,10 @@
 use crate::{
     fault::Fault,
     flight::{Flights, Joined, Opened, Reader},
-    memory::{Memory, TierStats},
+    memory::Memory,
     metrics::{Metrics, Outcome},
     spool,
+    tier::TierStats,
     upstream::{Put, Upload, Upstream},
 };
 use bytes::Bytes;

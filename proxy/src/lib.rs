@@ -7,6 +7,7 @@
 //! [`http`] writes it. What is no blob goes to the origin through [`relay`].
 
 pub mod admin;
+pub mod disk;
 pub mod fault;
 pub mod flight;
 pub mod gate;
@@ -18,5 +19,6 @@ pub mod record;
 pub mod relay;
 pub mod serve;
 pub mod spool;
+pub mod tier;
 pub mod upload;
 pub mod upstream;

@@ -1,5 +1,6 @@
 //! The memory tier. With `disk.rs`, the only place that sees moka.
 
+use crate::tier::{Tier, TierStats};
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
 use castier_config::{self as config, Policy};
@@ -19,21 +20,6 @@ pub struct Memory {
     capacity: u64,
     max_blob: u64,
     evictions: Arc<AtomicU64>,
-}
-
-/// The state of a tier, for `/stats` and metrics.
-#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
-pub struct TierStats {
-    /// Bytes it takes up, overhead included.
-    pub bytes: u64,
-    /// Bytes it may take up.
-    pub capacity: u64,
-    /// Blobs it keeps.
-    pub blobs: u64,
-    /// Gets it answered.
-    pub hits: u64,
-    /// Blobs it dropped for lack of room.
-    pub evictions: u64,
 }
 
 impl Memory {
@@ -90,6 +76,22 @@ impl Memory {
             hits,
             evictions: self.evictions.load(Ordering::Relaxed),
         }
+    }
+}
+
+impl Tier for Memory {
+    type Kept = Bytes;
+
+    async fn find(&self, digest: &Digest) -> Option<Bytes> {
+        Self::find(self, digest)
+    }
+
+    async fn keep(&self, blob: Verified<Bytes>) {
+        Self::keep(self, blob);
+    }
+
+    async fn forget(&self, digest: &Digest) {
+        Self::forget(self, digest);
     }
 }
 
