@@ -1,14 +1,18 @@
 //! What can be read and still makes no sense.
 
-use crate::{Castier, Config, Fill, Log, Origin, OriginLimits, OriginServer, Problems, Size, Span};
+use crate::{Castier, Config, Disk, Fill, Log, Origin, OriginLimits, OriginServer, Problems, Size, Span};
 use std::{fs::File, io::Read, net::IpAddr, path::Path};
 use url::{Host, Url};
 
 impl Config for Castier {
-    const PLANNED: &'static [&'static str] = &["disk", "cluster"];
+    const PLANNED: &'static [&'static str] = &["cluster"];
+
+    fn complete() -> Self {
+        Self { disk: Some(Disk::default()), ..Self::default() }
+    }
 
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, listen, origin, memory, verify, fill, limits, log, shutdown: _ } = self;
+        let Self { allow_delete: _, listen, origin, memory, disk, verify, fill, limits, log, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
         // Whether the peer address is free of the others matters only once it is opened.
         check_address("listen.peer", &listen.peer, problems);
@@ -16,6 +20,9 @@ impl Config for Castier {
         check_size("memory.capacity", memory.capacity, problems);
         check_size("memory.max_blob", memory.max_blob, problems);
         check_order(("memory.max_blob", memory.max_blob), ("memory.capacity", memory.capacity), problems);
+        if let Some(disk) = disk {
+            check_disk(disk, problems);
+        }
         check_fill(fill, problems);
         check_order(("verify.buffer_up_to", verify.buffer_up_to), ("fill.memory", fill.memory), problems);
         check_limits(&limits.into(), problems);
@@ -105,6 +112,21 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
 /// Opening a directory works; reading from it does not.
 fn first_byte(path: &Path) -> std::io::Result<()> {
     File::open(path)?.read_exact(&mut [0])
+}
+
+fn check_disk(disk: &Disk, problems: &mut Problems) {
+    if disk.path.as_os_str().is_empty() {
+        problems.add(
+            "disk.path",
+            "names no directory; write one, such as \"./castier-data/cache\", or leave out all of [disk] for no disk tier",
+        );
+    }
+    check_size("disk.capacity", disk.capacity, problems);
+    check_size("disk.write_behind", disk.write_behind, problems);
+    if disk.open_files == 0 {
+        problems.add("disk.open_files", "must be 1 or more");
+    }
+    check_span("disk.cooldown", disk.cooldown, problems);
 }
 
 fn check_fill(fill: &Fill, problems: &mut Problems) {

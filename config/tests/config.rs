@@ -1,7 +1,7 @@
 //! The configuration as an operator meets it: files, variables, and what the programs say about them.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
-use castier_config::{Castier, Config, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print};
+use castier_config::{Castier, Config, Disk, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print};
 use proptest::prelude::*;
 use std::{io::Write, path::Path};
 use tempfile::NamedTempFile;
@@ -25,10 +25,14 @@ fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {
     lines
 }
 
+/// The example is the default as it stands, and with its absent sections put in force, it shows every key.
 fn example_shows_every_default<C: Config + std::fmt::Debug>(name: &str) {
-    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
-    let loaded = load::<C>(Some(&example), std::iter::empty()).unwrap();
-    assert_eq!(loaded.config, C::default());
+    let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
+    assert_eq!(read::<C>(&example, &[]).unwrap().config, C::default());
+    let complete: Vec<_> =
+        example.lines().map(|line| line.strip_prefix('#').filter(|key| !key.starts_with([' ', '#'])).unwrap_or(line)).collect();
+    let loaded = read::<C>(&complete.join("\n"), &[]).unwrap();
+    assert_eq!(loaded.config, C::complete());
     let missing: Vec<_> = keys::<C>().into_iter().filter(|key| !loaded.is_set(key)).collect();
     assert_eq!(missing, Vec::<String>::new(), "keys that {name} does not show");
 }
@@ -42,7 +46,7 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 33);
+    assert_eq!(keys.len(), 41);
     assert_eq!(&keys[..4], ["allow_delete", "listen.public", "listen.admin", "listen.peer"]);
     assert_eq!(keys.last().unwrap(), "shutdown.grace");
 }
@@ -87,11 +91,20 @@ fn variables_of_kubernetes_are_ignored_and_slips_are_not() {
     ];
     assert_eq!(read::<Castier>("", &injected).unwrap().config, Castier::default());
     assert_eq!(
-        wrong("", &[("CASTIER_MEMORY__CAPASITY", "1GiB"), ("CASTIER_FROBNICATE__X", "1"), ("CASTIER_DISK__PATH", "/x")]),
+        wrong(
+            "",
+            &[
+                ("CASTIER_MEMORY__CAPASITY", "1GiB"),
+                ("CASTIER_FROBNICATE__X", "1"),
+                ("CASTIER_CLUSTER__PEERS", "x"),
+                ("CASTIER_DISK__PATHS", "/x")
+            ]
+        ),
         [
             "CASTIER_MEMORY__CAPASITY: unknown variable; did you mean CASTIER_MEMORY__CAPACITY?",
             "CASTIER_FROBNICATE__X: unknown variable; --print-config shows every key there is",
-            "CASTIER_DISK__PATH: not available in this version; leave it out",
+            "CASTIER_CLUSTER__PEERS: not available in this version; leave it out",
+            "CASTIER_DISK__PATHS: unknown variable; did you mean CASTIER_DISK__PATH?",
         ]
     );
 }
@@ -116,7 +129,9 @@ fn all_problems_are_told_at_once() {
         [listen]
         public = "localhost"
         [disk]
-        path = "/x"
+        paht = "/x"
+        cooldown = "0s"
+        open_files = -1
         [cluster]
     "#;
     let env = [("CASTIER_ALLOW_DELETE", "yes"), ("CASTIER_ORIGIN__READ_TIMEOUT", "0s"), ("CASTIER_LIMITS__MAX_HEADERS", "many")];
@@ -132,7 +147,9 @@ fn all_problems_are_told_at_once() {
         "alow_delete: unknown key; did you mean allow_delete?",
         "memory.capasity: unknown key; did you mean memory.capacity?",
         "memry: unknown key; did you mean memory?",
-        "disk: not available in this version; leave it out",
+        "disk.paht: unknown key; did you mean disk.path?",
+        "disk.open_files: invalid value: integer `-1`, expected a whole number, 0 or more, that is not too large",
+        "disk.cooldown: must be longer than 0s; write a duration such as \"5s\"",
         "cluster: not available in this version; leave it out",
         "limits.max_connections: must be 1 or more",
         "origin.read_timeout (set by CASTIER_ORIGIN__READ_TIMEOUT): must be longer than 0s; write a duration such as \"5s\"",
@@ -160,6 +177,14 @@ fn values_that_make_no_sense_are_refused() {
         ("origin.ca_file", "[origin]\nca_file = \"/\""),
         ("memory.capacity", "[memory]\ncapacity = 0\nmax_blob = \"0\""),
         ("memory.max_blob", "[memory]\nmax_blob = \"257MiB\""),
+        ("disk", "disk = 5"),
+        ("disk.path", "[disk]\npath = \"\""),
+        ("disk.capacity", "[disk]\ncapacity = 0"),
+        ("disk.policy", "[disk]\npolicy = \"fifo\""),
+        ("disk.write_behind", "[disk]\nwrite_behind = 0"),
+        ("disk.open_files", "[disk]\nopen_files = 0"),
+        ("disk.scrub_rate", "[disk]\nscrub_rate = \"fast\""),
+        ("disk.cooldown", "[disk]\ncooldown = \"0s\""),
         ("verify.buffer_up_to", "[verify]\nbuffer_up_to = \"257MiB\""),
         ("fill.max_in_flight", "[fill]\nmax_in_flight = 0"),
         ("fill.spool", "[fill]\nspool = \"0B\""),
@@ -192,7 +217,7 @@ fn values_that_make_sense_are_taken() {
     let pem = file("-----BEGIN CERTIFICATE-----");
     let text = format!(
         "[listen]\npublic = \"[::]:0\"\nadmin = \"localhost:0\"\n[origin]\nurl = \"https://u:p@origin:1\"\nca_file = {:?}\n\
-         [verify]\nbuffer_up_to = 0\n[fill]\nmax_wait = \"0s\"\nspool_dir = \"/\"\n[limits]\nnegative_ttl = \"0s\"\nmax_negative = 0\n\
+         [disk]\nscrub_rate = 0\nquarantine = 0\n[verify]\nbuffer_up_to = 0\n[fill]\nmax_wait = \"0s\"\nspool_dir = \"/\"\n[limits]\nnegative_ttl = \"0s\"\nmax_negative = 0\n\
          [log]\nlevel = \"WARN,castier::flight=debug,h2=off\"\nformat = \"json\"\nloki_url = \"http://loki:3100\"\n\
          [shutdown]\ngrace = \"0s\"",
         pem.path()
@@ -221,7 +246,9 @@ fn printing_masks_secrets_and_nothing_else() {
     let printed = print(&config);
     assert!(printed.contains("url = \"http://***@origin:9000\"") && printed.contains("loki_url = \"https://***@loki/x@y\""), "{printed}");
     assert!(!printed.contains("hunter2") && !format!("{config:?}").contains("hunter2"));
-    assert_eq!(printed.lines().filter(|line| line.contains(" = ")).count(), keys::<Castier>().len());
+    let shown = |config: &Castier| print(config).lines().filter(|line| line.contains(" = ")).count();
+    assert_eq!(shown(&Castier::complete()), keys::<Castier>().len());
+    assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !key.starts_with("disk.")).count());
 }
 
 #[test]
@@ -230,6 +257,18 @@ fn problems_never_tell_secrets() {
     let lines = wrong(text, &[]);
     assert_eq!(lines.len(), 2);
     assert!(!lines.concat().contains("hunter2"), "{lines:#?}");
+}
+
+#[test]
+fn one_key_puts_a_section_in_force() {
+    assert_eq!(read::<Castier>("", &[]).unwrap().config.disk, None);
+    let loaded = read::<Castier>("", &[("CASTIER_DISK__CAPACITY", "1TiB")]).unwrap();
+    assert_eq!(loaded.config.disk, Some(Disk { capacity: Size::gib(1024), ..Disk::default() }));
+    assert!(loaded.is_set("disk.capacity") && !loaded.is_set("disk.path"));
+    assert_eq!(read::<Castier>("[disk]", &[]).unwrap().config, Castier::complete());
+    let changes = changed(&Castier::default(), &Castier::complete());
+    assert!(changes.len() == 8 && changes.iter().all(|key| key.starts_with("disk.")), "{changes:?}");
+    assert_eq!(changed(&Castier::complete(), &Castier::default()), changes);
 }
 
 #[test]
@@ -258,11 +297,13 @@ proptest! {
         nanos in 1u64..5_000_000_000,
         root in "[ -~é]{1,20}",
         lru: bool,
+        disk: bool,
     ) {
         let mut config = Castier { allow_delete, ..Castier::default() };
         config.memory.capacity = Size::new(capacity);
         config.memory.max_blob = Size::new((capacity / 1000 * share).max(1));
         config.memory.policy = if lru { Policy::Lru } else { Policy::TinyLfu };
+        config.disk = disk.then(|| Disk { path: root.clone().into(), capacity: Size::new(capacity), ..Disk::default() });
         config.origin.url = OriginUrl::Embedded(root.clone().into());
         config.origin.retries = retries;
         config.limits.max_connections = max_connections;
@@ -272,7 +313,7 @@ proptest! {
         prop_assume!(!root.contains("://"));
         let loaded = read::<Castier>(&print(&config), &[]).unwrap();
         prop_assert_eq!(&loaded.config, &config);
-        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key)));
+        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key) || (!disk && key.starts_with("disk."))));
 
         let mut server = OriginServer { allow_delete, ..OriginServer::default() };
         server.store.root = root.into();

@@ -10,7 +10,7 @@ use crate::{
     fault::{Fault, Limit},
     flight::Opened,
     gate::{self, NoHead},
-    ladder::{Found, Ladder},
+    ladder::{Found, Ladder, Tier},
     metrics::{Metrics, Route, Served},
     record::{CLIENT_GONE, Record},
     relay::Relay,
@@ -218,7 +218,7 @@ impl Front {
         no_body(session).await?;
         let headers = session.req_header().headers.clone();
         let select = |size: u64| castier_blob::select(&Method::GET, &headers, digest, size);
-        let (mut reader, collapsed) = match self.ladder.get(digest) {
+        let (mut reader, collapsed) = match self.ladder.get(digest).await {
             Found::Memory(bytes) => {
                 let selection = select(bytes.len() as u64);
                 let body = match selection {
@@ -226,6 +226,16 @@ impl Front {
                     _ => bytes.clone(),
                 };
                 return Ok(Reply::blob(digest, Some(bytes.len() as u64), selection, Via::Memory, Body::Whole(body)));
+            }
+            Found::Disk(blob) => {
+                let size = blob.size();
+                let selection = select(size);
+                let (first, end) = match selection {
+                    Selection::Part { first, last } => (first, last + 1),
+                    _ => (0, size),
+                };
+                let body = Body::Disk(self.ladder.read_disk(digest, blob, first, end));
+                return Ok(Reply::blob(digest, Some(size), selection, Via::Disk, body));
             }
             Found::Flight { reader, collapsed } => (reader, collapsed),
         };
@@ -260,8 +270,12 @@ impl Front {
         }
         no_body(session).await?;
         Ok(match self.ladder.stat(digest).await? {
-            (Opened::Blob(size), hit) => {
-                let via = if hit { Via::Memory } else { Via::Origin { collapsed: false, stored: false } };
+            (Opened::Blob(size), tier) => {
+                let via = match tier {
+                    Some(Tier::Memory) => Via::Memory,
+                    Some(Tier::Disk) => Via::Disk,
+                    None => Via::Origin { collapsed: false, stored: false },
+                };
                 let selection = castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
                 Reply::blob(digest, size, selection, via, Body::Empty)
             }
@@ -305,8 +319,8 @@ impl Front {
     /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.
     async fn write_reply(&self, session: &mut ServerSession, reply: Reply) -> Result<(), Cut> {
         let Reply { status, headers, body, served } = reply;
-        let mut reader = match body {
-            Body::Flight(reader) => reader,
+        let mut body = match body {
+            Body::Flight(_) | Body::Disk(_) => body,
             whole => {
                 let sent = write(session, Reply { status, headers, body: whole, served }).await;
                 if served == Served::Hit {
@@ -324,12 +338,15 @@ impl Front {
         loop {
             let piece = tokio::select! {
                 biased;
-                piece = reader.next() => piece,
+                piece = body.next() => piece,
                 _ = session.read_body_or_idle(true) => return Err(Cut),
             };
             match piece {
                 Ok(Some(piece)) => {
-                    self.metrics.flight_bytes.inc_by(piece.len() as u64);
+                    match body {
+                        Body::Disk(_) => self.metrics.disk_bytes.inc_by(piece.len() as u64),
+                        _ => self.metrics.flight_bytes.inc_by(piece.len() as u64),
+                    }
                     session.write_response_body(piece, false).await.map_err(|_| Cut)?;
                 }
                 Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(|_| Cut),

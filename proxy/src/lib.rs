@@ -8,6 +8,7 @@
 
 pub mod admin;
 pub mod conn;
+pub mod disk;
 pub mod fault;
 pub mod flight;
 pub mod gate;
@@ -19,5 +20,6 @@ pub mod record;
 pub mod relay;
 pub mod serve;
 pub mod spool;
+pub mod tier;
 pub mod upload;
 pub mod upstream;

@@ -3,6 +3,7 @@
 use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin},
+    disk::Disk,
     flight::Flights,
     http::Front,
     ladder::Ladder,
@@ -37,6 +38,7 @@ use std::{
 };
 use tokio::{
     net::TcpListener,
+    runtime::Handle,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
@@ -112,12 +114,25 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
     let limits = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
     let memory = Arc::new(Memory::new(&config.memory));
+    let disk = match &config.disk {
+        Some(disk) => Some(Disk::open(disk, metrics.clone()).map_err(|error| format!("disk.path: {error}"))?),
+        None => None,
+    };
+    let tiers = (memory, disk.clone());
     let fill_memory = Budget::new(config.fill.memory.get());
     let room = Room::new(&config, fill_memory.clone());
     room.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.dir.display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin)?;
-    let flights = Flights::new(&config, limits.clone(), memory.clone(), origin.clone(), room, metrics.clone());
-    let ladder = Arc::new(Ladder::new(memory, flights, origin.clone(), fill_memory, metrics.clone()));
+    let flights = Flights::new(&config, limits.clone(), tiers.clone(), origin.clone(), room, metrics.clone());
+    let ladder = Arc::new(Ladder::new(tiers, flights, origin.clone(), fill_memory, metrics.clone()));
+    if let Some(disk) = &disk {
+        let (ladder, runtime) = (Arc::downgrade(&ladder), Handle::current());
+        disk.on_rotten(move |digest| {
+            if let Some(ladder) = ladder.upgrade() {
+                runtime.spawn(ladder.refetch(digest));
+            }
+        });
+    }
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let front = Front::new(ladder.clone(), relay, limits.clone(), metrics.clone());
     let name = public.local_addr().map_or_else(|_| config.listen.public.clone(), |address| address.to_string());

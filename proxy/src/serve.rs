@@ -4,6 +4,7 @@
 use crate::{
     fault::{Fault, Limit},
     flight::Reader,
+    ladder::DiskReader,
     metrics::Served,
 };
 use bytes::Bytes;
@@ -36,6 +37,22 @@ pub enum Body {
     Whole(Bytes),
     /// Out of a flight, as they arrive.
     Flight(Reader),
+    /// Off the disk, or of what takes its place.
+    Disk(DiskReader),
+}
+
+impl Body {
+    /// The next bytes of a body that is still on its way; none at its end, and none of a body that is whole.
+    ///
+    /// # Errors
+    /// What kept them from coming: the response must then be cut.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+        match self {
+            Self::Empty | Self::Whole(_) => Ok(None),
+            Self::Flight(reader) => reader.next().await,
+            Self::Disk(reader) => reader.next().await,
+        }
+    }
 }
 
 /// How a blob was come by: the `Cache-Status` of the answer.
@@ -43,6 +60,8 @@ pub enum Body {
 pub enum Via {
     /// The memory tier had it.
     Memory,
+    /// The disk tier had it.
+    Disk,
     /// A flight brings it from the origin.
     Origin {
         /// Another request started the flight.
@@ -56,6 +75,7 @@ impl Via {
     const fn cache_status(self) -> HeaderValue {
         HeaderValue::from_static(match self {
             Self::Memory => "castier; hit; detail=memory",
+            Self::Disk => "castier; hit; detail=disk",
             Self::Origin { collapsed: false, stored: true } => "castier; fwd=uri-miss; stored; detail=origin",
             Self::Origin { collapsed: false, stored: false } => "castier; fwd=uri-miss; detail=origin",
             Self::Origin { collapsed: true, stored: true } => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
@@ -65,7 +85,7 @@ impl Via {
 
     const fn served(self) -> Served {
         match self {
-            Self::Memory => Served::Hit,
+            Self::Memory | Self::Disk => Served::Hit,
             Self::Origin { collapsed: true, .. } => Served::Collapsed,
             Self::Origin { .. } => Served::Miss,
         }

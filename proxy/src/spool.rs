@@ -38,9 +38,14 @@ impl Budget {
         Arc::new(Self { limit, used: AtomicU64::new(0) })
     }
 
+    /// A lease of nothing yet.
+    pub fn empty(self: &Arc<Self>) -> Lease {
+        Lease { budget: self.clone(), amount: 0 }
+    }
+
     /// Takes `amount` bytes, or nothing.
     pub fn lease(self: &Arc<Self>, amount: u64) -> Option<Lease> {
-        let mut lease = Lease { budget: self.clone(), amount: 0 };
+        let mut lease = self.empty();
         lease.grow(amount).then_some(lease)
     }
 }
@@ -173,11 +178,13 @@ impl Spool {
         self.segments.iter().cloned().collect()
     }
 
-    /// From now on all bytes are in `file`, which holds all that came so far.
+    /// From now on all bytes are in `file`, which holds all that came so far. It may take the place of another.
     pub fn move_to_file(&mut self, room: &Room, file: Arc<File>) -> Result<(), Fault> {
+        if self.file.replace(file).is_some() {
+            return Ok(());
+        }
         let Some(disk) = room.disk.lease(self.len) else { return Err(Fault::Busy(Limit::Spool)) };
         self.disk = Some(disk);
-        self.file = Some(file);
         self.memory = None;
         self.memory = room.memory.lease(WINDOW);
         self.trim();
@@ -265,6 +272,26 @@ pub async fn make_file(dir: PathBuf, parts: Vec<Bytes>) -> Result<Arc<File>, Fau
         let mut at = 0;
         for part in parts {
             file.write_all_at(&part, at)?;
+            at += part.len() as u64;
+        }
+        Ok(Arc::new(file))
+    })
+    .await
+}
+
+/// A file as [`make_file`] makes it, holding the first `len` bytes of another.
+///
+/// # Errors
+/// As [`make_file`].
+pub async fn copy_file(dir: PathBuf, from: Arc<File>, len: u64) -> Result<Arc<File>, Fault> {
+    off_thread(move || {
+        let file = tempfile::tempfile_in(dir)?;
+        let mut buffer = vec![0; WINDOW as usize];
+        let mut at = 0;
+        while at < len {
+            let part = &mut buffer[..(len - at).min(WINDOW) as usize];
+            from.read_exact_at(part, at)?;
+            file.write_all_at(part, at)?;
             at += part.len() as u64;
         }
         Ok(Arc::new(file))

@@ -29,7 +29,7 @@ pub enum Put {
 
 impl Upstream {
     /// Uploads a blob as its bytes arrive. With a `digest` by PUT, else by POST, which lets the source name it.
-    /// `seen` gets every byte that was read. The last bytes wait until all of them have verified, so that the source never
+    /// The last bytes wait until all of them have verified, so that the source never
     /// sees a complete upload of something else.
     ///
     /// # Errors
@@ -39,21 +39,16 @@ impl Upstream {
         digest: Option<Digest>,
         size: Option<u64>,
         mut upload: Upload<'_>,
-        mut seen: impl FnMut(&Bytes) + Send,
     ) -> Result<(Put, Verified<()>), Fault> {
         let (method, path) = digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
         let mut request = self.request(method, &path)?;
         let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
-        let mut take = |chunk: &Bytes| {
-            verifier.update(chunk);
-            seen(chunk);
-        };
         let mut held = Vec::new();
         let mut ended = false;
         while !ended && held.len() < SMALL {
             match upload.next().await.transpose()? {
                 Some(chunk) => {
-                    take(&chunk);
+                    verifier.update(&chunk);
                     held.extend_from_slice(&chunk);
                 }
                 None => ended = true,
@@ -83,7 +78,7 @@ impl Upstream {
             if chunk.is_empty() {
                 continue;
             }
-            take(&chunk);
+            verifier.update(&chunk);
             let ready = std::mem::replace(&mut held, chunk);
             if session.write_body(&ready).await.is_err() {
                 // It stopped reading, most likely because it has answered already.
@@ -95,7 +90,7 @@ impl Upstream {
         if answered_early {
             // What it says counts only for bytes that verified, so the rest of them is read all the same.
             while let Some(chunk) = upload.next().await.transpose()? {
-                take(&chunk);
+                verifier.update(&chunk);
             }
         }
         let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
