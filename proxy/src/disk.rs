@@ -11,7 +11,6 @@
 //! [`Damaged`]: crate::tier::Damaged
 
 mod blob;
-mod buffer;
 mod file;
 mod format;
 mod health;

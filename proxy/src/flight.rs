@@ -9,6 +9,7 @@
 //!
 //! An absent blob's flight stays in the map for `limits.negative_ttl`: that is the negative cache.
 
+mod attempts;
 mod reader;
 
 pub use reader::{Opened, Reader};
@@ -22,7 +23,7 @@ use crate::{
     upstream::{Incoming, Upstream},
 };
 use arc_swap::ArcSwap;
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use attempts::Attempts;
 use bytes::Bytes;
 use castier_blob::{Digest, Verifier};
 use castier_config as config;
@@ -41,10 +42,6 @@ use tokio::sync::{Notify, Semaphore, watch};
 
 /// How much of the end of every response waits for the digest.
 pub const HOLD_BACK: u64 = 64 << 10;
-/// A broken transfer that came this far since the last break has made progress, and gets all its attempts again. A floor keeps a
-/// source that breaks after every byte from being asked for ever.
-const PROGRESS: u64 = 64 << 10;
-
 /// All flights of this node, and what they need to fly.
 pub struct Flights {
     map: Mutex<HashMap<Digest, Arc<Flight>>>,
@@ -109,7 +106,14 @@ enum Phase {
 
 impl Flights {
     /// No flights yet. Every bound is as configured.
-    pub fn new(config: &config::Castier, limits: Arc<ArcSwap<config::Limits>>, tiers: (Arc<Memory>, Option<Arc<Disk>>), origin: Arc<Upstream>, room: Room, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub fn new(
+        config: &config::Castier,
+        limits: Arc<ArcSwap<config::Limits>>,
+        tiers: (Arc<Memory>, Option<Arc<Disk>>),
+        origin: Arc<Upstream>,
+        room: Room,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
         let (memory, disk) = tiers;
         Arc::new(Self {
             map: Mutex::default(),
@@ -471,41 +475,5 @@ impl Flight {
             }
             !state.released
         })
-    }
-}
-
-/// How often a broken transfer is taken up again.
-struct Attempts {
-    retries: usize,
-    delays: ExponentialBackoff,
-    /// Where the transfer stood when the delays were last renewed.
-    from: u64,
-}
-
-impl Attempts {
-    fn new(retries: usize) -> Self {
-        Self { retries, delays: Self::delays(retries), from: 0 }
-    }
-
-    fn delays(retries: usize) -> ExponentialBackoff {
-        ExponentialBuilder::new()
-            .with_min_delay(Duration::from_millis(50))
-            .with_max_delay(Duration::from_secs(1))
-            .with_max_times(retries)
-            .with_jitter()
-            .build()
-    }
-
-    /// How long to wait before going on; none if it is no use.
-    fn after(&mut self, fault: &Fault, seen: u64) -> Option<Duration> {
-        match fault {
-            Fault::Unreachable { .. } | Fault::Silent { .. } | Fault::Unusable { .. } => {}
-            _ => return None,
-        }
-        if seen >= self.from + PROGRESS {
-            self.delays = Self::delays(self.retries);
-            self.from = seen;
-        }
-        self.delays.next()
     }
 }

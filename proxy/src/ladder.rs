@@ -80,7 +80,13 @@ struct Tiers {
 
 impl Ladder {
     /// Puts the rungs together.
-    pub fn new(tiers: (Arc<Memory>, Option<Arc<Disk>>), flights: Arc<Flights>, origin: Arc<Upstream>, upload_memory: Arc<spool::Budget>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        tiers: (Arc<Memory>, Option<Arc<Disk>>),
+        flights: Arc<Flights>,
+        origin: Arc<Upstream>,
+        upload_memory: Arc<spool::Budget>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let (memory, disk) = tiers;
         Self { memory, disk, flights, origin, upload_memory, metrics }
     }
@@ -348,7 +354,7 @@ struct UploadCopy<'a> {
 
 enum Kept {
     Memory(Vec<u8>, spool::Lease),
-    Disk(DiskFile),
+    Disk(Box<DiskFile>),
     Nothing,
 }
 
@@ -371,14 +377,14 @@ impl<'a> UploadCopy<'a> {
                     self.to_disk(vec![bytes.into(), part.clone()], after).await
                 }
             }
-            Kept::Disk(file) => flight::grow(file, vec![part.clone()]).await.map_or(Kept::Nothing, Kept::Disk),
+            Kept::Disk(file) => flight::grow(*file, vec![part.clone()]).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into())),
             Kept::Nothing => Kept::Nothing,
         };
     }
 
     async fn to_disk(&self, parts: Vec<Bytes>, so_far: u64) -> Kept {
         let Some(disk) = self.ladder.disk.as_ref().filter(|disk| disk.takes(self.size.unwrap_or(so_far))) else { return Kept::Nothing };
-        flight::tier_file(disk.clone(), parts).await.map_or(Kept::Nothing, Kept::Disk)
+        flight::tier_file(disk.clone(), parts).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into()))
     }
 
     /// Keeps the copy as the blob that the upload proved to be.
@@ -394,7 +400,7 @@ impl<'a> UploadCopy<'a> {
             }
             Kept::Disk(file) => {
                 if let Some(disk) = &self.ladder.disk {
-                    disk.keep_file(proof.with_content(file)).await;
+                    disk.keep_file(proof.with_content(*file)).await;
                 }
             }
             Kept::Memory(..) | Kept::Nothing => {}

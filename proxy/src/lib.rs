@@ -7,6 +7,7 @@
 //! [`http`] writes it. What is no blob goes to the origin through [`relay`].
 
 pub mod admin;
+pub mod buffer;
 pub mod conn;
 pub mod disk;
 pub mod fault;

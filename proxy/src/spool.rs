@@ -4,7 +4,10 @@
 //! What a spool holds is unverified until its flight says otherwise. Two budgets bound all spools together: `fill.memory` and
 //! `fill.spool`; a spool that gets no memory goes to its file, one that gets no file space fails its flight.
 
-use crate::fault::{Fault, Limit};
+use crate::{
+    buffer::{self, Buffer},
+    fault::{Fault, Limit},
+};
 use bytes::{Bytes, BytesMut};
 use rustix::io::ReadWriteFlags;
 use std::{
@@ -22,7 +25,7 @@ use std::{
 /// How much of a spooled file's end stays in memory, for the readers who keep up. A few network reads' worth.
 const WINDOW: u64 = 1 << 20;
 /// The longest piece a reader gets at once: what a slow client can pin.
-pub const PIECE: usize = 64 << 10;
+pub const PIECE: usize = buffer::SIZE;
 /// Arrivals are merged up to this length, so that a source that dribbles does not cost a segment per byte.
 const MERGE: usize = 64 << 10;
 
@@ -313,14 +316,14 @@ pub async fn write_file(file: Arc<File>, bytes: Bytes, at: u64) -> Result<(), Fa
 /// # Errors
 /// [`Fault::Internal`] on an I/O error.
 pub async fn read_file(file: Arc<File>, at: u64, len: usize) -> Result<Bytes, Fault> {
-    let mut buffer = BytesMut::zeroed(len);
+    let mut buffer = Buffer::new(len);
     if let Ok(read @ 1..) = rustix::io::preadv2(&*file, &mut [IoSliceMut::new(&mut buffer)], at, ReadWriteFlags::NOWAIT) {
-        buffer.truncate(read);
-        return Ok(buffer.freeze());
+        return Ok(buffer.share(0..read));
     }
     off_thread(move || {
         file.read_exact_at(&mut buffer, at)?;
-        Ok(buffer.freeze())
+        let len = buffer.len();
+        Ok(buffer.share(0..len))
     })
     .await
 }

@@ -1,11 +1,13 @@
 //! A kept blob, open for reading.
 
 use super::{
-    buffer::Buffer,
     format::{self, BLOCK, Table, Unsound},
     store::Store,
 };
-use crate::tier::{Damaged, Kept};
+use crate::{
+    buffer::Buffer,
+    tier::{Damaged, Kept},
+};
 use bytes::Bytes;
 use castier_blob::Digest;
 use rustix::{

@@ -34,12 +34,7 @@ impl Upstream {
     ///
     /// # Errors
     /// [`Fault::Mismatch`] when the bytes are not the blob named `digest`; else as [`Self::open`].
-    pub async fn put(
-        &self,
-        digest: Option<Digest>,
-        size: Option<u64>,
-        mut upload: Upload<'_>,
-    ) -> Result<(Put, Verified<()>), Fault> {
+    pub async fn put(&self, digest: Option<Digest>, size: Option<u64>, mut upload: Upload<'_>) -> Result<(Put, Verified<()>), Fault> {
         let (method, path) = digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
         let mut request = self.request(method, &path)?;
         let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);

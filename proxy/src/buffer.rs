@@ -1,34 +1,35 @@
-//! Memory to read blocks into. Used again and again: fresh memory costs a page fault for every 4 KiB, which is some six times what
-//! reading the block from the page cache and checking it costs.
+//! Memory to read files into. Used again and again: fresh memory costs a page fault for every 4 KiB, which is some six times what
+//! reading from the page cache costs.
 
-use super::format::BLOCK;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::ops::{Deref, DerefMut, Range};
 
-/// Blocks that wait to be used again; the one used last comes first, as it is still in the processor's caches.
+/// The most that a buffer holds: a block of the disk tier, and the longest piece that a reader gets at once.
+pub const SIZE: usize = 64 << 10;
+/// Memory that waits to be used again; the one used last comes first, as it is still in the processor's caches.
 static IDLE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
 /// How many may wait: 8 MiB at most, enough for as many reads as run at once.
 const MAX_IDLE: usize = 128;
 /// Up to here the allocator has warm memory of its own, and blobs do not hold on to more than they need.
 const SMALL: usize = 8 << 10;
 
-/// Memory for up to a block. Its content is whatever was read last.
-pub(super) struct Buffer {
+/// Memory for up to [`SIZE`] bytes. Its content is whatever was read last.
+pub struct Buffer {
     memory: Box<[u8]>,
     len: usize,
 }
 
 impl Buffer {
-    /// A buffer of `len` bytes, at most a block.
-    pub(super) fn new(len: usize) -> Self {
-        let size = if len <= SMALL { len } else { BLOCK as usize };
+    /// A buffer of `len` bytes, at most [`SIZE`].
+    pub fn new(len: usize) -> Self {
+        let size = if len <= SMALL { len } else { SIZE };
         let idle = if len <= SMALL { None } else { IDLE.lock().pop() };
         Self { memory: idle.unwrap_or_else(|| vec![0; size].into()), len: len.min(size) }
     }
 
     /// The bytes, shared; the memory comes back when the last of them is dropped.
-    pub(super) fn share(self, part: Range<usize>) -> Bytes {
+    pub fn share(self, part: Range<usize>) -> Bytes {
         Bytes::from_owner(self).slice(part)
     }
 }
@@ -54,7 +55,7 @@ impl AsRef<[u8]> for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.memory.len() == BLOCK as usize {
+        if self.memory.len() == SIZE {
             let mut idle = IDLE.lock();
             if idle.len() < MAX_IDLE {
                 idle.push(std::mem::take(&mut self.memory));
@@ -69,7 +70,7 @@ mod tests {
 
     #[test]
     fn buffers_are_as_long_as_asked_for() {
-        for len in [0, 1, SMALL, SMALL + 1, BLOCK as usize - 1, BLOCK as usize] {
+        for len in [0, 1, SMALL, SMALL + 1, SIZE - 1, SIZE] {
             let mut buffer = Buffer::new(len);
             assert_eq!(buffer.len(), len);
             buffer.fill(7);
