@@ -13,6 +13,9 @@ use std::sync::{
 /// memory over a cache full of 1 KiB blobs; the weigher adds it so that `memory.capacity` means resident memory.
 const OVERHEAD: u64 = 420;
 
+/// Blobs from this size on make room for themselves at once.
+const EVICT_AT_ONCE: u64 = 16 << 10;
+
 /// Blobs in memory, whole and verified.
 pub struct Memory {
     cache: Cache<Digest, Bytes>,
@@ -70,8 +73,13 @@ impl Memory {
 
     /// Keeps a blob, if the admission policy agrees.
     pub fn keep(&self, blob: Verified<Bytes>) {
-        if self.takes(blob.size()) {
+        let size = blob.size();
+        if self.takes(size) {
             self.cache.insert(blob.digest(), blob.into_content());
+            // moka evicts when some dozens of writes have gathered: little with small blobs, hundreds of MiB with large ones.
+            if size >= EVICT_AT_ONCE {
+                self.cache.run_pending_tasks();
+            }
         }
     }
 
