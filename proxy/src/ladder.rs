@@ -93,13 +93,18 @@ impl Ladder {
 
     /// Finds the blob, or sets out to load it. Does not wait for a load: what is on its way is waited for by its reader.
     pub async fn get(self: &Arc<Self>, digest: &Digest) -> Found {
+        self.climb(digest, self.disk.as_deref()).await
+    }
+
+    /// [`Self::get`] over these rungs: without `disk`, for a response that the disk has failed already.
+    async fn climb(self: &Arc<Self>, digest: &Digest, disk: Option<&Disk>) -> Found {
         if let Some(bytes) = self.get_from_memory(digest) {
             return Found::Memory(bytes);
         }
         self.metrics.gets.inc();
-        let mut sure = false;
+        let mut sure = disk.is_none();
         loop {
-            if let Some(disk) = &self.disk
+            if let Some(disk) = disk
                 && let Some(blob) = disk.find(digest).await
             {
                 self.metrics.disk_hits.inc();
@@ -148,6 +153,10 @@ impl Ladder {
         }
         if let Ok(verified) = verifier.finish(bytes.into()) {
             self.memory.keep(verified);
+            // Forgotten meanwhile: `forget` drops from disk first and from memory last, so one of the two sees the other.
+            if self.disk.as_ref().is_none_or(|disk| disk.knows(&digest).is_none()) {
+                self.memory.forget(&digest);
+            }
         }
     }
 
@@ -241,10 +250,10 @@ impl Ladder {
     /// Drops the blob from every tier of this node. The order matters: a flight that has not landed by now will not keep it.
     pub async fn forget(&self, digest: &Digest) {
         self.flights.forget(digest);
-        self.memory.forget(digest);
         if let Some(disk) = &self.disk {
             disk.forget(digest).await;
         }
+        self.memory.forget(digest);
     }
 
     /// The state of every tier, by name.
@@ -333,7 +342,7 @@ impl DiskReader {
 
     async fn elsewhere(&self) -> Result<Rest, Fault> {
         tracing::warn!(digest = %self.digest, at = self.at, "the disk failed; going on from elsewhere");
-        Ok(match self.ladder.get(&self.digest).await {
+        Ok(match self.ladder.climb(&self.digest, None).await {
             Found::Memory(bytes) => Rest::Memory(bytes),
             Found::Disk(blob) => Rest::Disk(blob),
             Found::Flight { mut reader, .. } => match reader.open(true, |_| (self.at, Some(self.end))).await? {

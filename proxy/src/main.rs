@@ -115,7 +115,7 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let limits = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
     let memory = Arc::new(Memory::new(&config.memory));
     let disk = match &config.disk {
-        Some(disk) => Some(Disk::open(disk, metrics.clone()).map_err(|error| format!("disk.path: {error}"))?),
+        Some(disk) => Some(Disk::open(disk, metrics.clone()).map_err(|error| error.to_string())?),
         None => None,
     };
     let tiers = (memory, disk.clone());

@@ -255,24 +255,29 @@ impl Metrics {
             connections: gauge(&r, "castier_connections", "Client connections open")?,
             registry: r,
         };
+        metrics.begin_at_zero();
+        Ok(metrics)
+    }
+
+    /// Makes the series with known labels exist, so that rates have a start.
+    fn begin_at_zero(&self) {
         for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
-            metrics.source_loads.with_label_values(&["origin", outcome.as_str()]);
+            self.source_loads.with_label_values(&["origin", outcome.as_str()]);
         }
-        metrics.source_duration.with_label_values(&["origin"]);
-        metrics.source_resumes.with_label_values(&["origin"]);
+        self.source_duration.with_label_values(&["origin"]);
+        self.source_resumes.with_label_values(&["origin"]);
         for source in ["origin", "disk", "client"] {
-            metrics.corrupt.with_label_values(&[source]);
+            self.corrupt.with_label_values(&[source]);
         }
         for limit in Limit::ALL {
-            metrics.shed.with_label_values(&[limit.as_str()]);
+            self.shed.with_label_values(&[limit.as_str()]);
         }
         for error in WriteError::ALL {
-            metrics.disk_write_errors.with_label_values(&[error.as_str()]);
+            self.disk_write_errors.with_label_values(&[error.as_str()]);
         }
         for skip in Skip::ALL {
-            metrics.disk_skipped_writes.with_label_values(&[skip.as_str()]);
+            self.disk_skipped_writes.with_label_values(&[skip.as_str()]);
         }
-        Ok(metrics)
     }
 
     /// A request was answered. `method` must come from a finite set.

@@ -254,6 +254,8 @@ impl Store {
         {
             let _shelf = self.lock(digest);
             if !stands_at(file, &path) {
+                // Whatever stands there now is not what is open.
+                self.open.invalidate(digest);
                 return false;
             }
             self.index.remove(digest);

@@ -2,6 +2,7 @@
 
 pub(crate) mod blob;
 pub(crate) mod client;
+pub(crate) mod disk;
 pub(crate) mod lie;
 pub(crate) mod origin;
 pub(crate) mod process;
@@ -10,6 +11,7 @@ pub(crate) mod wire;
 
 pub(crate) use blob::Blob;
 pub(crate) use client::{Conn, Download, Reply, Request, get};
+pub(crate) use disk::{Cache, assert_hit};
 pub(crate) use lie::{Gate, Lie};
 pub(crate) use origin::LyingOrigin;
 pub(crate) use process::{Castier, RealOrigin};
@@ -73,6 +75,11 @@ impl Random {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
+    }
+
+    /// Another one, which goes its own way.
+    pub(crate) fn fork(&mut self) -> Self {
+        Self(self.next())
     }
 
     /// A number below `end`.
