@@ -424,7 +424,7 @@ impl Flights {
 
     /// Ends a flight that nobody reads and that has too far to go.
     fn abandon(&self, flight: &Arc<Flight>, size: Option<u64>, seen: u64) -> bool {
-        if flight.readers.load(Ordering::Acquire) > 0 || size.is_some_and(|size| size - seen <= self.finish_under) {
+        if flight.readers.load(Ordering::Acquire) > 0 || size.is_some_and(|size| size.saturating_sub(seen) <= self.finish_under) {
             return false;
         }
         self.remove_if_deserted(flight)
