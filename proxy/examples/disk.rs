@@ -26,7 +26,7 @@ fn main() {
     runtime.block_on(async {
         let hot = config::Disk { path: path.join("hot"), scrub_rate: Size::new(0), write_behind: Size::gib(1), ..config::Disk::default() };
         many(config::Disk { path: path.join("many"), ..hot.clone() }, blobs).await;
-        let disk = Disk::open(&hot, Arc::new(Metrics::new().unwrap())).unwrap();
+        let disk = Disk::open(&hot, Arc::new(Metrics::new().unwrap()), tokio::sync::mpsc::channel(1).0).unwrap();
         reads(&disk).await;
         writes(&disk).await;
     });
@@ -87,7 +87,7 @@ async fn many(config: config::Disk, count: u64) {
     let before = resident();
     let metrics = Arc::new(Metrics::new().unwrap());
     let started = Instant::now();
-    let disk = Disk::open(&config, metrics.clone()).unwrap();
+    let disk = Disk::open(&config, metrics.clone(), tokio::sync::mpsc::channel(1).0).unwrap();
     let opened = started.elapsed();
     let last = disk.find(&blob(100, count - 1).digest()).await.is_some();
     let answered = started.elapsed();

@@ -31,6 +31,7 @@ use bytes::Bytes;
 use castier_blob::{Digest, Verified};
 use castier_config as config;
 use crossbeam_channel::{Receiver, Sender};
+use parking_lot::Mutex;
 use std::{
     convert::Infallible,
     io,
@@ -41,24 +42,28 @@ use std::{
     thread::{self, JoinHandle},
 };
 use store::{Accepted, Store};
+use tokio::sync::mpsc;
 use walk::Stop;
 
 /// What a blob that waits to be written costs beside its bytes; bounds the number of empty ones too.
-const WAITING: u64 = 256;
+const WAITS: u64 = 256;
 
-/// Blobs on disk. Dropping it writes what still waits to be written, which is at most `disk.write_behind`, and ends its threads.
+/// Blobs on disk. Dropping it closes it; see [`Self::close`].
 pub struct Disk {
     store: Arc<Store>,
     behind: WriteBehind,
     /// Dropped first of all when the tier closes.
-    stop: Option<Sender<Infallible>>,
-    threads: Vec<JoinHandle<()>>,
+    stop: Mutex<Option<Sender<Infallible>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// Blobs that wait to be written.
+/// A blob that waits to be written.
+type Waiting = (Verified<Bytes>, Accepted);
+
+/// All that wait.
 struct WriteBehind {
     /// None once the tier closes.
-    queue: Option<Sender<(Verified<Bytes>, Accepted)>>,
+    queue: Mutex<Option<Sender<Waiting>>>,
     /// `disk.write_behind`.
     capacity: u64,
     /// How much of it is taken.
@@ -66,11 +71,12 @@ struct WriteBehind {
 }
 
 impl Disk {
-    /// Takes the directory and serves at once, while the index fills in the background.
+    /// Takes the directory and serves at once, while the index fills in the background. Whatever the scrub finds rotten is told to
+    /// `rotten`: it is gone from here by then, and may be fetched anew. With `rotten` full it is not told, and the next get fetches it.
     ///
     /// # Errors
     /// The directory cannot be used, or another process uses it. The text names it.
-    pub fn open(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Arc<Self>> {
+    pub fn open(config: &config::Disk, metrics: Arc<Metrics>, rotten: mpsc::Sender<Digest>) -> io::Result<Arc<Self>> {
         let store = Arc::new(Store::new(config, metrics)?);
         let (stop, stopped) = crossbeam_channel::bounded(0);
         let (queue, waiting) = crossbeam_channel::unbounded();
@@ -81,7 +87,7 @@ impl Disk {
                 let (store, stop) = (store.clone(), Stop(stopped.clone()));
                 move || {
                     walk::scan(&store, &stop);
-                    walk::scrub(&store, &stop, rate);
+                    walk::scrub(&store, &stop, rate, &rotten);
                 }
             })?,
             spawn("disk-janitor", {
@@ -93,8 +99,8 @@ impl Disk {
                 move || write_behind(&store, &waiting, &used)
             })?,
         ];
-        let behind = WriteBehind { queue: Some(queue), capacity: config.write_behind.get(), used };
-        Ok(Arc::new(Self { store, behind, stop: Some(stop), threads }))
+        let behind = WriteBehind { queue: Mutex::new(Some(queue)), capacity: config.write_behind.get(), used };
+        Ok(Arc::new(Self { store, behind, stop: Mutex::new(Some(stop)), threads: Mutex::new(threads) }))
     }
 
     /// The blob, open for reading, if it is kept here. Asks the index, and opens the file on another thread unless it is open. Until
@@ -113,6 +119,14 @@ impl Disk {
     /// The blob's size, if the index has it. Touches no file, so it may still prove to be gone.
     pub fn knows(&self, digest: &Digest) -> Option<u64> {
         self.store.size_of(digest)
+    }
+
+    /// The blob's size. Looks where [`Self::find`] does.
+    pub async fn stat(&self, digest: &Digest) -> Option<u64> {
+        match self.knows(digest) {
+            None if self.store.is_scanning() => Some(self.find(digest).await?.size()),
+            known => known,
+        }
     }
 
     /// Whether a blob of this size would be kept now: it fits, and the disk lets itself be written to.
@@ -155,7 +169,7 @@ impl Disk {
         if self.behind.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_err() {
             return self.store.metrics.disk_skipped(Skip::Queue);
         }
-        if let Some(queue) = &self.behind.queue {
+        if let Some(queue) = &*self.behind.queue.lock() {
             let accepted = self.store.accept(&blob.digest());
             queue.send((blob, accepted)).ok();
         }
@@ -167,15 +181,21 @@ impl Disk {
         off_thread(move || store.forget(&digest)).await;
     }
 
+    /// Writes what still waits to be written, which is at most `disk.write_behind`, and ends the tier's threads. What is kept is still
+    /// found after that, but nothing is kept behind the client's back any more. Blocks.
+    pub fn close(&self) {
+        drop(self.stop.lock().take());
+        drop(self.behind.queue.lock().take());
+        for thread in self.threads.lock().drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the disk tier panicked");
+            }
+        }
+    }
+
     /// Its state now. `hits` are counted by the ladder, which alone knows what was a get.
     pub fn stats(&self, hits: u64) -> TierStats {
         self.store.stats(hits)
-    }
-
-    /// Has `tell` called with every blob that the scrub finds rotten, from the scrub's thread: the blob is gone from here by then,
-    /// and may be fetched anew. Only the first such call counts.
-    pub fn on_rotten(&self, tell: impl Fn(Digest) + Send + Sync + 'static) {
-        self.store.on_rotten.set(Box::new(tell)).ok();
     }
 }
 
@@ -198,13 +218,7 @@ impl Tier for Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        self.stop = None;
-        self.behind.queue = None;
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a thread of the disk tier panicked");
-            }
-        }
+        self.close();
     }
 }
 
@@ -231,7 +245,7 @@ fn sweep_until(store: &Store, stop: &Receiver<Infallible>) {
 }
 
 /// Writes what waits, until the tier closes and nothing waits any more.
-fn write_behind(store: &Arc<Store>, waiting: &Receiver<(Verified<Bytes>, Accepted)>, used: &AtomicU64) {
+fn write_behind(store: &Arc<Store>, waiting: &Receiver<Waiting>, used: &AtomicU64) {
     for (blob, accepted) in waiting {
         store.keep(&blob, accepted);
         let cost = cost(&blob);
@@ -241,5 +255,5 @@ fn write_behind(store: &Arc<Store>, waiting: &Receiver<(Verified<Bytes>, Accepte
 }
 
 fn cost(blob: &Verified<Bytes>) -> u64 {
-    blob.size().saturating_add(WAITING)
+    blob.size().saturating_add(WAITS)
 }

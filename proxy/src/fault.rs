@@ -87,13 +87,15 @@ pub enum Limit {
     Fills,
     /// `fill.spool`.
     Spool,
+    /// The system's limit on open files.
+    Files,
     /// The origin itself said that it is over a limit.
     Origin,
 }
 
 impl Limit {
     /// Every reason, for making the series exist from the start.
-    pub const ALL: [Self; 4] = [Self::Connections, Self::Fills, Self::Spool, Self::Origin];
+    pub const ALL: [Self; 5] = [Self::Connections, Self::Fills, Self::Spool, Self::Files, Self::Origin];
 
     /// As it stands in labels and texts.
     pub const fn as_str(self) -> &'static str {
@@ -101,6 +103,7 @@ impl Limit {
             Self::Connections => "connections",
             Self::Fills => "fills",
             Self::Spool => "spool",
+            Self::Files => "files",
             Self::Origin => "origin",
         }
     }

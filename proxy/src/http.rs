@@ -7,6 +7,7 @@ mod raw;
 
 use crate::{
     conn::{Conn, response_header, write},
+    descriptors,
     fault::{Fault, Limit},
     flight::Opened,
     gate::{self, NoHead},
@@ -37,8 +38,6 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// Connections over the limit that are told so; beyond these they are closed without a word, so that telling costs little.
-const REFUSALS: usize = 1024;
 /// After an early answer the rest of an upload is read for this long, so that the client gets to see the answer and not a reset.
 const LINGER: Duration = Duration::from_secs(10);
 /// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
@@ -74,7 +73,8 @@ impl ServerApp for Front {
         let max = limits.max_connections;
         if open > max {
             self.metrics.shed(Limit::Connections);
-            if open <= max + REFUSALS {
+            // Beyond these they are closed without a word, so that telling costs little.
+            if open <= max + descriptors::refusals(max) {
                 raw::refuse_connection(&mut conn).await;
             }
             return None;

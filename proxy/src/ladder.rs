@@ -195,7 +195,9 @@ impl Ladder {
         if let Some(bytes) = self.memory.find(digest) {
             return Ok((Opened::Blob(Some(bytes.len() as u64)), Some(Tier::Memory)));
         }
-        if let Some(size) = self.disk.as_ref().and_then(|disk| disk.knows(digest)) {
+        if let Some(disk) = &self.disk
+            && let Some(size) = disk.stat(digest).await
+        {
             return Ok((Opened::Blob(Some(size)), Some(Tier::Disk)));
         }
         let known = match self.flights.peek(digest) {

@@ -9,6 +9,7 @@
 pub mod admin;
 pub mod buffer;
 pub mod conn;
+pub mod descriptors;
 pub mod disk;
 pub mod fault;
 pub mod flight;

@@ -3,6 +3,7 @@
 use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin},
+    descriptors::{self, Shares},
     disk::Disk,
     flight::Flights,
     http::Front,
@@ -38,10 +39,14 @@ use std::{
 };
 use tokio::{
     net::TcpListener,
-    runtime::Handle,
     signal::unix::{Signal, SignalKind, signal},
-    sync::watch,
+    sync::{mpsc, watch},
 };
+
+/// Rotten blobs that may wait to be fetched anew; the rest is fetched when somebody asks.
+const REFETCHES: usize = 1024;
+/// How long the blobs that wait to be written may hold up the end.
+const FLUSH: Duration = Duration::from_secs(10);
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -100,7 +105,7 @@ fn main() -> ExitCode {
 }
 
 /// Starts everything, and ends when told to. An error is one line that names what could not be had.
-async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
+async fn run(mut config: Castier, file: Option<&Path>) -> Result<(), String> {
     let log = castier_origin::log::init(&config.log, "castier").map_err(|error| error.to_string())?;
     let mut signals = Signals::new().map_err(|error| format!("signals cannot be received: {error}"))?;
     let public = bind("listen.public", &config.listen.public).await?;
@@ -112,10 +117,15 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     };
 
     let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
-    let limits = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
+    let shares = Shares::of(descriptors::raise(), &config);
+    let limits = Arc::new(ArcSwap::from_pointee(shares.within(&config.limits)));
     let memory = Arc::new(Memory::new(&config.memory));
+    let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
     let disk = match &config.disk {
-        Some(disk) => Some(Disk::open(disk, metrics.clone()).map_err(|error| error.to_string())?),
+        Some(disk) => Some(
+            Disk::open(&config::Disk { open_files: shares.open_files, ..disk.clone() }, metrics.clone(), tell_rotten)
+                .map_err(|error| error.to_string())?,
+        ),
         None => None,
     };
     let tiers = (memory, disk.clone());
@@ -125,14 +135,6 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let origin = Upstream::origin(&origin_url, &config.origin)?;
     let flights = Flights::new(&config, limits.clone(), tiers.clone(), origin.clone(), room, metrics.clone());
     let ladder = Arc::new(Ladder::new(tiers, flights, origin.clone(), fill_memory, metrics.clone()));
-    if let Some(disk) = &disk {
-        let (ladder, runtime) = (Arc::downgrade(&ladder), Handle::current());
-        disk.on_rotten(move |digest| {
-            if let Some(ladder) = ladder.upgrade() {
-                runtime.spawn(ladder.refetch(digest));
-            }
-        });
-    }
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let front = Front::new(ladder.clone(), relay, limits.clone(), metrics.clone());
     let name = public.local_addr().map_or_else(|_| config.listen.public.clone(), |address| address.to_string());
@@ -148,14 +150,16 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let admin_server = axum::serve(admin_listener, admin::router(admin.clone())).into_future();
     let admin_server = tokio::spawn(admin_server);
     let listening = tokio::spawn(accept(front, public, draining)?);
+    tokio::spawn(refetch(ladder.clone(), rotten));
     tokio::spawn(log_stats(ladder, config.log.stats_interval.get()));
     tokio::spawn(ask_origin(origin, config.origin.url.to_string()));
     admin.ready.store(true, Ordering::Relaxed);
+    shares.tell(&config);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
     loop {
         tokio::select! {
-            _ = signals.hangup.recv() => reload(&config, file, &limits, embedded.as_ref().map(|(.., origin)| origin), &log),
+            _ = signals.hangup.recv() => reload(&mut config, file, (&limits, &shares), embedded.as_ref().map(|(.., origin)| origin), &log),
             _ = signals.terminate.recv() => break,
             _ = signals.interrupt.recv() => break,
         }
@@ -172,6 +176,11 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     };
     if tokio::time::timeout(config.shutdown.grace.get(), quiet).await.is_err() {
         tracing::warn!(connections = metrics.connections.get(), "shutdown.grace is over: what is still in flight is cut");
+    }
+    if let Some(disk) = disk
+        && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
+    {
+        tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
     }
     stop_origin.send_replace(true);
     admin_server.abort();
@@ -240,6 +249,13 @@ fn accept(front: Front, listener: TcpListener, draining: watch::Receiver<bool>) 
     Ok(async move { service.start_service(Some(Arc::new(Mutex::new(fds))), draining, 1).await })
 }
 
+/// Fetches anew what rotted on disk with nobody asking for it, one blob after the other: none of it is urgent.
+async fn refetch(ladder: Arc<Ladder>, mut rotten: mpsc::Receiver<Digest>) {
+    while let Some(digest) = rotten.recv().await {
+        ladder.clone().refetch(digest).await;
+    }
+}
+
 async fn log_stats(ladder: Arc<Ladder>, every: Duration) {
     loop {
         tokio::time::sleep(every).await;
@@ -258,13 +274,12 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
 }
 
 /// Re-reads the config: limits and log level change at once, the rest is named in a warning.
-fn reload(running: &Castier, file: Option<&Path>, limits: &ArcSwap<Limits>, embedded: Option<&Origin>, log: &Guard) {
+fn reload(running: &mut Castier, file: Option<&Path>, limits: (&ArcSwap<Limits>, &Shares), embedded: Option<&Origin>, log: &Guard) {
     let new = match config::load::<Castier>(file, config::environment()) {
         Ok(loaded) => loaded.config,
         Err(problems) => return tracing::error!("the config was not reloaded:\n{problems}"),
     };
-    let current = Castier { limits: Limits::clone(&limits.load()), ..running.clone() };
-    let changed = config::changed(&current, &new);
+    let changed = config::changed(running, &new);
     let (live, later): (Vec<_>, Vec<_>) = changed.into_iter().partition(|key| key.starts_with("limits.") || key == "log.level");
     if let Err(error) = log.set_level(&new.log.level) {
         return tracing::error!(%error, "the config was not reloaded");
@@ -272,7 +287,10 @@ fn reload(running: &Castier, file: Option<&Path>, limits: &ArcSwap<Limits>, embe
     if let Some(origin) = embedded {
         origin.set_limits((&new.limits).into());
     }
-    limits.store(Arc::new(new.limits));
+    let (limits, shares) = limits;
+    limits.store(Arc::new(shares.within(&new.limits)));
+    (running.limits, running.log.level) = (new.limits, new.log.level);
+    shares.tell(running);
     tracing::info!(changed = ?live, "config reloaded");
     if !later.is_empty() {
         tracing::warn!(keys = ?later, "these changes need a restart");

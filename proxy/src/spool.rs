@@ -6,6 +6,7 @@
 
 use crate::{
     buffer::{self, Buffer},
+    descriptors,
     fault::{Fault, Limit},
 };
 use bytes::{Bytes, BytesMut};
@@ -335,6 +336,7 @@ async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Se
             tracing::warn!(%error, "the spool directory is full");
             Err(Fault::Busy(Limit::Spool))
         }
+        Ok(Err(error)) if descriptors::ran_out(&error) => Err(Fault::Busy(Limit::Files)),
         Ok(Err(error)) => Err(Fault::Internal(format!("spool file: {error}"))),
         Err(panic) => Err(Fault::Internal(format!("spool file: {panic}"))),
     }

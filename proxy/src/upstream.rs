@@ -4,7 +4,10 @@ mod put;
 
 pub use put::{Put, Upload};
 
-use crate::fault::{Fault, Limit};
+use crate::{
+    descriptors,
+    fault::{Fault, Limit},
+};
 use bytes::Bytes;
 use castier_blob::{Digest, wire};
 use castier_config as config;
@@ -261,6 +264,9 @@ impl Upstream {
 
     /// What a pingora error means here.
     pub fn fault(&self, error: &pingora::Error) -> Fault {
+        if descriptors::ran_out(error.root_cause()) {
+            return Fault::Busy(Limit::Files);
+        }
         let (source_name, why) = (self.name, error.to_string());
         match error.etype {
             ErrorType::ReadTimedout | ErrorType::WriteTimedout => Fault::Silent { source_name, why },

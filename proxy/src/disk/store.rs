@@ -28,7 +28,7 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -39,7 +39,7 @@ const DISK_BLOCK: u64 = 4096;
 /// What the tier's handle and its threads share.
 pub(super) struct Store {
     root: PathBuf,
-    /// `disk.capacity`.
+    /// `disk.capacity`, or what the file system has if that is less.
     capacity: u64,
     /// `disk.quarantine`.
     quarantine_capacity: u64,
@@ -56,8 +56,6 @@ pub(super) struct Store {
     scanning: AtomicBool,
     pub(super) health: Health,
     pub(super) metrics: Arc<Metrics>,
-    /// Told of blobs that were found rotten without anybody asking for them.
-    pub(super) on_rotten: OnceLock<Box<dyn Fn(Digest) + Send + Sync>>,
     /// Keeps other processes out for as long as anything here may still write.
     _lock: File,
 }
@@ -88,11 +86,12 @@ impl Store {
     pub(super) fn new(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Self> {
         let root = config.path.clone();
         let lock = take(&root)?;
+        let capacity = capacity(&root, config.capacity.get());
         let (evict, evicted) = crossbeam_channel::unbounded();
         let evictions = Arc::new(AtomicU64::new(0));
         let counter = evictions.clone();
         let index = Cache::builder()
-            .max_capacity(config.capacity.get() / DISK_BLOCK)
+            .max_capacity(capacity / DISK_BLOCK)
             .weigher(|_, size: &u64| u32::try_from(disk_blocks(*size)).unwrap_or(u32::MAX))
             .eviction_policy(match config.policy {
                 Policy::TinyLfu => EvictionPolicy::tiny_lfu(),
@@ -112,7 +111,7 @@ impl Store {
             .eviction_policy(EvictionPolicy::lru())
             .build();
         Ok(Self {
-            capacity: config.capacity.get(),
+            capacity,
             quarantine_capacity: config.quarantine.get(),
             index,
             open,
@@ -122,7 +121,6 @@ impl Store {
             scanning: AtomicBool::new(true),
             health: Health::new(root.clone(), config.cooldown.get(), metrics.clone()),
             metrics,
-            on_rotten: OnceLock::new(),
             root,
             _lock: lock,
         })
@@ -422,6 +420,20 @@ fn take(root: &Path) -> io::Result<File> {
         }
     }
     Ok(lock)
+}
+
+/// `wanted` bytes, or fewer on a file system that never has them: a tier that relied on them would find no room when it should evict.
+fn capacity(root: &Path, wanted: u64) -> u64 {
+    let Ok(system) = rustix::fs::statvfs(root) else { return wanted };
+    // A file system keeps a part of its blocks to itself.
+    let there = system.f_blocks.saturating_mul(system.f_frsize) / 20 * 19;
+    if there < wanted {
+        tracing::warn!(
+            wanted, capacity = there, path = %root.display(),
+            "disk.capacity is more than the file system holds, and is lowered to what it does; in flight blobs come on top, so leave it more room"
+        );
+    }
+    wanted.min(there)
 }
 
 fn make_directories(root: &Path) -> io::Result<()> {

@@ -20,6 +20,8 @@ struct Bench {
     config: config::Disk,
     metrics: Arc<Metrics>,
     disk: Option<Arc<Disk>>,
+    /// What the scrub found.
+    rotten: Option<mpsc::Receiver<Digest>>,
 }
 
 impl Bench {
@@ -29,13 +31,15 @@ impl Bench {
         let path = directory.path().join("cache");
         let mut config = config::Disk { path, policy: Policy::Lru, scrub_rate: Size::new(0), ..config::Disk::default() };
         change(&mut config);
-        let mut bench = Self { directory, config, metrics: Arc::new(Metrics::new().unwrap()), disk: None };
+        let mut bench = Self { directory, config, metrics: Arc::new(Metrics::new().unwrap()), disk: None, rotten: None };
         bench.open();
         bench
     }
 
     fn open(&mut self) {
-        self.disk = Some(Disk::open(&self.config, self.metrics.clone()).unwrap());
+        let (tell, rotten) = mpsc::channel(8);
+        self.disk = Some(Disk::open(&self.config, self.metrics.clone(), tell).unwrap());
+        self.rotten = Some(rotten);
     }
 
     /// What a restart does. All that was found must have been let go of.

@@ -13,6 +13,7 @@ use std::{
     sync::{Arc, Weak},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
+use tokio::sync::mpsc;
 
 /// How often a long scan says how far it is.
 const REPORT: Duration = Duration::from_secs(10);
@@ -73,8 +74,8 @@ pub(super) fn scan(store: &Store, stop: &Stop) {
     tracing::info!(blobs, rubbish, seconds = started.elapsed().as_secs_f64(), "the disk tier is listed");
 }
 
-/// Reads all blobs back, again and again, at `rate` bytes a second.
-pub(super) fn scrub(store: &Arc<Store>, stop: &Stop, rate: u64) {
+/// Reads all blobs back, again and again, at `rate` bytes a second, and tells what it finds `rotten`.
+pub(super) fn scrub(store: &Arc<Store>, stop: &Stop, rate: u64, rotten: &mpsc::Sender<Digest>) {
     if rate == 0 {
         return;
     }
@@ -88,7 +89,7 @@ pub(super) fn scrub(store: &Arc<Store>, stop: &Stop, rate: u64) {
             })
             .ok();
             for digest in digests {
-                if !scrub_one(store, &digest, stop, &mut pace) {
+                if !scrub_one(store, &digest, stop, &mut pace, rotten) {
                     return;
                 }
             }
@@ -102,7 +103,7 @@ pub(super) fn scrub(store: &Arc<Store>, stop: &Stop, rate: u64) {
 }
 
 /// Reads one blob back; false if the tier closes.
-fn scrub_one(store: &Arc<Store>, digest: &Digest, stop: &Stop, pace: &mut Pace) -> bool {
+fn scrub_one(store: &Arc<Store>, digest: &Digest, stop: &Stop, pace: &mut Pace, rotten: &mpsc::Sender<Digest>) -> bool {
     if !pace.spend(LEAST, stop) {
         return false;
     }
@@ -132,9 +133,8 @@ fn scrub_one(store: &Arc<Store>, digest: &Digest, stop: &Stop, pace: &mut Pace) 
     store.metrics.disk_scrubbed.inc();
     if let Some(why) = why
         && store.quarantine(digest, &file, &why)
-        && let Some(tell) = store.on_rotten.get()
     {
-        tell(*digest);
+        rotten.try_send(*digest).ok();
     }
     true
 }

@@ -1,7 +1,7 @@
 //! The disk tier: what it keeps, what it forgets, and what a restart finds.
 
 use crate::support::{
-    Blob, Cache, Castier, Conn, KIB, LyingOrigin, MIB, Request, assert_hit, assert_ledger,
+    Blob, Cache, Castier, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_hit, assert_ledger,
     disk::{kept, of_disk, scanned},
     eventually, get, heavy, light, metrics,
     process::config_text,
@@ -74,6 +74,29 @@ async fn a_restart_finds_everything() {
         }
         assert_eq!(assert_ledger(&castier).await.total("castier_loads_total"), 0);
     }
+}
+
+/// Also while a request holds on to everything until it is cut.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_waits_for_what_waits_to_be_written() {
+    let _turn = light().await;
+    let (origin, cache, gate) = (LyingOrigin::start().await, Cache::new(), Gate::new());
+    let config = cache.config("1GiB", "shutdown.grace = \"100ms\"");
+    let mut castier = Castier::start(&origin.url(), &config).await;
+    let stuck = origin.blob_with(4 * MIB, [Lie::honest().stall(2 * MIB, &gate)]);
+    let from = castier.public;
+    let held = tokio::spawn(async move { Download::default().of(&stuck, from).await });
+    let blobs: Vec<_> = (0..300).map(|_| origin.blob(60 * KIB)).collect();
+    let mut conn = Conn::open(castier.public).await;
+    for blob in &blobs {
+        conn.ask(&Request::get(blob.path())).await.assert_is(blob);
+    }
+    castier.signal(Signal::TERM);
+    assert_eq!(castier.exit().await.code(), Some(0));
+    assert!(!held.await.unwrap().complete);
+    gate.open();
+    assert!(blobs.iter().all(|blob| cache.file(blob).exists()), "{} of 300 blobs are kept", cache.files().len());
+    assert_eq!(cache.count("tmp"), 0);
 }
 
 #[tokio::test]

@@ -61,7 +61,7 @@ async fn only_what_the_index_has_not_is_deleted() {
 #[tokio::test]
 async fn a_second_process_is_told_so() {
     let bench = Bench::new(|_| {});
-    let error = Disk::open(&bench.config, bench.metrics.clone()).map(drop).unwrap_err().to_string();
+    let error = Disk::open(&bench.config, bench.metrics.clone(), mpsc::channel(1).0).map(drop).unwrap_err().to_string();
     assert!(error.contains(&bench.root().display().to_string()) && error.contains("another process"), "{error}");
     // The refused one has not disturbed the first.
     let (blob, _) = bench.keep(10, 1).await;
@@ -74,7 +74,7 @@ async fn an_unusable_directory_is_named() {
     let file = bench.directory.path().join("file");
     fs::write(&file, "x").unwrap();
     let config = config::Disk { path: file.clone(), ..bench.config.clone() };
-    let error = Disk::open(&config, bench.metrics.clone()).map(drop).unwrap_err().to_string();
+    let error = Disk::open(&config, bench.metrics.clone(), mpsc::channel(1).0).map(drop).unwrap_err().to_string();
     assert!(error.starts_with(&format!("disk.path: {}: ", file.display())), "{error}");
 }
 

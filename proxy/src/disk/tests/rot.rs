@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::tier::Damaged;
-use std::sync::Mutex;
 
 fn quarantined(bench: &Bench) -> Vec<PathBuf> {
     list(&bench.root().join("quarantine"))
@@ -163,11 +162,8 @@ async fn the_scrub_tells_of_rot_and_keeps_its_pace() {
     bench.close();
     let started = Instant::now();
     bench.open();
-    let rotten = Arc::new(Mutex::new(Vec::new()));
-    let told = rotten.clone();
-    bench.on_rotten(move |digest| told.lock().unwrap().push(digest));
-    until("rot is told of", || !rotten.lock().unwrap().is_empty()).await;
-    assert_eq!(*rotten.lock().unwrap(), [blob.digest()]);
+    let told = tokio::time::timeout(Duration::from_secs(20), bench.rotten.as_mut().unwrap().recv()).await;
+    assert_eq!(told, Ok(Some(blob.digest())));
     assert!(started.elapsed() >= Duration::from_millis(400));
     // Closing interrupts a scrub that would take five minutes more.
     bench.keep(3_000_000, 2).await;

@@ -23,7 +23,7 @@ async fn blobs_are_written_behind() {
 /// The writer is held by a shelf's lock, so that the queue fills for certain.
 #[tokio::test]
 async fn a_full_queue_skips() {
-    let bench = Bench::new(|config| config.write_behind = Size::new(10 * (1000 + WAITING) - 1));
+    let bench = Bench::new(|config| config.write_behind = Size::new(10 * (1000 + WAITS) - 1));
     bench.scanned().await;
     let blobs: Vec<_> = (0..12).map(|seed| blob(1000, seed)).collect();
     let held = bench.store.lock(&blobs[0].digest());
