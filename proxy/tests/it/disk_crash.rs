@@ -1,7 +1,7 @@
 //! kill -9 in the middle of fills and evictions: what is found afterwards is whole, and the books are right.
 
 use crate::support::{
-    Blob, Cache, Castier, Download, KIB, LyingOrigin, Random, assert_ledger,
+    Blob, Cache, Castier, Conn, Download, KIB, LyingOrigin, Random, assert_ledger,
     disk::{Kept, of_disk, scanned},
     eventually, get, heavy, metrics,
 };
@@ -36,7 +36,9 @@ impl Load {
             load.clients.spawn(async move {
                 while !stop.load(Ordering::SeqCst) {
                     let blob = &blobs[random.below(blobs.len() as u64) as usize];
-                    let outcome = Download::default().of(blob, from).await;
+                    // castier may have been killed since the last answer.
+                    let Ok(conn) = Conn::try_open(from).await else { return };
+                    let outcome = Download::default().over(conn, blob).await;
                     outcome.assert_no_whole_lie(blob);
                     answers.fetch_add(1, Ordering::SeqCst);
                     if !outcome.complete {

@@ -150,7 +150,13 @@ pub(crate) struct Conn {
 
 impl Conn {
     pub(crate) async fn open(to: SocketAddr) -> Self {
-        Self { wire: Wire::new(within(DEADLINE, "connect", TcpSocket::new_v4().unwrap().connect(to)).await.unwrap()) }
+        Self::try_open(to).await.unwrap()
+    }
+
+    /// To a server that may be gone.
+    pub(crate) async fn try_open(to: SocketAddr) -> io::Result<Self> {
+        let stream = within(DEADLINE, "connect", TcpSocket::new_v4().unwrap().connect(to)).await?;
+        Ok(Self { wire: Wire::new(stream) })
     }
 
     /// A connection whose client end takes in no more than a few kilobytes unread.
