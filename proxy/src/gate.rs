@@ -6,9 +6,17 @@ use bytes::BytesMut;
 use castier_blob::wire::Target;
 use castier_config::Limits;
 use http::{Method, StatusCode};
-use std::{ops::Range, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    mem::MaybeUninit,
+    ops::Range,
+    pin::Pin,
+    task::{Poll, ready},
+    time::Duration,
+};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt},
+    io::{AsyncRead, ReadBuf},
     time::{Instant, timeout_at},
 };
 
@@ -95,8 +103,10 @@ pub async fn read_head(
             }
         }
         let was_empty = ahead.is_empty();
-        ahead.reserve(READ);
-        match timeout_at(deadline, stream.read_buf(ahead)).await {
+        if was_empty {
+            *ahead = BytesMut::new();
+        }
+        match timeout_at(deadline, read_some(stream, ahead)).await {
             Ok(Ok(n)) if n > 0 => {}
             Ok(_) => return Err(NoHead::Closed),
             Err(_) if was_empty => return Err(NoHead::Closed),
@@ -109,6 +119,19 @@ pub async fn read_head(
             deadline = Instant::now() + limits.header_timeout.get();
         }
     }
+}
+
+/// Reads what there is onto the end of `ahead`, and says how much; 0 at the end. The room to read into is on the stack, so that an idle
+/// connection has no buffer.
+async fn read_some(stream: &mut (impl AsyncRead + Unpin), ahead: &mut BytesMut) -> io::Result<usize> {
+    poll_fn(|cx| {
+        let mut part = [MaybeUninit::uninit(); READ];
+        let mut part = ReadBuf::uninit(&mut part);
+        ready!(Pin::new(&mut *stream).poll_read(cx, &mut part))?;
+        ahead.extend_from_slice(part.filled());
+        Poll::Ready(Ok(part.filled().len()))
+    })
+    .await
 }
 
 fn too_large(max_bytes: usize) -> NoHead {

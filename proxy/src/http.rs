@@ -54,9 +54,9 @@ pub struct Front {
 struct Cut;
 
 /// Counts one connection for as long as it lives.
-struct Open<'a>(&'a Front);
+struct Open(Arc<Front>);
 
-impl Drop for Open<'_> {
+impl Drop for Open {
     fn drop(&mut self) {
         self.0.metrics.connections.dec();
     }
@@ -66,20 +66,10 @@ impl Drop for Open<'_> {
 impl ServerApp for Front {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
         self.metrics.connections.inc();
-        let _open = Open(self);
-        let open = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
-        let limits = self.limits.load_full();
-        let mut conn = Conn::new(stream, limits.write_timeout.get());
-        let max = limits.max_connections;
-        if open > max {
-            self.metrics.shed(Limit::Connections);
-            // Beyond these they are closed without a word, so that telling costs little.
-            if open <= max + descriptors::refusals(max) {
-                raw::refuse_connection(&mut conn).await;
-            }
-            return None;
-        }
-        self.serve_connection(conn, shutdown).await;
+        let (open, shutdown) = (Open(self.clone()), shutdown.clone());
+        let place = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
+        // In a task of its own: pingora's has room for a TLS handshake, and would keep it as long as the connection lives.
+        tokio::spawn(async move { open.0.serve(stream, place, &shutdown).await });
         None
     }
 }
@@ -90,7 +80,23 @@ impl Front {
         Self { ladder, relay, limits, metrics }
     }
 
-    /// One request after the other, until either side has had enough.
+    /// The connection that made it `place` of them.
+    async fn serve(&self, stream: Stream, place: usize, shutdown: &ShutdownWatch) {
+        let limits = self.limits.load_full();
+        let mut conn = Conn::new(stream, limits.write_timeout.get());
+        let max = limits.max_connections;
+        if place <= max {
+            return self.serve_connection(conn, shutdown).await;
+        }
+        self.metrics.shed(Limit::Connections);
+        // Beyond these they are closed without a word, so that telling costs little.
+        if place <= max + descriptors::refusals(max) {
+            Box::pin(raw::refuse_connection(&mut conn)).await;
+        }
+    }
+
+    /// One request after the other, until either side has had enough. Idle connections are many, so whatever only a request needs is
+    /// boxed and lives no longer than it.
     async fn serve_connection(&self, mut conn: Conn, shutdown: &ShutdownWatch) {
         let peer = conn.peer();
         let mut draining = shutdown.clone();
@@ -109,23 +115,25 @@ impl Front {
             let head = match head {
                 Ok(head) => head,
                 Err(NoHead::Closed) => return,
-                Err(NoHead::Refused(status, why)) => return self.refuse_request(conn, status, &why, peer).await,
+                Err(NoHead::Refused(status, why)) => return Box::pin(self.refuse_request(conn, status, &why, peer)).await,
             };
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &head, &digest, peer).await {
                         Ok(true) => Some((conn, ahead)),
-                        Ok(false) => self.serve_session(conn, ahead, &limits, &draining, peer).await,
+                        Ok(false) => Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await,
                         Err(Cut) => return,
                     }
                 }
                 Target::Blob(_) | Target::Malformed(_)
                     if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) =>
                 {
-                    self.serve_session(conn, ahead, &limits, &draining, peer).await
+                    Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await
                 }
-                Target::Collection if head.method == Method::POST => self.serve_session(conn, ahead, &limits, &draining, peer).await,
-                _ => self.relay.pass(conn, ahead, &head, &limits, shutdown).await,
+                Target::Collection if head.method == Method::POST => {
+                    Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await
+                }
+                _ => Box::pin(self.relay.pass(conn, ahead, &head, &limits, shutdown)).await,
             };
             match next {
                 Some(next) => (conn, ahead) = next,

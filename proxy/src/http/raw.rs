@@ -9,7 +9,7 @@ use crate::{
     record::Record,
     serve::{Body, Reply, Via},
 };
-use bytes::{BufMut, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use castier_blob::{Digest, Selection};
 use http::StatusCode;
 use pingora::protocols::http::date::get_cached_date;
@@ -39,7 +39,6 @@ impl Front {
     ) -> Result<bool, Cut> {
         let started = Instant::now();
         let Some(blob) = self.ladder.get_from_memory(digest) else { return Ok(false) };
-        let request = ahead.split_to(head.len);
         let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
         let mut out = head_on_wire(&reply, true);
         let before_body = out.len();
@@ -47,13 +46,14 @@ impl Front {
             out.extend_from_slice(&blob);
             send(conn, &mut &out[..]).await
         } else {
-            send(conn, &mut bytes::Buf::chain(&out[..], &blob[..])).await
+            send(conn, &mut out.chain(&blob[..])).await
         };
         let bytes = sent.saturating_sub(before_body) as u64;
         self.metrics.memory_bytes.inc_by(bytes);
         let served = if whole { Served::Hit } else { Served::Error };
-        let (path, cache, took) = (head.path(&request), cache_status(&reply.headers), started.elapsed());
+        let (path, cache, took) = (head.path(ahead), cache_status(&reply.headers), started.elapsed());
         Record { route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
+        ahead.advance(head.len);
         if whole { Ok(true) } else { Err(Cut) }
     }
 
@@ -67,7 +67,7 @@ impl Front {
 }
 
 /// Writes all there is; says how much went out, and whether that was all.
-async fn send(conn: &mut Conn, out: &mut impl bytes::Buf) -> (usize, bool) {
+async fn send(conn: &mut Conn, out: &mut impl Buf) -> (usize, bool) {
     let all = out.remaining();
     let written = conn.write_all_buf(out).await;
     (all - out.remaining(), written.is_ok())

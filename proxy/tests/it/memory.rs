@@ -1,7 +1,7 @@
 //! Bounded memory: what passes through, who reads slowly, and what is kept.
 
 use crate::support::{
-    Blob, Castier, Download, Gate, KIB, Lie, LyingOrigin, MIB, assert_ledger, eventually, get, heavy, light, metrics, within,
+    Blob, Castier, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get, heavy, light, metrics, within,
 };
 use std::{sync::atomic::Ordering, time::Duration};
 use tempfile::TempDir;
@@ -100,6 +100,38 @@ async fn slow_readers_of_a_kept_blob_cost_offsets() {
     assert!(grown < 64, "{grown} MiB for 300 readers of one blob in memory");
     let books = assert_ledger(&castier).await;
     assert_eq!((origin.gets(&blob), books.total("castier_hits_total")), (1, 301));
+}
+
+#[tokio::test]
+async fn idle_connections_cost_little() {
+    let _turn = heavy().await;
+    let origin = LyingOrigin::start().await;
+    let castier = Castier::start(&origin.url(), "").await;
+    let blob = origin.blob(KIB);
+    get(castier.public, &blob).await.assert_is(&blob);
+    // Whichever way the last request went: the fast lane (after a long head), a session, the relay.
+    let last = [
+        Request::get(blob.path()).header("X-Long", "x".repeat(8000)),
+        Request::get(blob.path()).header("Range", "bytes=0-99"),
+        Request::get("/elsewhere"),
+    ];
+    let mut idle = Vec::new();
+    let mut connect = async |count: usize| {
+        for request in last.iter().cycle().take(count) {
+            let mut conn = Conn::open(castier.public).await;
+            assert!(matches!(conn.ask(request).await.status, 200 | 206));
+            idle.push(conn);
+        }
+        castier.memory("VmRSS")
+    };
+    // What the first of them bring along is not theirs.
+    let before = connect(100).await;
+    let each = connect(2000).await.saturating_sub(before) / 2000;
+    assert!(each < 8 * KIB, "{each} bytes for each idle connection");
+    assert_eq!(metrics(&castier).await.total("castier_shed_requests_total"), 0);
+    for conn in idle.iter_mut().step_by(100) {
+        conn.ask(&Request::get(blob.path())).await.assert_is(&blob);
+    }
 }
 
 #[tokio::test]
