@@ -13,6 +13,11 @@ pub trait Config: Clone + Default + PartialEq + Serialize + DeserializeOwned {
     /// Sections that the documentation of a later version promises, and that this version does not know.
     const PLANNED: &'static [&'static str];
 
+    /// The default with every section that may be absent present: the keys there are, and the type of each.
+    fn complete() -> Self {
+        Self::default()
+    }
+
     /// Notes every value that can be read, but makes no sense.
     fn check(&self, problems: &mut Problems);
 }
@@ -92,7 +97,7 @@ fn variable_name(key: &str) -> String {
 /// Puts the environment's values into the table, each with the type of its key's default. Returns the variable of each key
 /// that was set so.
 fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String)>, problems: &mut Problems) -> BTreeMap<String, String> {
-    let defaults = shape::table(&C::default());
+    let defaults = shape::table(&C::complete());
     let known: BTreeMap<_, _> = shape::leaves(&defaults).into_iter().map(|(key, value)| (variable_name(&key), (key, value))).collect();
     let mut variables = BTreeMap::new();
     for (name, text) in env.filter(|(name, _)| name.starts_with(PREFIX)) {
@@ -144,14 +149,16 @@ fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
         let mut unknown_keys = Vec::new();
         let mut track = serde_path_to_error::Track::new();
         let tracked = serde_path_to_error::Deserializer::new(table.clone(), &mut track);
-        match serde_ignored::deserialize(tracked, |path| unknown_keys.push(path.to_string())) {
+        match serde_ignored::deserialize(tracked, |path| unknown_keys.push(plain_path(&path))) {
             Ok(config) => {
                 note_unknown::<C>(&unknown_keys, problems);
                 return Some(config);
             }
             Err(error) => {
                 let error: toml::de::Error = error;
-                let key = track.path().to_string();
+                // An item of a list is told by its own text; the key is the list's.
+                let path = track.path().to_string();
+                let key = path.split('[').next().unwrap_or_default().to_owned();
                 problems.add(key.clone(), plain(error.message(), &key));
                 // Every round takes one key away, so the loop ends.
                 if !remove(&mut table, &key) {
@@ -160,6 +167,11 @@ fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
             }
         }
     }
+}
+
+/// The dotted key of a path. A section that may be absent has a `?` of its own there.
+fn plain_path(path: &serde_ignored::Path<'_>) -> String {
+    path.to_string().replace(".?.", ".")
 }
 
 fn remove(table: &mut Table, key: &str) -> bool {
@@ -173,9 +185,13 @@ fn remove(table: &mut Table, key: &str) -> bool {
 fn plain(message: &str, key: &str) -> String {
     match message.split_once("expected struct ") {
         Some((found, _)) => format!("{found}expected a section; write its keys below [{key}]"),
-        None => ["usize", "u32"].iter().fold(message.to_owned(), |text, ty| {
-            text.replace(&format!("expected {ty}"), "expected a whole number, 0 or more, that is not too large")
-        }),
+        None => ["usize", "u32", "u64"]
+            .iter()
+            .fold(message.to_owned(), |text, ty| {
+                text.replace(&format!("expected {ty}"), "expected a whole number, 0 or more, that is not too large")
+            })
+            .replace("expected f64", "expected a number")
+            .replace("expected a sequence", "expected a list in brackets"),
     }
 }
 

@@ -4,7 +4,7 @@ use crate::{Config, value::masked};
 use std::collections::BTreeMap;
 use toml::{Table, Value};
 
-/// The effective configuration as TOML, as `--print-config` shows it: every key, secrets masked. Reads back to the same
+/// The effective configuration as TOML, as `--print-config` shows it: every key of every section in force, secrets masked. Reads back to the same
 /// configuration unless something was masked.
 pub fn print<C: Config>(config: &C) -> String {
     let mut table = table(config);
@@ -14,14 +14,15 @@ pub fn print<C: Config>(config: &C) -> String {
 
 /// The dotted keys of a program, in the order of its documentation.
 pub fn keys<C: Config>() -> Vec<String> {
-    leaves(&table(&C::default())).into_iter().map(|(key, _)| key).collect()
+    leaves(&table(&C::complete())).into_iter().map(|(key, _)| key).collect()
 }
 
-/// The dotted keys whose values differ, in the order of the documentation: what a re-read configuration changes.
+/// The dotted keys whose values differ, in the order of the documentation: what a re-read configuration changes. A section that
+/// came or went differs in all its keys.
 pub fn changed<C: Config>(old: &C, new: &C) -> Vec<String> {
     let (old, new) = (table(old), table(new));
-    let before: BTreeMap<_, _> = leaves(&old).into_iter().collect();
-    leaves(&new).into_iter().filter(|(key, value)| before.get(key) != Some(value)).map(|(key, _)| key).collect()
+    let (before, after): (BTreeMap<_, _>, BTreeMap<_, _>) = (leaves(&old).into_iter().collect(), leaves(&new).into_iter().collect());
+    keys::<C>().into_iter().filter(|key| before.get(key) != after.get(key)).collect()
 }
 
 /// The configuration as a table.

@@ -1,7 +1,7 @@
 //! The configuration as an operator meets it: files, variables, and what the programs say about them.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
-use castier_config::{Castier, Config, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print};
+use castier_config::{Castier, Cluster, Config, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print};
 use proptest::prelude::*;
 use std::{io::Write, path::Path};
 use tempfile::NamedTempFile;
@@ -25,10 +25,14 @@ fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {
     lines
 }
 
+/// The example is the default as it stands, and with its absent sections put in force, it shows every key.
 fn example_shows_every_default<C: Config + std::fmt::Debug>(name: &str) {
-    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
-    let loaded = load::<C>(Some(&example), std::iter::empty()).unwrap();
-    assert_eq!(loaded.config, C::default());
+    let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
+    assert_eq!(read::<C>(&example, &[]).unwrap().config, C::default());
+    let complete: Vec<_> =
+        example.lines().map(|line| line.strip_prefix('#').filter(|key| !key.starts_with([' ', '#'])).unwrap_or(line)).collect();
+    let loaded = read::<C>(&complete.join("\n"), &[]).unwrap();
+    assert_eq!(loaded.config, C::complete());
     let missing: Vec<_> = keys::<C>().into_iter().filter(|key| !loaded.is_set(key)).collect();
     assert_eq!(missing, Vec::<String>::new(), "keys that {name} does not show");
 }
@@ -42,7 +46,7 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 33);
+    assert_eq!(keys.len(), 46);
     assert_eq!(&keys[..4], ["allow_delete", "listen.public", "listen.admin", "listen.peer"]);
     assert_eq!(keys.last().unwrap(), "shutdown.grace");
 }
@@ -118,6 +122,12 @@ fn all_problems_are_told_at_once() {
         [disk]
         path = "/x"
         [cluster]
+        peers = ["10.0.0.7:8081", "10.0.0.8"]
+        dns = "peers:8081"
+        mirror_share = 1
+        refesh = "1s"
+        [cluster.tls]
+        key = "/x"
     "#;
     let env = [("CASTIER_ALLOW_DELETE", "yes"), ("CASTIER_ORIGIN__READ_TIMEOUT", "0s"), ("CASTIER_LIMITS__MAX_HEADERS", "many")];
     let lines = wrong(text, &env);
@@ -133,7 +143,11 @@ fn all_problems_are_told_at_once() {
         "memory.capasity: unknown key; did you mean memory.capacity?",
         "memry: unknown key; did you mean memory?",
         "disk: not available in this version; leave it out",
-        "cluster: not available in this version; leave it out",
+        "cluster.peers: \"10.0.0.8\" has no port; write HOST:PORT, such as \"10.0.0.7:8081\", or \"10.0.0.7:8081 weight=2\" for twice the share",
+        "cluster.mirror_share: 1 is out of range; write 0 to 0.9",
+        "cluster.refesh: unknown key; did you mean cluster.refresh?",
+        "cluster.tls.key: unknown key; --print-config shows every key there is",
+        "cluster.advertise: is missing; write this node's HOST:PORT as its peers reach it, such as \"10.0.0.7:8081\"",
         "limits.max_connections: must be 1 or more",
         "origin.read_timeout (set by CASTIER_ORIGIN__READ_TIMEOUT): must be longer than 0s; write a duration such as \"5s\"",
     ];
@@ -160,6 +174,32 @@ fn values_that_make_no_sense_are_refused() {
         ("origin.ca_file", "[origin]\nca_file = \"/\""),
         ("memory.capacity", "[memory]\ncapacity = 0\nmax_blob = \"0\""),
         ("memory.max_blob", "[memory]\nmax_blob = \"257MiB\""),
+        ("cluster", "cluster = 5"),
+        ("cluster.advertise", "[cluster]\npeers = [\"a:1\"]"),
+        ("cluster.advertise", "[cluster]\nadvertise = \"a:1 weight=2\"\npeers = [\"a:1\"]"),
+        ("cluster.advertise", "[cluster]\nadvertise = \"0.0.0.0:1\"\npeers = [\"a:1\"]"),
+        ("cluster.advertise", "[cluster]\nadvertise = \"a:1\"\ndns = \"peers:1\""),
+        ("cluster.peers", "[cluster]\nadvertise = \"a:1\""),
+        ("cluster.peers", "[cluster]\nadvertise = \"a:1\"\npeers = []"),
+        ("cluster.peers", "[cluster]\nadvertise = \"a:1\"\npeers = \"a:1\""),
+        ("cluster.peers", "[cluster]\nadvertise = \"a:1\"\npeers = [\"a:1\", 5]"),
+        ("cluster.dns", "[cluster]\nadvertise = \"a:1\"\npeers = [\"a:1\"]\ndns = \"_peer._tcp.peers\""),
+        ("cluster.dns", "[cluster]\nadvertise = \"a:1\"\ndns = \"_peer._tcp.peers:1\""),
+        ("cluster.dns", "[cluster]\nadvertise = \"10.0.0.7:1\"\ndns = \"peers\""),
+        ("cluster.dns", "[cluster]\nadvertise = \"10.0.0.7:1\"\ndns = \"10.0.0.8:1\""),
+        ("cluster.refresh", "[cluster]\nrefresh = \"0s\""),
+        ("cluster.stall_timeout", "[cluster]\nstall_timeout = \"0s\""),
+        ("cluster.probe_interval", "[cluster]\nprobe_interval = \"0s\""),
+        ("cluster.probe_timeout", "[cluster]\nprobe_timeout = \"0s\""),
+        ("cluster.mirror_share", "[cluster]\nmirror_share = -0.1"),
+        ("cluster.mirror_share", "[cluster]\nmirror_share = nan"),
+        ("cluster.secret_file", "[cluster]\nsecret_file = \"/does/not/exist\""),
+        ("cluster.secret_file", "[listen]\npeer = \"0.0.0.0:8081\"\n[cluster]\n"),
+        ("cluster.secret_file", "[listen]\npeer = \"node-7:8081\"\n[cluster]\n"),
+        ("cluster.tls.key_file", "[cluster.tls]\ncert_file = \"/\""),
+        ("cluster.tls.cert_file", "[cluster.tls]\ncert_file = \"/\""),
+        ("listen.peer", "[listen]\npeer = \"127.0.0.1:8080\"\n[cluster]"),
+        ("listen.peer", "[listen]\npeer = \"0.0.0.0:8082\"\n[cluster]"),
         ("verify.buffer_up_to", "[verify]\nbuffer_up_to = \"257MiB\""),
         ("fill.max_in_flight", "[fill]\nmax_in_flight = 0"),
         ("fill.spool", "[fill]\nspool = \"0B\""),
@@ -221,7 +261,9 @@ fn printing_masks_secrets_and_nothing_else() {
     let printed = print(&config);
     assert!(printed.contains("url = \"http://***@origin:9000\"") && printed.contains("loki_url = \"https://***@loki/x@y\""), "{printed}");
     assert!(!printed.contains("hunter2") && !format!("{config:?}").contains("hunter2"));
-    assert_eq!(printed.lines().filter(|line| line.contains(" = ")).count(), keys::<Castier>().len());
+    let shown = |config: &Castier| print(config).lines().filter(|line| line.contains(" = ")).count();
+    assert_eq!(shown(&Castier::complete()), keys::<Castier>().len());
+    assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !key.starts_with("cluster.")).count());
 }
 
 #[test]
@@ -230,6 +272,33 @@ fn problems_never_tell_secrets() {
     let lines = wrong(text, &[]);
     assert_eq!(lines.len(), 2);
     assert!(!lines.concat().contains("hunter2"), "{lines:#?}");
+}
+
+#[test]
+fn clusters_are_read() {
+    let secret = file("0123456789abcdef\nfedcba9876543210\n");
+    let secret = secret.path().to_str().unwrap();
+    let text = "[listen]\npeer = \"0.0.0.0:8081\"\n[cluster]\nadvertise = \"10.0.0.7:8081\"\ndns = \"peers.svc:8081\"\nmirror_share = 0";
+    let cluster = read::<Castier>(text, &[("CASTIER_CLUSTER__SECRET_FILE", secret)]).unwrap().config.cluster.unwrap();
+    assert_eq!((cluster.dns.as_str(), cluster.mirror_share.of(Size::gib(1)), cluster.tls.is_on()), ("peers.svc:8081", Size::new(0), false));
+
+    let env = [("CASTIER_CLUSTER__ADVERTISE", "b:2"), ("CASTIER_CLUSTER__PEERS", "A.:1, b:2 weight=3")];
+    let cluster = read::<Castier>("", &env).unwrap().config.cluster.unwrap();
+    assert_eq!(cluster.peers.iter().map(|peer| (peer.name(), peer.weight)).collect::<Vec<_>>(), [("a:1".into(), 1), ("b:2".into(), 3)]);
+    assert_eq!(cluster, Cluster { advertise: "b:2".into(), peers: cluster.peers.clone(), ..Cluster::default() });
+    assert_eq!(cluster.mirror_share.of(Size::mib(256)), Size::mib(32));
+
+    let wrong = wrong("", &[("CASTIER_CLUSTER__PEERS", "a:1,b"), ("CASTIER_CLUSTER__ADVERTISE", "a:1")]);
+    assert!(wrong.len() == 1 && wrong[0].starts_with("cluster.peers (set by CASTIER_CLUSTER__PEERS): \"b\" has no port"), "{wrong:#?}");
+    // Beside a cluster that is absent, the peer listener's address is nobody's trouble.
+    assert_eq!(read::<Castier>("[listen]\npeer = \"0.0.0.0:8080\"", &[]).unwrap().config.cluster, None);
+}
+
+#[test]
+fn sections_come_and_go_whole() {
+    let changes = changed(&Castier::default(), &Castier::complete());
+    assert!(changes.len() == 13 && changes.iter().all(|key| key.starts_with("cluster.")), "{changes:?}");
+    assert_eq!(changed(&Castier::complete(), &Castier::default()), changes);
 }
 
 #[test]
@@ -258,6 +327,8 @@ proptest! {
         nanos in 1u64..5_000_000_000,
         root in "[ -~é]{1,20}",
         lru: bool,
+        clustered: bool,
+        weight in 1u16..,
     ) {
         let mut config = Castier { allow_delete, ..Castier::default() };
         config.memory.capacity = Size::new(capacity);
@@ -265,6 +336,10 @@ proptest! {
         config.memory.policy = if lru { Policy::Lru } else { Policy::TinyLfu };
         config.origin.url = OriginUrl::Embedded(root.clone().into());
         config.origin.retries = retries;
+        config.cluster = Castier::complete().cluster.filter(|_| clustered);
+        for peer in config.cluster.iter_mut().flat_map(|cluster| &mut cluster.peers) {
+            peer.weight = weight;
+        }
         config.limits.max_connections = max_connections;
         config.limits.idle_timeout = Span::millis(millis);
         config.limits.negative_ttl = Span::new(std::time::Duration::from_nanos(nanos));
@@ -272,7 +347,7 @@ proptest! {
         prop_assume!(!root.contains("://"));
         let loaded = read::<Castier>(&print(&config), &[]).unwrap();
         prop_assert_eq!(&loaded.config, &config);
-        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key)));
+        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key) || (!clustered && key.starts_with("cluster."))));
 
         let mut server = OriginServer { allow_delete, ..OriginServer::default() };
         server.store.root = root.into();

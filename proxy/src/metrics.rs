@@ -110,6 +110,8 @@ pub struct Metrics {
     tier_evictions: IntCounterVec,
     corrupt: IntCounterVec,
     shed: IntCounterVec,
+    cluster_peers: IntGaugeVec,
+    cluster_changes: IntCounter,
     /// Client connections open now.
     pub connections: IntGauge,
 }
@@ -164,6 +166,8 @@ impl Metrics {
             tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs dropped for lack of room", &["tier"])?,
             corrupt: counters(&r, "castier_corrupt_blobs_total", "Blobs whose bytes did not match their digest", &["source"])?,
             shed: counters(&r, "castier_shed_requests_total", "Requests turned away at a limit", &["reason"])?,
+            cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
+            cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of who is in the cluster, and who of them is up")?,
             connections: gauge(&r, "castier_connections", "Client connections open")?,
             registry: r,
         };
@@ -174,6 +178,9 @@ impl Metrics {
         metrics.source_resumes.with_label_values(&["origin"]);
         for source in ["origin", "client"] {
             metrics.corrupt.with_label_values(&[source]);
+        }
+        for state in ["up", "down"] {
+            metrics.cluster_peers.with_label_values(&[state]);
         }
         for limit in Limit::ALL {
             metrics.shed.with_label_values(&[limit.as_str()]);
@@ -216,6 +223,14 @@ impl Metrics {
     /// A request was turned away.
     pub fn shed(&self, limit: Limit) {
         self.shed.with_label_values(&[limit.as_str()]).inc();
+    }
+
+    /// The cluster changed: so many peers are up now, and so many down.
+    pub fn cluster_changed(&self, up: usize, down: usize) {
+        self.cluster_changes.inc();
+        for (state, count) in [("up", up), ("down", down)] {
+            self.cluster_peers.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     /// The text that Prometheus scrapes, with the tiers' state as of now.

@@ -1,7 +1,9 @@
 //! Sources: where blobs come from and uploads go to. The only place that sees pingora's connectors.
 
+mod probe;
 mod put;
 
+pub use probe::{HttpProbe, peer_options};
 pub use put::{Put, Upload};
 
 use crate::fault::{Fault, Limit};
@@ -20,6 +22,7 @@ use pingora::{
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use std::{
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -273,11 +276,15 @@ impl Upstream {
 /// # Errors
 /// A text that names the file.
 pub fn ca_file(config: &config::Origin) -> Result<Option<String>, String> {
-    let path = &config.ca_file;
-    if path.as_os_str().is_empty() {
+    if config.ca_file.as_os_str().is_empty() {
         return Ok(None);
     }
-    let unusable = |why: String| format!("origin.ca_file: {}: {why}", path.display());
+    certificates("origin.ca_file", &config.ca_file)
+}
+
+/// The path of a file that holds certificates, as pingora takes it.
+fn certificates(key: &str, path: &Path) -> Result<Option<String>, String> {
+    let unusable = |why: String| format!("{key}: {}: {why}", path.display());
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
     match certificates {
         Ok(found) if found.is_empty() => Err(unusable("holds no PEM certificate".into())),
