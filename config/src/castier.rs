@@ -8,8 +8,8 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Castier {
-    /// Whether clients may delete blobs, true or false. Default false: immutable content needs no deletion, and one wrong
-    /// script would empty the store.
+    /// Whether clients may delete blobs of the embedded origin, true or false; a remote origin decides for itself. Default false:
+    /// immutable content needs no deletion, and one wrong script would empty the store.
     pub allow_delete: bool,
     /// Where the program listens.
     pub listen: Listen,
@@ -17,6 +17,8 @@ pub struct Castier {
     pub origin: Origin,
     /// The memory tier.
     pub memory: Memory,
+    /// The disk tier. Absent: there is none.
+    pub disk: Option<Disk>,
     /// The nodes that together behave as one cache. Absent: this node is alone.
     pub cluster: Option<Cluster>,
     /// How blobs are checked on their way to clients.
@@ -103,6 +105,52 @@ pub struct Memory {
 impl Default for Memory {
     fn default() -> Self {
         Self { capacity: Size::mib(256), max_blob: Size::mib(8), policy: Policy::TinyLfu }
+    }
+}
+
+/// `[disk]`: the second tier, which survives restarts. Without this section there is none: a program that is only being tried
+/// should not fill a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Disk {
+    /// The directory of the blobs; created if need be, and this process's alone. Default `./castier-data/cache`, beside the
+    /// embedded origin's.
+    #[serde(serialize_with = "path_text")]
+    pub path: PathBuf,
+    /// What the blobs kept there may take, in whole disk blocks; a size over 0. The blobs being written come on top. Default
+    /// `10GiB`: some hundred times the memory tier, and most disks have it to spare.
+    pub capacity: Size,
+    /// Which blobs stay when the disk is full: `tiny-lfu` or `lru`. Default `tiny-lfu`, for the same reason as in memory.
+    pub policy: Policy,
+    /// Bytes that may wait in memory to be written; a size over 0. Beyond it blobs are not kept on disk, so that a slow disk costs
+    /// cache entries and neither time nor memory. Default `64MiB`: a burst of a second or so.
+    pub write_behind: Size,
+    /// How many files are held open between reads, 1 or more. Default 1024: what is hot is not opened again with every hit, and
+    /// clients keep most of a common limit of open files.
+    pub open_files: u64,
+    /// Bytes a second that are read back and hashed to find what rotted; a size, 0 never looks. Default `8MiB`: 10 GiB in
+    /// twenty minutes, a terabyte in a day and a half, unnoticed by any disk.
+    pub scrub_rate: Size,
+    /// What damaged files that were set aside for inspection may take; a size, 0 deletes them at once. Default `256MiB`:
+    /// enough to tell a bad cable from a bad disk.
+    pub quarantine: Size,
+    /// How long the tier takes no new blobs after a write failed; a duration over 0. Default `30s`: a full disk is not asked with
+    /// every blob, and one that has room again is used soon.
+    pub cooldown: Span,
+}
+
+impl Default for Disk {
+    fn default() -> Self {
+        Self {
+            path: "./castier-data/cache".into(),
+            capacity: Size::gib(10),
+            policy: Policy::TinyLfu,
+            write_behind: Size::mib(64),
+            open_files: 1024,
+            scrub_rate: Size::mib(8),
+            quarantine: Size::mib(256),
+            cooldown: Span::secs(30),
+        }
     }
 }
 

@@ -1,18 +1,16 @@
 //! What can be read and still makes no sense.
 
-use crate::{Castier, Cluster, Config, Fill, Log, Origin, OriginLimits, OriginServer, Problems, Size, Span, cluster::check_cluster};
+use crate::{Castier, Cluster, Config, Disk, Fill, Log, Origin, OriginLimits, OriginServer, Problems, Size, Span, cluster::check_cluster};
 use std::{fs::File, io::Read, net::IpAddr, path::Path};
 use url::{Host, Url};
 
 impl Config for Castier {
-    const PLANNED: &'static [&'static str] = &["disk"];
-
     fn complete() -> Self {
-        Self { cluster: Some(Cluster::example()), ..Self::default() }
+        Self { disk: Some(Disk::default()), cluster: Some(Cluster::example()), ..Self::default() }
     }
 
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, listen, origin, memory, cluster, verify, fill, limits, log, shutdown: _ } = self;
+        let Self { allow_delete: _, listen, origin, memory, disk, cluster, verify, fill, limits, log, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
         let peer = check_address("listen.peer", &listen.peer, problems);
         // Whether the peer address is free of the others matters only once it is opened.
@@ -25,6 +23,9 @@ impl Config for Castier {
         check_size("memory.capacity", memory.capacity, problems);
         check_size("memory.max_blob", memory.max_blob, problems);
         check_order(("memory.max_blob", memory.max_blob), ("memory.capacity", memory.capacity), problems);
+        if let Some(disk) = disk {
+            check_disk(disk, problems);
+        }
         if let Some(cluster) = cluster {
             check_cluster(cluster, listen, problems);
         }
@@ -36,8 +37,6 @@ impl Config for Castier {
 }
 
 impl Config for OriginServer {
-    const PLANNED: &'static [&'static str] = &[];
-
     fn check(&self, problems: &mut Problems) {
         let Self { allow_delete: _, listen, store, limits, log, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
@@ -119,8 +118,27 @@ pub(crate) fn first_byte(path: &Path) -> std::io::Result<()> {
     File::open(path)?.read_exact(&mut [0])
 }
 
+fn check_disk(disk: &Disk, problems: &mut Problems) {
+    if disk.path.as_os_str().is_empty() {
+        problems.add(
+            "disk.path",
+            "names no directory; write one, such as \"./castier-data/cache\", or leave out all of [disk] for no disk tier",
+        );
+    }
+    check_size("disk.capacity", disk.capacity, problems);
+    check_size("disk.write_behind", disk.write_behind, problems);
+    if disk.open_files == 0 {
+        problems.add("disk.open_files", "must be 1 or more");
+    }
+    check_span("disk.cooldown", disk.cooldown, problems);
+}
+
 fn check_fill(fill: &Fill, problems: &mut Problems) {
     check_count("fill.max_in_flight", fill.max_in_flight, problems);
+    // Each fill in flight is a connection to the origin, of which one address has no more ports than this.
+    if fill.max_in_flight > 65_536 {
+        problems.add("fill.max_in_flight", "must be 65536 or less");
+    }
     check_size("fill.memory", fill.memory, problems);
     check_size("fill.spool", fill.spool, problems);
     if !fill.spool_dir.as_os_str().is_empty() && !fill.spool_dir.is_dir() {

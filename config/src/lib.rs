@@ -15,7 +15,7 @@ mod problems;
 mod shape;
 mod value;
 
-pub use castier::{Castier, Fill, Limits, Listen, Memory, Origin, Verify};
+pub use castier::{Castier, Disk, Fill, Limits, Listen, Memory, Origin, Verify};
 pub use cluster::{Cluster, ClusterTls, Peer, peer_secrets};
 pub use load::{Config, Loaded, environment, load};
 pub use origin::{OriginLimits, OriginListen, OriginServer, Store};

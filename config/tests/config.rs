@@ -1,7 +1,9 @@
 //! The configuration as an operator meets it: files, variables, and what the programs say about them.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
-use castier_config::{Castier, Cluster, Config, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print};
+use castier_config::{
+    Castier, Cluster, Config, Disk, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print,
+};
 use proptest::prelude::*;
 use std::{io::Write, path::Path};
 use tempfile::NamedTempFile;
@@ -46,7 +48,7 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 46);
+    assert_eq!(keys.len(), 54);
     assert_eq!(&keys[..4], ["allow_delete", "listen.public", "listen.admin", "listen.peer"]);
     assert_eq!(keys.last().unwrap(), "shutdown.grace");
 }
@@ -91,11 +93,11 @@ fn variables_of_kubernetes_are_ignored_and_slips_are_not() {
     ];
     assert_eq!(read::<Castier>("", &injected).unwrap().config, Castier::default());
     assert_eq!(
-        wrong("", &[("CASTIER_MEMORY__CAPASITY", "1GiB"), ("CASTIER_FROBNICATE__X", "1"), ("CASTIER_DISK__PATH", "/x")]),
+        wrong("", &[("CASTIER_MEMORY__CAPASITY", "1GiB"), ("CASTIER_FROBNICATE__X", "1"), ("CASTIER_DISK__PATHS", "/x")]),
         [
             "CASTIER_MEMORY__CAPASITY: unknown variable; did you mean CASTIER_MEMORY__CAPACITY?",
             "CASTIER_FROBNICATE__X: unknown variable; --print-config shows every key there is",
-            "CASTIER_DISK__PATH: not available in this version; leave it out",
+            "CASTIER_DISK__PATHS: unknown variable; did you mean CASTIER_DISK__PATH?",
         ]
     );
 }
@@ -120,7 +122,9 @@ fn all_problems_are_told_at_once() {
         [listen]
         public = "localhost"
         [disk]
-        path = "/x"
+        paht = "/x"
+        cooldown = "0s"
+        open_files = -1
         [cluster]
         peers = ["10.0.0.7:8081", "10.0.0.8"]
         dns = "peers:8081"
@@ -142,7 +146,9 @@ fn all_problems_are_told_at_once() {
         "alow_delete: unknown key; did you mean allow_delete?",
         "memory.capasity: unknown key; did you mean memory.capacity?",
         "memry: unknown key; did you mean memory?",
-        "disk: not available in this version; leave it out",
+        "disk.paht: unknown key; did you mean disk.path?",
+        "disk.open_files: invalid value: integer `-1`, expected a whole number, 0 or more, that is not too large",
+        "disk.cooldown: must be longer than 0s; write a duration such as \"5s\"",
         "cluster.peers: \"10.0.0.8\" has no port; write HOST:PORT, such as \"10.0.0.7:8081\", or \"10.0.0.7:8081 weight=2\" for twice the share",
         "cluster.mirror_share: 1 is out of range; write 0 to 0.9",
         "cluster.refesh: unknown key; did you mean cluster.refresh?",
@@ -174,6 +180,14 @@ fn values_that_make_no_sense_are_refused() {
         ("origin.ca_file", "[origin]\nca_file = \"/\""),
         ("memory.capacity", "[memory]\ncapacity = 0\nmax_blob = \"0\""),
         ("memory.max_blob", "[memory]\nmax_blob = \"257MiB\""),
+        ("disk", "disk = 5"),
+        ("disk.path", "[disk]\npath = \"\""),
+        ("disk.capacity", "[disk]\ncapacity = 0"),
+        ("disk.policy", "[disk]\npolicy = \"fifo\""),
+        ("disk.write_behind", "[disk]\nwrite_behind = 0"),
+        ("disk.open_files", "[disk]\nopen_files = 0"),
+        ("disk.scrub_rate", "[disk]\nscrub_rate = \"fast\""),
+        ("disk.cooldown", "[disk]\ncooldown = \"0s\""),
         ("cluster", "cluster = 5"),
         ("cluster.advertise", "[cluster]\npeers = [\"a:1\"]"),
         ("cluster.advertise", "[cluster]\nadvertise = \"a:1 weight=2\"\npeers = [\"a:1\"]"),
@@ -232,7 +246,7 @@ fn values_that_make_sense_are_taken() {
     let pem = file("-----BEGIN CERTIFICATE-----");
     let text = format!(
         "[listen]\npublic = \"[::]:0\"\nadmin = \"localhost:0\"\n[origin]\nurl = \"https://u:p@origin:1\"\nca_file = {:?}\n\
-         [verify]\nbuffer_up_to = 0\n[fill]\nmax_wait = \"0s\"\nspool_dir = \"/\"\n[limits]\nnegative_ttl = \"0s\"\nmax_negative = 0\n\
+         [disk]\nscrub_rate = 0\nquarantine = 0\n[verify]\nbuffer_up_to = 0\n[fill]\nmax_wait = \"0s\"\nspool_dir = \"/\"\n[limits]\nnegative_ttl = \"0s\"\nmax_negative = 0\n\
          [log]\nlevel = \"WARN,castier::flight=debug,h2=off\"\nformat = \"json\"\nloki_url = \"http://loki:3100\"\n\
          [shutdown]\ngrace = \"0s\"",
         pem.path()
@@ -263,7 +277,7 @@ fn printing_masks_secrets_and_nothing_else() {
     assert!(!printed.contains("hunter2") && !format!("{config:?}").contains("hunter2"));
     let shown = |config: &Castier| print(config).lines().filter(|line| line.contains(" = ")).count();
     assert_eq!(shown(&Castier::complete()), keys::<Castier>().len());
-    assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !key.starts_with("cluster.")).count());
+    assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !key.starts_with("cluster.") && !key.starts_with("disk.")).count());
 }
 
 #[test]
@@ -272,6 +286,18 @@ fn problems_never_tell_secrets() {
     let lines = wrong(text, &[]);
     assert_eq!(lines.len(), 2);
     assert!(!lines.concat().contains("hunter2"), "{lines:#?}");
+}
+
+#[test]
+fn one_key_puts_a_section_in_force() {
+    assert_eq!(read::<Castier>("", &[]).unwrap().config.disk, None);
+    let loaded = read::<Castier>("", &[("CASTIER_DISK__CAPACITY", "1TiB")]).unwrap();
+    assert_eq!(loaded.config.disk, Some(Disk { capacity: Size::gib(1024), ..Disk::default() }));
+    assert!(loaded.is_set("disk.capacity") && !loaded.is_set("disk.path"));
+    assert_eq!(read::<Castier>("[disk]", &[]).unwrap().config.disk, Castier::complete().disk);
+    let changes = changed(&Castier::default(), &Castier::complete());
+    assert!(changes.len() == 21 && changes.iter().all(|key| key.starts_with("disk.") || key.starts_with("cluster.")), "{changes:?}");
+    assert_eq!(changed(&Castier::complete(), &Castier::default()), changes);
 }
 
 #[test]
@@ -292,13 +318,6 @@ fn clusters_are_read() {
     assert!(wrong.len() == 1 && wrong[0].starts_with("cluster.peers (set by CASTIER_CLUSTER__PEERS): \"b\" has no port"), "{wrong:#?}");
     // Beside a cluster that is absent, the peer listener's address is nobody's trouble.
     assert_eq!(read::<Castier>("[listen]\npeer = \"0.0.0.0:8080\"", &[]).unwrap().config.cluster, None);
-}
-
-#[test]
-fn sections_come_and_go_whole() {
-    let changes = changed(&Castier::default(), &Castier::complete());
-    assert!(changes.len() == 13 && changes.iter().all(|key| key.starts_with("cluster.")), "{changes:?}");
-    assert_eq!(changed(&Castier::complete(), &Castier::default()), changes);
 }
 
 #[test]
@@ -327,6 +346,7 @@ proptest! {
         nanos in 1u64..5_000_000_000,
         root in "[ -~é]{1,20}",
         lru: bool,
+        disk: bool,
         clustered: bool,
         weight in 1u16..,
     ) {
@@ -334,6 +354,7 @@ proptest! {
         config.memory.capacity = Size::new(capacity);
         config.memory.max_blob = Size::new((capacity / 1000 * share).max(1));
         config.memory.policy = if lru { Policy::Lru } else { Policy::TinyLfu };
+        config.disk = disk.then(|| Disk { path: root.clone().into(), capacity: Size::new(capacity), ..Disk::default() });
         config.origin.url = OriginUrl::Embedded(root.clone().into());
         config.origin.retries = retries;
         config.cluster = Castier::complete().cluster.filter(|_| clustered);
@@ -347,7 +368,8 @@ proptest! {
         prop_assume!(!root.contains("://"));
         let loaded = read::<Castier>(&print(&config), &[]).unwrap();
         prop_assert_eq!(&loaded.config, &config);
-        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key) || (!clustered && key.starts_with("cluster."))));
+        let absent = |key: &str| (!clustered && key.starts_with("cluster.")) || (!disk && key.starts_with("disk."));
+        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key) || absent(key)));
 
         let mut server = OriginServer { allow_delete, ..OriginServer::default() };
         server.store.root = root.into();

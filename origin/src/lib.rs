@@ -141,6 +141,12 @@ impl Origin {
         server::serve(listener, admin::Admin(Arc::clone(&self.0)), shutdown, Duration::ZERO).await;
     }
 
+    /// Blobs and bytes in the store, for the log, as far as they have been counted since the start.
+    pub fn figures(&self) -> (i64, i64) {
+        let totals = self.0.store.totals();
+        (totals.blobs.load(Relaxed).max(0), totals.bytes.load(Relaxed).max(0))
+    }
+
     /// Changes the limits. Those on a connection hold for connections opened from now on.
     pub fn set_limits(&self, limits: OriginLimits) {
         self.0.limits.store(Arc::new(limits));

@@ -8,6 +8,7 @@ use std::{
     io::{self, ErrorKind, Write as _},
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 use tokio::{
     net::TcpListener,
@@ -99,6 +100,7 @@ async fn run(arguments: &Arguments, loaded: Loaded<OriginServer>) -> io::Result<
         let origin = origin.clone();
         tokio::spawn(async move { origin.serve_admin(admin, async { drop(stopped.await) }).await })
     };
+    tokio::spawn(log_figures(origin.clone(), config.log.stats_interval.get()));
     let shutdown = signals.attend(|running| reload(arguments, running, &origin, &log), loaded.config.clone());
     origin.serve(public, shutdown).await;
     // Probes may see that the program is draining until it is done.
@@ -107,6 +109,15 @@ async fn run(arguments: &Arguments, loaded: Loaded<OriginServer>) -> io::Result<
     tracing::info!("finished");
     log.close().await;
     Ok(())
+}
+
+/// What lies in the store, every now and then.
+async fn log_figures(origin: Origin, every: Duration) {
+    loop {
+        tokio::time::sleep(every).await;
+        let (blobs, bytes) = origin.figures();
+        tracing::info!(target: "stats", blobs, bytes);
+    }
 }
 
 async fn bind(key: &str, address: &str) -> io::Result<TcpListener> {

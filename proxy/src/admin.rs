@@ -60,7 +60,7 @@ async fn stats(State(admin): State<Arc<Admin>>) -> Response {
 
 async fn purge(State(admin): State<Arc<Admin>>, Path(digest): Path<String>) -> Response {
     let Ok(digest) = digest.parse::<Digest>() else { return problem(StatusCode::BAD_REQUEST, &MalformedDigest.to_string()) };
-    admin.ladder.forget(&digest);
+    admin.ladder.forget(&digest).await;
     tracing::info!(%digest, "purged");
     json(&serde_json::json!({ "purged": [admin.name], "failed": [] }))
 }

@@ -14,12 +14,15 @@ pub enum Fault {
     /// The request cannot be understood; the text says what would be right.
     #[error("{0}")]
     BadRequest(String),
-    /// The blob is larger than `limits.max_blob`, or than the origin takes.
+    /// The blob is larger than `limits.max_blob`.
     #[error("larger than the limit of {limit} bytes")]
     TooLarge {
         /// The limit that was hit.
         limit: u64,
     },
+    /// The blob is larger than the origin takes.
+    #[error("larger than the origin takes")]
+    OriginRefusesSize,
     /// No connection to the source, or it broke and could not be mended.
     #[error("{source_name} unreachable: {why}")]
     Unreachable {
@@ -64,6 +67,9 @@ pub enum Fault {
     /// The client went away, or stopped in the middle of its upload.
     #[error("client gone: {0}")]
     ClientGone(String),
+    /// The client sent no byte of its upload for `limits.idle_timeout`.
+    #[error("client silent for too long")]
+    ClientSilent,
     /// Nobody reads the flight any more and too much was left to finish it.
     #[error("abandoned by all its readers")]
     Abandoned,

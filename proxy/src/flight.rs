@@ -9,11 +9,13 @@
 //!
 //! An absent blob's flight stays in the map for `limits.negative_ttl`: that is the negative cache.
 
+mod attempts;
 mod reader;
 
 pub use reader::{Opened, Reader};
 
 use crate::{
+    disk::{Disk, DiskFile},
     fault::{Fault, Limit},
     memory::Memory,
     metrics::{Metrics, Outcome},
@@ -21,7 +23,7 @@ use crate::{
     upstream::{Incoming, Upstream},
 };
 use arc_swap::ArcSwap;
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use attempts::Attempts;
 use bytes::Bytes;
 use castier_blob::{Digest, Verifier};
 use castier_config as config;
@@ -40,10 +42,6 @@ use tokio::sync::{Notify, Semaphore, watch};
 
 /// How much of the end of every response waits for the digest.
 pub const HOLD_BACK: u64 = 64 << 10;
-/// A broken transfer that came this far since the last break has made progress, and gets all its attempts again. A floor keeps a
-/// source that breaks after every byte from being asked for ever.
-const PROGRESS: u64 = 64 << 10;
-
 /// All flights of this node, and what they need to fly.
 pub struct Flights {
     map: Mutex<HashMap<Digest, Arc<Flight>>>,
@@ -52,6 +50,7 @@ pub struct Flights {
     places: Semaphore,
     room: Room,
     memory: Arc<Memory>,
+    disk: Option<Arc<Disk>>,
     origin: Arc<Upstream>,
     retries: usize,
     max_wait: Duration,
@@ -65,6 +64,8 @@ pub struct Flights {
 pub enum Joined {
     /// The blob has landed in memory meanwhile.
     Kept(Bytes),
+    /// The blob has landed on disk meanwhile.
+    OnDisk,
     /// This request started the flight.
     Led(Reader),
     /// Another had started it.
@@ -108,17 +109,19 @@ impl Flights {
     pub fn new(
         config: &config::Castier,
         limits: Arc<ArcSwap<config::Limits>>,
-        memory: Arc<Memory>,
+        tiers: (Arc<Memory>, Option<Arc<Disk>>),
         origin: Arc<Upstream>,
         room: Room,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
+        let (memory, disk) = tiers;
         Arc::new(Self {
             map: Mutex::default(),
             remembered: AtomicUsize::new(0),
             places: Semaphore::new(config.fill.max_in_flight),
             room,
             memory,
+            disk,
             origin,
             retries: config.origin.retries as usize,
             max_wait: config.fill.max_wait.get(),
@@ -129,8 +132,9 @@ impl Flights {
         })
     }
 
-    /// Joins the flight of a blob that the tiers did not have, or starts it.
-    pub fn join(self: &Arc<Self>, digest: &Digest) -> Joined {
+    /// Joins the flight of a blob that the tiers did not have, or starts it. With `sure`, what the disk's index says is passed over: it has
+    /// been looked at, and was wrong.
+    pub fn join(self: &Arc<Self>, digest: &Digest, sure: bool) -> Joined {
         let mut map = self.map.lock();
         if let Some(flight) = map.get(digest) {
             return Joined::Followed(Reader::new(self, flight.clone(), true));
@@ -138,6 +142,9 @@ impl Flights {
         // Since the first look-up a flight may have come and gone.
         if let Some(bytes) = self.memory.find(digest) {
             return Joined::Kept(bytes);
+        }
+        if !sure && self.disk.as_ref().is_some_and(|disk| disk.knows(digest).is_some()) {
+            return Joined::OnDisk;
         }
         let flight = Arc::new(Flight {
             digest: *digest,
@@ -207,41 +214,50 @@ impl Flights {
         let ttl = self.limits.load().negative_ttl.get();
         let remember =
             matches!(phase, Phase::Absent) && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
+        let on_disk = self.disk.as_ref().is_some_and(|disk| disk.knows(&flight.digest).is_some());
+        let passing = matches!(phase, Phase::Verified) && !on_disk && flight.state.lock().spool.parts().is_none();
         flight.update(|state| state.phase = phase);
+        if passing {
+            // No tier keeps it, but its readers do: as long as one reads, a late comer can, and the origin is not asked again.
+            while !self.remove_if_deserted(&flight) {
+                flight.deserted.notified().await;
+            }
+            return;
+        }
         if remember {
             self.remembered.fetch_add(1, Ordering::Relaxed);
             tokio::time::sleep(ttl).await;
             self.remembered.fetch_sub(1, Ordering::Relaxed);
         }
-        self.remove(&flight);
+        take_out(&mut self.map.lock(), &flight);
     }
 
-    fn remove(&self, flight: &Arc<Flight>) {
+    /// Takes the flight out of the map if nobody reads it. Nobody joins while the map is locked.
+    fn remove_if_deserted(&self, flight: &Arc<Flight>) -> bool {
         let mut map = self.map.lock();
-        // Once detached, another flight may stand in its place.
-        if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
-            map.remove(&flight.digest);
+        let deserted = flight.readers.load(Ordering::Acquire) == 0;
+        if deserted {
+            take_out(&mut map, flight);
         }
+        deserted
     }
 
     /// Gets the blob from a source, verifies and keeps it.
     async fn fill(&self, flight: &Arc<Flight>) -> Result<Phase, Fault> {
         let _place = match tokio::time::timeout(self.max_wait, self.places.acquire()).await {
             Ok(Ok(place)) => place,
-            _ => {
-                self.metrics.shed(Limit::Fills);
-                return Err(Fault::Busy(Limit::Fills));
-            }
+            _ => return Err(Fault::Busy(Limit::Fills)),
         };
         let mut verifier = Verifier::of(flight.digest);
+        let mut kept: Option<DiskFile> = None;
         let mut attempts = Attempts::new(self.retries);
         let mut may_start_over = true;
         loop {
-            let fault = match self.pour(flight, &mut verifier).await {
+            let fault = match self.pour(flight, &mut verifier, &mut kept).await {
                 Ok(false) if verifier.seen() == 0 => return Ok(Phase::Absent),
                 Ok(false) => Fault::Unusable { source_name: self.origin.name, why: "the blob vanished midway".into() },
                 Ok(true) => {
-                    let fault = match self.land(flight, verifier) {
+                    let fault = match self.land(flight, verifier, kept.take()).await {
                         Ok(()) => return Ok(Phase::Verified),
                         Err(fault) => fault,
                     };
@@ -265,7 +281,7 @@ impl Flights {
     }
 
     /// Opens the source where the last transfer ended and takes all that comes; false if it says that the blob is absent.
-    async fn pour(&self, flight: &Arc<Flight>, verifier: &mut Verifier) -> Result<bool, Fault> {
+    async fn pour(&self, flight: &Arc<Flight>, verifier: &mut Verifier, kept: &mut Option<DiskFile>) -> Result<bool, Fault> {
         let Some(mut incoming) = self.origin.open(&flight.digest, verifier.seen()).await? else { return Ok(false) };
         let size = self.begin(flight, &incoming)?;
         loop {
@@ -298,7 +314,7 @@ impl Flights {
                 });
             }
             verifier.update(&chunk);
-            self.append(flight, chunk).await?;
+            self.append(flight, chunk, kept).await?;
         }
     }
 
@@ -324,23 +340,45 @@ impl Flights {
         })
     }
 
-    /// Puts bytes at the end of the spool, and moves it to a file when they become too many for memory.
-    async fn append(&self, flight: &Flight, chunk: Bytes) -> Result<(), Fault> {
+    /// Puts bytes at the end of the spool, and moves it to a file when they become too many for memory: to a file of the disk tier, which can
+    /// keep it as it is (`kept`), or else to one without a name.
+    async fn append(&self, flight: &Flight, chunk: Bytes, kept: &mut Option<DiskFile>) -> Result<(), Fault> {
         loop {
             let (admitted, at) = {
                 let mut state = flight.state.lock();
                 let at = state.spool.length();
                 (state.spool.admit(&self.room, chunk.len() as u64), at)
             };
-            match admitted.inspect_err(|_| self.metrics.shed(Limit::Spool))? {
+            match admitted? {
                 Admit::Memory => break,
-                Admit::File(file) => {
-                    spool::write_file(file, chunk.clone(), at).await?;
-                    break;
-                }
+                Admit::File(file) => match kept.take() {
+                    None => {
+                        spool::write_file(file, chunk.clone(), at).await?;
+                        break;
+                    }
+                    Some(tier) => {
+                        *kept = grow(tier, vec![chunk.clone()]).await;
+                        if kept.is_some() {
+                            break;
+                        }
+                        // The disk tier's file system is full or broken. That costs a cache entry, and never a request.
+                        let elsewhere = spool::copy_file(self.room.dir.clone(), file, at).await?;
+                        flight.state.lock().spool.move_to_file(&self.room, elsewhere)?;
+                    }
+                },
                 Admit::NeedsFile => {
-                    let parts = flight.state.lock().spool.in_memory();
-                    let file = spool::make_file(self.room.dir.clone(), parts).await?;
+                    let (parts, size) = {
+                        let state = flight.state.lock();
+                        (state.spool.in_memory(), state.size)
+                    };
+                    *kept = match self.disk.as_ref().filter(|disk| disk.takes(size.unwrap_or(at))) {
+                        Some(disk) => tier_file(disk.clone(), parts.clone()).await,
+                        None => None,
+                    };
+                    let file = match &*kept {
+                        Some(tier) => tier.file().clone(),
+                        None => spool::make_file(self.room.dir.clone(), parts).await?,
+                    };
                     flight.state.lock().spool.move_to_file(&self.room, file)?;
                 }
             }
@@ -350,38 +388,65 @@ impl Flights {
     }
 
     /// All bytes are in. Keeps the blob if it is the right one.
-    fn land(&self, flight: &Flight, verifier: Verifier) -> Result<(), Fault> {
+    async fn land(&self, flight: &Flight, verifier: Verifier, file: Option<DiskFile>) -> Result<(), Fault> {
         // Put together off the lock: the fill is the only writer.
         let whole = flight.state.lock().spool.parts().map(spool::join);
         let corrupt = |mismatch| {
             self.metrics.corrupt(self.origin.name);
             Fault::Corrupt { source_name: self.origin.name, mismatch }
         };
-        let Some(whole) = whole else { return verifier.finish(()).map(drop).map_err(corrupt) };
-        let verified = verifier.finish(whole.clone()).map_err(corrupt)?;
-        let mut state = flight.state.lock();
-        state.spool.settle(whole);
-        // Under the lock, so that a purge comes either before (and is seen here) or after (and finds the blob in the tier).
-        if !state.detached {
-            self.memory.keep(verified);
+        let verified = verifier.finish(()).map_err(corrupt)?;
+        let keeping = {
+            // Under the lock, so that a purge comes either before (and is seen here) or after (and finds the blob in the tier).
+            let mut state = flight.state.lock();
+            if let Some(whole) = &whole {
+                state.spool.settle(whole.clone());
+            }
+            match (whole, file, &self.disk) {
+                _ if state.detached => None,
+                (Some(whole), _, disk) => {
+                    let blob = verified.with_content(whole);
+                    if let Some(disk) = disk {
+                        disk.keep_later(blob.clone());
+                    }
+                    self.memory.keep(blob);
+                    None
+                }
+                (None, Some(file), Some(disk)) => Some(disk.keep_file(verified.with_content(file))),
+                _ => None,
+            }
+        };
+        if let Some(keeping) = keeping {
+            keeping.await;
         }
         Ok(())
     }
 
     /// Ends a flight that nobody reads and that has too far to go.
     fn abandon(&self, flight: &Arc<Flight>, size: Option<u64>, seen: u64) -> bool {
-        if flight.readers.load(Ordering::Acquire) > 0 || size.is_some_and(|size| size - seen <= self.finish_under) {
+        if flight.readers.load(Ordering::Acquire) > 0 || size.is_some_and(|size| size.saturating_sub(seen) <= self.finish_under) {
             return false;
         }
-        let mut map = self.map.lock();
-        // Nobody joins while the map is locked.
-        if flight.readers.load(Ordering::Acquire) > 0 {
-            return false;
-        }
-        if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
-            map.remove(&flight.digest);
-        }
-        true
+        self.remove_if_deserted(flight)
+    }
+}
+
+/// A new file of the disk tier, holding `parts`; none if it could not be written.
+pub async fn tier_file(disk: Arc<Disk>, parts: Vec<Bytes>) -> Option<DiskFile> {
+    let file = tokio::task::spawn_blocking(move || disk.temp()).await.ok()?.ok()?;
+    grow(file, parts).await
+}
+
+/// Appends to a file of the disk tier; none if it could not be written.
+pub async fn grow(mut file: DiskFile, parts: Vec<Bytes>) -> Option<DiskFile> {
+    let written = tokio::task::spawn_blocking(move || parts.iter().try_for_each(|part| file.append(part)).map(|()| file));
+    written.await.ok()?.ok()
+}
+
+/// Once detached, another flight may stand in its place.
+fn take_out(map: &mut HashMap<Digest, Arc<Flight>>, flight: &Arc<Flight>) {
+    if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
+        map.remove(&flight.digest);
     }
 }
 
@@ -410,41 +475,5 @@ impl Flight {
             }
             !state.released
         })
-    }
-}
-
-/// How often a broken transfer is taken up again.
-struct Attempts {
-    retries: usize,
-    delays: ExponentialBackoff,
-    /// Where the transfer stood when the delays were last renewed.
-    from: u64,
-}
-
-impl Attempts {
-    fn new(retries: usize) -> Self {
-        Self { retries, delays: Self::delays(retries), from: 0 }
-    }
-
-    fn delays(retries: usize) -> ExponentialBackoff {
-        ExponentialBuilder::new()
-            .with_min_delay(Duration::from_millis(50))
-            .with_max_delay(Duration::from_secs(1))
-            .with_max_times(retries)
-            .with_jitter()
-            .build()
-    }
-
-    /// How long to wait before going on; none if it is no use.
-    fn after(&mut self, fault: &Fault, seen: u64) -> Option<Duration> {
-        match fault {
-            Fault::Unreachable { .. } | Fault::Silent { .. } | Fault::Unusable { .. } => {}
-            _ => return None,
-        }
-        if seen >= self.from + PROGRESS {
-            self.delays = Self::delays(self.retries);
-            self.from = seen;
-        }
-        self.delays.next()
     }
 }

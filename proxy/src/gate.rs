@@ -24,8 +24,12 @@ pub struct Head {
     pub len: usize,
     /// The method.
     pub method: Method,
-    /// Where the path stands, without scheme, authority and query.
+    /// Where the path stands, without the query.
     path: Range<usize>,
+    /// Where scheme and authority stand, in front of the path; empty in origin form.
+    authority: Range<usize>,
+    /// Asks to change the protocol.
+    pub upgrade: bool,
     /// GET over HTTP/1.1 with no header that could change the answer: the bytes of the blob, whole, on a connection that stays open.
     pub plain: bool,
     /// How the request's body is framed.
@@ -80,6 +84,7 @@ pub async fn read_head(
     loop {
         if !ahead.is_empty() {
             if let Some(head) = parse(ahead, limits.max_headers)? {
+                let head = to_origin_form(ahead, head, limits.max_headers)?;
                 if head.len > max_bytes {
                     return Err(too_large(max_bytes));
                 }
@@ -110,6 +115,21 @@ fn too_large(max_bytes: usize) -> NoHead {
     NoHead::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, format!("the request head is larger than {max_bytes} bytes"))
 }
 
+/// Rewrites a target in absolute form to the path it means, so that everybody after this sees one form. The authority it names is
+/// dropped: whatever it says, the request is served here.
+fn to_origin_form(ahead: &mut BytesMut, head: Head, max_headers: usize) -> Result<Head, NoHead> {
+    if head.authority.is_empty() {
+        return Ok(head);
+    }
+    let rest = ahead.split_off(head.authority.end);
+    ahead.truncate(head.authority.start);
+    if !rest.starts_with(b"/") {
+        ahead.extend_from_slice(b"/");
+    }
+    ahead.unsplit(rest);
+    parse(ahead, max_headers)?.ok_or_else(|| bad("malformed request target"))
+}
+
 /// A head, or none yet, or never.
 fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
@@ -134,10 +154,11 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     if method == Method::CONNECT {
         return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served: castier is no forward proxy".into()));
     }
-    let path = path_of(bytes, target)?;
+    let (authority, path) = target_of(bytes, target)?;
     let mut plain = method == Method::GET && minor == 1;
     let framing = framing(request.headers, minor, &mut plain)?;
-    Ok(Some(Head { len, method, path, plain, framing }))
+    let upgrade = request.headers.iter().any(|header| header.name.eq_ignore_ascii_case("upgrade"));
+    Ok(Some(Head { len, method, authority, path, upgrade, plain, framing }))
 }
 
 /// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer.
@@ -182,17 +203,17 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool) -> Res
     Ok(framing)
 }
 
-/// Where the path stands within the head: `/a?b` and `http://host/a?b` both mean `/a`.
-fn path_of(bytes: &[u8], target: &str) -> Result<Range<usize>, NoHead> {
+/// Where authority and path stand within the head: `/a?b` and `http://host/a?b` both mean `/a`.
+fn target_of(bytes: &[u8], target: &str) -> Result<(Range<usize>, Range<usize>), NoHead> {
     let start = target.as_ptr() as usize - bytes.as_ptr() as usize;
     let skip = match target.find("://") {
         _ if target.starts_with('/') || target == "*" => 0,
-        Some(scheme) => target[scheme + 3..].find('/').map_or(target.len(), |slash| scheme + 3 + slash),
+        Some(scheme) => target[scheme + 3..].find(['/', '?']).map_or(target.len(), |end| scheme + 3 + end),
         None => return Err(bad("the request target is neither a path nor a URL")),
     };
     let path = &target[skip..];
     let end = path.find(['?', '#']).unwrap_or(path.len());
-    Ok(start + skip..start + skip + end)
+    Ok((start..start + skip, start + skip..start + skip + end))
 }
 
 fn bad(why: &str) -> NoHead {
@@ -221,6 +242,20 @@ mod tests {
         let parsed = head(text).unwrap().unwrap();
         assert_eq!((parsed.path(text.as_bytes()), parsed.framing, parsed.plain), ("/cas/abc", Framing::Length(5), false));
         assert_eq!(&text[parsed.len..], "hello");
+        for (absolute, origin) in [
+            ("http://b.example:80/cas/abc?x=1", "/cas/abc?x=1"),
+            ("http://b", "/"),
+            ("HTTP://b?x", "/?x"),
+            ("/cas/abc", "/cas/abc"),
+            ("*", "*"),
+        ] {
+            let mut ahead = BytesMut::from(&format!("\r\nOPTIONS {absolute} HTTP/1.1\r\nHost: a\r\n\r\nrest")[..]);
+            let parsed = parse(&ahead, 100).unwrap().unwrap();
+            let parsed = to_origin_form(&mut ahead, parsed, 100).unwrap();
+            let text = String::from_utf8(ahead.to_vec()).unwrap();
+            assert_eq!(text, format!("\r\nOPTIONS {origin} HTTP/1.1\r\nHost: a\r\n\r\nrest"));
+            assert_eq!((parsed.path(&ahead), &text[parsed.len..]), (origin.split('?').next().unwrap(), "rest"));
+        }
         let text = "GET /cas/abc HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nConnection: Keep-Alive\r\n\r\n";
         assert!(head(text).unwrap().unwrap().plain);
         for change in [

@@ -6,12 +6,13 @@
 mod raw;
 
 use crate::{
+    conn::{Conn, response_header, write},
     fault::{Fault, Limit},
     flight::Opened,
     gate::{self, NoHead},
-    ladder::{Found, Ladder},
+    ladder::{Found, Ladder, Tier},
     metrics::{Metrics, Route, Served},
-    record::Record,
+    record::{CLIENT_GONE, Record},
     relay::Relay,
     serve::{Body, Reply, Via},
     upload,
@@ -22,10 +23,10 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use castier_blob::{Digest, Selection, wire, wire::Target};
 use castier_config::Limits;
+use futures::StreamExt;
 use http::{HeaderMap, Method, StatusCode, Version, header};
 use pingora::{
     apps::ServerApp,
-    http::ResponseHeader,
     protocols::{Stream, http::ServerSession},
     server::ShutdownWatch,
 };
@@ -41,10 +42,7 @@ const REFUSALS: usize = 1024;
 /// After an early answer the rest of an upload is read for this long, so that the client gets to see the answer and not a reset.
 const LINGER: Duration = Duration::from_secs(10);
 /// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
-const IDLE_BODY: usize = 64 << 10;
-/// Longer ones are written in pieces, each within `limits.write_timeout`: a slow client is not a stuck one.
-const PIECE: usize = crate::spool::PIECE;
-
+const IDLE_BODY: u64 = 64 << 10;
 /// The public listener's application.
 pub struct Front {
     ladder: Arc<Ladder>,
@@ -67,19 +65,21 @@ impl Drop for Open<'_> {
 
 #[async_trait]
 impl ServerApp for Front {
-    async fn process_new(self: &Arc<Self>, mut stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+    async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
         self.metrics.connections.inc();
         let _open = Open(self);
         let open = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
-        let max = self.limits.load().max_connections;
+        let limits = self.limits.load_full();
+        let mut conn = Conn::new(stream, limits.write_timeout.get());
+        let max = limits.max_connections;
         if open > max {
             self.metrics.shed(Limit::Connections);
             if open <= max + REFUSALS {
-                let _ = raw::refuse_connection(&mut stream).await;
+                raw::refuse_connection(&mut conn).await;
             }
             return None;
         }
-        self.serve_connection(stream, shutdown).await;
+        self.serve_connection(conn, shutdown).await;
         None
     }
 }
@@ -91,8 +91,8 @@ impl Front {
     }
 
     /// One request after the other, until either side has had enough.
-    async fn serve_connection(&self, mut stream: Stream, shutdown: &ShutdownWatch) {
-        let peer = stream.get_socket_digest().and_then(|socket| socket.peer_addr().and_then(|address| address.as_inet().copied()));
+    async fn serve_connection(&self, mut conn: Conn, shutdown: &ShutdownWatch) {
+        let peer = conn.peer();
         let mut draining = shutdown.clone();
         let mut ahead = BytesMut::new();
         let mut wait = self.limits.load().header_timeout.get();
@@ -101,33 +101,34 @@ impl Front {
             let idle = ahead.is_empty();
             let head = tokio::select! {
                 biased;
-                head = gate::read_head(&mut stream, &mut ahead, &limits, wait) => head,
+                head = gate::read_head(&mut conn, &mut ahead, &limits, wait) => head,
                 _ = draining.wait_for(|down| *down), if idle => return,
             };
             wait = limits.idle_timeout.get();
+            conn.set_patience(limits.write_timeout.get());
             let head = match head {
                 Ok(head) => head,
                 Err(NoHead::Closed) => return,
-                Err(NoHead::Refused(status, why)) => return self.refuse_request(stream, status, &why, peer).await,
+                Err(NoHead::Refused(status, why)) => return self.refuse_request(conn, status, &why, peer).await,
             };
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
-                    match self.fast_hit(&mut stream, &mut ahead, &head, &digest, &limits, peer).await {
-                        Ok(true) => Some((stream, ahead)),
-                        Ok(false) => self.serve_session(stream, ahead, &limits, &draining, peer).await,
+                    match self.fast_hit(&mut conn, &mut ahead, &head, &digest, peer).await {
+                        Ok(true) => Some((conn, ahead)),
+                        Ok(false) => self.serve_session(conn, ahead, &limits, &draining, peer).await,
                         Err(Cut) => return,
                     }
                 }
                 Target::Blob(_) | Target::Malformed(_)
                     if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) =>
                 {
-                    self.serve_session(stream, ahead, &limits, &draining, peer).await
+                    self.serve_session(conn, ahead, &limits, &draining, peer).await
                 }
-                Target::Collection if head.method == Method::POST => self.serve_session(stream, ahead, &limits, &draining, peer).await,
-                _ => self.relay.pass(stream, ahead, &head, limits.idle_timeout.get(), limits.write_timeout.get(), shutdown).await,
+                Target::Collection if head.method == Method::POST => self.serve_session(conn, ahead, &limits, &draining, peer).await,
+                _ => self.relay.pass(conn, ahead, &head, &limits, shutdown).await,
             };
             match next {
-                Some(next) => (stream, ahead) = next,
+                Some(next) => (conn, ahead) = next,
                 None => return,
             }
         }
@@ -136,19 +137,18 @@ impl Front {
     /// A request about blobs, through pingora's session. Gives the connection back if it can serve another.
     async fn serve_session(
         &self,
-        stream: Stream,
+        conn: Conn,
         ahead: BytesMut,
         limits: &Limits,
         draining: &ShutdownWatch,
         peer: Option<SocketAddr>,
-    ) -> Option<(Stream, BytesMut)> {
+    ) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
-        let mut session = ServerSession::new_http1(stream);
+        let mut session = ServerSession::new_http1(conn.into_stream());
         // Pipelining is switched on for the sake of `finish`, which then gives back what was read too much.
         session.set_pipelining_enabled(true);
         session.set_pipelined_prefix(ahead);
         session.set_read_timeout(Some(limits.idle_timeout.get()));
-        session.set_write_timeout(Some(limits.write_timeout.get()));
         session.set_total_drain_timeout(Some(LINGER));
         if !matches!(session.read_request().await, Ok(true)) {
             // The gate has seen a whole and sound head, so this is where the two parsers differ: in doubt, out.
@@ -162,60 +162,63 @@ impl Front {
         let method = session.req_header().method.clone();
         let path = session.req_header().uri.path().to_owned();
         let target = Target::of(&path);
-        let answered = match target {
-            Target::Blob(digest) => match method {
-                Method::GET => self.get(&mut session, &digest).await,
-                Method::HEAD => self.head(&mut session, &digest).await,
-                Method::PUT => self.put(&mut session, Some(digest), limits).await,
-                _ => self.delete(&mut session, &digest).await,
-            },
-            Target::Collection => self.put(&mut session, None, limits).await,
-            Target::Malformed(_) | Target::Other => Ok(Reply::malformed_digest()),
-        };
-        let outcome = match answered {
-            Ok(reply) => {
+        let (code, served, cache, whole) = match self.answer(&mut session, &method, target, limits).await {
+            Some(reply) => {
                 let (code, served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
                 let whole = self.write_reply(&mut session, reply).await.is_ok();
                 (code, if whole { served } else { Served::Error }, cache, whole)
             }
-            // The client left before there was an answer (nginx's 499).
-            Err(Cut) => (499, Served::Error, String::new(), false),
+            None => (CLIENT_GONE, Served::Error, String::new(), false),
         };
-        let (code, served, cache, whole) = outcome;
-        let route = if matches!(target, Target::Collection) { Route::Collection } else { Route::Blob };
-        Record {
-            route,
-            method: &method,
-            path: &path,
-            code,
-            bytes: session.body_bytes_sent() as u64,
-            took: started.elapsed(),
-            cache: &cache,
-            served,
-            peer,
-        }
-        .log(&self.metrics);
+        let route = if target == Target::Collection { Route::Collection } else { Route::Blob };
+        let (bytes, took) = (session.body_bytes_sent() as u64, started.elapsed());
+        Record { route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer }.log(&self.metrics);
         if !whole {
             session.shutdown().await;
             return None;
         }
-        if !session.is_body_done() && session.req_header().headers.get(header::EXPECT).is_none() {
+        if !session.is_body_done() && !expects_continue(&session) {
             let _ = timeout(LINGER, async { while let Ok(Some(_)) = session.read_request_body().await {} }).await;
         }
         let (stream, ahead) = session.finish().await.ok().flatten()?.into_parts();
-        Some((stream, ahead.unwrap_or_default()))
+        Some((Conn::from_stream(stream)?, ahead.unwrap_or_default()))
     }
 
-    async fn get(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Cut> {
+    /// What to say to a request about blobs; nothing if the client has left.
+    async fn answer(&self, session: &mut ServerSession, method: &Method, target: Target<'_>, limits: &Limits) -> Option<Reply> {
+        let answered = match target {
+            Target::Blob(digest) => match *method {
+                Method::GET => self.get(session, &digest).await,
+                Method::HEAD => self.head(session, &digest).await,
+                Method::PUT => self.put(session, Some(digest), limits).await,
+                _ => self.delete(session, &digest).await,
+            },
+            Target::Collection => self.put(session, None, limits).await,
+            Target::Malformed(_) | Target::Other => Ok(Reply::malformed_digest()),
+        };
+        match answered {
+            Ok(reply) => Some(reply),
+            Err(Fault::ClientGone(_)) => None,
+            Err(fault) => {
+                match fault {
+                    Fault::Busy(limit) => self.metrics.shed(limit),
+                    // Where such a body ends nobody knows, so nobody knows where the next request begins.
+                    Fault::BadRequest(_) | Fault::ClientSilent | Fault::TooLarge { .. } => session.set_keepalive(None),
+                    _ => {}
+                }
+                Some(Reply::fault(&fault))
+            }
+        }
+    }
+
+    async fn get(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
         if castier_blob::names_this_blob(&session.req_header().headers, digest) {
             return Ok(Reply::not_modified(digest));
         }
-        if let Some(refusal) = idle_body(session).await {
-            return Ok(refusal);
-        }
+        no_body(session).await?;
         let headers = session.req_header().headers.clone();
         let select = |size: u64| castier_blob::select(&Method::GET, &headers, digest, size);
-        let (mut reader, collapsed) = match self.ladder.get(digest) {
+        let (mut reader, collapsed) = match self.ladder.get(digest).await {
             Found::Memory(bytes) => {
                 let selection = select(bytes.len() as u64);
                 let body = match selection {
@@ -223,6 +226,16 @@ impl Front {
                     _ => bytes.clone(),
                 };
                 return Ok(Reply::blob(digest, Some(bytes.len() as u64), selection, Via::Memory, Body::Whole(body)));
+            }
+            Found::Disk(blob) => {
+                let size = blob.size();
+                let selection = select(size);
+                let (first, end) = match selection {
+                    Selection::Part { first, last } => (first, last + 1),
+                    _ => (0, size),
+                };
+                let body = Body::Disk(self.ladder.read_disk(digest, blob, first, end));
+                return Ok(Reply::blob(digest, Some(size), selection, Via::Disk, body));
             }
             Found::Flight { reader, collapsed } => (reader, collapsed),
         };
@@ -238,90 +251,76 @@ impl Front {
             || headers.contains_key(header::IF_NONE_MATCH);
         let opened = tokio::select! {
             biased;
-            opened = reader.open(need_size, part) => opened,
-            _ = session.read_body_or_idle(true) => return Err(Cut),
+            opened = reader.open(need_size, part) => opened?,
+            _ = session.read_body_or_idle(true) => return Err(Fault::ClientGone("before the answer".into())),
         };
         Ok(match opened {
-            Ok(Opened::Blob(size)) => {
+            Opened::Blob(size) => {
                 let selection = size.map_or(Selection::Whole, select);
                 let via = Via::Origin { collapsed, stored: self.ladder.keeps(size) };
                 Reply::blob(digest, size, selection, via, Body::Flight(reader))
             }
-            Ok(Opened::Absent) => Reply::absent(digest),
-            Err(fault) => Reply::fault(&fault),
+            Opened::Absent => Reply::absent(digest),
         })
     }
 
-    async fn head(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Cut> {
+    async fn head(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
         if castier_blob::names_this_blob(&session.req_header().headers, digest) {
             return Ok(Reply::not_modified(digest));
         }
-        if let Some(refusal) = idle_body(session).await {
-            return Ok(refusal);
-        }
-        Ok(match self.ladder.stat(digest).await {
-            Ok((Opened::Blob(size), hit)) => {
-                let via = if hit { Via::Memory } else { Via::Origin { collapsed: false, stored: false } };
+        no_body(session).await?;
+        Ok(match self.ladder.stat(digest).await? {
+            (Opened::Blob(size), tier) => {
+                let via = match tier {
+                    Some(Tier::Memory) => Via::Memory,
+                    Some(Tier::Disk) => Via::Disk,
+                    None => Via::Origin { collapsed: false, stored: false },
+                };
                 let selection = castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
                 Reply::blob(digest, size, selection, via, Body::Empty)
             }
-            Ok((Opened::Absent, _)) => Reply::absent(digest),
-            Err(fault) => Reply::fault(&fault),
+            (Opened::Absent, _) => Reply::absent(digest),
         })
     }
 
     /// PUT with a digest, POST without.
-    async fn put(&self, session: &mut ServerSession, digest: Option<Digest>, limits: &Limits) -> Result<Reply, Cut> {
+    async fn put(&self, session: &mut ServerSession, digest: Option<Digest>, limits: &Limits) -> Result<Reply, Fault> {
         let max = limits.max_blob.get();
         let request = session.req_header();
         let announced = request.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.trim().parse::<u64>().ok());
-        let waits = request.headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"));
-        let boundary = match digest {
-            Some(_) => None,
-            None => upload::boundary(&request.headers),
-        };
-        if boundary.is_none() && announced.is_some_and(|size| size > max) {
-            return Ok(Reply::fault(&Fault::TooLarge { limit: max }));
+        let boundary = if digest.is_none() { upload::boundary(&request.headers)? } else { None };
+        // A form is longer than its file.
+        let size = if boundary.is_some() { None } else { announced };
+        if size.is_some_and(|size| size > max) {
+            return Err(Fault::TooLarge { limit: max });
         }
-        if waits {
+        if expects_continue(session) {
             if let Some(digest) = digest
-                && let Ok(Some(size)) = self.ladder.stored_at_origin(&digest).await
+                && let Ok(Some(size)) = self.ladder.stored_at_origin(&digest, size).await
             {
                 return Ok(Reply::stored(&digest, size, false, true));
             }
-            session.write_continue_response().await.map_err(|_| Cut)?;
+            session.write_continue_response().await.map_err(|error| Fault::ClientGone(error.to_string()))?;
         }
-        let size = if boundary.is_some() { None } else { announced };
         let mut body = upload::of_session(session, max, boundary.is_some());
         if let Some(boundary) = boundary {
             body = upload::first_file(body, boundary, max);
         }
-        match self.ladder.put(digest, size, body).await {
-            Ok((put, stored, size)) => Ok(Reply::stored(&stored, size, put == Put::Created, digest.is_some())),
-            Err(Fault::ClientGone(_)) => Err(Cut),
-            Err(fault) => {
-                tracing::info!(%fault, "upload refused");
-                Ok(Reply::fault(&fault))
-            }
-        }
+        let (put, stored, size) =
+            self.ladder.put(digest, size, body).await.inspect_err(|fault| tracing::info!(%fault, "upload refused"))?;
+        Ok(Reply::stored(&stored, size, put == Put::Created, digest.is_some()))
     }
 
-    async fn delete(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Cut> {
-        if let Some(refusal) = idle_body(session).await {
-            return Ok(refusal);
-        }
-        Ok(match self.ladder.delete(digest).await {
-            Ok(true) => Reply::deleted(),
-            Ok(false) => Reply::absent(digest),
-            Err(fault) => Reply::fault(&fault),
-        })
+    async fn delete(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
+        no_body(session).await?;
+        Ok(if self.ladder.delete(digest).await? { Reply::deleted() } else { Reply::absent(digest) })
     }
 
     /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.
     async fn write_reply(&self, session: &mut ServerSession, reply: Reply) -> Result<(), Cut> {
         let Reply { status, headers, body, served } = reply;
-        let mut reader = match body {
-            Body::Flight(reader) => reader,
+        let mut body = match body {
+            Body::Flight(_) | Body::Disk(_) => body,
             whole => {
                 let sent = write(session, Reply { status, headers, body: whole, served }).await;
                 if served == Served::Hit {
@@ -339,16 +338,22 @@ impl Front {
         loop {
             let piece = tokio::select! {
                 biased;
-                piece = reader.next() => piece,
+                piece = body.next() => piece,
                 _ = session.read_body_or_idle(true) => return Err(Cut),
             };
             match piece {
                 Ok(Some(piece)) => {
-                    self.metrics.flight_bytes.inc_by(piece.len() as u64);
+                    match body {
+                        Body::Disk(_) => self.metrics.disk_bytes.inc_by(piece.len() as u64),
+                        _ => self.metrics.flight_bytes.inc_by(piece.len() as u64),
+                    }
                     session.write_response_body(piece, false).await.map_err(|_| Cut)?;
                 }
                 Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(|_| Cut),
                 Err(fault) => {
+                    if let Fault::Busy(limit) = fault {
+                        self.metrics.shed(limit);
+                    }
                     tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
                     return Err(Cut);
                 }
@@ -357,38 +362,18 @@ impl Front {
     }
 }
 
-/// Writes a reply that is whole.
-pub(crate) async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
-    session.write_response_header(response_header(reply.status, &reply.headers)).await?;
-    if let Body::Whole(bytes) = reply.body {
-        for at in (0..bytes.len()).step_by(PIECE) {
-            session.write_response_body(bytes.slice(at..bytes.len().min(at + PIECE)), false).await?;
-        }
+/// Reads away the body of a request that should have none.
+async fn no_body(session: &mut ServerSession) -> Result<(), Fault> {
+    if session.is_body_done() {
+        return Ok(());
     }
-    session.write_response_body(Bytes::new(), true).await
+    let mut body = upload::of_session(session, IDLE_BODY, false);
+    while body.next().await.transpose()?.is_some() {}
+    Ok(())
 }
 
-/// The body of a request that should have none, read away; a refusal if it is too much.
-async fn idle_body(session: &mut ServerSession) -> Option<Reply> {
-    let mut read = 0;
-    while !session.is_body_done() {
-        match session.read_request_body().await {
-            Ok(Some(part)) => read += part.len(),
-            Ok(None) => break,
-            Err(_) => return Some(Reply::error(StatusCode::BAD_REQUEST, "malformed request body")),
-        }
-        if read > IDLE_BODY {
-            return Some(Reply::error(StatusCode::PAYLOAD_TOO_LARGE, "this method takes no body"));
-        }
-    }
-    None
-}
-
-fn response_header(status: StatusCode, headers: &HeaderMap) -> Box<ResponseHeader> {
-    let (mut parts, ()) = http::Response::new(()).into_parts();
-    parts.status = status;
-    parts.headers = headers.clone();
-    Box::new(parts.into())
+fn expects_continue(session: &ServerSession) -> bool {
+    session.req_header().headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 fn cache_status(headers: &HeaderMap) -> &str {

@@ -3,6 +3,7 @@
 use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin},
+    disk::Disk,
     flight::Flights,
     http::Front,
     ladder::Ladder,
@@ -14,7 +15,7 @@ use castier::{
 };
 use castier_blob::Digest;
 use castier_config::{self as config, Castier, Limits, OriginUrl};
-use castier_origin::log::Guard;
+use castier_origin::{Origin, log::Guard};
 use clap::Parser;
 use parking_lot::Mutex;
 use pingora::{
@@ -24,6 +25,7 @@ use pingora::{
     services::{Service as _, listening::Service},
 };
 use std::{
+    io::Write,
     net::SocketAddr,
     os::fd::IntoRawFd,
     path::{Path, PathBuf},
@@ -36,6 +38,7 @@ use std::{
 };
 use tokio::{
     net::TcpListener,
+    runtime::Handle,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
@@ -70,11 +73,11 @@ fn main() -> ExitCode {
         }
     };
     if args.check_config {
-        println!("the config is sound");
+        say("the config is sound");
         return ExitCode::SUCCESS;
     }
     if args.print_config {
-        print!("{}", config::print(&config));
+        say(config::print(&config).trim_end());
         return ExitCode::SUCCESS;
     }
     let runtime = match tokio::runtime::Runtime::new() {
@@ -105,29 +108,41 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let (stop_origin, origin_stopped) = watch::channel(false);
     let (origin_url, embedded) = match &config.origin.url {
         OriginUrl::Remote(url) => (url.clone(), None),
-        OriginUrl::Embedded(root) => embedded_origin(root, &config, origin_stopped).await.map(|(url, at)| (url, Some(at)))?,
+        OriginUrl::Embedded(root) => embedded_origin(root, &config, origin_stopped).await.map(|(url, embedded)| (url, Some(embedded)))?,
     };
 
     let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
     let limits = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
     let memory = Arc::new(Memory::new(&config.memory));
+    let disk = match &config.disk {
+        Some(disk) => Some(Disk::open(disk, metrics.clone()).map_err(|error| error.to_string())?),
+        None => None,
+    };
+    let tiers = (memory, disk.clone());
     let fill_memory = Budget::new(config.fill.memory.get());
     let room = Room::new(&config, fill_memory.clone());
     room.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.dir.display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin)?;
-    let flights = Flights::new(&config, limits.clone(), memory.clone(), origin.clone(), room, metrics.clone());
-    let ladder = Arc::new(Ladder::new(memory, flights, origin.clone(), fill_memory, metrics.clone()));
+    let flights = Flights::new(&config, limits.clone(), tiers.clone(), origin.clone(), room, metrics.clone());
+    let ladder = Arc::new(Ladder::new(tiers, flights, origin.clone(), fill_memory, metrics.clone()));
+    if let Some(disk) = &disk {
+        let (ladder, runtime) = (Arc::downgrade(&ladder), Handle::current());
+        disk.on_rotten(move |digest| {
+            if let Some(ladder) = ladder.upgrade() {
+                runtime.spawn(ladder.refetch(digest));
+            }
+        });
+    }
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let front = Front::new(ladder.clone(), relay, limits.clone(), metrics.clone());
     let name = public.local_addr().map_or_else(|_| config.listen.public.clone(), |address| address.to_string());
     let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), ready: AtomicBool::new(false), name: name.clone() });
 
-    println!("listening public {name}");
-    println!("listening admin {}", shown(&admin_listener));
-    if let Some((address, root)) = embedded {
-        println!("listening origin {address} (embedded, {})", root.display());
+    say(&format!("listening public {name}\nlistening admin {}", shown(&admin_listener)));
+    if let Some((address, root, _)) = &embedded {
+        say(&format!("listening origin {address} (embedded, {})", root.display()));
     }
-    println!("try: curl -F file=@README.md http://{name}/cas");
+    say(&format!("try: curl -F file=@README.md http://{name}/cas"));
 
     let (drain, draining) = watch::channel(false);
     let admin_server = axum::serve(admin_listener, admin::router(admin.clone())).into_future();
@@ -140,7 +155,7 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
 
     loop {
         tokio::select! {
-            _ = signals.hangup.recv() => reload(&config, file, &limits, &log),
+            _ = signals.hangup.recv() => reload(&config, file, &limits, embedded.as_ref().map(|(.., origin)| origin), &log),
             _ = signals.terminate.recv() => break,
             _ = signals.interrupt.recv() => break,
         }
@@ -163,6 +178,11 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     tracing::info!("bye");
     log.close().await;
     Ok(())
+}
+
+/// One or more lines on stdout. Nobody listening there is no reason to stop.
+fn say(lines: &str) {
+    let _ = writeln!(std::io::stdout(), "{lines}");
 }
 
 /// The signals that mean something.
@@ -190,22 +210,22 @@ fn shown(listener: &TcpListener) -> String {
     listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
 }
 
+/// The embedded origin: where it listens, where its data is, and itself.
+type Embedded = (SocketAddr, PathBuf, Origin);
+
 /// Starts the real origin server on a loopback port of its own choosing. It is reached over HTTP like any other.
-async fn embedded_origin(
-    root: &Path,
-    config: &Castier,
-    mut stopped: watch::Receiver<bool>,
-) -> Result<(url::Url, (SocketAddr, PathBuf)), String> {
+async fn embedded_origin(root: &Path, config: &Castier, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Embedded), String> {
     let grace = config.shutdown.grace.get();
     let options = castier_origin::Options { allow_delete: config.allow_delete, limits: (&config.limits).into(), grace };
-    let origin = castier_origin::Origin::open(root, options).map_err(|error| format!("origin.url: {}: {error}", root.display()))?;
+    let origin = Origin::open(root, options).map_err(|error| format!("origin.url: {}: {error}", root.display()))?;
     let listener = bind("origin.url (embedded)", "127.0.0.1:0").await?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;
     let url = format!("http://{address}").parse().map_err(|error| format!("origin.url: {error}"))?;
+    let server = origin.clone();
     tokio::spawn(
-        async move { origin.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await },
+        async move { server.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await },
     );
-    Ok((url, (address, root.to_owned())))
+    Ok((url, (address, root.to_owned(), origin)))
 }
 
 /// The public listener, on pingora's accept loop over a socket that is bound already (so that a busy port is one line, not a panic).
@@ -238,7 +258,7 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
 }
 
 /// Re-reads the config: limits and log level change at once, the rest is named in a warning.
-fn reload(running: &Castier, file: Option<&Path>, limits: &ArcSwap<Limits>, log: &Guard) {
+fn reload(running: &Castier, file: Option<&Path>, limits: &ArcSwap<Limits>, embedded: Option<&Origin>, log: &Guard) {
     let new = match config::load::<Castier>(file, config::environment()) {
         Ok(loaded) => loaded.config,
         Err(problems) => return tracing::error!("the config was not reloaded:\n{problems}"),
@@ -248,6 +268,9 @@ fn reload(running: &Castier, file: Option<&Path>, limits: &ArcSwap<Limits>, log:
     let (live, later): (Vec<_>, Vec<_>) = changed.into_iter().partition(|key| key.starts_with("limits.") || key == "log.level");
     if let Err(error) = log.set_level(&new.log.level) {
         return tracing::error!(%error, "the config was not reloaded");
+    }
+    if let Some(origin) = embedded {
+        origin.set_limits((&new.limits).into());
     }
     limits.store(Arc::new(new.limits));
     tracing::info!(changed = ?live, "config reloaded");

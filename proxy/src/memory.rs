@@ -1,5 +1,6 @@
 //! The memory tier. With `disk.rs`, the only place that sees moka.
 
+use crate::tier::{Tier, TierStats};
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
 use castier_config::{self as config, Policy};
@@ -13,27 +14,15 @@ use std::sync::{
 /// memory over a cache full of 1 KiB blobs; the weigher adds it so that `memory.capacity` means resident memory.
 const OVERHEAD: u64 = 420;
 
+/// Blobs from this size on make room for themselves at once.
+const EVICT_AT_ONCE: u64 = 16 << 10;
+
 /// Blobs in memory, whole and verified.
 pub struct Memory {
     cache: Cache<Digest, Bytes>,
     capacity: u64,
     max_blob: u64,
     evictions: Arc<AtomicU64>,
-}
-
-/// The state of a tier, for `/stats` and metrics.
-#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
-pub struct TierStats {
-    /// Bytes it takes up, overhead included.
-    pub bytes: u64,
-    /// Bytes it may take up.
-    pub capacity: u64,
-    /// Blobs it keeps.
-    pub blobs: u64,
-    /// Gets it answered.
-    pub hits: u64,
-    /// Blobs it dropped for lack of room.
-    pub evictions: u64,
 }
 
 impl Memory {
@@ -70,8 +59,13 @@ impl Memory {
 
     /// Keeps a blob, if the admission policy agrees.
     pub fn keep(&self, blob: Verified<Bytes>) {
-        if self.takes(blob.size()) {
+        let size = blob.size();
+        if self.takes(size) {
             self.cache.insert(blob.digest(), blob.into_content());
+            // moka evicts when some dozens of writes have gathered: little with small blobs, hundreds of MiB with large ones.
+            if size >= EVICT_AT_ONCE {
+                self.cache.run_pending_tasks();
+            }
         }
     }
 
@@ -90,6 +84,22 @@ impl Memory {
             hits,
             evictions: self.evictions.load(Ordering::Relaxed),
         }
+    }
+}
+
+impl Tier for Memory {
+    type Kept = Bytes;
+
+    async fn find(&self, digest: &Digest) -> Option<Bytes> {
+        Self::find(self, digest)
+    }
+
+    async fn keep(&self, blob: Verified<Bytes>) {
+        Self::keep(self, blob);
+    }
+
+    async fn forget(&self, digest: &Digest) {
+        Self::forget(self, digest);
     }
 }
 

@@ -3,9 +3,10 @@
 //! The ledger: at a quiet moment `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one of
 //! `source_loads{result}`. HEADs and 304s by validator are no gets: they hand out no blob.
 
-use crate::{fault::Limit, memory::TierStats};
+use crate::{fault::Limit, tier::TierStats};
+use parking_lot::Mutex;
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::Collector, process_collector::ProcessCollector,
 };
 use std::{sync::OnceLock, time::Duration};
@@ -76,6 +77,65 @@ impl Served {
     const ALL: [&'static str; 4] = ["hit", "miss", "collapsed", "error"];
 }
 
+/// Why the disk tier could not write: the `reason` label of `castier_disk_write_errors_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteError {
+    /// No space left.
+    Full,
+    /// A quota is used up.
+    Quota,
+    /// The file system is mounted, or has turned itself, read-only.
+    ReadOnly,
+    /// The device failed.
+    Io,
+    /// No more files may be opened.
+    Files,
+    /// Anything else.
+    Other,
+}
+
+impl WriteError {
+    const ALL: [Self; 6] = [Self::Full, Self::Quota, Self::ReadOnly, Self::Io, Self::Files, Self::Other];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Quota => "quota",
+            Self::ReadOnly => "read_only",
+            Self::Io => "io",
+            Self::Files => "files",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// Why the disk tier did not write a blob: the `reason` label of `castier_disk_skipped_writes_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skip {
+    /// `disk.write_behind` was full.
+    Queue,
+    /// A write had failed less than `disk.cooldown` ago.
+    ReadOnly,
+    /// Something was purged meanwhile, and it may have been this blob.
+    Purged,
+    /// The write failed.
+    Failed,
+}
+
+impl Skip {
+    /// Every reason, for making the series exist from the start.
+    pub const ALL: [Self; 4] = [Self::Queue, Self::ReadOnly, Self::Purged, Self::Failed];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::ReadOnly => "read_only",
+            Self::Purged => "purged",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// The series.
 pub struct Metrics {
     registry: Registry,
@@ -85,6 +145,8 @@ pub struct Metrics {
     durations: [[Histogram; 4]; 4],
     /// Bytes served from memory.
     pub memory_bytes: IntCounter,
+    /// Bytes served from disk.
+    pub disk_bytes: IntCounter,
     /// Bytes served from flights.
     pub flight_bytes: IntCounter,
     /// Gets: requests for the bytes of a blob.
@@ -97,6 +159,8 @@ pub struct Metrics {
     pub collapsed: IntCounter,
     /// Gets answered by the memory tier.
     pub memory_hits: IntCounter,
+    /// Gets answered by the disk tier.
+    pub disk_hits: IntCounter,
     source_loads: IntCounterVec,
     source_duration: HistogramVec,
     source_resumes: IntCounterVec,
@@ -108,8 +172,17 @@ pub struct Metrics {
     tier_capacity: IntGaugeVec,
     tier_blobs: IntGaugeVec,
     tier_evictions: IntCounterVec,
+    following: Mutex<()>,
     corrupt: IntCounterVec,
     shed: IntCounterVec,
+    /// How much of the disk tier has been listed since the start: 0 to 1.
+    pub disk_scan_progress: Gauge,
+    /// When the disk tier was last read back from end to end, in seconds since 1970; 0 before the first time.
+    pub disk_scrub_last_pass: IntGauge,
+    /// Blobs read back and hashed.
+    pub disk_scrubbed: IntCounter,
+    disk_write_errors: IntCounterVec,
+    disk_skipped_writes: IntCounterVec,
     cluster_peers: IntGaugeVec,
     cluster_changes: IntCounter,
     /// Client connections open now.
@@ -143,12 +216,14 @@ impl Metrics {
             hit_requests: OnceLock::new(),
             durations,
             memory_bytes: response_bytes.with_label_values(&["memory"]),
+            disk_bytes: response_bytes.with_label_values(&["disk"]),
             flight_bytes: response_bytes.with_label_values(&["flight"]),
             gets: counter(&r, "castier_gets_total", "Requests for the bytes of a blob")?,
             loads: counter(&r, "castier_loads_total", "Gets that no tier could answer")?,
             flights: counter(&r, "castier_flights_total", "Loads that started a flight")?,
             collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight, a remembered absence included")?,
             memory_hits: hits.with_label_values(&["memory"]),
+            disk_hits: hits.with_label_values(&["disk"]),
             source_loads: counters(&r, "castier_source_loads_total", "Flights by how they ended", &["source", "result"])?,
             source_duration: add(
                 &r,
@@ -164,28 +239,52 @@ impl Metrics {
             tier_capacity: gauges(&r, "castier_tier_capacity_bytes", "Bytes that a tier may take up", &["tier"])?,
             tier_blobs: gauges(&r, "castier_tier_blobs", "Blobs in a tier", &["tier"])?,
             tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs dropped for lack of room", &["tier"])?,
+            following: Mutex::new(()),
             corrupt: counters(&r, "castier_corrupt_blobs_total", "Blobs whose bytes did not match their digest", &["source"])?,
             shed: counters(&r, "castier_shed_requests_total", "Requests turned away at a limit", &["reason"])?,
+            disk_scan_progress: add(
+                &r,
+                Gauge::new("castier_disk_scan_progress_ratio", "How much of the disk tier has been listed since the start, 0 to 1")?,
+            )?,
+            disk_scrub_last_pass: gauge(
+                &r,
+                "castier_disk_scrub_last_pass_timestamp_seconds",
+                "When the disk tier was last read back from end to end",
+            )?,
+            disk_scrubbed: counter(&r, "castier_disk_scrubbed_blobs_total", "Blobs of the disk tier read back and hashed")?,
+            disk_write_errors: counters(&r, "castier_disk_write_errors_total", "Writes to the disk tier that failed", &["reason"])?,
+            disk_skipped_writes: counters(&r, "castier_disk_skipped_writes_total", "Blobs not written to the disk tier", &["reason"])?,
             cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
             cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of who is in the cluster, and who of them is up")?,
             connections: gauge(&r, "castier_connections", "Client connections open")?,
             registry: r,
         };
+        metrics.begin_at_zero();
+        Ok(metrics)
+    }
+
+    /// Makes the series with known labels exist, so that rates have a start.
+    fn begin_at_zero(&self) {
         for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
-            metrics.source_loads.with_label_values(&["origin", outcome.as_str()]);
+            self.source_loads.with_label_values(&["origin", outcome.as_str()]);
         }
-        metrics.source_duration.with_label_values(&["origin"]);
-        metrics.source_resumes.with_label_values(&["origin"]);
-        for source in ["origin", "client"] {
-            metrics.corrupt.with_label_values(&[source]);
+        self.source_duration.with_label_values(&["origin"]);
+        self.source_resumes.with_label_values(&["origin"]);
+        for source in ["origin", "disk", "client"] {
+            self.corrupt.with_label_values(&[source]);
         }
         for state in ["up", "down"] {
-            metrics.cluster_peers.with_label_values(&[state]);
+            self.cluster_peers.with_label_values(&[state]);
         }
         for limit in Limit::ALL {
-            metrics.shed.with_label_values(&[limit.as_str()]);
+            self.shed.with_label_values(&[limit.as_str()]);
         }
-        Ok(metrics)
+        for error in WriteError::ALL {
+            self.disk_write_errors.with_label_values(&[error.as_str()]);
+        }
+        for skip in Skip::ALL {
+            self.disk_skipped_writes.with_label_values(&[skip.as_str()]);
+        }
     }
 
     /// A request was answered. `method` must come from a finite set.
@@ -220,6 +319,26 @@ impl Metrics {
         self.corrupt.with_label_values(&[source]).inc();
     }
 
+    /// How many there were from `source`.
+    pub fn corrupt_count(&self, source: &str) -> u64 {
+        self.corrupt.with_label_values(&[source]).get()
+    }
+
+    /// The disk tier could not write.
+    pub fn disk_write_error(&self, error: WriteError) {
+        self.disk_write_errors.with_label_values(&[error.as_str()]).inc();
+    }
+
+    /// The disk tier did not write a blob.
+    pub fn disk_skipped(&self, why: Skip) {
+        self.disk_skipped_writes.with_label_values(&[why.as_str()]).inc();
+    }
+
+    /// How many blobs the disk tier did not write for this reason.
+    pub fn disk_skips(&self, why: Skip) -> u64 {
+        self.disk_skipped_writes.with_label_values(&[why.as_str()]).get()
+    }
+
     /// A request was turned away.
     pub fn shed(&self, limit: Limit) {
         self.shed.with_label_values(&[limit.as_str()]).inc();
@@ -240,7 +359,9 @@ impl Metrics {
             gauge(&self.tier_bytes, stats.bytes);
             gauge(&self.tier_capacity, stats.capacity);
             gauge(&self.tier_blobs, stats.blobs);
+            // The tier counts; this follows. Two scrapes at once must not both add the difference.
             let evictions = self.tier_evictions.with_label_values(&[*tier]);
+            let _alone = self.following.lock();
             evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
         }
         let mut text = Vec::new();

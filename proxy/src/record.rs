@@ -1,18 +1,20 @@
 //! One access record per request, and the same facts to the metrics.
 
 use crate::metrics::{Metrics, Route, Served};
-use http::Method;
 use std::{net::SocketAddr, time::Duration};
+
+/// Stands for a status where the client left before there was one, as in nginx.
+pub const CLIENT_GONE: u16 = 499;
 
 /// What is said of a request when it is over.
 pub struct Record<'a> {
     /// What it was about.
     pub route: Route,
     /// Its method.
-    pub method: &'a Method,
+    pub method: &'a str,
     /// Its path, as sent.
     pub path: &'a str,
-    /// The status it got; 0 if the client left before.
+    /// The status it got, or [`CLIENT_GONE`].
     pub code: u16,
     /// Body bytes sent.
     pub bytes: u64,
@@ -32,7 +34,7 @@ impl Record<'_> {
         metrics.request(method_label(self.method), self.route, self.code, self.served, self.took);
         tracing::info!(
             target: "castier::access",
-            method = self.method.as_str(),
+            method = self.method,
             path = self.path,
             status = self.code,
             bytes = self.bytes,
@@ -44,15 +46,7 @@ impl Record<'_> {
 }
 
 /// Methods are the client's invention; labels must be finite.
-fn method_label(method: &Method) -> &'static str {
-    match *method {
-        Method::GET => "GET",
-        Method::HEAD => "HEAD",
-        Method::PUT => "PUT",
-        Method::POST => "POST",
-        Method::DELETE => "DELETE",
-        Method::OPTIONS => "OPTIONS",
-        Method::PATCH => "PATCH",
-        _ => "OTHER",
-    }
+fn method_label(method: &str) -> &'static str {
+    const KNOWN: [&str; 7] = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH"];
+    KNOWN.into_iter().find(|known| *known == method).unwrap_or("OTHER")
 }

@@ -2,6 +2,7 @@
 //! `pingora_proxy`.
 
 use crate::{
+    conn::{self, Conn},
     fault::Fault,
     gate::{Framing, Head},
     metrics::{Metrics, Route, Served},
@@ -11,26 +12,17 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::BytesMut;
+use castier_config::Limits;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use pingora::{
     apps::HttpServerApp,
     http::{RequestHeader, ResponseHeader},
     prelude::HttpPeer,
-    protocols::{
-        GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID, UniqueIDType,
-        http::ServerSession, raw_connect::ProxyDigest,
-    },
+    protocols::http::ServerSession,
     proxy::{FailToProxy, HttpProxy, ProxyHttp, Session},
     server::{ShutdownWatch, configuration::ServerConf},
 };
-use std::{
-    io,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, ready},
-    time::{Duration, Instant},
-};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use std::{sync::Arc, time::Instant};
 
 /// `Via` as this node writes it.
 const VIA: HeaderValue = HeaderValue::from_static("1.1 castier");
@@ -58,22 +50,23 @@ impl Relay {
     /// Relays the request whose head stands at the front of `ahead`. Gives the connection back if it can serve another.
     pub async fn pass(
         &self,
-        stream: Stream,
+        mut conn: Conn,
         mut ahead: BytesMut,
         head: &Head,
-        read: Duration,
-        write: Duration,
+        limits: &Limits,
         shutdown: &ShutdownWatch,
-    ) -> Option<(Stream, BytesMut)> {
-        let reusable = head.framing != Framing::Chunked;
+    ) -> Option<(Conn, BytesMut)> {
+        // An upgraded connection is no longer ours to read; where a chunked body ends only pingora knows.
+        let reusable = !head.upgrade && head.framing != Framing::Chunked;
         let prefix = ahead.split_to(head.len);
-        let mut session = ServerSession::new_http1(Box::new(Fence::new(stream, ahead, head.framing)));
+        conn.fence(ahead, (!head.upgrade).then_some(head.framing));
+        let mut session = ServerSession::new_http1(conn.into_stream());
         session.set_pipelined_prefix(prefix);
-        session.set_read_timeout(Some(read));
-        session.set_write_timeout(Some(write));
+        session.set_read_timeout(Some(limits.idle_timeout.get()));
         let (stream, _) = self.proxy.process_new_http(session, shutdown).await?.consume();
-        let fence = stream.into_any().downcast::<Fence>().ok()?;
-        reusable.then_some((fence.stream, fence.ahead))
+        let mut conn = Conn::from_stream(stream)?;
+        let ahead = conn.unfence();
+        reusable.then_some((conn, ahead))
     }
 }
 
@@ -114,11 +107,6 @@ impl ProxyHttp for Rules {
                 request.remove_header(&name);
             }
         }
-        // Absolute form is for proxies; the origin gets the path.
-        if request.uri.authority().is_some() {
-            let path = request.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
-            request.set_uri(path.parse().map_err(|_| pingora::Error::new(pingora::ErrorType::InvalidHTTPHeader))?);
-        }
         if let Some(host) = request.headers.get(header::HOST).cloned()
             && !request.headers.contains_key("x-forwarded-host")
         {
@@ -152,16 +140,22 @@ impl ProxyHttp for Rules {
     async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, ctx: &mut Passage) -> FailToProxy {
         ctx.failed = true;
         let fault = self.origin.fault(error);
-        if error.esource == pingora::ErrorSource::Downstream || session.response_written().is_some() {
+        use pingora::ErrorType::{ConnectionClosed, ReadError, WriteError};
+        let downstream = error.esource == pingora::ErrorSource::Downstream;
+        if session.response_written().is_some() || (downstream && matches!(error.etype, ConnectionClosed | ReadError | WriteError)) {
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
         }
-        tracing::warn!(%fault, "relay failed");
-        let reply = match fault {
-            Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
-            _ => Reply::fault(&fault),
+        let reply = if downstream {
+            Reply::error(http::StatusCode::BAD_REQUEST, "malformed request body")
+        } else {
+            tracing::warn!(%fault, "relay failed");
+            match fault {
+                Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
+                _ => Reply::fault(&fault),
+            }
         };
         let error_code = reply.status.as_u16();
-        if let Err(error) = crate::http::write(session.as_downstream_mut(), reply).await {
+        if let Err(error) = conn::write(session.as_downstream_mut(), reply).await {
             tracing::debug!(%error, "client gone");
         }
         FailToProxy { error_code, can_reuse_downstream: false }
@@ -169,11 +163,11 @@ impl ProxyHttp for Rules {
 
     async fn logging(&self, session: &mut Session, error: Option<&pingora::Error>, ctx: &mut Passage) {
         let failed = ctx.failed || error.is_some();
-        let code = session.response_written().map_or(0, |response| response.status.as_u16());
+        let code = session.response_written().map_or(record::CLIENT_GONE, |response| response.status.as_u16());
         let request = session.req_header();
         let done = record::Record {
             route: Route::Relay,
-            method: &request.method,
+            method: request.method.as_str(),
             path: request.uri.path(),
             code,
             bytes: session.body_bytes_sent() as u64,
@@ -197,107 +191,3 @@ fn hop_by_hop(headers: &HeaderMap) -> Vec<HeaderName> {
         .chain(named.into_iter().filter(|name| ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::HOST].contains(name)))
         .collect()
 }
-
-/// A connection that shows its reader one request and no more: what belongs to the next stays in `ahead`. Without it, bytes that
-/// pingora reads ahead could not be had back, and a pipelining client would lose requests.
-#[derive(Debug)]
-struct Fence {
-    stream: Stream,
-    /// Bytes read from `stream` and not yet shown.
-    ahead: BytesMut,
-    /// Bytes of this request's body still to be shown; none: as many as come.
-    left: Option<u64>,
-}
-
-impl Fence {
-    fn new(stream: Stream, ahead: BytesMut, framing: Framing) -> Self {
-        let left = match framing {
-            Framing::Length(length) => Some(length),
-            Framing::Chunked => None,
-        };
-        Self { stream, ahead, left }
-    }
-
-    /// How much a pipelining client may send ahead before it is no longer read.
-    const AHEAD: usize = 64 << 10;
-
-    /// Reads on into `ahead`; 0 at the end of the stream.
-    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let mut part = [0; 16 << 10];
-        let mut part = ReadBuf::new(&mut part);
-        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut part))?;
-        self.ahead.extend_from_slice(part.filled());
-        Poll::Ready(Ok(part.filled().len()))
-    }
-}
-
-impl AsyncRead for Fence {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        loop {
-            let left = this.left.map_or(usize::MAX, |left| usize::try_from(left).unwrap_or(usize::MAX));
-            let show = this.ahead.len().min(left).min(buf.remaining());
-            if show > 0 {
-                buf.put_slice(&this.ahead.split_to(show));
-                this.left = this.left.map(|left| left - show as u64);
-                return Poll::Ready(Ok(()));
-            }
-            // Whoever reads past the request waits for the client to leave; what else comes belongs to the next request.
-            if this.ahead.len() >= Self::AHEAD {
-                return Poll::Pending;
-            }
-            if ready!(this.poll_fill(cx))? == 0 {
-                return Poll::Ready(Ok(()));
-            }
-        }
-    }
-}
-
-impl AsyncWrite for Fence {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-#[async_trait]
-impl Shutdown for Fence {
-    async fn shutdown(&mut self) {
-        self.stream.shutdown().await;
-    }
-}
-
-impl UniqueID for Fence {
-    fn id(&self) -> UniqueIDType {
-        self.stream.id()
-    }
-}
-
-impl Ssl for Fence {}
-
-impl GetTimingDigest for Fence {
-    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
-        self.stream.get_timing_digest()
-    }
-}
-
-impl GetProxyDigest for Fence {
-    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
-        self.stream.get_proxy_digest()
-    }
-}
-
-impl GetSocketDigest for Fence {
-    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
-        self.stream.get_socket_digest()
-    }
-}
-
-impl Peek for Fence {}

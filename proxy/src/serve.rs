@@ -4,6 +4,7 @@
 use crate::{
     fault::{Fault, Limit},
     flight::Reader,
+    ladder::DiskReader,
     metrics::Served,
 };
 use bytes::Bytes;
@@ -13,10 +14,8 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 /// What a shed client is told to wait, in seconds: long enough for a burst to pass, short enough to be worth it.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
-/// What [`wire::Target::Collection`] takes.
-pub const COLLECTION_METHODS: HeaderValue = HeaderValue::from_static("POST");
 /// What a blob takes when nothing may be deleted.
-pub const BLOB_METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD, PUT");
+const BLOB_METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD, PUT");
 
 /// A response, ready to be written by whoever holds the connection.
 pub struct Reply {
@@ -38,6 +37,22 @@ pub enum Body {
     Whole(Bytes),
     /// Out of a flight, as they arrive.
     Flight(Reader),
+    /// Off the disk, or of what takes its place.
+    Disk(DiskReader),
+}
+
+impl Body {
+    /// The next bytes of a body that is still on its way; none at its end, and none of a body that is whole.
+    ///
+    /// # Errors
+    /// What kept them from coming: the response must then be cut.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+        match self {
+            Self::Empty | Self::Whole(_) => Ok(None),
+            Self::Flight(reader) => reader.next().await,
+            Self::Disk(reader) => reader.next().await,
+        }
+    }
 }
 
 /// How a blob was come by: the `Cache-Status` of the answer.
@@ -45,6 +60,8 @@ pub enum Body {
 pub enum Via {
     /// The memory tier had it.
     Memory,
+    /// The disk tier had it.
+    Disk,
     /// A flight brings it from the origin.
     Origin {
         /// Another request started the flight.
@@ -58,6 +75,7 @@ impl Via {
     const fn cache_status(self) -> HeaderValue {
         HeaderValue::from_static(match self {
             Self::Memory => "castier; hit; detail=memory",
+            Self::Disk => "castier; hit; detail=disk",
             Self::Origin { collapsed: false, stored: true } => "castier; fwd=uri-miss; stored; detail=origin",
             Self::Origin { collapsed: false, stored: false } => "castier; fwd=uri-miss; detail=origin",
             Self::Origin { collapsed: true, stored: true } => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
@@ -67,7 +85,7 @@ impl Via {
 
     const fn served(self) -> Served {
         match self {
-            Self::Memory => Served::Hit,
+            Self::Memory | Self::Disk => Served::Hit,
             Self::Origin { collapsed: true, .. } => Served::Collapsed,
             Self::Origin { .. } => Served::Miss,
         }
@@ -131,12 +149,11 @@ impl Reply {
         Self::error(StatusCode::BAD_REQUEST, &format!("{}; the path is {}/<digest>", castier_blob::MalformedDigest, wire::CAS))
     }
 
-    /// A method that the target does not take.
-    pub fn wrong_method(allow: HeaderValue) -> Self {
-        let detail = format!("allowed here: {}", allow.to_str().unwrap_or_default());
+    /// The origin does not do this to a blob.
+    fn not_allowed() -> Self {
         let mut headers = HeaderMap::new();
-        headers.insert(header::ALLOW, allow);
-        Self::explained(StatusCode::METHOD_NOT_ALLOWED, headers, &detail)
+        headers.insert(header::ALLOW, BLOB_METHODS);
+        Self::explained(StatusCode::METHOD_NOT_ALLOWED, headers, "the origin does not allow this; it takes GET, HEAD and PUT")
     }
 
     /// Any fault, as the client may know it: the cause stays in the log.
@@ -145,6 +162,7 @@ impl Reply {
             Fault::Mismatch(mismatch) => (StatusCode::UNPROCESSABLE_ENTITY, mismatch.to_string()),
             Fault::BadRequest(why) => (StatusCode::BAD_REQUEST, why.clone()),
             Fault::TooLarge { limit } => (StatusCode::PAYLOAD_TOO_LARGE, format!("larger than the limit of {limit} bytes")),
+            Fault::OriginRefusesSize => (StatusCode::PAYLOAD_TOO_LARGE, "larger than the origin takes".into()),
             Fault::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the blob is not cached and its source cannot be reached".into()),
             Fault::Unusable { .. } => (StatusCode::BAD_GATEWAY, "the blob is not cached and its source gave an unusable answer".into()),
             Fault::Corrupt { .. } => (StatusCode::BAD_GATEWAY, "the source sent bytes that do not match the digest".into()),
@@ -152,8 +170,9 @@ impl Reply {
             Fault::Busy(Limit::Origin) => (StatusCode::SERVICE_UNAVAILABLE, "the origin is over a limit; try again".into()),
             Fault::Busy(limit) => (StatusCode::SERVICE_UNAVAILABLE, format!("over the limit on {limit}; try again")),
             Fault::OriginFull => (StatusCode::INSUFFICIENT_STORAGE, "the origin has no room for the blob".into()),
-            Fault::NotAllowed => return Self::wrong_method(BLOB_METHODS),
+            Fault::NotAllowed => return Self::not_allowed(),
             Fault::ClientGone(_) => (StatusCode::BAD_REQUEST, "the request body ended before its announced end".into()),
+            Fault::ClientSilent => (StatusCode::REQUEST_TIMEOUT, "the request body did not go on for too long".into()),
             Fault::Abandoned | Fault::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the request could not be completed".into()),
         };
         Self::error(status, &detail)

@@ -4,12 +4,16 @@
 //! What a spool holds is unverified until its flight says otherwise. Two budgets bound all spools together: `fill.memory` and
 //! `fill.spool`; a spool that gets no memory goes to its file, one that gets no file space fails its flight.
 
-use crate::fault::{Fault, Limit};
+use crate::{
+    buffer::{self, Buffer},
+    fault::{Fault, Limit},
+};
 use bytes::{Bytes, BytesMut};
+use rustix::io::ReadWriteFlags;
 use std::{
     collections::VecDeque,
     fs::File,
-    io,
+    io::{self, IoSliceMut},
     os::unix::fs::FileExt,
     path::PathBuf,
     sync::{
@@ -21,7 +25,7 @@ use std::{
 /// How much of a spooled file's end stays in memory, for the readers who keep up. A few network reads' worth.
 const WINDOW: u64 = 1 << 20;
 /// The longest piece a reader gets at once: what a slow client can pin.
-pub const PIECE: usize = 64 << 10;
+pub const PIECE: usize = buffer::SIZE;
 /// Arrivals are merged up to this length, so that a source that dribbles does not cost a segment per byte.
 const MERGE: usize = 64 << 10;
 
@@ -37,9 +41,14 @@ impl Budget {
         Arc::new(Self { limit, used: AtomicU64::new(0) })
     }
 
+    /// A lease of nothing yet.
+    pub fn empty(self: &Arc<Self>) -> Lease {
+        Lease { budget: self.clone(), amount: 0 }
+    }
+
     /// Takes `amount` bytes, or nothing.
     pub fn lease(self: &Arc<Self>, amount: u64) -> Option<Lease> {
-        let mut lease = Lease { budget: self.clone(), amount: 0 };
+        let mut lease = self.empty();
         lease.grow(amount).then_some(lease)
     }
 }
@@ -172,11 +181,13 @@ impl Spool {
         self.segments.iter().cloned().collect()
     }
 
-    /// From now on all bytes are in `file`, which holds all that came so far.
+    /// From now on all bytes are in `file`, which holds all that came so far. It may take the place of another.
     pub fn move_to_file(&mut self, room: &Room, file: Arc<File>) -> Result<(), Fault> {
+        if self.file.replace(file).is_some() {
+            return Ok(());
+        }
         let Some(disk) = room.disk.lease(self.len) else { return Err(Fault::Busy(Limit::Spool)) };
         self.disk = Some(disk);
-        self.file = Some(file);
         self.memory = None;
         self.memory = room.memory.lease(WINDOW);
         self.trim();
@@ -271,6 +282,26 @@ pub async fn make_file(dir: PathBuf, parts: Vec<Bytes>) -> Result<Arc<File>, Fau
     .await
 }
 
+/// A file as [`make_file`] makes it, holding the first `len` bytes of another.
+///
+/// # Errors
+/// As [`make_file`].
+pub async fn copy_file(dir: PathBuf, from: Arc<File>, len: u64) -> Result<Arc<File>, Fault> {
+    off_thread(move || {
+        let file = tempfile::tempfile_in(dir)?;
+        let mut buffer = vec![0; WINDOW as usize];
+        let mut at = 0;
+        while at < len {
+            let part = &mut buffer[..(len - at).min(WINDOW) as usize];
+            from.read_exact_at(part, at)?;
+            file.write_all_at(part, at)?;
+            at += part.len() as u64;
+        }
+        Ok(Arc::new(file))
+    })
+    .await
+}
+
 /// Writes to the file of a spool.
 ///
 /// # Errors
@@ -279,15 +310,20 @@ pub async fn write_file(file: Arc<File>, bytes: Bytes, at: u64) -> Result<(), Fa
     off_thread(move || file.write_all_at(&bytes, at)).await
 }
 
-/// Reads `len` bytes at offset `at`.
+/// Reads up to `len` bytes at offset `at`, at least one. What the page cache has, which is all that was just written, is read in place;
+/// another thread waits for the rest.
 ///
 /// # Errors
 /// [`Fault::Internal`] on an I/O error.
 pub async fn read_file(file: Arc<File>, at: u64, len: usize) -> Result<Bytes, Fault> {
+    let mut buffer = Buffer::new(len);
+    if let Ok(read @ 1..) = rustix::io::preadv2(&*file, &mut [IoSliceMut::new(&mut buffer)], at, ReadWriteFlags::NOWAIT) {
+        return Ok(buffer.share(0..read));
+    }
     off_thread(move || {
-        let mut buffer = BytesMut::zeroed(len);
         file.read_exact_at(&mut buffer, at)?;
-        Ok(buffer.freeze())
+        let len = buffer.len();
+        Ok(buffer.share(0..len))
     })
     .await
 }

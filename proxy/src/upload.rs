@@ -2,10 +2,17 @@
 
 use crate::{fault::Fault, upstream::Upload};
 use bytes::Bytes;
-use futures::{StreamExt, stream};
+use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, header};
 use multer::{Constraints, Multipart, SizeLimit};
-use pingora::protocols::http::ServerSession;
+use pingora::{ErrorType, protocols::http::ServerSession};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Poll, ready},
+};
 
 /// How much longer than its file a form may be: its other fields and the lines between.
 const FORM_OVERHEAD: u64 = 1 << 20;
@@ -14,7 +21,11 @@ const FORM_OVERHEAD: u64 = 1 << 20;
 pub fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Upload<'_> {
     let most = if form { max.saturating_add(FORM_OVERHEAD) } else { max };
     stream::try_unfold((session, 0u64), move |(session, before)| async move {
-        let part = session.read_request_body().await.map_err(|error| Fault::ClientGone(error.to_string()))?;
+        let part = session.read_request_body().await.map_err(|error| match error.etype {
+            ErrorType::ReadTimedout => Fault::ClientSilent,
+            ErrorType::ConnectionClosed | ErrorType::ReadError => Fault::ClientGone(error.to_string()),
+            _ => Fault::BadRequest("malformed chunked request body".into()),
+        })?;
         let Some(part) = part else { return Ok(None) };
         let after = before + part.len() as u64;
         if after > most {
@@ -26,33 +37,71 @@ pub fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Upload<'
 }
 
 /// The boundary of a `multipart/form-data` body; none if the body is the blob itself.
-pub fn boundary(headers: &HeaderMap) -> Option<String> {
-    multer::parse_boundary(headers.get(header::CONTENT_TYPE)?.to_str().ok()?).ok()
+///
+/// # Errors
+/// [`Fault::BadRequest`] for a form that names no boundary: stored as it is, it would be a blob that nobody meant.
+pub fn boundary(headers: &HeaderMap) -> Result<Option<String>, Fault> {
+    match headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()) {
+        Some(kind) if kind.trim_start().to_ascii_lowercase().starts_with("multipart/form-data") => {
+            let boundary = multer::parse_boundary(kind);
+            boundary.map(Some).map_err(|_| Fault::BadRequest("multipart/form-data without a boundary in its Content-Type".into()))
+        }
+        _ => Ok(None),
+    }
 }
 
 /// The first file in a form. If there is none, or the form is malformed, [`Fault::BadRequest`] arrives in the stream.
 pub fn first_file(body: Upload<'_>, boundary: String, max: u64) -> Upload<'_> {
     let limits = SizeLimit::new().per_field(max);
-    let form = Multipart::with_constraints(body, boundary, Constraints::new().size_limit(limits));
-    stream::try_unfold(State::Form(form), move |state| async move {
-        let mut field = match state {
-            State::File(field) => field,
-            State::Form(mut form) => loop {
-                match form.next_field().await.map_err(|error| fault(error, max))? {
-                    Some(field) if field.file_name().is_some() => break Box::new(field),
-                    Some(_) => {}
-                    None => {
-                        return Err(Fault::BadRequest(
-                            "the form holds no file: a part with a filename, as `curl -F file=@x` sends it".into(),
-                        ));
+    let ration = Arc::new(AtomicU64::new(FORM_OVERHEAD));
+    let form = Multipart::with_constraints(rationed(body, ration.clone()), boundary, Constraints::new().size_limit(limits));
+    stream::try_unfold(State::Form(form), move |state| {
+        let ration = ration.clone();
+        async move {
+            let mut field = match state {
+                State::File(field) => field,
+                State::Form(mut form) => loop {
+                    match form.next_field().await.map_err(|error| fault(error, max))? {
+                        Some(field) if field.file_name().is_some() => break Box::new(field),
+                        Some(_) => {}
+                        None => {
+                            return Err(Fault::BadRequest(
+                                "the form holds no file: a part with a filename, as `curl -F file=@x` sends it".into(),
+                            ));
+                        }
                     }
-                }
-            },
-        };
-        let part: Option<Bytes> = field.chunk().await.map_err(|error| fault(error, max))?;
-        Ok(part.map(|part| (part, State::File(field))))
+                },
+            };
+            // From here on bytes leave as fast as they come.
+            ration.store(u64::MAX, Ordering::Relaxed);
+            let part: Option<Bytes> = field.chunk().await.map_err(|error| fault(error, max))?;
+            Ok(part.map(|part| (part, State::File(field))))
+        }
     })
     .boxed()
+}
+
+/// `body` as multer can be given it: multer buffers all that is ready until it finds what it looks for, so it gets one part at a time
+/// (and never a part and the end at once, which it takes for a broken form), and no more than `ration` bytes.
+fn rationed(mut body: Upload<'_>, ration: Arc<AtomicU64>) -> impl Stream<Item = Result<Bytes, Fault>> {
+    let mut full = false;
+    stream::poll_fn(move |cx| {
+        if std::mem::take(&mut full) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let Some(part) = ready!(body.poll_next_unpin(cx)) else { return Poll::Ready(None) };
+        full = true;
+        let part = part?;
+        let left = ration.load(Ordering::Relaxed);
+        if left < part.len() as u64 {
+            return Poll::Ready(Some(Err(Fault::BadRequest("what stands before the file in the form is too long".into()))));
+        }
+        if left != u64::MAX {
+            ration.store(left - part.len() as u64, Ordering::Relaxed);
+        }
+        Poll::Ready(Some(Ok(part)))
+    })
 }
 
 enum State<'a> {

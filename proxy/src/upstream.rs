@@ -13,7 +13,7 @@ use castier_config as config;
 use http::{Method, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{
-    ErrorType,
+    ErrorType, RetryType,
     connectors::{ConnectorOptions, http::v1::Connector},
     http::RequestHeader,
     protocols::http::v1::client::HttpSession,
@@ -208,6 +208,8 @@ impl Upstream {
                         break;
                     }
                 };
+                session.read_timeout = Some(self.read_timeout);
+                session.write_timeout = Some(self.read_timeout);
                 let answered = async {
                     session.write_request_header(Box::new(request.clone())).await?;
                     if !body.is_empty() {
@@ -219,7 +221,7 @@ impl Upstream {
                 match answered.await {
                     Ok(()) => return Ok((session, peer)),
                     // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
-                    Err(error) if reused && error.etype != ErrorType::ReadTimedout => {}
+                    Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == ErrorType::WriteError) => {}
                     Err(error) => return Err(self.fault(&error)),
                 }
             }

@@ -117,6 +117,21 @@ impl Reader {
         }
     }
 
+    /// Stays with the flight to its end, reading nothing: keeps it from being abandoned.
+    ///
+    /// # Errors
+    /// The flight's fault.
+    pub async fn finished(&mut self) -> Result<(), Fault> {
+        loop {
+            match &self.flight.state.lock().phase {
+                Phase::Verified | Phase::Absent => return Ok(()),
+                Phase::Failed(fault) => return Err(fault.clone()),
+                Phase::Opening | Phase::Filling => {}
+            }
+            self.changed().await?;
+        }
+    }
+
     async fn changed(&mut self) -> Result<(), Fault> {
         self.tick.changed().await.map_err(|_| Fault::Internal("the flight is gone".into()))
     }

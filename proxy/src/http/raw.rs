@@ -1,7 +1,8 @@
 //! What is written straight onto the connection, without a session: the fast lane, and refusals.
 
-use super::{Cut, Front, PIECE, cache_status};
+use super::{Cut, Front, cache_status};
 use crate::{
+    conn::Conn,
     fault::{Fault, Limit},
     gate::Head,
     metrics::{Route, Served},
@@ -10,9 +11,8 @@ use crate::{
 };
 use bytes::{BufMut, BytesMut};
 use castier_blob::{Digest, Selection};
-use castier_config::Limits;
-use http::{Method, StatusCode};
-use pingora::protocols::{Stream, http::date::get_cached_date};
+use http::StatusCode;
+use pingora::protocols::http::date::get_cached_date;
 use std::{
     net::SocketAddr,
     time::{Duration, Instant},
@@ -31,95 +31,69 @@ impl Front {
     /// The fast lane: a blob that memory has, to a client that asks for nothing but the blob. False if memory has it not.
     pub(super) async fn fast_hit(
         &self,
-        stream: &mut Stream,
+        conn: &mut Conn,
         ahead: &mut BytesMut,
         head: &Head,
         digest: &Digest,
-        limits: &Limits,
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
-        let Some(bytes) = self.ladder.get_from_memory(digest) else { return Ok(false) };
+        let Some(blob) = self.ladder.get_from_memory(digest) else { return Ok(false) };
         let request = ahead.split_to(head.len);
-        let reply = Reply::blob(digest, Some(bytes.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
+        let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
         let mut out = head_on_wire(&reply, true);
-        let write = limits.write_timeout.get();
-        let written = async {
-            if bytes.len() <= ONE_WRITE {
-                out.extend_from_slice(&bytes);
-                return timeout(write, stream.write_all(&out)).await;
-            }
-            let first = PIECE.min(bytes.len());
-            let mut both = bytes::Buf::chain(&out[..], &bytes[..first]);
-            if let Err(error) = timeout(write, stream.write_all_buf(&mut both)).await? {
-                return Ok(Err(error));
-            }
-            for piece in bytes[first..].chunks(PIECE) {
-                if let Err(error) = timeout(write, stream.write_all(piece)).await? {
-                    return Ok(Err(error));
-                }
-            }
-            Ok(stream.flush().await)
+        let before_body = out.len();
+        let (sent, whole) = if blob.len() <= ONE_WRITE {
+            out.extend_from_slice(&blob);
+            send(conn, &mut &out[..]).await
+        } else {
+            send(conn, &mut bytes::Buf::chain(&out[..], &blob[..])).await
         };
-        let cut = !matches!(written.await, Ok(Ok(())));
-        self.metrics.memory_bytes.inc_by(bytes.len() as u64);
-        let served = if cut { Served::Error } else { Served::Hit };
-        let cache = cache_status(&reply.headers);
-        Record {
-            route: Route::Blob,
-            method: &Method::GET,
-            path: head.path(&request),
-            code: 200,
-            bytes: bytes.len() as u64,
-            took: started.elapsed(),
-            cache,
-            served,
-            peer,
-        }
-        .log(&self.metrics);
-        if cut { Err(Cut) } else { Ok(true) }
+        let bytes = sent.saturating_sub(before_body) as u64;
+        self.metrics.memory_bytes.inc_by(bytes);
+        let served = if whole { Served::Hit } else { Served::Error };
+        let (path, cache, took) = (head.path(&request), cache_status(&reply.headers), started.elapsed());
+        Record { route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
+        if whole { Ok(true) } else { Err(Cut) }
     }
 
     /// A request that could not be read: says why, and closes.
-    pub(super) async fn refuse_request(&self, mut stream: Stream, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
+    pub(super) async fn refuse_request(&self, mut conn: Conn, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
         let started = Instant::now();
-        let _ = timeout(REFUSAL, write_and_close(&mut stream, &Reply::error(status, why))).await;
-        Record {
-            route: Route::Refused,
-            method: &Method::GET,
-            path: "-",
-            code: status.as_u16(),
-            bytes: 0,
-            took: started.elapsed(),
-            cache: "",
-            served: Served::Error,
-            peer,
-        }
-        .log(&self.metrics);
+        let _ = timeout(REFUSAL, write_and_close(&mut conn, &Reply::error(status, why))).await;
+        let (code, took, served) = (status.as_u16(), started.elapsed(), Served::Error);
+        Record { route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }.log(&self.metrics);
     }
 }
 
+/// Writes all there is; says how much went out, and whether that was all.
+async fn send(conn: &mut Conn, out: &mut impl bytes::Buf) -> (usize, bool) {
+    let all = out.remaining();
+    let written = conn.write_all_buf(out).await;
+    (all - out.remaining(), written.is_ok())
+}
+
 /// A connection over the limit: says so, and closes.
-pub(super) async fn refuse_connection(stream: &mut Stream) {
+pub(super) async fn refuse_connection(conn: &mut Conn) {
     let refuse = async {
         // The request is read first: closing over unread bytes would reset the connection and take the answer along.
-        let _ = stream.read(&mut [0; 4096]).await;
-        write_and_close(stream, &Reply::fault(&Fault::Busy(Limit::Connections))).await;
+        let _ = conn.read(&mut [0; 4096]).await;
+        write_and_close(conn, &Reply::fault(&Fault::Busy(Limit::Connections))).await;
     };
     let _ = timeout(REFUSAL, refuse).await;
 }
 
 /// Writes a reply on a connection that has no session, closes our side, and reads on until the client has closed its own.
-async fn write_and_close(stream: &mut Stream, reply: &Reply) {
+async fn write_and_close(conn: &mut Conn, reply: &Reply) {
     let mut out = head_on_wire(reply, false);
     if let Body::Whole(body) = &reply.body {
         out.extend_from_slice(body);
     }
-    if stream.write_all(&out).await.is_err() || AsyncWriteExt::shutdown(stream).await.is_err() {
+    if conn.write_all(&out).await.is_err() || AsyncWriteExt::shutdown(conn).await.is_err() {
         return;
     }
     let mut rest = [0; 16 << 10];
-    while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {}
+    while conn.read(&mut rest).await.is_ok_and(|n| n > 0) {}
 }
 
 /// The head as it goes over the wire, without a session.

@@ -7,9 +7,13 @@ use castier_blob::{Digest, Verified, Verifier, wire};
 use futures::{StreamExt, stream::BoxStream};
 use http::{Method, StatusCode, header};
 use pingora::{protocols::http::v1::client::HttpSession, upstreams::peer::HttpPeer};
+use std::time::Duration;
 
 /// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
 const SMALL: usize = 64 << 10;
+
+/// How long a source may think about an expectation before the upload is simply sent, as curl does.
+const EXPECT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The bytes of an upload as they arrive from the client.
 pub type Upload<'a> = BoxStream<'a, Result<Bytes, Fault>>;
@@ -25,31 +29,21 @@ pub enum Put {
 
 impl Upstream {
     /// Uploads a blob as its bytes arrive. With a `digest` by PUT, else by POST, which lets the source name it.
-    /// `seen` gets every byte that was read. The last bytes wait until all of them have verified, so that the source never
+    /// The last bytes wait until all of them have verified, so that the source never
     /// sees a complete upload of something else.
     ///
     /// # Errors
     /// [`Fault::Mismatch`] when the bytes are not the blob named `digest`; else as [`Self::open`].
-    pub async fn put(
-        &self,
-        digest: Option<Digest>,
-        size: Option<u64>,
-        mut upload: Upload<'_>,
-        mut seen: impl FnMut(&Bytes) + Send,
-    ) -> Result<(Put, Verified<()>), Fault> {
+    pub async fn put(&self, digest: Option<Digest>, size: Option<u64>, mut upload: Upload<'_>) -> Result<(Put, Verified<()>), Fault> {
         let (method, path) = digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
         let mut request = self.request(method, &path)?;
         let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
-        let mut take = |chunk: &Bytes| {
-            verifier.update(chunk);
-            seen(chunk);
-        };
         let mut held = Vec::new();
         let mut ended = false;
         while !ended && held.len() < SMALL {
             match upload.next().await.transpose()? {
                 Some(chunk) => {
-                    take(&chunk);
+                    verifier.update(&chunk);
                     held.extend_from_slice(&chunk);
                 }
                 None => ended = true,
@@ -79,10 +73,11 @@ impl Upstream {
             if chunk.is_empty() {
                 continue;
             }
-            take(&chunk);
+            verifier.update(&chunk);
             let ready = std::mem::replace(&mut held, chunk);
             if session.write_body(&ready).await.is_err() {
                 // It stopped reading, most likely because it has answered already.
+                session.read_timeout = Some(self.read_timeout);
                 read_final(&mut session).await.map_err(|error| self.fault(&error))?;
                 break true;
             }
@@ -90,10 +85,12 @@ impl Upstream {
         if answered_early {
             // What it says counts only for bytes that verified, so the rest of them is read all the same.
             while let Some(chunk) = upload.next().await.transpose()? {
-                take(&chunk);
+                verifier.update(&chunk);
             }
         }
         let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
+        // Only now is it the origin's turn: before, the silence was the client's.
+        session.read_timeout = Some(self.read_timeout);
         if !answered_early {
             let sent = async {
                 session.write_body(&held).await?;
@@ -127,7 +124,7 @@ impl Upstream {
         let put = match status {
             StatusCode::CREATED | StatusCode::NO_CONTENT => Put::Created,
             StatusCode::OK => Put::Existed,
-            StatusCode::PAYLOAD_TOO_LARGE => return Err(Fault::TooLarge { limit: verified.size().saturating_sub(1) }),
+            StatusCode::PAYLOAD_TOO_LARGE => return Err(Fault::OriginRefusesSize),
             StatusCode::INSUFFICIENT_STORAGE => return Err(Fault::OriginFull),
             StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => return Err(Fault::NotAllowed),
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => return Err(Fault::Busy(Limit::Origin)),
@@ -143,6 +140,29 @@ impl Upstream {
         Ok((put, verified))
     }
 
+    /// Whether the source has the blob for good, so that an upload of it need not be sent. That it can be seen may not be enough: it may
+    /// have been renamed into place and not synced yet. So the source is asked as a client would ask, by an upload that waits to be
+    /// called for; castier's own origin answers that only when the blob is durable. One that knows nothing of expectations has said
+    /// all that it can say.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn holds(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
+        let Some(known) = self.stat(digest).await? else { return Ok(None) };
+        let mut request = self.request(Method::PUT, &wire::blob_path(digest))?;
+        insert(&mut request, header::CONTENT_LENGTH, &size.unwrap_or(known).to_string())?;
+        insert(&mut request, header::EXPECT, "100-continue")?;
+        let (mut session, _) = self.connect_fresh().await?;
+        session.read_timeout = Some(self.read_timeout.min(EXPECT_PATIENCE));
+        let answered = async {
+            session.write_request_header(Box::new(request)).await?;
+            session.read_response().await
+        };
+        let refused =
+            answered.await.is_ok() && session.get_status().is_some_and(|status| status.is_client_error() || status.is_server_error());
+        Ok((!refused).then_some(known))
+    }
+
     /// A new connection: a large upload cannot be repeated, so it does not gamble on a kept-alive one.
     async fn connect_fresh(&self) -> Result<(HttpSession, HttpPeer), Fault> {
         let mut last = Fault::Unreachable { source_name: self.name, why: "no address".into() };
@@ -150,7 +170,10 @@ impl Upstream {
             // Pools go by the peer's hash: this one is never found in the pool, so connections are made anew.
             peer.group_key = 1;
             match self.connector.get_http_session(&peer).await {
-                Ok((session, _)) => return Ok((session, peer)),
+                Ok((mut session, _)) => {
+                    session.write_timeout = Some(self.read_timeout);
+                    return Ok((session, peer));
+                }
                 Err(error) => last = self.fault(&error),
             }
         }

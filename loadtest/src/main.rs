@@ -1,0 +1,215 @@
+//! `castier-load`: loads content-addressed stores over HTTP, and checks every byte that comes back.
+//!
+//! In reading order: `args` makes a plan of the flags, `scenario` knows the published runs; `target` resolves addresses and
+//! `prepare` asks whether they can be loaded, and stores the `corpus`; `run` drives `client`s through the `mix` at the `pace`
+//! asked for; `tally` counts and `report` tells.
+
+mod args;
+mod client;
+mod corpus;
+mod mix;
+mod pace;
+mod prepare;
+mod report;
+mod run;
+mod scenario;
+mod tally;
+mod target;
+
+use crate::{
+    args::{Args, Plan, Verify},
+    corpus::{Corpus, Popularity},
+    pace::{Limit, Schedule},
+    report::{Context, Report},
+    run::Run,
+    target::Target,
+};
+use clap::Parser as _;
+use indicatif::{ProgressBar, ProgressStyle};
+use rustix::process::{Resource, getrlimit, setrlimit};
+use std::{
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Why there is no report.
+enum Refusal {
+    /// The run makes no sense or a target cannot be loaded; no load was sent.
+    Usage(String),
+    /// It began, and could not go on.
+    Broken(String),
+}
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => {
+            // Help or version: clap prints them, and a closed pipe is no failure.
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return refuse(&Refusal::Usage(first_line(&error.to_string()))),
+    };
+    let result = args.plan().map_err(Refusal::Usage).and_then(|plan| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(512).build();
+        runtime.map_err(|error| Refusal::Broken(format!("cannot start: {error}")))?.block_on(load(plan))
+    });
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(refusal) => refuse(&refusal),
+    }
+}
+
+fn refuse(refusal: &Refusal) -> ExitCode {
+    let (text, code) = match refusal {
+        Refusal::Usage(text) => (text, 2),
+        Refusal::Broken(text) => (text, 1),
+    };
+    eprintln!("castier-load: {text}");
+    ExitCode::from(code)
+}
+
+/// What clap says at length, in short.
+fn first_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+    format!("{line}; see castier-load --help")
+}
+
+/// The whole run; whether everything went well.
+async fn load(plan: Plan) -> Result<bool, Refusal> {
+    let stop = stop_on_signal().map_err(|error| Refusal::Broken(format!("cannot wait for signals: {error}")))?;
+    let resolve = async |urls: &[String]| {
+        let mut targets = Vec::with_capacity(urls.len());
+        for url in urls {
+            targets.push(Arc::new(Target::resolve(url, plan.remote).await.map_err(Refusal::Usage)?));
+        }
+        Ok(targets)
+    };
+    let (targets, stores, admins) = (resolve(&plan.targets).await?, resolve(plan.fill.as_slice()).await?, resolve(&plan.stats).await?);
+    let shape = plan.shape;
+    allow_descriptors(shape.concurrency * targets.len()).map_err(Refusal::Usage)?;
+    for target in &targets {
+        prepare::check_target(target, shape.work.deletes()).await.map_err(Refusal::Usage)?;
+    }
+    for store in &stores {
+        prepare::check_target(store, false).await.map_err(Refusal::Usage)?;
+    }
+    prepare::origin_loads(&admins).await.map_err(Refusal::Usage)?;
+    let popularity = Popularity::new(shape.objects, shape.zipf).map_err(Refusal::Usage)?;
+
+    let objects = if shape.work.reads_corpus() { shape.objects } else { 0 };
+    let corpus = Arc::new(Corpus::new(plan.seed, objects, shape.size, plan.verify == Verify::Bytes));
+    let stored = Arc::new(AtomicU64::new(0));
+    let store = prepare::store(&corpus, if stores.is_empty() { &targets } else { &stores }, plan.timeout, &stored);
+    let bar = bar("storing", objects as u64);
+    let stored = stop.run_until_cancelled(with_progress(store, &bar, || stored.load(Ordering::Relaxed))).await;
+    bar.finish_and_clear();
+    stored.unwrap_or(Ok(())).map_err(Refusal::Broken)?;
+
+    let before = prepare::origin_loads(&admins).await.map_err(Refusal::Broken)?;
+    let run = Arc::new(Run {
+        targets,
+        work: shape.work,
+        schedule: Schedule::new(shape.limit, shape.rate),
+        corpus,
+        popularity,
+        seed: plan.seed,
+        concurrency: shape.concurrency,
+        threads: plan.threads,
+        timeout: plan.timeout,
+        close: plan.close,
+        done: AtomicU64::new(0),
+    });
+    let tally = drive(&run, &stop).await.map_err(|error| Refusal::Broken(format!("the run broke off: {error}")))?;
+    let origin_loads = match prepare::origin_loads(&admins).await {
+        _ if admins.is_empty() => None,
+        Ok(after) => Some(after.saturating_sub(before)),
+        Err(text) => {
+            // The rest of the report is still worth having.
+            eprintln!("castier-load: the report is without origin loads: {text}");
+            None
+        }
+    };
+
+    let context = Context { origin_loads, scenario: plan.scenario.map(|scenario| scenario.name()), interrupted: stop.is_cancelled() };
+    let report = Report::new(&tally, context);
+    if plan.json {
+        println!("{}", report.json())
+    } else {
+        print!("{}", report.text(&tally))
+    }
+    Ok(tally.flawless())
+}
+
+async fn drive(run: &Arc<Run>, stop: &CancellationToken) -> std::io::Result<tally::Tally> {
+    let start = Instant::now();
+    let (length, clock) = match run.schedule.limit {
+        Limit::Turns(turns) => (turns, false),
+        Limit::TurnsOfEach(turns) => (turns * run.concurrency as u64, false),
+        Limit::Time(time) => (u64::try_from(time.as_millis()).unwrap_or(u64::MAX), true),
+    };
+    let bar = bar("loading", length);
+    let position = || {
+        if clock { u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX).min(length) } else { run.done.load(Ordering::Relaxed) }
+    };
+    let tally = with_progress(run.drive(stop), &bar, position).await;
+    bar.finish_and_clear();
+    tally
+}
+
+/// A bar on standard error, if that is a terminal; nothing otherwise.
+fn bar(what: &'static str, length: u64) -> ProgressBar {
+    let bar = ProgressBar::new(length).with_message(what);
+    match ProgressStyle::with_template("{msg} {wide_bar} {percent:>3} % {elapsed}") {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
+/// Redraws the bar while `work` goes on. Not more often than an eye notices: the tester's core is busy.
+async fn with_progress<T>(work: impl Future<Output = T>, bar: &ProgressBar, position: impl Fn() -> u64) -> T {
+    let mut tick = tokio::time::interval(Duration::from_millis(250));
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            result = &mut work => return result,
+            _ = tick.tick() => bar.set_position(position()),
+        }
+    }
+}
+
+/// Cancelled by the first SIGINT or SIGTERM, so that the report is still printed; the second ends the process at once.
+fn stop_on_signal() -> std::io::Result<CancellationToken> {
+    let stop = CancellationToken::new();
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let token = stop.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+            if token.is_cancelled() {
+                std::process::exit(130);
+            }
+            token.cancel();
+        }
+    });
+    Ok(stop)
+}
+
+/// Raises the soft limit on open files as far as the run needs.
+fn allow_descriptors(connections: usize) -> Result<(), String> {
+    let needed = connections as u64 + 64;
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= needed) {
+        return Ok(());
+    }
+    limit.current = Some(needed);
+    setrlimit(Resource::Nofile, limit)
+        .map_err(|_| format!("{connections} connections need {needed} open files: raise the limit with ulimit -n {needed}"))
+}

@@ -1,0 +1,229 @@
+//! A client's connection, as everything here reads and writes it: pingora's stream, a client that may take no byte for only so long,
+//! and a fence that keeps a relay's reader to its own request.
+
+use crate::{
+    gate::Framing,
+    serve::{Body, Reply},
+    spool::PIECE,
+};
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, StatusCode};
+use pingora::http::ResponseHeader;
+use pingora::protocols::{
+    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID, UniqueIDType,
+    http::ServerSession, raw_connect::ProxyDigest,
+};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep},
+};
+
+/// A client's connection.
+#[derive(Debug)]
+pub struct Conn {
+    stream: Stream,
+    /// `limits.write_timeout`: after so long without taking a byte, the client is given up.
+    patience: Duration,
+    /// Runs out when the client has taken nothing for too long. Made at the first wait, since most clients keep up.
+    stalled: Option<Pin<Box<Sleep>>>,
+    /// A write is waiting for the client.
+    waiting: bool,
+    fence: Option<Fence>,
+}
+
+/// Shows a reader one request and no more. Without it, bytes that pingora reads ahead could not be had back, and a pipelining client
+/// would lose requests.
+#[derive(Debug)]
+struct Fence {
+    /// Bytes read and not yet shown.
+    ahead: BytesMut,
+    /// Bytes of this request's body still to be shown; none: as many as come.
+    left: Option<u64>,
+}
+
+impl Conn {
+    /// How much a pipelining client may send ahead before it is no longer read.
+    const AHEAD: usize = 64 << 10;
+
+    /// Over an accepted connection.
+    pub fn new(stream: Stream, patience: Duration) -> Self {
+        Self { stream, patience, stalled: None, waiting: false, fence: None }
+    }
+
+    /// The client's address.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.stream.get_socket_digest()?.peer_addr()?.as_inet().copied()
+    }
+
+    /// Changes how long the client may take no byte: limits can change while a connection lives.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    /// From now on shows `ahead`, and what comes, up to the end of one request body. `None`: without an end.
+    pub fn fence(&mut self, ahead: BytesMut, framing: Option<Framing>) {
+        let left = match framing {
+            Some(Framing::Length(length)) => Some(length),
+            Some(Framing::Chunked) | None => None,
+        };
+        self.fence = Some(Fence { ahead, left });
+    }
+
+    /// Takes the fence away; what was read and not shown belongs to the next request.
+    pub fn unfence(&mut self) -> BytesMut {
+        self.fence.take().map(|fence| fence.ahead).unwrap_or_default()
+    }
+
+    /// As pingora's sessions take it; see [`Self::from_stream`].
+    pub fn into_stream(self) -> Stream {
+        Box::new(self)
+    }
+
+    /// Back from what [`Self::into_stream`] made.
+    pub fn from_stream(stream: Stream) -> Option<Self> {
+        stream.into_any().downcast().ok().map(|conn| *conn)
+    }
+
+    /// What a write came to, with the clock started, stopped or run out.
+    fn timed<T>(&mut self, written: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.waiting = false;
+            return written;
+        }
+        let deadline = Instant::now() + self.patience;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        if !self.waiting {
+            self.waiting = true;
+            stalled.as_mut().reset(deadline);
+        }
+        match stalled.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client took no byte for too long"))),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl Fence {
+    /// Reads on; 0 at the end of the stream.
+    fn poll_fill(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut part = [0; 16 << 10];
+        let mut part = ReadBuf::new(&mut part);
+        ready!(Pin::new(stream).poll_read(cx, &mut part))?;
+        self.ahead.extend_from_slice(part.filled());
+        Poll::Ready(Ok(part.filled().len()))
+    }
+}
+
+impl AsyncRead for Conn {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let Some(fence) = &mut this.fence else { return Pin::new(&mut this.stream).poll_read(cx, buf) };
+        loop {
+            let left = fence.left.map_or(usize::MAX, |left| usize::try_from(left).unwrap_or(usize::MAX));
+            let show = fence.ahead.len().min(left).min(buf.remaining());
+            if show > 0 {
+                buf.put_slice(&fence.ahead.split_to(show));
+                fence.left = fence.left.map(|left| left - show as u64);
+                return Poll::Ready(Ok(()));
+            }
+            // Whoever reads past the request waits for the client to leave; what else comes belongs to the next request.
+            if fence.ahead.len() >= Self::AHEAD {
+                return Poll::Pending;
+            }
+            if ready!(fence.poll_fill(&mut this.stream, cx))? == 0 {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Conn {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.timed(written, cx)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.timed(written, cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        self.timed(flushed, cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[async_trait]
+impl Shutdown for Conn {
+    async fn shutdown(&mut self) {
+        self.stream.shutdown().await;
+    }
+}
+
+impl UniqueID for Conn {
+    fn id(&self) -> UniqueIDType {
+        self.stream.id()
+    }
+}
+
+impl Ssl for Conn {}
+
+impl GetTimingDigest for Conn {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        self.stream.get_timing_digest()
+    }
+}
+
+impl GetProxyDigest for Conn {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        self.stream.get_proxy_digest()
+    }
+}
+
+impl GetSocketDigest for Conn {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.stream.get_socket_digest()
+    }
+}
+
+impl Peek for Conn {}
+
+/// Writes a reply whose body is whole, or empty, in pieces that a slow client takes one by one.
+///
+/// # Errors
+/// The client is gone, or takes nothing any more.
+pub async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
+    session.write_response_header(response_header(reply.status, &reply.headers)).await?;
+    if let Body::Whole(bytes) = reply.body {
+        for at in (0..bytes.len()).step_by(PIECE) {
+            session.write_response_body(bytes.slice(at..bytes.len().min(at + PIECE)), false).await?;
+        }
+    }
+    session.write_response_body(Bytes::new(), true).await
+}
+
+/// A reply's head in pingora's terms.
+pub fn response_header(status: StatusCode, headers: &HeaderMap) -> Box<ResponseHeader> {
+    let (mut parts, ()) = http::Response::new(()).into_parts();
+    parts.status = status;
+    parts.headers = headers.clone();
+    Box::new(parts.into())
+}

@@ -1,0 +1,245 @@
+//! The disk tier: terabytes that survive restarts, and never a rotten byte. With `memory.rs`, the only place that sees moka.
+//!
+//! One file per blob, `ab/abcdef…`, laid out as in [`format`]: written to `tmp/`, renamed into place. No fsync: after a crash of the
+//! machine a file without a sound trailer is rubbish, and goes. [`store`] has the files and the index over them, [`blob`] reads
+//! and checks, [`walk`] lists the directories at the start and reads everything back in the background, [`health`] stops
+//! writing for a while when the disk will not.
+//!
+//! Nothing that happens to the disk fails a request: what cannot be written is not kept, what cannot be read is [`Damaged`] and
+//! comes from elsewhere.
+//!
+//! [`Damaged`]: crate::tier::Damaged
+
+mod blob;
+mod file;
+mod format;
+mod health;
+mod store;
+mod walk;
+
+#[cfg(test)]
+mod tests;
+
+pub use blob::DiskBlob;
+pub use file::DiskFile;
+
+use crate::{
+    metrics::{Metrics, Skip},
+    tier::{Tier, TierStats},
+};
+use bytes::Bytes;
+use castier_blob::{Digest, Verified};
+use castier_config as config;
+use crossbeam_channel::{Receiver, Sender};
+use std::{
+    convert::Infallible,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+use store::{Accepted, Store};
+use walk::Stop;
+
+/// What a blob that waits to be written costs beside its bytes; bounds the number of empty ones too.
+const WAITING: u64 = 256;
+
+/// Blobs on disk. Dropping it writes what still waits to be written, which is at most `disk.write_behind`, and ends its threads.
+pub struct Disk {
+    store: Arc<Store>,
+    behind: WriteBehind,
+    /// Dropped first of all when the tier closes.
+    stop: Option<Sender<Infallible>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Blobs that wait to be written.
+struct WriteBehind {
+    /// None once the tier closes.
+    queue: Option<Sender<(Verified<Bytes>, Accepted)>>,
+    /// `disk.write_behind`.
+    capacity: u64,
+    /// How much of it is taken.
+    used: Arc<AtomicU64>,
+}
+
+impl Disk {
+    /// Takes the directory and serves at once, while the index fills in the background.
+    ///
+    /// # Errors
+    /// The directory cannot be used, or another process uses it. The text names it.
+    pub fn open(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Arc<Self>> {
+        let store = Arc::new(Store::new(config, metrics)?);
+        let (stop, stopped) = crossbeam_channel::bounded(0);
+        let (queue, waiting) = crossbeam_channel::unbounded();
+        let used = Arc::new(AtomicU64::new(0));
+        let rate = config.scrub_rate.get();
+        let threads = vec![
+            spawn("disk-walk", {
+                let (store, stop) = (store.clone(), Stop(stopped.clone()));
+                move || {
+                    walk::scan(&store, &stop);
+                    walk::scrub(&store, &stop, rate);
+                }
+            })?,
+            spawn("disk-janitor", {
+                let store = store.clone();
+                move || sweep_until(&store, &stopped)
+            })?,
+            spawn("disk-write", {
+                let (store, used) = (store.clone(), used.clone());
+                move || write_behind(&store, &waiting, &used)
+            })?,
+        ];
+        let behind = WriteBehind { queue: Some(queue), capacity: config.write_behind.get(), used };
+        Ok(Arc::new(Self { store, behind, stop: Some(stop), threads }))
+    }
+
+    /// The blob, open for reading, if it is kept here. Asks the index, and opens the file on another thread unless it is open. Until
+    /// the scan is done, a blob that is not in the index is looked for on the disk too.
+    pub async fn find(&self, digest: &Digest) -> Option<Arc<DiskBlob>> {
+        if self.store.size_of(digest).is_none() && !self.store.is_scanning() {
+            return None;
+        }
+        if let Some(blob) = self.store.opened(digest) {
+            return Some(blob);
+        }
+        let (store, digest) = (self.store.clone(), *digest);
+        off_thread(move || store.open(&digest)).await.flatten()
+    }
+
+    /// The blob's size, if the index has it. Touches no file, so it may still prove to be gone.
+    pub fn knows(&self, digest: &Digest) -> Option<u64> {
+        self.store.size_of(digest)
+    }
+
+    /// Whether a blob of this size would be kept now: it fits, and the disk lets itself be written to.
+    pub fn takes(&self, size: u64) -> bool {
+        self.store.takes(size)
+    }
+
+    /// A file in the tier's directory for a blob that is on its way. Blocks.
+    ///
+    /// # Errors
+    /// The disk's, after which the tier takes nothing for a while.
+    pub fn temp(&self) -> io::Result<DiskFile> {
+        self.store.temp()
+    }
+
+    /// Keeps a blob that was spooled into a file of this tier: a rename. What is forgotten between this call and the end of the
+    /// future is not kept, so call it where nothing can come between the decision to keep and the call.
+    ///
+    /// Invariant: `blob` proves the very bytes that were appended to its file.
+    pub fn keep_file(&self, blob: Verified<DiskFile>) -> impl Future<Output = ()> + Send + use<> {
+        let (digest, size) = (blob.digest(), blob.size());
+        let (store, accepted) = (self.store.clone(), self.store.accept(&digest));
+        async move {
+            let file = blob.into_content();
+            if file.size() != size {
+                tracing::error!(%digest, size, written = file.size(), "a spooled blob is not as long as what was verified, and is not kept");
+                return;
+            }
+            off_thread(move || store.place(&digest, file, accepted)).await;
+        }
+    }
+
+    /// Keeps a blob from memory, later: the caller waits for nothing. With `disk.write_behind` full it is not kept.
+    pub fn keep_later(&self, blob: Verified<Bytes>) {
+        if self.store.has(&blob.digest()) || !self.store.admits(blob.size()) {
+            return;
+        }
+        let cost = cost(&blob);
+        let within = |used: u64| used.checked_add(cost).filter(|sum| *sum <= self.behind.capacity);
+        if self.behind.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_err() {
+            return self.store.metrics.disk_skipped(Skip::Queue);
+        }
+        if let Some(queue) = &self.behind.queue {
+            let accepted = self.store.accept(&blob.digest());
+            queue.send((blob, accepted)).ok();
+        }
+    }
+
+    /// Drops a blob, also if it waits to be written.
+    pub async fn forget(&self, digest: &Digest) {
+        let (store, digest) = (self.store.clone(), *digest);
+        off_thread(move || store.forget(&digest)).await;
+    }
+
+    /// Its state now. `hits` are counted by the ladder, which alone knows what was a get.
+    pub fn stats(&self, hits: u64) -> TierStats {
+        self.store.stats(hits)
+    }
+
+    /// Has `tell` called with every blob that the scrub finds rotten, from the scrub's thread: the blob is gone from here by then,
+    /// and may be fetched anew. Only the first such call counts.
+    pub fn on_rotten(&self, tell: impl Fn(Digest) + Send + Sync + 'static) {
+        self.store.on_rotten.set(Box::new(tell)).ok();
+    }
+}
+
+impl Tier for Disk {
+    type Kept = Arc<DiskBlob>;
+
+    async fn find(&self, digest: &Digest) -> Option<Arc<DiskBlob>> {
+        Self::find(self, digest).await
+    }
+
+    async fn keep(&self, blob: Verified<Bytes>) {
+        let (store, accepted) = (self.store.clone(), self.store.accept(&blob.digest()));
+        off_thread(move || store.keep(&blob, accepted)).await;
+    }
+
+    async fn forget(&self, digest: &Digest) {
+        Self::forget(self, digest).await;
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.stop = None;
+        self.behind.queue = None;
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the disk tier panicked");
+            }
+        }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    thread::Builder::new().name(name.to_owned()).spawn(work)
+}
+
+/// None if the work panicked.
+async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(work).await.inspect_err(|error| tracing::error!(%error, "work on the disk tier failed")).ok()
+}
+
+/// The janitor: deletes the files of evicted blobs.
+fn sweep_until(store: &Store, stop: &Receiver<Infallible>) {
+    loop {
+        crossbeam_channel::select! {
+            recv(store.evicted) -> digest => match digest {
+                Ok(digest) => store.remove_evicted(&digest),
+                Err(_) => return,
+            },
+            recv(stop) -> _ => return store.sweep(),
+        }
+    }
+}
+
+/// Writes what waits, until the tier closes and nothing waits any more.
+fn write_behind(store: &Arc<Store>, waiting: &Receiver<(Verified<Bytes>, Accepted)>, used: &AtomicU64) {
+    for (blob, accepted) in waiting {
+        store.keep(&blob, accepted);
+        let cost = cost(&blob);
+        drop(blob);
+        used.fetch_sub(cost, Ordering::Relaxed);
+    }
+}
+
+fn cost(blob: &Verified<Bytes>) -> u64 {
+    blob.size().saturating_add(WAITING)
+}

@@ -1,0 +1,439 @@
+//! The files of the tier and the index over them.
+//!
+//! Invariants:
+//! - A blob's file comes, goes and is looked at only under the lock of its shelf (its directory), together with its entry in the
+//!   index. So a blob that was evicted and is kept anew before its old file went cannot lose the new one.
+//! - Under `ab/` there are only finished files. What is being written is in `tmp/`.
+//! - Only blocking threads take a shelf's lock or touch a file.
+
+use super::{
+    blob::{DiskBlob, Unopened, stands_at},
+    file::DiskFile,
+    format,
+    health::Health,
+};
+use crate::{
+    metrics::{Metrics, Skip},
+    tier::TierStats,
+};
+use bytes::Bytes;
+use castier_blob::{Digest, Verified};
+use castier_config::{self as config, Policy};
+use crossbeam_channel::Receiver;
+use moka::{policy::EvictionPolicy, sync::Cache};
+use parking_lot::{Mutex, MutexGuard};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+/// What file systems hand out at once, and so the unit of the index's weights: 32 bits of it are 16 TiB.
+const DISK_BLOCK: u64 = 4096;
+
+/// What the tier's handle and its threads share.
+pub(super) struct Store {
+    root: PathBuf,
+    /// `disk.capacity`.
+    capacity: u64,
+    /// `disk.quarantine`.
+    quarantine_capacity: u64,
+    /// Every blob that is kept, with its size.
+    index: Cache<Digest, u64>,
+    /// Blobs that were read lately.
+    open: Cache<Digest, Arc<DiskBlob>>,
+    /// By the first byte of the digest, as the directories are.
+    shelves: [Shelf; 256],
+    /// What the index let go, until its file is gone too.
+    pub(super) evicted: Receiver<Digest>,
+    evictions: Arc<AtomicU64>,
+    /// The index does not know every file yet.
+    scanning: AtomicBool,
+    pub(super) health: Health,
+    pub(super) metrics: Arc<Metrics>,
+    /// Told of blobs that were found rotten without anybody asking for them.
+    pub(super) on_rotten: OnceLock<Box<dyn Fn(Digest) + Send + Sync>>,
+    /// Keeps other processes out for as long as anything here may still write.
+    _lock: File,
+}
+
+#[derive(Default)]
+struct Shelf {
+    files: Mutex<()>,
+    /// How many blobs of this shelf were forgotten. A blob that was accepted before one of them may be that one, and is not kept.
+    forgets: AtomicU64,
+}
+
+/// When a blob was accepted: what is forgotten after that is not kept by it.
+#[derive(Clone, Copy)]
+pub(super) struct Accepted(u64);
+
+/// What the scan makes of a file under `ab/`.
+pub(super) enum Scanned {
+    /// It is in the index now.
+    Blob,
+    /// It was never finished, and is gone.
+    Rubbish,
+    /// It is none of ours, or vanished meanwhile.
+    Foreign,
+}
+
+impl Store {
+    /// Takes the directory, which must be nobody else's.
+    pub(super) fn new(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Self> {
+        let root = config.path.clone();
+        let lock = take(&root)?;
+        let (evict, evicted) = crossbeam_channel::unbounded();
+        let evictions = Arc::new(AtomicU64::new(0));
+        let counter = evictions.clone();
+        let index = Cache::builder()
+            .max_capacity(config.capacity.get() / DISK_BLOCK)
+            .weigher(|_, size: &u64| u32::try_from(disk_blocks(*size)).unwrap_or(u32::MAX))
+            .eviction_policy(match config.policy {
+                Policy::TinyLfu => EvictionPolicy::tiny_lfu(),
+                Policy::Lru => EvictionPolicy::lru(),
+            })
+            // Runs wherever the index is touched, so it must not touch files itself.
+            .eviction_listener(move |digest: Arc<Digest>, _, cause| {
+                if cause.was_evicted() {
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    evict.send(*digest).ok();
+                }
+            })
+            .build();
+        let open = Cache::builder()
+            .max_capacity(config.open_files)
+            .weigher(|_, blob: &Arc<DiskBlob>| blob.cost())
+            .eviction_policy(EvictionPolicy::lru())
+            .build();
+        Ok(Self {
+            capacity: config.capacity.get(),
+            quarantine_capacity: config.quarantine.get(),
+            index,
+            open,
+            shelves: std::array::from_fn(|_| Shelf::default()),
+            evicted,
+            evictions,
+            scanning: AtomicBool::new(true),
+            health: Health::new(root.clone(), config.cooldown.get(), metrics.clone()),
+            metrics,
+            on_rotten: OnceLock::new(),
+            root,
+            _lock: lock,
+        })
+    }
+
+    /// The blob's size, as far as the index knows. Counts as a use.
+    pub(super) fn size_of(&self, digest: &Digest) -> Option<u64> {
+        self.index.get(digest)
+    }
+
+    /// The blob, if it is open already.
+    pub(super) fn opened(&self, digest: &Digest) -> Option<Arc<DiskBlob>> {
+        self.open.get(digest)
+    }
+
+    pub(super) fn is_scanning(&self) -> bool {
+        self.scanning.load(Ordering::Acquire)
+    }
+
+    /// The index knows every file from now on.
+    pub(super) fn scanned(&self) {
+        self.index.run_pending_tasks();
+        self.sweep();
+        self.scanning.store(false, Ordering::Release);
+    }
+
+    /// Opens the blob. A file that was never finished goes, one that is damaged is set aside.
+    pub(super) fn open(self: &Arc<Self>, digest: &Digest) -> Option<Arc<DiskBlob>> {
+        let shelf = self.lock(digest);
+        if let Some(blob) = self.open.get(digest) {
+            return Some(blob);
+        }
+        let path = self.path(digest);
+        match DiskBlob::open(Arc::downgrade(self), *digest, &path) {
+            Ok(blob) => {
+                if !self.index.contains_key(digest) {
+                    // Evicted, and its file is about to go; or the scan has not come here yet.
+                    if !self.is_scanning() {
+                        return None;
+                    }
+                    self.index.insert(*digest, blob.size());
+                }
+                let blob = Arc::new(blob);
+                self.open.insert(*digest, blob.clone());
+                return Some(blob);
+            }
+            Err(Unopened::Vanished) => drop(self.index.remove(digest)),
+            Err(Unopened::Unfinished) => {
+                self.index.remove(digest);
+                self.remove_rubbish(&path);
+            }
+            Err(Unopened::Damaged(file)) => {
+                drop(shelf);
+                self.quarantine(digest, &file, "the trailer cannot be read or does not match its checksum");
+            }
+            Err(Unopened::Unknown(error)) => self.health.could_not_open(&error),
+        }
+        None
+    }
+
+    /// Makes a file to fill.
+    pub(super) fn temp(self: &Arc<Self>) -> io::Result<DiskFile> {
+        // Opened here rather than by tempfile, which would hide the error's number, and with it the reason.
+        let open = |path: &Path| File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
+        let make = || tempfile::Builder::new().prefix("").make_in(self.root.join(TMP), open);
+        let made = make().or_else(|error| match error.kind() {
+            // Somebody emptied the directory under a running tier.
+            io::ErrorKind::NotFound => make_directories(&self.root).and_then(|()| make()),
+            _ => Err(error),
+        });
+        let (file, path) = made.inspect_err(|error| self.health.failed(error))?.into_parts();
+        Ok(DiskFile::new(self.clone(), file, path))
+    }
+
+    /// Notes that a blob is going to be kept.
+    pub(super) fn accept(&self, digest: &Digest) -> Accepted {
+        Accepted(self.shelf(digest).forgets.load(Ordering::Acquire))
+    }
+
+    /// Writes a blob that is in memory, and keeps it.
+    pub(super) fn keep(self: &Arc<Self>, blob: &Verified<Bytes>, accepted: Accepted) {
+        if self.has(&blob.digest()) || !self.admits(blob.size()) {
+            return;
+        }
+        let written = self.temp().and_then(|mut file| file.append(blob.content()).map(|()| file));
+        match written {
+            Ok(file) => self.place(&blob.digest(), file, accepted),
+            Err(_) => self.metrics.disk_skipped(Skip::Failed),
+        }
+    }
+
+    /// Gives a file that holds all of a blob its place.
+    pub(super) fn place(&self, digest: &Digest, file: DiskFile, accepted: Accepted) {
+        let size = file.size();
+        if self.has(digest) || !self.admits(size) {
+            return;
+        }
+        let shelf = self.lock(digest);
+        if self.accept(digest).0 != accepted.0 {
+            return self.metrics.disk_skipped(Skip::Purged);
+        }
+        if let Err(error) = file.place(digest, &self.path(digest)) {
+            drop(shelf);
+            if error.kind() == io::ErrorKind::NotFound {
+                make_directories(&self.root).ok();
+            }
+            self.health.failed(&error);
+            return self.metrics.disk_skipped(Skip::Failed);
+        }
+        self.open.invalidate(digest);
+        self.index.insert(*digest, size);
+        drop(shelf);
+        self.health.worked();
+        self.index.run_pending_tasks();
+        self.sweep();
+    }
+
+    /// Drops a blob, and what is on its way to become it.
+    pub(super) fn forget(&self, digest: &Digest) {
+        let _shelf = self.lock(digest);
+        self.shelf(digest).forgets.fetch_add(1, Ordering::AcqRel);
+        self.index.remove(digest);
+        self.remove(digest);
+    }
+
+    /// Sets a damaged file aside, unless another has taken its place meanwhile. False if so: whoever came first has counted it.
+    pub(super) fn quarantine(&self, digest: &Digest, file: &File, why: &str) -> bool {
+        let path = self.path(digest);
+        {
+            let _shelf = self.lock(digest);
+            if !stands_at(file, &path) {
+                // Whatever stands there now is not what is open.
+                self.open.invalidate(digest);
+                return false;
+            }
+            self.index.remove(digest);
+            self.open.invalidate(digest);
+            if fs::rename(&path, self.root.join(QUARANTINE).join(digest.to_string())).is_err() {
+                fs::remove_file(&path).ok();
+            }
+        }
+        self.metrics.corrupt("disk");
+        tracing::warn!(%digest, why, path = %self.root.display(), "a kept blob is damaged; its file is in quarantine/, its bytes come from the origin");
+        self.trim_quarantine();
+        true
+    }
+
+    /// Takes note of a file that was there before.
+    pub(super) fn scan(&self, digest: &Digest, entry: &fs::DirEntry) -> io::Result<Scanned> {
+        let _shelf = self.lock(digest);
+        if self.has(digest) {
+            return Ok(Scanned::Blob);
+        }
+        // Under the lock, since the blob may have been evicted since the directory was listed.
+        let metadata = match entry.metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Scanned::Foreign),
+            metadata => metadata?,
+        };
+        if !metadata.is_file() {
+            return Ok(Scanned::Foreign);
+        }
+        let Some(size) = format::blob_size(metadata.len()) else {
+            self.remove_rubbish(&entry.path());
+            return Ok(Scanned::Rubbish);
+        };
+        self.index.insert(*digest, size);
+        Ok(Scanned::Blob)
+    }
+
+    /// Deletes the files of what the index let go. Whoever makes room calls this, so that files do not outgrow the capacity while
+    /// the janitor is busy.
+    pub(super) fn sweep(&self) {
+        while let Ok(digest) = self.evicted.try_recv() {
+            self.remove_evicted(&digest);
+        }
+    }
+
+    /// Deletes the file of an evicted blob, unless the blob has been kept anew since.
+    pub(super) fn remove_evicted(&self, digest: &Digest) {
+        let _shelf = self.lock(digest);
+        if !self.has(digest) {
+            self.remove(digest);
+        }
+    }
+
+    /// Whether a blob of this size may be kept now.
+    pub(super) fn takes(&self, size: u64) -> bool {
+        self.fits(size) && self.health.may_write()
+    }
+
+    pub(super) fn stats(&self, hits: u64) -> TierStats {
+        self.index.run_pending_tasks();
+        TierStats {
+            bytes: self.index.weighted_size() * DISK_BLOCK,
+            capacity: self.capacity,
+            blobs: self.index.entry_count(),
+            hits,
+            evictions: self.evictions.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Closes now what is open beyond `disk.open_files`.
+    #[cfg(test)]
+    pub(super) fn settle_open(&self) {
+        self.open.run_pending_tasks();
+    }
+
+    /// The directory of the blobs whose digests begin with this byte.
+    pub(super) fn directory(&self, first: u8) -> PathBuf {
+        shelf_directory(&self.root, first)
+    }
+
+    pub(super) fn path(&self, digest: &Digest) -> PathBuf {
+        self.directory(digest.as_bytes()[0]).join(digest.to_string())
+    }
+
+    /// Whether the index has the blob, without that being a use.
+    pub(super) fn has(&self, digest: &Digest) -> bool {
+        self.index.contains_key(digest)
+    }
+
+    fn fits(&self, size: u64) -> bool {
+        disk_blocks(size) <= self.capacity / DISK_BLOCK
+    }
+
+    /// As [`Self::takes`], and counts what is turned away for the disk's sake. A blob too large for the tier is nobody's failing.
+    pub(super) fn admits(&self, size: u64) -> bool {
+        let (fits, may_write) = (self.fits(size), self.health.may_write());
+        if fits && !may_write {
+            self.metrics.disk_skipped(Skip::ReadOnly);
+        }
+        fits && may_write
+    }
+
+    const fn shelf(&self, digest: &Digest) -> &Shelf {
+        &self.shelves[digest.as_bytes()[0] as usize]
+    }
+
+    pub(super) fn lock(&self, digest: &Digest) -> MutexGuard<'_, ()> {
+        self.shelf(digest).files.lock()
+    }
+
+    /// Under the shelf's lock.
+    fn remove(&self, digest: &Digest) {
+        self.open.invalidate(digest);
+        match fs::remove_file(self.path(digest)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => self.health.failed(&error),
+            _ => {}
+        }
+    }
+
+    fn remove_rubbish(&self, path: &Path) {
+        tracing::info!(path = %path.display(), "a file that was never finished is deleted; a crash leaves such");
+        fs::remove_file(path).ok();
+    }
+
+    /// Holds the quarantine to its capacity; what was set aside first goes first.
+    fn trim_quarantine(&self) {
+        let Ok(entries) = fs::read_dir(self.root.join(QUARANTINE)) else { return };
+        let mut files: Vec<_> = entries
+            .flatten()
+            .filter_map(|entry| entry.metadata().ok().map(|of| ((of.ctime(), of.ctime_nsec()), of.blocks() * 512, entry.path())))
+            .collect();
+        files.sort();
+        let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
+        for (_, bytes, path) in files {
+            if total <= self.quarantine_capacity {
+                break;
+            }
+            fs::remove_file(path).ok();
+            total -= bytes;
+        }
+    }
+}
+
+const TMP: &str = "tmp";
+const QUARANTINE: &str = "quarantine";
+
+/// Makes the directory this process's, and clears away what an earlier one did not finish.
+fn take(root: &Path) -> io::Result<File> {
+    let told = |what: &str, error: &io::Error| io::Error::new(error.kind(), format!("disk.path: {}: {what}", root.display()));
+    fs::create_dir_all(root).map_err(|error| told(&format!("cannot be created: {error}"), &error))?;
+    let unusable = |error: io::Error| told(&format!("cannot be written to: {error}"), &error);
+    let lock = File::options().create(true).truncate(false).write(true).open(root.join("lock")).map_err(unusable)?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => {
+            let error = io::ErrorKind::ResourceBusy.into();
+            return Err(told("another process uses this directory; give each castier one of its own", &error));
+        }
+        Err(fs::TryLockError::Error(error)) => return Err(told(&format!("cannot be locked: {error}"), &error)),
+    }
+    make_directories(root).map_err(unusable)?;
+    for entry in fs::read_dir(root.join(TMP)).map_err(unusable)?.flatten() {
+        if let Err(error) = fs::remove_file(entry.path()) {
+            tracing::warn!(%error, path = %entry.path().display(), "a leftover cannot be deleted; delete it by hand");
+        }
+    }
+    Ok(lock)
+}
+
+fn make_directories(root: &Path) -> io::Result<()> {
+    let shelves = (0..=u8::MAX).map(|first| shelf_directory(root, first));
+    shelves.chain([root.join(TMP), root.join(QUARANTINE)]).try_for_each(fs::create_dir_all)
+}
+
+fn shelf_directory(root: &Path, first: u8) -> PathBuf {
+    root.join(format!("{first:02x}"))
+}
+
+/// The disk blocks that the file of a blob of `size` bytes takes.
+const fn disk_blocks(size: u64) -> u64 {
+    format::file_len(size).div_ceil(DISK_BLOCK)
+}

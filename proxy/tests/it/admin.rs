@@ -1,0 +1,203 @@
+//! The admin interface, the log, and what they tell.
+
+use crate::support::{Blob, Castier, KIB, LyingOrigin, MIB, Request, assert_ledger, eventually, get, light, metrics, stats};
+
+async fn world(config: &str) -> (LyingOrigin, Castier) {
+    let origin = LyingOrigin::start().await;
+    let castier = Castier::start(&origin.url(), config).await;
+    (origin, castier)
+}
+
+/// Every series of the contract but those of a cluster, which one node has nothing to say about.
+const SERIES: &[(&str, &str)] = &[
+    ("castier_http_requests_total", "counter"),
+    ("castier_http_request_duration_seconds", "histogram"),
+    ("castier_http_response_bytes_total", "counter"),
+    ("castier_gets_total", "counter"),
+    ("castier_loads_total", "counter"),
+    ("castier_flights_total", "counter"),
+    ("castier_collapsed_total", "counter"),
+    ("castier_hits_total", "counter"),
+    ("castier_source_loads_total", "counter"),
+    ("castier_source_load_duration_seconds", "histogram"),
+    ("castier_source_resumes_total", "counter"),
+    ("castier_flights_in_progress", "gauge"),
+    ("castier_flight_followers", "gauge"),
+    ("castier_tier_bytes", "gauge"),
+    ("castier_tier_capacity_bytes", "gauge"),
+    ("castier_tier_blobs", "gauge"),
+    ("castier_tier_evictions_total", "counter"),
+    ("castier_corrupt_blobs_total", "counter"),
+    ("castier_shed_requests_total", "counter"),
+    ("castier_build_info", "gauge"),
+    ("process_cpu_seconds_total", "counter"),
+    ("process_resident_memory_bytes", "gauge"),
+    ("process_open_fds", "gauge"),
+];
+
+#[tokio::test]
+async fn every_series_is_there_and_none_names_a_digest() {
+    let _turn = light().await;
+    let (origin, castier) = world("").await;
+    let blob = origin.blob(100 * KIB);
+    get(castier.public, &blob).await.assert_is(&blob);
+    get(castier.public, &blob).await.assert_is(&blob);
+    get(castier.public, &Blob::new(1)).await.assert_problem(404);
+    for method in ["BREW", "PROPFIND", "X1", "X2", "X3"] {
+        Request::new(method, "/elsewhere").send(castier.public).await;
+    }
+    let now = metrics(&castier).await;
+    for (name, kind) in SERIES {
+        assert!(now.text.contains(&format!("# TYPE {name} {kind}\n")), "{name}, a {kind}, is missing:\n{}", now.text);
+        assert!(now.text.contains(&format!("# HELP {name} ")), "{name} is not explained");
+    }
+    let blob_requests =
+        |code| now.sum("castier_http_requests_total", &[("listener", "public"), ("method", "GET"), ("route", "blob"), ("code", code)]);
+    assert_eq!((blob_requests("200"), blob_requests("404")), (2, 1));
+    let bytes = |from| now.sum("castier_http_response_bytes_total", &[("from", from)]);
+    assert_eq!((bytes("flight"), bytes("memory")), (blob.size, blob.size));
+    let timed = |result| now.sum("castier_http_request_duration_seconds_count", &[("route", "blob"), ("result", result)]);
+    assert_eq!((timed("hit"), timed("miss")), (1, 1), "the third was answered with an error");
+    assert_eq!(now.sum("castier_hits_total", &[("tier", "memory")]), 1);
+    assert_eq!(now.sum("castier_build_info", &[("version", env!("CARGO_PKG_VERSION"))]), 1);
+    assert_eq!((now.kept(), now.total("castier_tier_capacity_bytes")), (1, 256 * MIB));
+    assert!(now.total("castier_tier_bytes") >= blob.size);
+    let hex = |text: &str| text.split(|c: char| !c.is_ascii_hexdigit()).any(|word| word.len() >= 32);
+    assert!(!now.series().any(hex), "a digest stands in a label");
+    let methods = now.series().filter(|series| series.starts_with("castier_http_requests_total") && series.contains("relay")).count();
+    assert!(methods <= 1, "any token can be a method, but not a label: {methods} series");
+    let reply = Request::get("/metrics").send(castier.admin).await;
+    assert!(reply.header("content-type").is_some_and(|kind| kind.starts_with("text/plain")), "{:?}", reply.head);
+}
+
+#[tokio::test]
+async fn health_stats_and_the_page() {
+    let _turn = light().await;
+    let (origin, castier) = world("").await;
+    for path in ["/healthz", "/readyz", "/"] {
+        assert_eq!(Request::get(path).send(castier.admin).await.status, 200, "{path}");
+        assert_eq!(Request::new("HEAD", path).send(castier.admin).await.status, 200, "HEAD {path}");
+    }
+    let page = Request::get("/").send(castier.admin).await;
+    assert!(page.header("content-type").is_some_and(|kind| kind.starts_with("text/html")), "{:?}", page.head);
+    Request::get("/nowhere").send(castier.admin).await.assert_problem(404);
+    let wrong = Request::new("POST", "/stats").send(castier.admin).await;
+    wrong.assert_problem(405);
+    assert!(wrong.header("allow").is_some_and(|allowed| allowed.contains("GET")), "{:?}", wrong.head);
+
+    let blob = origin.blob(50 * KIB);
+    for _ in 0..5 {
+        get(castier.public, &blob).await.assert_is(&blob);
+    }
+    assert_ledger(&castier).await;
+    let told = stats(&castier).await;
+    let figures = [
+        ("Gets", 5),
+        ("CacheHits", 4),
+        ("PeerLoads", 0),
+        ("PeerErrors", 0),
+        ("Loads", 1),
+        ("LoadsDeduped", 1),
+        ("LocalLoads", 1),
+        ("LocalLoadErrs", 0),
+        ("ServerRequests", 0),
+    ];
+    for (name, value) in figures {
+        assert_eq!(told[name].as_u64(), Some(value), "{name}: {told}");
+    }
+    let memory = &told["tiers"]["memory"];
+    assert_eq!((memory["blobs"].as_u64(), memory["hits"].as_u64(), memory["evictions"].as_u64()), (Some(1), Some(4), Some(0)), "{told}");
+    assert!(memory["bytes"].as_u64() >= Some(blob.size) && memory["capacity"].as_u64() == Some(256 * MIB), "{told}");
+    // What belongs to admin is not for clients.
+    let relayed = Request::get("/stats").send(castier.public).await;
+    assert_eq!(relayed.header("x-from"), Some("origin"));
+}
+
+#[tokio::test]
+async fn purge() {
+    let _turn = light().await;
+    let (origin, castier) = world("").await;
+    let blob = origin.blob(1000);
+    let path = format!("/purge/{}", blob.digest);
+    for loads in 1..=3 {
+        get(castier.public, &blob).await.assert_is(&blob);
+        get(castier.public, &blob).await.assert_is(&blob);
+        assert_eq!(origin.gets(&blob), loads);
+        let reply = Request::new("POST", path.as_str()).send(castier.admin).await;
+        assert_eq!(reply.status, 200);
+        let told: serde_json::Value = serde_json::from_slice(&reply.body).unwrap();
+        assert!(told["purged"].is_array() && told["failed"] == serde_json::json!([]), "{told}");
+    }
+    assert_eq!(metrics(&castier).await.kept(), 0);
+    assert!(origin.holds(&blob), "the origin is not touched");
+    Request::new("POST", "/purge/abc").send(castier.admin).await.assert_problem(400);
+    Request::get(path).send(castier.admin).await.assert_problem(405);
+    assert_ledger(&castier).await;
+}
+
+/// What the access record of one request must hold, in either format.
+async fn assert_access_record(castier: &Castier, blob: &Blob, status: &str) {
+    let record = eventually("an access record", async || {
+        castier.output().lines().find(|line| line.contains(&blob.path()) && line.contains(status)).map(str::to_owned)
+    })
+    .await;
+    for part in ["GET", "127.0.0.1:", &blob.size.to_string()] {
+        assert!(record.contains(part), "{part:?} is missing: {record}");
+    }
+}
+
+#[tokio::test]
+async fn one_access_record_per_request() {
+    let _turn = light().await;
+    for format in ["text", "json"] {
+        let (origin, castier) = world(&format!("log.format = \"{format}\"")).await;
+        let blob = origin.blob(12_321);
+        get(castier.public, &blob).await.assert_is(&blob);
+        assert_access_record(&castier, &blob, "uri-miss").await;
+        get(castier.public, &blob).await.assert_is(&blob);
+        assert_access_record(&castier, &blob, "hit").await;
+        assert_eq!(castier.output().lines().filter(|line| line.contains(&blob.path())).count(), 2, "{}", castier.output());
+        if format == "json" {
+            let output = castier.output();
+            let records: Vec<&str> = output.lines().filter(|line| line.contains(&blob.path())).collect();
+            for record in records {
+                serde_json::from_str::<serde_json::Value>(record).unwrap_or_else(|e| panic!("{e}: {record}"));
+            }
+        }
+    }
+    let (origin, castier) = world("log.level = \"warn\"").await;
+    let blob = origin.blob(1000);
+    get(castier.public, &blob).await.assert_is(&blob);
+    assert_ledger(&castier).await;
+    assert!(!castier.output().contains(&blob.path()), "access records are of level info");
+}
+
+#[tokio::test]
+async fn the_stats_go_to_the_log() {
+    let _turn = light().await;
+    let (_origin, castier) = world("log.stats_interval = \"200ms\"").await;
+    eventually("two records of the stats", async || {
+        (castier.output().lines().filter(|line| line.contains("LoadsDeduped")).count() >= 2).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn loki_gets_the_log_and_its_absence_hurts_nobody() {
+    let _turn = light().await;
+    // The scripted origin takes any request; here it stands in for Loki.
+    let mut loki = LyingOrigin::start().await;
+    let (origin, castier) = world(&format!("log.loki_url = \"{}\"", loki.url())).await;
+    let blob = origin.blob(1000);
+    get(castier.public, &blob).await.assert_is(&blob);
+    eventually("the log reaches Loki", async || loki.seen().iter().any(|seen| seen.target == "/loki/api/v1/push").then_some(())).await;
+    loki.down().await;
+    for _ in 0..50 {
+        get(castier.public, &blob).await.assert_is(&blob);
+    }
+    assert_ledger(&castier).await;
+    let mut castier = Castier::start(&origin.url(), &format!("log.loki_url = \"{}\"", loki.url())).await;
+    get(castier.public, &blob).await.assert_is(&blob);
+    castier.signal(rustix::process::Signal::TERM);
+    assert_eq!(castier.exit().await.code(), Some(0), "Loki being away holds up no shutdown");
+}

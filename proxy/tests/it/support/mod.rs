@@ -1,0 +1,89 @@
+//! What every test stands on: a scripted origin, a raw client, real processes, the books.
+
+pub(crate) mod blob;
+pub(crate) mod client;
+pub(crate) mod disk;
+pub(crate) mod lie;
+pub(crate) mod origin;
+pub(crate) mod process;
+pub(crate) mod stats;
+pub(crate) mod wire;
+
+pub(crate) use blob::Blob;
+pub(crate) use client::{Conn, Download, Reply, Request, get};
+pub(crate) use disk::{Cache, assert_hit};
+pub(crate) use lie::{Gate, Lie};
+pub(crate) use origin::LyingOrigin;
+pub(crate) use process::{Castier, RealOrigin};
+pub(crate) use stats::{assert_ledger, metrics, stats};
+
+use std::time::{Duration, Instant};
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// The longest that anything may take unless a test says otherwise. Generous: it turns a hang into a failure, and measures nothing.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+
+pub(crate) const KIB: u64 = 1024;
+pub(crate) const MIB: u64 = 1024 * KIB;
+/// What castier holds back of every streamed response until the whole blob has verified.
+pub(crate) const HELD_BACK: u64 = 64 * KIB;
+
+static TURN: RwLock<()> = RwLock::const_new(());
+
+/// A test that may run beside others.
+pub(crate) async fn light() -> RwLockReadGuard<'static, ()> {
+    TURN.read().await
+}
+
+/// A test that needs the machine for itself: many clients or many bytes.
+pub(crate) async fn heavy() -> RwLockWriteGuard<'static, ()> {
+    TURN.write().await
+}
+
+/// Asks until there is an answer.
+pub(crate) async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = probe().await {
+            return answer;
+        }
+        assert!(start.elapsed() < DEADLINE, "not within {DEADLINE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A future that must end.
+pub(crate) async fn within<T>(limit: Duration, what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(limit, future).await.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"))
+}
+
+/// Small, seeded and good enough to choose tests with (SplitMix64).
+pub(crate) struct Random(u64);
+
+impl Random {
+    /// A seed from the environment replays a run; otherwise the clock picks one. Either is printed, and shown when the test fails.
+    pub(crate) fn seeded() -> Self {
+        let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+        let seed = std::env::var("TEST_SEED").ok().map_or_else(clock, |text| text.parse().expect("TEST_SEED is a number"));
+        println!("TEST_SEED={seed}");
+        Self(seed)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Another one, which goes its own way.
+    pub(crate) fn fork(&mut self) -> Self {
+        Self(self.next())
+    }
+
+    /// A number below `end`.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+}

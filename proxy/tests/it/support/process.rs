@@ -1,0 +1,207 @@
+//! Real processes on ports of the system's choosing.
+
+use super::{DEADLINE, Request, eventually};
+use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
+use std::{
+    fs::{self, File},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::Once,
+};
+use tempfile::TempDir;
+
+/// The file descriptors that a thousand clients need, in this process and, by inheritance, in castier.
+fn raise_limits() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let mut limit = getrlimit(Resource::Nofile);
+        limit.current = limit.maximum;
+        setrlimit(Resource::Nofile, limit).unwrap();
+    });
+}
+
+/// A process in a directory of its own, with its output in files there. Killed when dropped.
+struct Process {
+    child: Child,
+    dir: TempDir,
+}
+
+impl Process {
+    fn spawn(mut command: Command, dir: TempDir) -> Self {
+        raise_limits();
+        let file = |name: &str| File::options().create(true).append(true).open(dir.path().join(name)).unwrap();
+        command.current_dir(dir.path()).stdin(Stdio::null()).stdout(file("stdout")).stderr(file("stderr"));
+        let child = command.spawn().unwrap_or_else(|e| panic!("{:?}: {e}. Build the whole workspace first.", command.get_program()));
+        Self { child, dir }
+    }
+
+    fn output(&self) -> String {
+        ["stdout", "stderr"].map(|name| fs::read_to_string(self.dir.path().join(name)).unwrap_or_default()).join("\n")
+    }
+
+    /// The address of a listener, as the process names it on its standard output behind `prefix`.
+    async fn listener(&mut self, prefix: &str) -> SocketAddr {
+        eventually(&format!("a line {prefix:?}"), async || {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("ended with {status} instead of listening");
+            }
+            // The last one, since a process that was restarted in the same directory says it again.
+            let output = fs::read_to_string(self.dir.path().join("stdout")).unwrap();
+            let line = output.lines().rev().find_map(|line| line.strip_prefix(prefix))?;
+            output.ends_with('\n').then(|| line.split([' ', ',']).next()?.parse().ok())?
+        })
+        .await
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    async fn exit(&mut self) -> ExitStatus {
+        eventually("the process' end", async || self.child.try_wait().unwrap()).await
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let output = self.output();
+            let from = output.len().saturating_sub(8000);
+            let from = (from..output.len()).find(|&at| output.is_char_boundary(at)).unwrap_or(0);
+            println!("---- {:?} said, at the end:\n{}", self.dir.path(), &output[from..]);
+        }
+    }
+}
+
+/// A running castier.
+pub(crate) struct Castier {
+    process: Process,
+    pub(crate) public: SocketAddr,
+    pub(crate) admin: SocketAddr,
+}
+
+impl Castier {
+    /// In front of `origin`, with these further lines of TOML (dotted keys, so that any order will do). Ready when it is here.
+    pub(crate) async fn start(origin: &str, config: &str) -> Self {
+        Self::start_with(origin, config, &[]).await
+    }
+
+    pub(crate) async fn start_with(origin: &str, config: &str, env: &[(&str, &str)]) -> Self {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("castier.toml");
+        fs::write(&path, config_text(origin, config)).unwrap();
+        let mut command = Command::new(Self::program());
+        command.arg("--config").arg(&path).envs(env.iter().copied());
+        Self::run(command, dir).await
+    }
+
+    /// Any command line; it must lead to a running castier.
+    pub(crate) async fn run(command: Command, dir: TempDir) -> Self {
+        let mut process = Process::spawn(command, dir);
+        let public = process.listener("listening public ").await;
+        let admin = process.listener("listening admin ").await;
+        eventually("castier is ready", async || (Request::get("/readyz").send(admin).await.status == 200).then_some(())).await;
+        Self { process, public, admin }
+    }
+
+    pub(crate) fn program() -> &'static str {
+        env!("CARGO_BIN_EXE_castier")
+    }
+
+    /// Runs it to its end: for what does not serve.
+    pub(crate) fn once(configure: impl FnOnce(&mut Command, &Path)) -> Output {
+        let dir = TempDir::new().unwrap();
+        let mut command = Command::new(Self::program());
+        command.current_dir(dir.path()).stdin(Stdio::null());
+        configure(&mut command, dir.path());
+        // An endless run must fail the test rather than hang it.
+        let mut bounded = Command::new("timeout");
+        bounded.arg(DEADLINE.as_secs().to_string()).arg(command.get_program()).args(command.get_args()).current_dir(dir.path());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => bounded.env(name, value),
+                None => bounded.env_remove(name),
+            };
+        }
+        bounded.stdin(Stdio::null()).output().unwrap()
+    }
+
+    pub(crate) fn config_path(&self) -> PathBuf {
+        self.process.dir.path().join("castier.toml")
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.process.dir.path()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    pub(crate) async fn exit(&mut self) -> ExitStatus {
+        self.process.exit().await
+    }
+
+    /// Everything it has written to standard output and standard error so far.
+    pub(crate) fn output(&self) -> String {
+        self.process.output()
+    }
+
+    /// A figure from the kernel's account of the process, in bytes: `VmRSS` now, `VmHWM` at its peak.
+    pub(crate) fn memory(&self, figure: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(figure)?.strip_prefix(':')).expect("a line of /proc/*/status");
+        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
+    }
+
+    /// How many file descriptors it has open.
+    pub(crate) fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.process.child.id())).unwrap().count()
+    }
+}
+
+/// A configuration on free ports, in front of `origin`.
+pub(crate) fn config_text(origin: &str, more: &str) -> String {
+    format!("listen.public = \"127.0.0.1:0\"\nlisten.admin = \"127.0.0.1:0\"\norigin.url = \"{origin}\"\n{more}\n")
+}
+
+/// The real origin: a durable store that can be killed and started again on the same files and the same port.
+pub(crate) struct RealOrigin {
+    process: Process,
+    /// The store's files. Outlives the process.
+    root: TempDir,
+    pub(crate) addr: SocketAddr,
+}
+
+impl RealOrigin {
+    pub(crate) async fn start() -> Self {
+        let root = TempDir::new().unwrap();
+        let (process, addr) = Self::spawn(root.path(), "127.0.0.1:0").await;
+        Self { process, root, addr }
+    }
+
+    async fn spawn(root: &Path, listen: &str) -> (Process, SocketAddr) {
+        let mut command = Command::new(Path::new(Castier::program()).with_file_name("castier-origin"));
+        command.arg("--listen").arg(listen).arg("--root").arg(root).env("CASTIER_LISTEN__ADMIN", "127.0.0.1:0");
+        let mut process = Process::spawn(command, TempDir::new().unwrap());
+        let addr = process.listener("castier-origin: clients on http://").await;
+        (process, addr)
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.addr)
+    }
+
+    /// kill -9.
+    pub(crate) async fn kill(&mut self) {
+        self.process.signal(Signal::KILL);
+        self.process.exit().await;
+    }
+
+    pub(crate) async fn restart(&mut self) {
+        (self.process, self.addr) = Self::spawn(self.root.path(), &self.addr.to_string()).await;
+    }
+}
