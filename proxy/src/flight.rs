@@ -60,6 +60,16 @@ pub struct Flights {
     metrics: Arc<Metrics>,
 }
 
+/// Who asks. What a peer asks for is answered from the tiers, a flight or the origin, and never handed on to another peer, whatever the
+/// two nodes believe about the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// A client, at the public listener; or this node itself.
+    Client,
+    /// Another node of the cluster.
+    Peer,
+}
+
 /// What [`Flights::join`] found.
 pub enum Joined {
     /// The blob has landed in memory meanwhile.
@@ -134,7 +144,7 @@ impl Flights {
 
     /// Joins the flight of a blob that the tiers did not have, or starts it. With `sure`, what the disk's index says is passed over: it has
     /// been looked at, and was wrong.
-    pub fn join(self: &Arc<Self>, digest: &Digest, sure: bool) -> Joined {
+    pub fn join(self: &Arc<Self>, digest: &Digest, _asker: Asker, sure: bool) -> Joined {
         let mut map = self.map.lock();
         if let Some(flight) = map.get(digest) {
             return Joined::Followed(Reader::new(self, flight.clone(), true));
@@ -158,6 +168,12 @@ impl Flights {
         drop(map);
         tokio::spawn(self.clone().fly(flight));
         Joined::Led(reader)
+    }
+
+    /// Whether a flight of the blob is on its way.
+    pub fn is_flying(&self, digest: &Digest) -> bool {
+        let Some(flight) = self.map.lock().get(digest).cloned() else { return false };
+        matches!(flight.state.lock().phase, Phase::Opening | Phase::Filling)
     }
 
     /// What flights know of a blob without asking anybody: its size, or that it is absent.

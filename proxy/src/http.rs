@@ -8,7 +8,7 @@ mod raw;
 use crate::{
     conn::{Conn, response_header, write},
     fault::{Fault, Limit},
-    flight::Opened,
+    flight::{Asker, Opened},
     gate::{self, NoHead},
     ladder::{Found, Ladder, Tier},
     metrics::{Metrics, Route, Served},
@@ -218,7 +218,7 @@ impl Front {
         no_body(session).await?;
         let headers = session.req_header().headers.clone();
         let select = |size: u64| castier_blob::select(&Method::GET, &headers, digest, size);
-        let (mut reader, collapsed) = match self.ladder.get(digest).await {
+        let (mut reader, collapsed) = match self.ladder.get(digest, Asker::Client).await {
             Found::Memory(bytes) => {
                 let selection = select(bytes.len() as u64);
                 let body = match selection {
@@ -269,7 +269,7 @@ impl Front {
             return Ok(Reply::not_modified(digest));
         }
         no_body(session).await?;
-        Ok(match self.ladder.stat(digest).await? {
+        Ok(match self.ladder.stat(digest, Asker::Client).await? {
             (Opened::Blob(size), tier) => {
                 let via = match tier {
                     Some(Tier::Memory) => Via::Memory,
@@ -307,7 +307,7 @@ impl Front {
             body = upload::first_file(body, boundary, max);
         }
         let (put, stored, size) =
-            self.ladder.put(digest, size, body).await.inspect_err(|fault| tracing::info!(%fault, "upload refused"))?;
+            self.ladder.put(digest, size, body, Asker::Client).await.inspect_err(|fault| tracing::info!(%fault, "upload refused"))?;
         Ok(Reply::stored(&stored, size, put == Put::Created, digest.is_some()))
     }
 

@@ -3,7 +3,7 @@
 use crate::{
     disk::{Disk, DiskBlob, DiskFile},
     fault::Fault,
-    flight::{self, Flights, Joined, Opened, Reader},
+    flight::{self, Asker, Flights, Joined, Opened, Reader},
     memory::Memory,
     metrics::{Metrics, Outcome},
     spool,
@@ -92,12 +92,28 @@ impl Ladder {
     }
 
     /// Finds the blob, or sets out to load it. Does not wait for a load: what is on its way is waited for by its reader.
-    pub async fn get(self: &Arc<Self>, digest: &Digest) -> Found {
-        self.climb(digest, self.disk.as_deref()).await
+    pub async fn get(self: &Arc<Self>, digest: &Digest, asker: Asker) -> Found {
+        self.climb(digest, asker, self.disk.as_deref()).await
+    }
+
+    /// The blob if a tier keeps it: `only-if-cached`. Not finding it is no get.
+    pub async fn kept(self: &Arc<Self>, digest: &Digest) -> Option<Found> {
+        if let Some(bytes) = self.get_from_memory(digest) {
+            return Some(Found::Memory(bytes));
+        }
+        let blob = self.disk.as_ref()?.find(digest).await?;
+        self.metrics.gets.inc();
+        self.metrics.disk_hits.inc();
+        Some(Found::Disk(blob))
+    }
+
+    /// Whether a flight of the blob is on its way.
+    pub fn is_flying(&self, digest: &Digest) -> bool {
+        self.flights.is_flying(digest)
     }
 
     /// [`Self::get`] over these rungs: without `disk`, for a response that the disk has failed already.
-    async fn climb(self: &Arc<Self>, digest: &Digest, disk: Option<&Disk>) -> Found {
+    async fn climb(self: &Arc<Self>, digest: &Digest, asker: Asker, disk: Option<&Disk>) -> Found {
         if let Some(bytes) = self.get_from_memory(digest) {
             return Found::Memory(bytes);
         }
@@ -117,7 +133,7 @@ impl Ladder {
                 }
                 return Found::Disk(blob);
             }
-            return match self.flights.join(digest, sure) {
+            return match self.flights.join(digest, asker, sure) {
                 Joined::Kept(bytes) => {
                     self.metrics.memory_hits.inc();
                     Found::Memory(bytes)
@@ -162,7 +178,7 @@ impl Ladder {
 
     /// Loads a blob that a tier has lost, for nobody in particular.
     pub async fn refetch(self: Arc<Self>, digest: Digest) {
-        if let Found::Flight { mut reader, .. } = self.get(&digest).await
+        if let Found::Flight { mut reader, .. } = self.get(&digest, Asker::Client).await
             && let Err(fault) = reader.finished().await
         {
             tracing::warn!(%digest, %fault, "a blob that rotted could not be fetched anew");
@@ -191,7 +207,7 @@ impl Ladder {
     ///
     /// # Errors
     /// The origin could not be asked.
-    pub async fn stat(&self, digest: &Digest) -> Result<(Opened, Option<Tier>), Fault> {
+    pub async fn stat(&self, digest: &Digest, _asker: Asker) -> Result<(Opened, Option<Tier>), Fault> {
         if let Some(bytes) = self.memory.find(digest) {
             return Ok((Opened::Blob(Some(bytes.len() as u64)), Some(Tier::Memory)));
         }
@@ -217,7 +233,13 @@ impl Ladder {
     ///
     /// # Errors
     /// The client's, the origin's, or a limit; nothing is kept then.
-    pub async fn put(&self, digest: Option<Digest>, size: Option<u64>, upload: Upload<'_>) -> Result<(Put, Digest, u64), Fault> {
+    pub async fn put(
+        &self,
+        digest: Option<Digest>,
+        size: Option<u64>,
+        upload: Upload<'_>,
+        _asker: Asker,
+    ) -> Result<(Put, Digest, u64), Fault> {
         let copy = Mutex::new(UploadCopy::new(self, size));
         let teed = upload.then(|part| async {
             if let Ok(part) = &part {
@@ -342,7 +364,7 @@ impl DiskReader {
 
     async fn elsewhere(&self) -> Result<Rest, Fault> {
         tracing::warn!(digest = %self.digest, at = self.at, "the disk failed; going on from elsewhere");
-        Ok(match self.ladder.climb(&self.digest, None).await {
+        Ok(match self.ladder.climb(&self.digest, Asker::Client, None).await {
             Found::Memory(bytes) => Rest::Memory(bytes),
             Found::Disk(blob) => Rest::Disk(blob),
             Found::Flight { mut reader, .. } => match reader.open(true, |_| (self.at, Some(self.end))).await? {
