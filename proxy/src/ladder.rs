@@ -107,6 +107,19 @@ impl Ladder {
         Some(Found::Disk(blob))
     }
 
+    /// The size of a blob that a tier keeps, and which: `only-if-cached` without the bytes.
+    pub fn knows(&self, digest: &Digest) -> Option<(u64, Tier)> {
+        if let Some(bytes) = self.memory.find(digest) {
+            return Some((bytes.len() as u64, Tier::Memory));
+        }
+        self.disk.as_ref()?.knows(digest).map(|size| (size, Tier::Disk))
+    }
+
+    /// The blob is at the origin now, by another node's doing: an absence remembered here is no longer true.
+    pub fn stored(&self, digest: &Digest) {
+        self.flights.stored(digest);
+    }
+
     /// Whether a flight of the blob is on its way.
     pub fn is_flying(&self, digest: &Digest) -> bool {
         self.flights.is_flying(digest)
@@ -208,11 +221,8 @@ impl Ladder {
     /// # Errors
     /// The origin could not be asked.
     pub async fn stat(&self, digest: &Digest, _asker: Asker) -> Result<(Opened, Option<Tier>), Fault> {
-        if let Some(bytes) = self.memory.find(digest) {
-            return Ok((Opened::Blob(Some(bytes.len() as u64)), Some(Tier::Memory)));
-        }
-        if let Some(size) = self.disk.as_ref().and_then(|disk| disk.knows(digest)) {
-            return Ok((Opened::Blob(Some(size)), Some(Tier::Disk)));
+        if let Some((size, tier)) = self.knows(digest) {
+            return Ok((Opened::Blob(Some(size)), Some(tier)));
         }
         let known = match self.flights.peek(digest) {
             Some(known) => known,

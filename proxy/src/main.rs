@@ -5,7 +5,7 @@ use castier::{
     admin::{self, Admin},
     disk::Disk,
     flight::Flights,
-    http::Front,
+    http::{Door, Front},
     ladder::Ladder,
     memory::Memory,
     metrics::Metrics,
@@ -134,7 +134,7 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
         });
     }
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
-    let front = Front::new(ladder.clone(), relay, limits.clone(), metrics.clone());
+    let front = Front::new(ladder.clone(), Door::Clients(relay), limits.clone(), metrics.clone());
     let name = public.local_addr().map_or_else(|_| config.listen.public.clone(), |address| address.to_string());
     let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), ready: AtomicBool::new(false), name: name.clone() });
 
