@@ -16,6 +16,7 @@ use crate::{
     gate::{self, NoHead},
     ladder::{Found, Ladder, Tier},
     metrics::{Listener, Metrics, Route, Served},
+    purge::Purge,
     record::{CLIENT_GONE, Record},
     relay::Relay,
     serve::{Body, Reply, Via},
@@ -60,23 +61,28 @@ struct Cut;
 
 /// Who comes in here, and what becomes of requests that are about no blob.
 pub enum Door {
-    /// Clients; the rest is relayed to the origin.
-    Clients(Relay),
-    /// Other nodes of the cluster; nothing goes further than the origin, and nothing is relayed.
+    /// Clients. The rest is relayed to the origin.
+    Clients {
+        /// Takes what is no blob.
+        relay: Relay,
+        /// What a client deletes goes from every node.
+        purge: Arc<Purge>,
+    },
+    /// Other nodes of the cluster. Nothing goes further than the origin, and nothing is relayed.
     Peers(PeerDoor),
 }
 
 impl Door {
     const fn listener(&self) -> Listener {
         match self {
-            Self::Clients(_) => Listener::Public,
+            Self::Clients { .. } => Listener::Public,
             Self::Peers(_) => Listener::Peer,
         }
     }
 
     const fn asker(&self) -> Asker {
         match self {
-            Self::Clients(_) => Asker::Client,
+            Self::Clients { .. } => Asker::Client,
             Self::Peers(_) => Asker::Peer,
         }
     }
@@ -110,7 +116,7 @@ impl ServerApp for Front {
             return None;
         }
         let stream = match &self.door {
-            Door::Clients(_) => stream,
+            Door::Clients { .. } => stream,
             Door::Peers(door) => door.secure(stream, limits.header_timeout.get()).await?,
         };
         self.serve_connection(Conn::new(stream, patience), shutdown).await;
@@ -165,7 +171,7 @@ impl Front {
                 }
                 Target::Collection if head.method == Method::POST => self.serve_session(conn, ahead, &limits, &draining, peer).await,
                 _ => match &self.door {
-                    Door::Clients(relay) => relay.pass(conn, ahead, &head, &limits, shutdown).await,
+                    Door::Clients { relay, .. } => relay.pass(conn, ahead, &head, &limits, shutdown).await,
                     Door::Peers(_) => self.serve_session(conn, ahead, &limits, &draining, peer).await,
                 },
             };
@@ -238,10 +244,10 @@ impl Front {
             (Target::Blob(digest), _) if *method == Method::PUT => self.put(session, Some(digest), limits).await,
             (Target::Blob(digest), _) if *method == Method::DELETE => self.delete(session, &digest).await,
             (Target::Malformed(_), _) => Ok(Reply::malformed_digest()),
-            (Target::Collection, Door::Clients(_)) => self.put(session, None, limits).await,
+            (Target::Collection, Door::Clients { .. }) => self.put(session, None, limits).await,
             (_, Door::Peers(door)) => self.control(door, session, method).await,
             // These were relayed.
-            (Target::Blob(_) | Target::Other, Door::Clients(_)) => Err(Fault::Internal("a request for the relay".into())),
+            (Target::Blob(_) | Target::Other, Door::Clients { .. }) => Err(Fault::Internal("a request for the relay".into())),
         };
         match answered {
             Ok(reply) => Some(reply),
@@ -370,7 +376,11 @@ impl Front {
 
     async fn delete(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
         no_body(session).await?;
-        Ok(if self.ladder.delete(digest).await? { Reply::done() } else { Reply::absent(digest) })
+        let deleted = self.ladder.delete(digest).await?;
+        if let Door::Clients { purge, .. } = &self.door {
+            purge.everywhere(digest).await;
+        }
+        Ok(if deleted { Reply::done() } else { Reply::absent(digest) })
     }
 
     /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.
