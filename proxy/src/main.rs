@@ -4,14 +4,16 @@ use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin},
     disk::Disk,
-    flight::Flights,
+    flight::{Flights, Tiers},
     http::Front,
     ladder::Ladder,
+    members::Members,
     memory::Memory,
     metrics::Metrics,
     relay::Relay,
+    secret::Secrets,
     spool::{Budget, Room},
-    upstream::{self, Upstream},
+    upstream::{self, HttpProbe, Peers, Sources, Upstream},
 };
 use castier_blob::Digest;
 use castier_config::{self as config, Castier, Limits, OriginUrl};
@@ -113,19 +115,16 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
 
     let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
     let limits = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
-    let memory = Arc::new(Memory::new(&config.memory));
-    let disk = match &config.disk {
-        Some(disk) => Some(Disk::open(disk, metrics.clone()).map_err(|error| error.to_string())?),
-        None => None,
-    };
-    let tiers = (memory, disk.clone());
+    let peers = peers(&config, &metrics)?;
+    let tiers = tiers(&config, &metrics)?;
     let fill_memory = Budget::new(config.fill.memory.get());
     let room = Room::new(&config, fill_memory.clone());
     room.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.dir.display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin)?;
-    let flights = Flights::new(&config, limits.clone(), tiers.clone(), origin.clone(), room, metrics.clone());
-    let ladder = Arc::new(Ladder::new(tiers, flights, origin.clone(), fill_memory, metrics.clone()));
-    if let Some(disk) = &disk {
+    let sources = Sources { origin: origin.clone(), peers };
+    let flights = Flights::new(&config, limits.clone(), tiers.clone(), sources.clone(), room, metrics.clone());
+    let ladder = Arc::new(Ladder::new(tiers.clone(), flights, sources, fill_memory, metrics.clone()));
+    if let Some(disk) = &tiers.disk {
         let (ladder, runtime) = (Arc::downgrade(&ladder), Handle::current());
         disk.on_rotten(move |digest| {
             if let Some(ladder) = ladder.upgrade() {
@@ -208,6 +207,25 @@ async fn bind(key: &str, address: &str) -> Result<TcpListener, String> {
 
 fn shown(listener: &TcpListener) -> String {
     listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
+}
+
+/// The places for blobs. A cluster takes its mirror's part out of the memory.
+fn tiers(config: &Castier, metrics: &Arc<Metrics>) -> Result<Tiers, String> {
+    let share = config.cluster.as_ref().map(|cluster| cluster.mirror_share);
+    let (memory, mirror) = Memory::with_mirror(&config.memory, share);
+    let disk = match &config.disk {
+        Some(disk) => Some(Disk::open(disk, metrics.clone()).map_err(|error| error.to_string())?),
+        None => None,
+    };
+    Ok(Tiers { memory: Arc::new(memory), mirror: mirror.map(Arc::new), disk })
+}
+
+/// The other nodes, if there are any.
+fn peers(config: &Castier, metrics: &Arc<Metrics>) -> Result<Option<Arc<Peers>>, String> {
+    let Some(cluster) = &config.cluster else { return Ok(None) };
+    let members = Members::start(cluster, Arc::new(HttpProbe::new(&cluster.tls)?), metrics.clone())?;
+    let secrets = Arc::new(Secrets::open(cluster)?);
+    Peers::new(config, members, secrets, metrics.clone()).map(Some)
 }
 
 /// The embedded origin: where it listens, where its data is, and itself.

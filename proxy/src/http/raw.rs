@@ -4,6 +4,7 @@ use super::{Cut, Front, cache_status};
 use crate::{
     conn::Conn,
     fault::{Fault, Limit},
+    flight::Asker,
     gate::Head,
     metrics::{Route, Served},
     record::Record,
@@ -38,9 +39,9 @@ impl Front {
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
-        let Some(blob) = self.ladder.get_from_memory(digest) else { return Ok(false) };
+        let Some((blob, tier)) = self.ladder.get_from_memory(digest, Asker::Client) else { return Ok(false) };
         let request = ahead.split_to(head.len);
-        let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
+        let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
         let mut out = head_on_wire(&reply, true);
         let before_body = out.len();
         let (sent, whole) = if blob.len() <= ONE_WRITE {
@@ -50,7 +51,7 @@ impl Front {
             send(conn, &mut bytes::Buf::chain(&out[..], &blob[..])).await
         };
         let bytes = sent.saturating_sub(before_body) as u64;
-        self.metrics.memory_bytes.inc_by(bytes);
+        self.metrics.served_from(tier, bytes);
         let served = if whole { Served::Hit } else { Served::Error };
         let (path, cache, took) = (head.path(&request), cache_status(&reply.headers), started.elapsed());
         Record { route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
