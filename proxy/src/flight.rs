@@ -11,16 +11,18 @@
 
 mod attempts;
 mod reader;
+mod tiers;
 
 pub use reader::{Opened, Reader};
+pub use tiers::Tiers;
 
 use crate::{
     disk::{Disk, DiskFile},
     fault::{Fault, Limit},
-    memory::Memory,
     metrics::{Metrics, Outcome},
     spool::{self, Admit, Room, Spool},
-    upstream::{Incoming, Upstream},
+    tier::TierName,
+    upstream::{Incoming, Sources},
 };
 use arc_swap::ArcSwap;
 use attempts::Attempts;
@@ -49,9 +51,8 @@ pub struct Flights {
     remembered: AtomicUsize,
     places: Semaphore,
     room: Room,
-    memory: Arc<Memory>,
-    disk: Option<Arc<Disk>>,
-    origin: Arc<Upstream>,
+    tiers: Tiers,
+    sources: Sources,
     retries: usize,
     max_wait: Duration,
     finish_under: u64,
@@ -72,8 +73,8 @@ pub enum Asker {
 
 /// What [`Flights::join`] found.
 pub enum Joined {
-    /// The blob has landed in memory meanwhile.
-    Kept(Bytes),
+    /// The blob has landed in memory meanwhile, in this part of it.
+    Kept(Bytes, TierName),
     /// The blob has landed on disk meanwhile.
     OnDisk,
     /// This request started the flight.
@@ -119,20 +120,18 @@ impl Flights {
     pub fn new(
         config: &config::Castier,
         limits: Arc<ArcSwap<config::Limits>>,
-        tiers: (Arc<Memory>, Option<Arc<Disk>>),
-        origin: Arc<Upstream>,
+        tiers: Tiers,
+        sources: Sources,
         room: Room,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
-        let (memory, disk) = tiers;
         Arc::new(Self {
             map: Mutex::default(),
             remembered: AtomicUsize::new(0),
             places: Semaphore::new(config.fill.max_in_flight),
             room,
-            memory,
-            disk,
-            origin,
+            tiers,
+            sources,
             retries: config.origin.retries as usize,
             max_wait: config.fill.max_wait.get(),
             finish_under: config.fill.finish_under.get(),
@@ -150,10 +149,10 @@ impl Flights {
             return Joined::Followed(Reader::new(self, flight.clone(), true));
         }
         // Since the first look-up a flight may have come and gone.
-        if let Some(bytes) = self.memory.find(digest) {
-            return Joined::Kept(bytes);
+        if let Some((bytes, tier)) = self.tiers.in_memory(digest) {
+            return Joined::Kept(bytes, tier);
         }
-        if !sure && self.disk.as_ref().is_some_and(|disk| disk.knows(digest).is_some()) {
+        if !sure && self.tiers.disk.as_ref().is_some_and(|disk| disk.knows(digest).is_some()) {
             return Joined::OnDisk;
         }
         let flight = Arc::new(Flight {
@@ -225,12 +224,12 @@ impl Flights {
             }
             _ => Outcome::Ok,
         };
-        self.metrics.source_load(self.origin.name, outcome, started.elapsed());
+        self.metrics.source_load(self.sources.origin.name, outcome, started.elapsed());
         self.metrics.flights_in_progress.dec();
         let ttl = self.limits.load().negative_ttl.get();
         let remember =
             matches!(phase, Phase::Absent) && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
-        let on_disk = self.disk.as_ref().is_some_and(|disk| disk.knows(&flight.digest).is_some());
+        let on_disk = self.tiers.disk.as_ref().is_some_and(|disk| disk.knows(&flight.digest).is_some());
         let passing = matches!(phase, Phase::Verified) && !on_disk && flight.state.lock().spool.parts().is_none();
         flight.update(|state| state.phase = phase);
         if passing {
@@ -271,7 +270,7 @@ impl Flights {
         loop {
             let fault = match self.pour(flight, &mut verifier, &mut kept).await {
                 Ok(false) if verifier.seen() == 0 => return Ok(Phase::Absent),
-                Ok(false) => Fault::Unusable { source_name: self.origin.name, why: "the blob vanished midway".into() },
+                Ok(false) => Fault::Unusable { source_name: self.sources.origin.name, why: "the blob vanished midway".into() },
                 Ok(true) => {
                     let fault = match self.land(flight, verifier, kept.take()).await {
                         Ok(()) => return Ok(Phase::Verified),
@@ -291,14 +290,14 @@ impl Flights {
             tracing::debug!(digest = %flight.digest, %fault, at = verifier.seen(), "transfer broke, going on");
             tokio::time::sleep(delay).await;
             if verifier.seen() > 0 {
-                self.metrics.source_resume(self.origin.name);
+                self.metrics.source_resume(self.sources.origin.name);
             }
         }
     }
 
     /// Opens the source where the last transfer ended and takes all that comes; false if it says that the blob is absent.
     async fn pour(&self, flight: &Arc<Flight>, verifier: &mut Verifier, kept: &mut Option<DiskFile>) -> Result<bool, Fault> {
-        let Some(mut incoming) = self.origin.open(&flight.digest, verifier.seen()).await? else { return Ok(false) };
+        let Some(mut incoming) = self.sources.origin.open(&flight.digest, verifier.seen()).await? else { return Ok(false) };
         let size = self.begin(flight, &incoming)?;
         loop {
             if size == Some(verifier.seen()) {
@@ -318,14 +317,15 @@ impl Flights {
                 }
             };
             let Some(chunk) = chunk else {
-                let broke = |_| Fault::Unreachable { source_name: self.origin.name, why: "ended before the announced length".into() };
+                let broke =
+                    |_| Fault::Unreachable { source_name: self.sources.origin.name, why: "ended before the announced length".into() };
                 return size.map_or(Ok(true), |size| Err(broke(size)));
             };
             let seen = verifier.seen() + chunk.len() as u64;
             let limit = self.limits.load().max_blob.get();
             if seen > size.unwrap_or(limit) {
                 return Err(Fault::Unusable {
-                    source_name: self.origin.name,
+                    source_name: self.sources.origin.name,
                     why: format!("more bytes than the {} announced or allowed", size.unwrap_or(limit)),
                 });
             }
@@ -336,7 +336,7 @@ impl Flights {
 
     /// Takes note of what the source announced, and holds it to what was announced before.
     fn begin(&self, flight: &Flight, incoming: &Incoming) -> Result<Option<u64>, Fault> {
-        let unusable = |why: String| Fault::Unusable { source_name: self.origin.name, why };
+        let unusable = |why: String| Fault::Unusable { source_name: self.sources.origin.name, why };
         let limit = self.limits.load().max_blob.get();
         if let Some(size) = incoming.size.filter(|size| *size > limit) {
             return Err(unusable(format!("a blob of {size} bytes, over limits.max_blob")));
@@ -387,7 +387,7 @@ impl Flights {
                         let state = flight.state.lock();
                         (state.spool.in_memory(), state.size)
                     };
-                    *kept = match self.disk.as_ref().filter(|disk| disk.takes(size.unwrap_or(at))) {
+                    *kept = match self.tiers.disk.as_ref().filter(|disk| disk.takes(size.unwrap_or(at))) {
                         Some(disk) => tier_file(disk.clone(), parts.clone()).await,
                         None => None,
                     };
@@ -408,8 +408,8 @@ impl Flights {
         // Put together off the lock: the fill is the only writer.
         let whole = flight.state.lock().spool.parts().map(spool::join);
         let corrupt = |mismatch| {
-            self.metrics.corrupt(self.origin.name);
-            Fault::Corrupt { source_name: self.origin.name, mismatch }
+            self.metrics.corrupt(self.sources.origin.name);
+            Fault::Corrupt { source_name: self.sources.origin.name, mismatch }
         };
         let verified = verifier.finish(()).map_err(corrupt)?;
         let keeping = {
@@ -418,14 +418,10 @@ impl Flights {
             if let Some(whole) = &whole {
                 state.spool.settle(whole.clone());
             }
-            match (whole, file, &self.disk) {
+            match (whole, file, &self.tiers.disk) {
                 _ if state.detached => None,
-                (Some(whole), _, disk) => {
-                    let blob = verified.with_content(whole);
-                    if let Some(disk) = disk {
-                        disk.keep_later(blob.clone());
-                    }
-                    self.memory.keep(blob);
+                (Some(whole), ..) => {
+                    self.tiers.keep(verified.with_content(whole), false);
                     None
                 }
                 (None, Some(file), Some(disk)) => Some(disk.keep_file(verified.with_content(file))),

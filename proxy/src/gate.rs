@@ -215,7 +215,8 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool) -> Res
 /// Where the one peer secret stands within the head.
 fn secret_of(bytes: &[u8], headers: &[httparse::Header<'_>]) -> Option<Range<usize>> {
     let name = PEER_SECRET;
-    let mut found = headers.iter().filter(|header| header.name.len() == name.as_str().len() && header.name.eq_ignore_ascii_case(name.as_str()));
+    let mut found =
+        headers.iter().filter(|header| header.name.len() == name.as_str().len() && header.name.eq_ignore_ascii_case(name.as_str()));
     let value = found.next()?.value.trim_ascii();
     if found.next().is_some() {
         return Some(0..0);

@@ -14,7 +14,7 @@ use crate::{
     fault::{Fault, Limit},
     flight::{Asker, Opened},
     gate::{self, NoHead},
-    ladder::{Found, Ladder, Tier},
+    ladder::{Found, Ladder, TierName},
     metrics::{Listener, Metrics, Route, Served},
     purge::Purge,
     record::{CLIENT_GONE, Record},
@@ -279,13 +279,13 @@ impl Front {
             _ => self.ladder.get(digest, self.door.asker()).await,
         };
         let (mut reader, collapsed) = match found {
-            Found::Memory(bytes) => {
+            Found::Memory(bytes, tier) => {
                 let selection = select(bytes.len() as u64);
                 let body = match selection {
                     Selection::Part { first, last } => bytes.slice(first as usize..=last as usize),
                     _ => bytes.clone(),
                 };
-                return Ok(Reply::blob(digest, Some(bytes.len() as u64), selection, Via::Memory, Body::Whole(body)));
+                return Ok(Reply::blob(digest, Some(bytes.len() as u64), selection, Via::Tier(tier), Body::Whole(body)));
             }
             Found::Disk(blob) => {
                 let size = blob.size();
@@ -294,8 +294,8 @@ impl Front {
                     Selection::Part { first, last } => (first, last + 1),
                     _ => (0, size),
                 };
-                let body = Body::Disk(self.ladder.read_disk(digest, blob, first, end));
-                return Ok(Reply::blob(digest, Some(size), selection, Via::Disk, body));
+                let body = Body::Disk(self.ladder.read_disk(digest, Asker::Client, blob, first, end));
+                return Ok(Reply::blob(digest, Some(size), selection, Via::Tier(TierName::Disk), body));
             }
             Found::Flight { reader, collapsed } => (reader, collapsed),
         };
@@ -317,7 +317,7 @@ impl Front {
         Ok(match opened {
             Opened::Blob(size) => {
                 let selection = size.map_or(Selection::Whole, select);
-                let via = Via::Origin { collapsed, stored: self.ladder.keeps(size) };
+                let via = Via::Flight { peer: false, collapsed, stored: self.ladder.keeps(size) };
                 Reply::blob(digest, size, selection, via, Body::Flight(reader))
             }
             Opened::Absent => Reply::absent(digest),
@@ -334,11 +334,7 @@ impl Front {
         }
         Ok(match self.ladder.stat(digest, self.door.asker()).await? {
             (Opened::Blob(size), tier) => {
-                let via = match tier {
-                    Some(Tier::Memory) => Via::Memory,
-                    Some(Tier::Disk) => Via::Disk,
-                    None => Via::Origin { collapsed: false, stored: false },
-                };
+                let via = tier.map_or(Via::Flight { peer: false, collapsed: false, stored: false }, Via::Tier);
                 let selection = castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
                 Reply::blob(digest, size, selection, via, Body::Empty)
             }
@@ -385,13 +381,13 @@ impl Front {
 
     /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.
     async fn write_reply(&self, session: &mut ServerSession, reply: Reply) -> Result<(), Cut> {
-        let Reply { status, headers, body, served } = reply;
+        let Reply { status, headers, body, served, tier } = reply;
         let mut body = match body {
             Body::Flight(_) | Body::Disk(_) => body,
             whole => {
-                let sent = write(session, Reply { status, headers, body: whole, served }).await;
-                if served == Served::Hit {
-                    self.metrics.memory_bytes.inc_by(session.body_bytes_sent() as u64);
+                let sent = write(session, Reply { status, headers, body: whole, served, tier }).await;
+                if let Some(tier) = tier {
+                    self.metrics.served_from(tier, session.body_bytes_sent() as u64);
                 }
                 return sent.map_err(|_| Cut);
             }
@@ -410,9 +406,9 @@ impl Front {
             };
             match piece {
                 Ok(Some(piece)) => {
-                    match body {
-                        Body::Disk(_) => self.metrics.disk_bytes.inc_by(piece.len() as u64),
-                        _ => self.metrics.flight_bytes.inc_by(piece.len() as u64),
+                    match tier {
+                        Some(tier) => self.metrics.served_from(tier, piece.len() as u64),
+                        None => self.metrics.flight_bytes.inc_by(piece.len() as u64),
                     }
                     session.write_response_body(piece, false).await.map_err(|_| Cut)?;
                 }

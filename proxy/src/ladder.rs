@@ -1,28 +1,30 @@
 //! The data path: get, stat, put, forget. A get climbs memory → disk → a flight over the origin.
 
+mod stats;
+
+pub use crate::tier::TierName;
+pub use stats::Stats;
+
 use crate::{
     disk::{Disk, DiskBlob, DiskFile},
     fault::Fault,
-    flight::{self, Asker, Flights, Joined, Opened, Reader},
-    memory::Memory,
-    metrics::{Metrics, Outcome},
+    flight::{self, Asker, Flights, Joined, Opened, Reader, Tiers},
+    metrics::Metrics,
     spool,
-    tier::{Damaged, TierStats},
-    upstream::{Put, Upload, Upstream},
+    tier::Damaged,
+    upstream::{Parcel, Peers, Put, Sources, Upload},
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified, Verifier};
 use futures::StreamExt;
-use serde::Serialize;
 use std::sync::Arc;
 use tokio::sync::Mutex;
 
 /// The tiers and sources of this node, in the order in which they are asked.
 pub struct Ladder {
-    memory: Arc<Memory>,
-    disk: Option<Arc<Disk>>,
+    tiers: Tiers,
     flights: Arc<Flights>,
-    origin: Arc<Upstream>,
+    sources: Sources,
     /// Uploads that will be kept are collected within `fill.memory` too.
     upload_memory: Arc<spool::Budget>,
     metrics: Arc<Metrics>,
@@ -30,8 +32,8 @@ pub struct Ladder {
 
 /// Where a get found its blob.
 pub enum Found {
-    /// In memory.
-    Memory(Bytes),
+    /// In memory, or its part for other nodes' blobs.
+    Memory(Bytes, TierName),
     /// On disk.
     Disk(Arc<DiskBlob>),
     /// On its way. `collapsed`: in a flight that another request started.
@@ -43,81 +45,51 @@ pub enum Found {
     },
 }
 
-/// Groupcache's statistics, under groupcache's names.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Stats {
-    /// Any get, from clients or peers.
-    gets: u64,
-    /// Gets that a tier answered.
-    cache_hits: u64,
-    /// Loads from peers.
-    peer_loads: u64,
-    /// Peers that failed.
-    peer_errors: u64,
-    /// Gets that no tier could answer.
-    loads: u64,
-    /// Loads left after coalescing.
-    loads_deduped: u64,
-    /// Loads that the origin answered, with a blob or with its absence.
-    local_loads: u64,
-    /// Loads that the origin did not answer.
-    local_load_errs: u64,
-    /// Gets that came from peers.
-    server_requests: u64,
-    /// What the tiers hold.
-    #[serde(rename = "tiers")]
-    tiers: Tiers,
-}
-
-/// The tiers' state by name. Tiers that are not configured are empty.
-#[derive(Debug, Serialize)]
-struct Tiers {
-    memory: TierStats,
-    mirror: TierStats,
-    disk: TierStats,
-}
-
 impl Ladder {
     /// Puts the rungs together.
-    pub fn new(
-        tiers: (Arc<Memory>, Option<Arc<Disk>>),
-        flights: Arc<Flights>,
-        origin: Arc<Upstream>,
-        upload_memory: Arc<spool::Budget>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        let (memory, disk) = tiers;
-        Self { memory, disk, flights, origin, upload_memory, metrics }
+    pub fn new(tiers: Tiers, flights: Arc<Flights>, sources: Sources, upload_memory: Arc<spool::Budget>, metrics: Arc<Metrics>) -> Self {
+        Self { tiers, flights, sources, upload_memory, metrics }
+    }
+
+    /// The other nodes; none without a cluster.
+    pub const fn peers(&self) -> Option<&Arc<Peers>> {
+        self.sources.peers.as_ref()
     }
 
     /// Finds the blob, or sets out to load it. Does not wait for a load: what is on its way is waited for by its reader.
     pub async fn get(self: &Arc<Self>, digest: &Digest, asker: Asker) -> Found {
-        self.climb(digest, asker, self.disk.as_deref()).await
+        self.climb(digest, asker, self.tiers.disk.as_deref()).await
     }
 
-    /// The blob if a tier keeps it: `only-if-cached`. Not finding it is no get.
+    /// The blob if a tier keeps it: a peer's `only-if-cached`. Not finding it is no get.
     pub async fn kept(self: &Arc<Self>, digest: &Digest) -> Option<Found> {
-        if let Some(bytes) = self.get_from_memory(digest) {
-            return Some(Found::Memory(bytes));
+        if let Some((bytes, tier)) = self.get_from_memory(digest, Asker::Peer) {
+            return Some(Found::Memory(bytes, tier));
         }
-        let blob = self.disk.as_ref()?.find(digest).await?;
-        self.metrics.gets.inc();
-        self.metrics.disk_hits.inc();
+        let blob = self.tiers.disk.as_ref()?.find(digest).await?;
+        self.count(Asker::Peer);
+        self.metrics.hit(TierName::Disk);
         Some(Found::Disk(blob))
     }
 
     /// The size of a blob that a tier keeps, and which: `only-if-cached` without the bytes.
-    pub fn knows(&self, digest: &Digest) -> Option<(u64, Tier)> {
-        if let Some(bytes) = self.memory.find(digest) {
-            return Some((bytes.len() as u64, Tier::Memory));
+    pub fn knows(&self, digest: &Digest) -> Option<(u64, TierName)> {
+        if let Some((bytes, tier)) = self.tiers.in_memory(digest) {
+            return Some((bytes.len() as u64, tier));
         }
-        self.disk.as_ref()?.knows(digest).map(|size| (size, Tier::Disk))
+        self.tiers.disk.as_ref()?.knows(digest).map(|size| (size, TierName::Disk))
     }
 
     /// The blob is at the origin now, by another node's doing: an absence remembered here is no longer true.
     pub fn stored(&self, digest: &Digest) {
         self.flights.stored(digest);
+    }
+
+    fn count(&self, asker: Asker) {
+        self.metrics.gets.inc();
+        if asker == Asker::Peer {
+            self.metrics.gets_from_peers.inc();
+        }
     }
 
     /// Whether a flight of the blob is on its way.
@@ -127,29 +99,29 @@ impl Ladder {
 
     /// [`Self::get`] over these rungs: without `disk`, for a response that the disk has failed already.
     async fn climb(self: &Arc<Self>, digest: &Digest, asker: Asker, disk: Option<&Disk>) -> Found {
-        if let Some(bytes) = self.get_from_memory(digest) {
-            return Found::Memory(bytes);
+        if let Some((bytes, tier)) = self.get_from_memory(digest, asker) {
+            return Found::Memory(bytes, tier);
         }
-        self.metrics.gets.inc();
+        self.count(asker);
         let mut sure = disk.is_none();
         loop {
             if let Some(disk) = disk
                 && let Some(blob) = disk.find(digest).await
             {
-                self.metrics.disk_hits.inc();
+                self.metrics.hit(TierName::Disk);
                 // Two, four, eight … hits: worth an offer to memory, whose admission policy has seen every one of these gets.
                 if let hits @ 2.. = blob.hit()
                     && hits.is_power_of_two()
-                    && self.memory.takes(blob.size())
+                    && self.tiers.memory.takes(blob.size())
                 {
                     tokio::spawn(self.clone().promote(*digest, blob.clone()));
                 }
                 return Found::Disk(blob);
             }
             return match self.flights.join(digest, asker, sure) {
-                Joined::Kept(bytes) => {
-                    self.metrics.memory_hits.inc();
-                    Found::Memory(bytes)
+                Joined::Kept(bytes, tier) => {
+                    self.metrics.hit(tier);
+                    Found::Memory(bytes, tier)
                 }
                 Joined::OnDisk => {
                     // Landed since we looked, or an index entry without its file: the next look tells which.
@@ -181,10 +153,10 @@ impl Ladder {
             bytes.extend_from_slice(&part);
         }
         if let Ok(verified) = verifier.finish(bytes.into()) {
-            self.memory.keep(verified);
+            self.tiers.memory.keep(verified);
             // Forgotten meanwhile: `forget` drops from disk first and from memory last, so one of the two sees the other.
-            if self.disk.as_ref().is_none_or(|disk| disk.knows(&digest).is_none()) {
-                self.memory.forget(&digest);
+            if self.tiers.disk.as_ref().is_none_or(|disk| disk.knows(&digest).is_none()) {
+                self.tiers.memory.forget(&digest);
             }
         }
     }
@@ -199,34 +171,34 @@ impl Ladder {
     }
 
     /// The bytes `first..end` of a blob on disk, and should the disk fail, of whatever has them next.
-    pub fn read_disk(self: &Arc<Self>, digest: &Digest, blob: Arc<DiskBlob>, first: u64, end: u64) -> DiskReader {
-        DiskReader { ladder: self.clone(), digest: *digest, rest: Rest::Disk(blob), at: first, end }
+    pub fn read_disk(self: &Arc<Self>, digest: &Digest, asker: Asker, blob: Arc<DiskBlob>, first: u64, end: u64) -> DiskReader {
+        DiskReader { ladder: self.clone(), digest: *digest, asker, rest: Rest::Disk(blob), at: first, end }
     }
 
     /// The first rung alone. Finding nothing there is no get yet: whoever asks goes on to [`Self::get`].
-    pub fn get_from_memory(&self, digest: &Digest) -> Option<Bytes> {
-        let bytes = self.memory.find(digest)?;
-        self.metrics.gets.inc();
-        self.metrics.memory_hits.inc();
-        Some(bytes)
+    pub fn get_from_memory(&self, digest: &Digest, asker: Asker) -> Option<(Bytes, TierName)> {
+        let (bytes, tier) = self.tiers.in_memory(digest)?;
+        self.count(asker);
+        self.metrics.hit(tier);
+        Some((bytes, tier))
     }
 
     /// Whether a blob of this size will be kept once it has verified.
     pub fn keeps(&self, size: Option<u64>) -> bool {
-        size.is_some_and(|size| self.memory.takes(size) || self.disk.as_ref().is_some_and(|disk| disk.takes(size)))
+        size.is_some_and(|size| self.tiers.take(size, false))
     }
 
     /// The blob's size, and which tier knew it; absent if the origin says so. Never loads it.
     ///
     /// # Errors
     /// The origin could not be asked.
-    pub async fn stat(&self, digest: &Digest, _asker: Asker) -> Result<(Opened, Option<Tier>), Fault> {
+    pub async fn stat(&self, digest: &Digest, _asker: Asker) -> Result<(Opened, Option<TierName>), Fault> {
         if let Some((size, tier)) = self.knows(digest) {
             return Ok((Opened::Blob(Some(size)), Some(tier)));
         }
         let known = match self.flights.peek(digest) {
             Some(known) => known,
-            None => self.origin.stat(digest).await?,
+            None => self.sources.origin.stat(digest).await?,
         };
         Ok((known.map_or(Opened::Absent, |size| Opened::Blob(Some(size))), None))
     }
@@ -236,7 +208,7 @@ impl Ladder {
     /// # Errors
     /// The origin could not be asked.
     pub async fn stored_at_origin(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
-        self.origin.holds(digest, size).await
+        self.sources.origin.holds(digest, size).await
     }
 
     /// Stores an upload at the origin, by name or letting its bytes name it, and keeps it. Done only when the origin says that it is durable.
@@ -257,8 +229,11 @@ impl Ladder {
             }
             part
         });
-        let put = self.origin.put(digest, size, teed.boxed()).await;
-        let (put, verified) = put.inspect_err(|fault| {
+        let put = async {
+            let mut parcel = Parcel::pack(digest, size, teed.boxed()).await?;
+            self.sources.origin.put(&mut parcel).await
+        };
+        let (put, verified) = put.await.inspect_err(|fault| {
             if matches!(fault, Fault::Mismatch(_)) {
                 self.metrics.corrupt("client");
             }
@@ -274,7 +249,7 @@ impl Ladder {
     /// # Errors
     /// The origin does not delete, or could not be asked.
     pub async fn delete(&self, digest: &Digest) -> Result<bool, Fault> {
-        let deleted = self.origin.delete(digest).await?;
+        let deleted = self.sources.origin.delete(digest).await?;
         self.forget(digest).await;
         Ok(deleted)
     }
@@ -282,45 +257,8 @@ impl Ladder {
     /// Drops the blob from every tier of this node. The order matters: a flight that has not landed by now will not keep it.
     pub async fn forget(&self, digest: &Digest) {
         self.flights.forget(digest);
-        if let Some(disk) = &self.disk {
-            disk.forget(digest).await;
-        }
-        self.memory.forget(digest);
+        self.tiers.forget(digest).await;
     }
-
-    /// The state of every tier, by name.
-    pub fn tiers(&self) -> [(&'static str, TierStats); 2] {
-        let disk = self.disk.as_ref().map(|disk| disk.stats(self.metrics.disk_hits.get())).unwrap_or_default();
-        [("memory", self.memory.stats(self.metrics.memory_hits.get())), ("disk", disk)]
-    }
-
-    /// Groupcache's figures.
-    pub fn stats(&self) -> Stats {
-        let metrics = &self.metrics;
-        let [(_, memory), (_, disk)] = self.tiers();
-        let ended = |outcome| metrics.source_loads("origin", outcome);
-        Stats {
-            gets: metrics.gets.get(),
-            cache_hits: metrics.memory_hits.get() + metrics.disk_hits.get(),
-            peer_loads: 0,
-            peer_errors: 0,
-            loads: metrics.loads.get(),
-            loads_deduped: metrics.flights.get(),
-            local_loads: ended(Outcome::Ok) + ended(Outcome::Absent),
-            local_load_errs: ended(Outcome::Error),
-            server_requests: 0,
-            tiers: Tiers { memory, mirror: TierStats::default(), disk },
-        }
-    }
-}
-
-/// The tier that knew something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tier {
-    /// Memory.
-    Memory,
-    /// Disk.
-    Disk,
 }
 
 /// Reads a part of a blob from disk. Where the disk fails, it goes on at the same offset from the next place that has the blob, which is
@@ -328,6 +266,7 @@ pub enum Tier {
 pub struct DiskReader {
     ladder: Arc<Ladder>,
     digest: Digest,
+    asker: Asker,
     rest: Rest,
     /// Offset of the next byte.
     at: u64,
@@ -374,8 +313,8 @@ impl DiskReader {
 
     async fn elsewhere(&self) -> Result<Rest, Fault> {
         tracing::warn!(digest = %self.digest, at = self.at, "the disk failed; going on from elsewhere");
-        Ok(match self.ladder.climb(&self.digest, Asker::Client, None).await {
-            Found::Memory(bytes) => Rest::Memory(bytes),
+        Ok(match self.ladder.climb(&self.digest, self.asker, None).await {
+            Found::Memory(bytes, _) => Rest::Memory(bytes),
             Found::Disk(blob) => Rest::Disk(blob),
             Found::Flight { mut reader, .. } => match reader.open(true, |_| (self.at, Some(self.end))).await? {
                 Opened::Blob(_) => Rest::Flight(reader),
@@ -402,7 +341,7 @@ enum Kept {
 impl<'a> UploadCopy<'a> {
     fn new(ladder: &'a Ladder, size: Option<u64>) -> Self {
         let known = size.unwrap_or(0);
-        let lease = ladder.memory.takes(known).then(|| ladder.upload_memory.lease(known)).flatten();
+        let lease = ladder.tiers.memory.takes(known).then(|| ladder.upload_memory.lease(known)).flatten();
         // Not with the announced capacity: a client that announces much and sends little should not cost much.
         Self { ladder, size, kept: Kept::Memory(Vec::new(), lease.unwrap_or_else(|| ladder.upload_memory.empty())) }
     }
@@ -411,7 +350,7 @@ impl<'a> UploadCopy<'a> {
         self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
             Kept::Memory(mut bytes, mut lease) => {
                 let after = (bytes.len() + part.len()) as u64;
-                if self.ladder.memory.takes(after.max(self.size.unwrap_or(0))) && lease.cover(after) {
+                if self.ladder.tiers.memory.takes(after.max(self.size.unwrap_or(0))) && lease.cover(after) {
                     bytes.extend_from_slice(part);
                     Kept::Memory(bytes, lease)
                 } else {
@@ -424,7 +363,9 @@ impl<'a> UploadCopy<'a> {
     }
 
     async fn to_disk(&self, parts: Vec<Bytes>, so_far: u64) -> Kept {
-        let Some(disk) = self.ladder.disk.as_ref().filter(|disk| disk.takes(self.size.unwrap_or(so_far))) else { return Kept::Nothing };
+        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| disk.takes(self.size.unwrap_or(so_far))) else {
+            return Kept::Nothing;
+        };
         flight::tier_file(disk.clone(), parts).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into()))
     }
 
@@ -433,14 +374,10 @@ impl<'a> UploadCopy<'a> {
         match self.kept {
             Kept::Memory(mut bytes, _) if bytes.len() as u64 == proof.size() => {
                 bytes.shrink_to_fit();
-                let blob = proof.with_content(Bytes::from(bytes));
-                if let Some(disk) = &self.ladder.disk {
-                    disk.keep_later(blob.clone());
-                }
-                self.ladder.memory.keep(blob);
+                self.ladder.tiers.keep(proof.with_content(Bytes::from(bytes)), false);
             }
             Kept::Disk(file) => {
-                if let Some(disk) = &self.ladder.disk {
+                if let Some(disk) = &self.ladder.tiers.disk {
                     disk.keep_file(proof.with_content(*file)).await;
                 }
             }

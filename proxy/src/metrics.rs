@@ -3,7 +3,10 @@
 //! The ledger: at a quiet moment `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one of
 //! `source_loads{result}`. HEADs and 304s by validator are no gets: they hand out no blob.
 
-use crate::{fault::Limit, tier::TierStats};
+use crate::{
+    fault::Limit,
+    tier::{TierName, TierStats},
+};
 use parking_lot::Mutex;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
@@ -13,6 +16,9 @@ use std::{sync::OnceLock, time::Duration};
 
 /// From a memory hit (tens of microseconds) to a blob of many gigabytes.
 const SECONDS: [f64; 15] = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
+
+/// As the arrays have them.
+const TIERS: [TierName; 3] = [TierName::Memory, TierName::Mirror, TierName::Disk];
 
 /// How a load from a source ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,10 +170,8 @@ pub struct Metrics {
     /// The series of the one kind of request that must cost nothing, found once.
     hit_requests: [OnceLock<IntCounter>; 2],
     durations: [[Histogram; 4]; 5],
-    /// Bytes served from memory.
-    pub memory_bytes: IntCounter,
-    /// Bytes served from disk.
-    pub disk_bytes: IntCounter,
+    /// Bytes served from tiers, in the order of [`TierName`].
+    tier_served: [IntCounter; 3],
     /// Bytes served from flights.
     pub flight_bytes: IntCounter,
     /// Gets: requests for the bytes of a blob.
@@ -178,10 +182,8 @@ pub struct Metrics {
     pub flights: IntCounter,
     /// Loads that joined one.
     pub collapsed: IntCounter,
-    /// Gets answered by the memory tier.
-    pub memory_hits: IntCounter,
-    /// Gets answered by the disk tier.
-    pub disk_hits: IntCounter,
+    /// Gets answered by tiers, in the order of [`TierName`].
+    hits: [IntCounter; 3],
     source_loads: IntCounterVec,
     source_duration: HistogramVec,
     source_resumes: IntCounterVec,
@@ -206,6 +208,10 @@ pub struct Metrics {
     disk_skipped_writes: IntCounterVec,
     cluster_peers: IntGaugeVec,
     cluster_changes: IntCounter,
+    /// Gets that came from peers.
+    pub gets_from_peers: IntCounter,
+    /// Attempts at peers that failed.
+    pub peer_errors: IntCounter,
     /// Client connections open now.
     pub connections: IntGauge,
     /// Connections that other nodes have opened to this one.
@@ -238,15 +244,13 @@ impl Metrics {
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
             hit_requests: Default::default(),
             durations,
-            memory_bytes: response_bytes.with_label_values(&["memory"]),
-            disk_bytes: response_bytes.with_label_values(&["disk"]),
+            tier_served: TIERS.map(|tier| response_bytes.with_label_values(&[tier.as_str()])),
             flight_bytes: response_bytes.with_label_values(&["flight"]),
             gets: counter(&r, "castier_gets_total", "Requests for the bytes of a blob")?,
             loads: counter(&r, "castier_loads_total", "Gets that no tier could answer")?,
             flights: counter(&r, "castier_flights_total", "Loads that started a flight")?,
             collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight, a remembered absence included")?,
-            memory_hits: hits.with_label_values(&["memory"]),
-            disk_hits: hits.with_label_values(&["disk"]),
+            hits: TIERS.map(|tier| hits.with_label_values(&[tier.as_str()])),
             source_loads: counters(&r, "castier_source_loads_total", "Flights by how they ended", &["source", "result"])?,
             source_duration: add(
                 &r,
@@ -279,6 +283,8 @@ impl Metrics {
             disk_skipped_writes: counters(&r, "castier_disk_skipped_writes_total", "Blobs not written to the disk tier", &["reason"])?,
             cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
             cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of who is in the cluster, and who of them is up")?,
+            gets_from_peers: counter(&r, "castier_gets_from_peers_total", "Gets that came from other nodes of the cluster")?,
+            peer_errors: counter(&r, "castier_peer_errors_total", "Attempts at other nodes of the cluster that failed")?,
             connections: gauge(&r, "castier_connections", "Client connections open")?,
             peer_connections: gauge(&r, "castier_peer_connections", "Connections open from other nodes of the cluster")?,
             registry: r,
@@ -290,11 +296,15 @@ impl Metrics {
     /// Makes the series with known labels exist, so that rates have a start.
     fn begin_at_zero(&self) {
         for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
-            self.source_loads.with_label_values(&["origin", outcome.as_str()]);
+            for source in ["origin", "peer"] {
+                self.source_loads.with_label_values(&[source, outcome.as_str()]);
+            }
         }
-        self.source_duration.with_label_values(&["origin"]);
-        self.source_resumes.with_label_values(&["origin"]);
-        for source in ["origin", "disk", "client"] {
+        for source in ["origin", "peer"] {
+            self.source_duration.with_label_values(&[source]);
+            self.source_resumes.with_label_values(&[source]);
+        }
+        for source in ["origin", "peer", "disk", "client"] {
             self.corrupt.with_label_values(&[source]);
         }
         for state in ["up", "down"] {
@@ -320,6 +330,21 @@ impl Metrics {
         } else {
             series().inc();
         }
+    }
+
+    /// A tier answered a get.
+    pub fn hit(&self, tier: TierName) {
+        self.hits[tier as usize].inc();
+    }
+
+    /// How many gets this tier answered.
+    pub fn hits(&self, tier: TierName) -> u64 {
+        self.hits[tier as usize].get()
+    }
+
+    /// So many bytes of answers came from this tier.
+    pub fn served_from(&self, tier: TierName, bytes: u64) {
+        self.tier_served[tier as usize].inc_by(bytes);
     }
 
     /// A flight ended.

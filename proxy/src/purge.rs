@@ -3,11 +3,7 @@
 //! Two rounds, since blobs travel between nodes: one that has forgotten can get the blob anew from one that is still to forget. After
 //! the first round nobody has it but from such a transfer, and the second catches that.
 
-use crate::{
-    ladder::Ladder,
-    members::Member,
-    upstream::Peers,
-};
+use crate::{ladder::Ladder, members::Member, upstream::Peers};
 use backon::{ExponentialBuilder, Retryable as _};
 use castier_blob::Digest;
 use futures::future::join_all;
@@ -77,7 +73,9 @@ impl Purge {
         let backoff = ExponentialBuilder::new().with_min_delay(PAUSE).with_max_times(RETRIES).with_jitter();
         let tell = async |member: &Member| {
             let told = (|| peers.purge(member, digest)).retry(backoff).await;
-            told.inspect_err(|fault| tracing::debug!(peer = &*member.name, %fault, "a purge did not arrive")).is_ok().then(|| member.clone())
+            told.inspect_err(|fault| tracing::debug!(peer = &*member.name, %fault, "a purge did not arrive"))
+                .is_ok()
+                .then(|| member.clone())
         };
         join_all(members.iter().map(tell)).await.into_iter().flatten().collect()
     }

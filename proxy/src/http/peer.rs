@@ -9,14 +9,15 @@ use super::{Front, no_body, tls};
 use crate::{
     fault::Fault,
     gate::Head,
-    ladder::{Ladder, Tier},
+    ladder::Ladder,
     members::{Members, NODE},
     secret::Secrets,
     serve::{Reply, Via},
+    upstream::{FILLING, FLIGHT},
 };
 use castier_blob::Digest;
 use castier_config::ClusterTls;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use pingora::{
     listeners::tls::Acceptor,
     protocols::{Stream, http::ServerSession},
@@ -29,10 +30,6 @@ use std::{
     time::Duration,
 };
 
-/// Beside a 504 to a `HEAD` with `only-if-cached`: the blob is not kept yet, but a flight of it is on its way.
-pub const FLIGHT: HeaderName = HeaderName::from_static("castier-flight");
-/// The value of [`FLIGHT`].
-const FILLING: HeaderValue = HeaderValue::from_static("filling");
 /// Says how a node is; the one request that needs no secret.
 const HEALTH: &str = "/healthz";
 
@@ -117,8 +114,7 @@ pub(super) fn only_if_cached(headers: &HeaderMap) -> bool {
 /// The answer to `HEAD` with `only-if-cached`: whether a tier keeps the blob, and if not, whether it is on its way.
 pub(super) fn known(ladder: &Ladder, digest: &Digest) -> Reply {
     match ladder.knows(digest) {
-        Some((size, Tier::Memory)) => Reply::size(digest, size, Via::Memory),
-        Some((size, Tier::Disk)) => Reply::size(digest, size, Via::Disk),
+        Some((size, tier)) => Reply::size(digest, size, Via::Tier(tier)),
         None => {
             let mut reply = Reply::not_kept();
             if ladder.is_flying(digest) {

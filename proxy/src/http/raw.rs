@@ -38,9 +38,9 @@ impl Front {
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
-        let Some(blob) = self.ladder.get_from_memory(digest) else { return Ok(false) };
+        let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else { return Ok(false) };
         let request = ahead.split_to(head.len);
-        let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
+        let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
         let mut out = head_on_wire(&reply, true);
         let before_body = out.len();
         let (sent, whole) = if blob.len() <= ONE_WRITE {
@@ -50,7 +50,7 @@ impl Front {
             send(conn, &mut bytes::Buf::chain(&out[..], &blob[..])).await
         };
         let bytes = sent.saturating_sub(before_body) as u64;
-        self.metrics.memory_bytes.inc_by(bytes);
+        self.metrics.served_from(tier, bytes);
         let served = if whole { Served::Hit } else { Served::Error };
         let (path, cache, took) = (head.path(&request), cache_status(&reply.headers), started.elapsed());
         let listener = self.door.listener();
@@ -63,7 +63,8 @@ impl Front {
         let started = Instant::now();
         let _ = timeout(REFUSAL, write_and_close(&mut conn, &Reply::error(status, why))).await;
         let (listener, code, took, served) = (self.door.listener(), status.as_u16(), started.elapsed(), Served::Error);
-        Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }.log(&self.metrics);
+        Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }
+            .log(&self.metrics);
     }
 }
 

@@ -20,7 +20,8 @@ pub(super) fn acceptor(tls: &ClusterTls) -> Result<Option<Acceptor>, String> {
     for root in certificates("cluster.tls.ca_file", &tls.ca_file)? {
         roots.add(root).map_err(|error| unusable("cluster.tls.ca_file", &tls.ca_file, &error))?;
     }
-    let peers = WebPkiClientVerifier::builder(roots.into()).build().map_err(|error| unusable("cluster.tls.ca_file", &tls.ca_file, &error))?;
+    let peers =
+        WebPkiClientVerifier::builder(roots.into()).build().map_err(|error| unusable("cluster.tls.ca_file", &tls.ca_file, &error))?;
     let own = certificates("cluster.tls.cert_file", &tls.cert_file)?;
     let key = PrivateKeyDer::from_pem_file(&tls.key_file).map_err(|error| unusable("cluster.tls.key_file", &tls.key_file, &error))?;
     let config = ServerConfig::builder().with_client_cert_verifier(peers).with_single_cert(own, key);
