@@ -5,6 +5,8 @@
 
 mod admin;
 mod chance;
+mod cluster;
+mod cluster_change;
 mod config;
 mod curl;
 mod disk;

@@ -4,7 +4,7 @@ use crate::support::{
     Blob, Cluster, Conn, Gate, KIB, Lie, LyingOrigin, Reply, Request, assert_ledger, cluster::Node, eventually, get, light, metrics,
 };
 use rustix::process::Signal;
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt};
 use tokio::net::TcpStream;
 
 const SECRET: &str = "the-secret-of-this-cluster";
@@ -16,6 +16,7 @@ async fn cluster(size: usize, origin: &LyingOrigin, config: &str) -> Cluster {
     for node in &mut cluster.nodes {
         let file = node.path("secret");
         fs::write(&file, SECRET).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         node.add_config(&format!("cluster.secret_file = {file:?}"));
     }
     cluster.configure();
