@@ -1,9 +1,13 @@
 //! Connections: reads requests, asks the ladder, writes replies. With `relay.rs`, the only place that sees pingora's sessions.
 //!
 //! Two lanes write the same [`Reply`]. A plain GET that memory can answer is written straight onto the connection; everything
-//! else about blobs goes through pingora's HTTP/1 session; what is no blob goes to [`Relay`].
+//! else about blobs goes through pingora's HTTP/1 session; what is no blob goes to [`Relay`], or, between nodes, to [`PeerDoor`].
 
+mod peer;
 mod raw;
+mod tls;
+
+pub use peer::PeerDoor;
 
 use crate::{
     conn::{Conn, response_header, write},
@@ -11,7 +15,8 @@ use crate::{
     flight::{Asker, Opened},
     gate::{self, NoHead},
     ladder::{Found, Ladder, TierName, Whence},
-    metrics::{Metrics, Route, Served},
+    metrics::{Listener, Metrics, Route, Served},
+    purge::Purge,
     record::{CLIENT_GONE, Record},
     relay::Relay,
     serve::{Body, Reply, Via},
@@ -43,10 +48,10 @@ const REFUSALS: usize = 1024;
 const LINGER: Duration = Duration::from_secs(10);
 /// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
 const IDLE_BODY: u64 = 64 << 10;
-/// The public listener's application.
+/// A listener's application.
 pub struct Front {
     ladder: Arc<Ladder>,
-    relay: Relay,
+    door: Door,
     limits: Arc<ArcSwap<Limits>>,
     metrics: Arc<Metrics>,
 }
@@ -54,40 +59,75 @@ pub struct Front {
 /// The connection broke, or had to be broken, before the response was whole.
 struct Cut;
 
+/// Who comes in here, and what becomes of requests that are about no blob.
+pub enum Door {
+    /// Clients. The rest is relayed to the origin.
+    Clients {
+        /// Takes what is no blob.
+        relay: Relay,
+        /// What a client deletes goes from every node.
+        purge: Arc<Purge>,
+    },
+    /// Other nodes of the cluster. Nothing goes further than the origin, and nothing is relayed.
+    Peers(PeerDoor),
+}
+
+impl Door {
+    const fn listener(&self) -> Listener {
+        match self {
+            Self::Clients { .. } => Listener::Public,
+            Self::Peers(_) => Listener::Peer,
+        }
+    }
+
+    const fn asker(&self) -> Asker {
+        match self {
+            Self::Clients { .. } => Asker::Client,
+            Self::Peers(_) => Asker::Peer,
+        }
+    }
+}
+
 /// Counts one connection for as long as it lives.
 struct Open<'a>(&'a Front);
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.metrics.connections.dec();
+        self.0.metrics.connections_at(self.0.door.listener()).dec();
     }
 }
 
 #[async_trait]
 impl ServerApp for Front {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        self.metrics.connections.inc();
+        // Each listener has the limit to itself: clients that take all there is must not part the nodes.
+        let connections = self.metrics.connections_at(self.door.listener());
+        connections.inc();
         let _open = Open(self);
-        let open = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
+        let open = usize::try_from(connections.get()).unwrap_or(0);
         let limits = self.limits.load_full();
-        let mut conn = Conn::new(stream, limits.write_timeout.get());
         let max = limits.max_connections;
+        let patience = limits.write_timeout.get();
         if open > max {
             self.metrics.shed(Limit::Connections);
-            if open <= max + REFUSALS {
-                raw::refuse_connection(&mut conn).await;
+            if open <= max + REFUSALS && !matches!(&self.door, Door::Peers(door) if door.is_secured()) {
+                raw::refuse_connection(&mut Conn::new(stream, patience)).await;
             }
             return None;
         }
-        self.serve_connection(conn, shutdown).await;
+        let stream = match &self.door {
+            Door::Clients { .. } => stream,
+            Door::Peers(door) => door.secure(stream, limits.header_timeout.get()).await?,
+        };
+        self.serve_connection(Conn::new(stream, patience), shutdown).await;
         None
     }
 }
 
 impl Front {
     /// The application over these parts.
-    pub fn new(ladder: Arc<Ladder>, relay: Relay, limits: Arc<ArcSwap<Limits>>, metrics: Arc<Metrics>) -> Self {
-        Self { ladder, relay, limits, metrics }
+    pub fn new(ladder: Arc<Ladder>, door: Door, limits: Arc<ArcSwap<Limits>>, metrics: Arc<Metrics>) -> Self {
+        Self { ladder, door, limits, metrics }
     }
 
     /// One request after the other, until either side has had enough.
@@ -111,6 +151,11 @@ impl Front {
                 Err(NoHead::Closed) => return,
                 Err(NoHead::Refused(status, why)) => return self.refuse_request(conn, status, &why, peer).await,
             };
+            if let Door::Peers(door) = &self.door
+                && !door.admits(&head, &ahead)
+            {
+                return self.refuse_request(conn, StatusCode::FORBIDDEN, "this listener is for the nodes of the cluster", peer).await;
+            }
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &head, &digest, peer).await {
@@ -125,7 +170,10 @@ impl Front {
                     self.serve_session(conn, ahead, &limits, &draining, peer).await
                 }
                 Target::Collection if head.method == Method::POST => self.serve_session(conn, ahead, &limits, &draining, peer).await,
-                _ => self.relay.pass(conn, ahead, &head, &limits, shutdown).await,
+                _ => match &self.door {
+                    Door::Clients { relay, .. } => relay.pass(conn, ahead, &head, &limits, shutdown).await,
+                    Door::Peers(_) => self.serve_session(conn, ahead, &limits, &draining, peer).await,
+                },
             };
             match next {
                 Some(next) => (conn, ahead) = next,
@@ -170,9 +218,13 @@ impl Front {
             }
             None => (CLIENT_GONE, Served::Error, String::new(), false),
         };
-        let route = if target == Target::Collection { Route::Collection } else { Route::Blob };
-        let (bytes, took) = (session.body_bytes_sent() as u64, started.elapsed());
-        Record { route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer }.log(&self.metrics);
+        let route = match target {
+            Target::Blob(_) | Target::Malformed(_) => Route::Blob,
+            Target::Collection => Route::Collection,
+            Target::Other => Route::Control,
+        };
+        let (listener, bytes, took) = (self.door.listener(), session.body_bytes_sent() as u64, started.elapsed());
+        Record { listener, route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer }.log(&self.metrics);
         if !whole {
             session.shutdown().await;
             return None;
@@ -186,15 +238,16 @@ impl Front {
 
     /// What to say to a request about blobs; nothing if the client has left.
     async fn answer(&self, session: &mut ServerSession, method: &Method, target: Target<'_>, limits: &Limits) -> Option<Reply> {
-        let answered = match target {
-            Target::Blob(digest) => match *method {
-                Method::GET => self.get(session, &digest).await,
-                Method::HEAD => self.head(session, &digest).await,
-                Method::PUT => self.put(session, Some(digest), limits).await,
-                _ => self.delete(session, &digest).await,
-            },
-            Target::Collection => self.put(session, None, limits).await,
-            Target::Malformed(_) | Target::Other => Ok(Reply::malformed_digest()),
+        let answered = match (target, &self.door) {
+            (Target::Blob(digest), _) if *method == Method::GET => self.get(session, &digest).await,
+            (Target::Blob(digest), _) if *method == Method::HEAD => self.head(session, &digest).await,
+            (Target::Blob(digest), _) if *method == Method::PUT => self.put(session, Some(digest), limits).await,
+            (Target::Blob(digest), _) if *method == Method::DELETE => self.delete(session, &digest).await,
+            (Target::Malformed(_), _) => Ok(Reply::malformed_digest()),
+            (Target::Collection, Door::Clients { .. }) => self.put(session, None, limits).await,
+            (_, Door::Peers(door)) => self.control(door, session, method).await,
+            // These were relayed.
+            (Target::Blob(_) | Target::Other, Door::Clients { .. }) => Err(Fault::Internal("a request for the relay".into())),
         };
         match answered {
             Ok(reply) => Some(reply),
@@ -218,7 +271,14 @@ impl Front {
         no_body(session).await?;
         let headers = session.req_header().headers.clone();
         let select = |size: u64| castier_blob::select(&Method::GET, &headers, digest, size);
-        let (mut reader, collapsed) = match self.ladder.get(digest, Asker::Client).await {
+        let found = match self.door {
+            Door::Peers(_) if peer::only_if_cached(&headers) => match self.ladder.kept(digest).await {
+                Some(found) => found,
+                None => return Ok(Reply::not_kept()),
+            },
+            _ => self.ladder.get(digest, self.door.asker()).await,
+        };
+        let (mut reader, collapsed) = match found {
             Found::Memory(bytes, tier) => {
                 let selection = select(bytes.len() as u64);
                 let body = match selection {
@@ -270,7 +330,10 @@ impl Front {
             return Ok(Reply::not_modified(digest));
         }
         no_body(session).await?;
-        Ok(match self.ladder.stat(digest, Asker::Client).await? {
+        if matches!(self.door, Door::Peers(_)) && peer::only_if_cached(&session.req_header().headers) {
+            return Ok(peer::known(&self.ladder, digest));
+        }
+        Ok(match self.ladder.stat(digest, self.door.asker()).await? {
             (Opened::Blob(size), whence) => {
                 let via = match whence {
                     Whence::Tier(tier) => Via::Tier(tier),
@@ -307,13 +370,17 @@ impl Front {
             body = upload::first_file(body, boundary, max);
         }
         let (put, stored, size) =
-            self.ladder.put(digest, size, body, Asker::Client).await.inspect_err(|fault| tracing::info!(%fault, "upload refused"))?;
+            self.ladder.put(digest, size, body, self.door.asker()).await.inspect_err(|fault| tracing::info!(%fault, "upload refused"))?;
         Ok(Reply::stored(&stored, size, put == Put::Created, digest.is_some()))
     }
 
     async fn delete(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
         no_body(session).await?;
-        Ok(if self.ladder.delete(digest).await? { Reply::deleted() } else { Reply::absent(digest) })
+        let deleted = self.ladder.delete(digest).await?;
+        if let Door::Clients { purge, .. } = &self.door {
+            purge.everywhere(digest).await;
+        }
+        Ok(if deleted { Reply::done() } else { Reply::absent(digest) })
     }
 
     /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.

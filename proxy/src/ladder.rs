@@ -83,6 +83,19 @@ impl Ladder {
         Some(Found::Disk(blob))
     }
 
+    /// The size of a blob that a tier keeps, and which: `only-if-cached` without the bytes.
+    pub fn knows(&self, digest: &Digest) -> Option<(u64, TierName)> {
+        if let Some((bytes, tier)) = self.tiers.in_memory(digest) {
+            return Some((bytes.len() as u64, tier));
+        }
+        self.tiers.disk.as_ref()?.knows(digest).map(|size| (size, TierName::Disk))
+    }
+
+    /// The blob is at the origin now, by another node's doing: an absence remembered here is no longer true.
+    pub fn stored(&self, digest: &Digest) {
+        self.flights.stored(digest);
+    }
+
     fn count(&self, asker: Asker) {
         self.metrics.gets.inc();
         if asker == Asker::Peer {
@@ -191,11 +204,8 @@ impl Ladder {
     /// # Errors
     /// The origin could not be asked.
     pub async fn stat(&self, digest: &Digest, asker: Asker) -> Result<(Opened, Whence), Fault> {
-        if let Some((bytes, tier)) = self.tiers.in_memory(digest) {
-            return Ok((Opened::Blob(Some(bytes.len() as u64)), Whence::Tier(tier)));
-        }
-        if let Some(size) = self.tiers.disk.as_ref().and_then(|disk| disk.knows(digest)) {
-            return Ok((Opened::Blob(Some(size)), Whence::Tier(TierName::Disk)));
+        if let Some((size, tier)) = self.knows(digest) {
+            return Ok((Opened::Blob(Some(size)), Whence::Tier(tier)));
         }
         let opened = |known: Option<u64>| known.map_or(Opened::Absent, |size| Opened::Blob(Some(size)));
         if let Some(known) = self.flights.peek(digest) {

@@ -18,6 +18,7 @@ pub mod ladder;
 pub mod members;
 pub mod memory;
 pub mod metrics;
+pub mod purge;
 pub mod record;
 pub mod relay;
 pub mod ring;

@@ -12,8 +12,10 @@
 
 mod dns;
 mod health;
+mod status;
 
 pub use health::{Probe, Report};
+pub use status::{MemberStatus, Status};
 
 use crate::{metrics::Metrics, ring::Ring};
 use castier_blob::Digest;

@@ -41,6 +41,24 @@ impl Outcome {
     }
 }
 
+/// Where a request came in: the `listener` label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listener {
+    /// From a client.
+    Public,
+    /// From another node of the cluster.
+    Peer,
+}
+
+impl Listener {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Public => "public",
+            Self::Peer => "peer",
+        }
+    }
+}
+
 /// What a request was about: the `route` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
@@ -52,6 +70,8 @@ pub enum Route {
     Relay,
     /// Nothing that could be understood, or that was let in.
     Refused,
+    /// What nodes tell each other beside blobs: health, purges, what was stored.
+    Control,
 }
 
 impl Route {
@@ -62,6 +82,7 @@ impl Route {
             Self::Collection => "collection",
             Self::Relay => "relay",
             Self::Refused => "refused",
+            Self::Control => "control",
         }
     }
 }
@@ -147,8 +168,8 @@ pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     /// The series of the one kind of request that must cost nothing, found once.
-    hit_requests: OnceLock<IntCounter>,
-    durations: [[Histogram; 4]; 4],
+    hit_requests: [OnceLock<IntCounter>; 2],
+    durations: [[Histogram; 4]; 5],
     /// Bytes served from tiers, in the order of [`TierName`].
     tier_served: [IntCounter; 3],
     /// Bytes served from flights.
@@ -193,6 +214,8 @@ pub struct Metrics {
     pub peer_errors: IntCounter,
     /// Client connections open now.
     pub connections: IntGauge,
+    /// Connections that other nodes have opened to this one.
+    pub peer_connections: IntGauge,
 }
 
 impl Metrics {
@@ -211,7 +234,7 @@ impl Metrics {
                 &["route", "result"],
             )?,
         )?;
-        let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused];
+        let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused, Route::Control];
         let durations = routes.map(|route| Served::ALL.map(|result| duration_vec.with_label_values(&[route.as_str(), result])));
         let response_bytes = counters(&r, "castier_http_response_bytes_total", "Bytes of blobs sent to clients", &["from"])?;
         let hits = counters(&r, "castier_hits_total", "Gets answered by a tier", &["tier"])?;
@@ -219,7 +242,7 @@ impl Metrics {
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
-            hit_requests: OnceLock::new(),
+            hit_requests: Default::default(),
             durations,
             tier_served: TIERS.map(|tier| response_bytes.with_label_values(&[tier.as_str()])),
             flight_bytes: response_bytes.with_label_values(&["flight"]),
@@ -263,6 +286,7 @@ impl Metrics {
             gets_from_peers: counter(&r, "castier_gets_from_peers_total", "Gets that came from other nodes of the cluster")?,
             peer_errors: counter(&r, "castier_peer_errors_total", "Attempts at other nodes of the cluster that failed")?,
             connections: gauge(&r, "castier_connections", "Client connections open")?,
+            peer_connections: gauge(&r, "castier_peer_connections", "Connections open from other nodes of the cluster")?,
             registry: r,
         };
         metrics.begin_at_zero();
@@ -298,11 +322,11 @@ impl Metrics {
     }
 
     /// A request was answered. `method` must come from a finite set.
-    pub fn request(&self, method: &str, route: Route, code: u16, served: Served, took: Duration) {
+    pub fn request(&self, listener: Listener, method: &str, route: Route, code: u16, served: Served, took: Duration) {
         self.durations[route as usize][served as usize].observe(took.as_secs_f64());
-        let series = || self.requests.with_label_values(&["public", method, route.as_str(), code_text(code).as_str()]);
+        let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), code_text(code).as_str()]);
         if code == 200 && method == "GET" && route == Route::Blob {
-            self.hit_requests.get_or_init(series).inc();
+            self.hit_requests[listener as usize].get_or_init(series).inc();
         } else {
             series().inc();
         }
@@ -374,6 +398,14 @@ impl Metrics {
         self.cluster_changes.inc();
         for (state, count) in [("up", up), ("down", down)] {
             self.cluster_peers.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// How many connections are open at a listener.
+    pub fn connections_at(&self, listener: Listener) -> &IntGauge {
+        match listener {
+            Listener::Public => &self.connections,
+            Listener::Peer => &self.peer_connections,
         }
     }
 

@@ -9,7 +9,7 @@
 use arc_swap::ArcSwap;
 use castier_blob::Digest;
 use castier_config::{Cluster, peer_secrets};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue};
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -61,15 +61,13 @@ impl Secrets {
         self.current.load().sent.clone()
     }
 
-    /// Whether a request with these headers may be a peer's. Takes equally long for any wrong secret of one length.
-    pub fn admit(&self, headers: &HeaderMap) -> bool {
+    /// Whether a request that carries this may be a peer's. Takes equally long for any wrong secret of one length.
+    pub fn admit(&self, offered: Option<&[u8]>) -> bool {
         let current = self.current.load();
         if current.accepted.is_empty() {
             return true;
         }
-        let mut values = headers.get_all(PEER_SECRET).iter();
-        let (Some(value), None) = (values.next(), values.next()) else { return false };
-        let offered = Digest::of(value.as_bytes());
+        let Some(offered) = offered.map(Digest::of) else { return false };
         let same = |secret: &Digest| secret.as_bytes().ct_eq(offered.as_bytes());
         current.accepted.iter().map(same).fold(Choice::from(0), |any, one| any | one).into()
     }
@@ -96,17 +94,13 @@ mod tests {
     const OLD: &str = "old-old-old-old-old";
     const NEW: &str = "new-new-new-new-new";
 
-    fn headers(values: &[&str]) -> HeaderMap {
-        values.iter().map(|value| (PEER_SECRET, HeaderValue::from_str(value).unwrap())).collect()
-    }
-
     #[test]
     fn secrets_rotate_without_an_interruption() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("secret");
         std::fs::write(&file, OLD).unwrap();
         let secrets = Secrets::open(&Cluster { secret_file: file.clone(), ..Cluster::default() }).unwrap();
-        let admitted = |secrets: &Secrets| [OLD, NEW].map(|secret| secrets.admit(&headers(&[secret])));
+        let admitted = |secrets: &Secrets| [OLD, NEW].map(|secret| secrets.admit(Some(secret.as_bytes())));
         assert_eq!((secrets.to_send().unwrap().as_bytes(), admitted(&secrets)), (OLD.as_bytes(), [true, false]));
         for (text, sent, admits) in [
             (format!("{OLD}\n{NEW}\n"), OLD, [true, true]),
@@ -131,17 +125,16 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), OLD).unwrap();
         let secrets = Secrets::open(&Cluster { secret_file: file.path().to_owned(), ..Cluster::default() }).unwrap();
-        for wrong in [&[][..], &[""], &[&OLD[1..]], &["old-old-old-old-olD"], &[&format!("{OLD}x")], &[OLD, OLD], &[OLD, NEW], &[NEW, OLD]]
-        {
-            assert!(!secrets.admit(&headers(wrong)), "{wrong:?}");
+        for wrong in [None, Some(""), Some(&OLD[1..]), Some("old-old-old-old-olD"), Some(&format!("{OLD}x")), Some(NEW)] {
+            assert!(!secrets.admit(wrong.map(str::as_bytes)), "{wrong:?}");
         }
-        assert!(secrets.admit(&headers(&[OLD])));
+        assert!(secrets.admit(Some(OLD.as_bytes())));
     }
 
     #[test]
     fn without_a_secret_everyone_is_admitted() {
         let secrets = Secrets::open(&Cluster::default()).unwrap();
         secrets.reload().unwrap();
-        assert!(secrets.admit(&headers(&[])) && secrets.admit(&headers(&[OLD])) && secrets.to_send().is_none());
+        assert!(secrets.admit(None) && secrets.admit(Some(OLD.as_bytes())) && secrets.to_send().is_none());
     }
 }

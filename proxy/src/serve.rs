@@ -156,8 +156,8 @@ impl Reply {
         Self { status, headers, body: Body::Whole(body), served: Served::Miss, tier: None }
     }
 
-    /// The blob is gone.
-    pub fn deleted() -> Self {
+    /// What was to be done is done, and there is no more to say.
+    pub fn done() -> Self {
         Self { status: StatusCode::NO_CONTENT, headers: HeaderMap::new(), body: Body::Empty, served: Served::Miss, tier: None }
     }
 
@@ -166,6 +166,21 @@ impl Reply {
         let mut headers = HeaderMap::new();
         headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=uri-miss; detail=origin"));
         Self::explained(StatusCode::NOT_FOUND, headers, &format!("the origin has no blob {digest}"))
+    }
+
+    /// A word, for programs.
+    pub fn text(text: &'static str) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(text.len()));
+        Self { status: StatusCode::OK, headers, body: Body::Whole(Bytes::from_static(text.as_bytes())), served: Served::Miss, tier: None }
+    }
+
+    /// No tier keeps the blob, and the request was not to go further (`only-if-cached`).
+    pub fn not_kept() -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=request"));
+        Self::explained(StatusCode::GATEWAY_TIMEOUT, headers, "the blob is not kept here")
     }
 
     /// Below `/cas/`, but no digest.

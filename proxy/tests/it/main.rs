@@ -19,6 +19,7 @@ mod limits;
 mod malformed;
 mod memory;
 mod outage;
+mod peer;
 mod relay;
 mod sanity;
 mod support;
