@@ -14,7 +14,7 @@ use crate::{
     fault::{Fault, Limit},
     flight::{Asker, Opened},
     gate::{self, NoHead},
-    ladder::{Found, Ladder, TierName},
+    ladder::{Found, Ladder, TierName, Whence},
     metrics::{Listener, Metrics, Route, Served},
     purge::Purge,
     record::{CLIENT_GONE, Record},
@@ -317,7 +317,8 @@ impl Front {
         Ok(match opened {
             Opened::Blob(size) => {
                 let selection = size.map_or(Selection::Whole, select);
-                let via = Via::Flight { peer: false, collapsed, stored: self.ladder.keeps(size) };
+                let (peer, foreign) = reader.from_peer();
+                let via = Via::Flight { peer, collapsed, stored: self.ladder.keeps(size, foreign) };
                 Reply::blob(digest, size, selection, via, Body::Flight(reader))
             }
             Opened::Absent => Reply::absent(digest),
@@ -333,8 +334,11 @@ impl Front {
             return Ok(peer::known(&self.ladder, digest));
         }
         Ok(match self.ladder.stat(digest, self.door.asker()).await? {
-            (Opened::Blob(size), tier) => {
-                let via = tier.map_or(Via::Flight { peer: false, collapsed: false, stored: false }, Via::Tier);
+            (Opened::Blob(size), whence) => {
+                let via = match whence {
+                    Whence::Tier(tier) => Via::Tier(tier),
+                    Whence::Peer | Whence::Origin => Via::Flight { peer: whence == Whence::Peer, collapsed: false, stored: false },
+                };
                 let selection = castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
                 Reply::blob(digest, size, selection, via, Body::Empty)
             }

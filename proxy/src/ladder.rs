@@ -1,24 +1,24 @@
-//! The data path: get, stat, put, forget. A get climbs memory → disk → a flight over the origin.
+//! The data path: get, stat, put, forget. A get climbs memory → mirror → disk → a flight over the owner and the origin.
 
+mod put;
 mod stats;
 
 pub use crate::tier::TierName;
 pub use stats::Stats;
 
 use crate::{
-    disk::{Disk, DiskBlob, DiskFile},
+    disk::{Disk, DiskBlob},
     fault::Fault,
-    flight::{self, Asker, Flights, Joined, Opened, Reader, Tiers},
+    flight::{Asker, Flights, Joined, Opened, Reader, Tiers},
+    members::Member,
     metrics::Metrics,
     spool,
     tier::Damaged,
-    upstream::{Parcel, Peers, Put, Sources, Upload},
+    upstream::{Peers, Sources},
 };
 use bytes::Bytes;
-use castier_blob::{Digest, Verified, Verifier};
-use futures::StreamExt;
+use castier_blob::{Digest, Verifier};
 use std::sync::Arc;
-use tokio::sync::Mutex;
 
 /// The tiers and sources of this node, in the order in which they are asked.
 pub struct Ladder {
@@ -43,6 +43,17 @@ pub enum Found {
         /// Another request started it.
         collapsed: bool,
     },
+}
+
+/// Who knew a blob's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whence {
+    /// A tier of this node.
+    Tier(TierName),
+    /// The node that owns the blob.
+    Peer,
+    /// The origin.
+    Origin,
 }
 
 impl Ladder {
@@ -183,24 +194,35 @@ impl Ladder {
         Some((bytes, tier))
     }
 
-    /// Whether a blob of this size will be kept once it has verified.
-    pub fn keeps(&self, size: Option<u64>) -> bool {
-        size.is_some_and(|size| self.tiers.take(size, false))
+    /// Whether a blob of this size will be kept once it has verified. `foreign`: it comes from its owner.
+    pub fn keeps(&self, size: Option<u64>, foreign: bool) -> bool {
+        size.is_some_and(|size| self.tiers.take(size, foreign))
     }
 
-    /// The blob's size, and which tier knew it; absent if the origin says so. Never loads it.
+    /// The blob's size, and who knew it; absent if the origin says so. Never loads it.
     ///
     /// # Errors
     /// The origin could not be asked.
-    pub async fn stat(&self, digest: &Digest, _asker: Asker) -> Result<(Opened, Option<TierName>), Fault> {
+    pub async fn stat(&self, digest: &Digest, asker: Asker) -> Result<(Opened, Whence), Fault> {
         if let Some((size, tier)) = self.knows(digest) {
-            return Ok((Opened::Blob(Some(size)), Some(tier)));
+            return Ok((Opened::Blob(Some(size)), Whence::Tier(tier)));
         }
-        let known = match self.flights.peek(digest) {
-            Some(known) => known,
-            None => self.sources.origin.stat(digest).await?,
-        };
-        Ok((known.map_or(Opened::Absent, |size| Opened::Blob(Some(size))), None))
+        let opened = |known: Option<u64>| known.map_or(Opened::Absent, |size| Opened::Blob(Some(size)));
+        if let Some(known) = self.flights.peek(digest) {
+            return Ok((opened(known), Whence::Origin));
+        }
+        if let Some((peers, owner)) = self.owner(digest, asker)
+            && let Ok(known) = peers.stat(&owner, digest).await
+        {
+            return Ok((opened(known), Whence::Peer));
+        }
+        Ok((opened(self.sources.origin.stat(digest).await?), Whence::Origin))
+    }
+
+    /// The other node to which a request about the digest goes first. What a peer asks for goes nowhere else.
+    fn owner(&self, digest: &Digest, asker: Asker) -> Option<(&Arc<Peers>, Member)> {
+        let peers = self.sources.peers.as_ref().filter(|_| asker == Asker::Client)?;
+        Some((peers, peers.owner(digest)?))
     }
 
     /// The blob's size, if the origin has it for good: an upload that has not been sent yet may then stay where it is.
@@ -209,39 +231,6 @@ impl Ladder {
     /// The origin could not be asked.
     pub async fn stored_at_origin(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
         self.sources.origin.holds(digest, size).await
-    }
-
-    /// Stores an upload at the origin, by name or letting its bytes name it, and keeps it. Done only when the origin says that it is durable.
-    ///
-    /// # Errors
-    /// The client's, the origin's, or a limit; nothing is kept then.
-    pub async fn put(
-        &self,
-        digest: Option<Digest>,
-        size: Option<u64>,
-        upload: Upload<'_>,
-        _asker: Asker,
-    ) -> Result<(Put, Digest, u64), Fault> {
-        let copy = Mutex::new(UploadCopy::new(self, size));
-        let teed = upload.then(|part| async {
-            if let Ok(part) = &part {
-                copy.lock().await.take(part).await;
-            }
-            part
-        });
-        let put = async {
-            let mut parcel = Parcel::pack(digest, size, teed.boxed()).await?;
-            self.sources.origin.put(&mut parcel).await
-        };
-        let (put, verified) = put.await.inspect_err(|fault| {
-            if matches!(fault, Fault::Mismatch(_)) {
-                self.metrics.corrupt("client");
-            }
-        })?;
-        let (digest, size) = (verified.digest(), verified.size());
-        copy.into_inner().keep(verified).await;
-        self.flights.stored(&digest);
-        Ok((put, digest, size))
     }
 
     /// Deletes the blob at the origin, then here; false if the origin did not have it.
@@ -321,67 +310,5 @@ impl DiskReader {
                 Opened::Absent => return Err(Fault::Unusable { source_name: "origin", why: "the blob is gone".into() }),
             },
         })
-    }
-}
-
-/// A copy of an upload for the tiers, given up as soon as it has no place there.
-struct UploadCopy<'a> {
-    ladder: &'a Ladder,
-    /// The size that was announced.
-    size: Option<u64>,
-    kept: Kept,
-}
-
-enum Kept {
-    Memory(Vec<u8>, spool::Lease),
-    Disk(Box<DiskFile>),
-    Nothing,
-}
-
-impl<'a> UploadCopy<'a> {
-    fn new(ladder: &'a Ladder, size: Option<u64>) -> Self {
-        let known = size.unwrap_or(0);
-        let lease = ladder.tiers.memory.takes(known).then(|| ladder.upload_memory.lease(known)).flatten();
-        // Not with the announced capacity: a client that announces much and sends little should not cost much.
-        Self { ladder, size, kept: Kept::Memory(Vec::new(), lease.unwrap_or_else(|| ladder.upload_memory.empty())) }
-    }
-
-    async fn take(&mut self, part: &Bytes) {
-        self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
-            Kept::Memory(mut bytes, mut lease) => {
-                let after = (bytes.len() + part.len()) as u64;
-                if self.ladder.tiers.memory.takes(after.max(self.size.unwrap_or(0))) && lease.cover(after) {
-                    bytes.extend_from_slice(part);
-                    Kept::Memory(bytes, lease)
-                } else {
-                    self.to_disk(vec![bytes.into(), part.clone()], after).await
-                }
-            }
-            Kept::Disk(file) => flight::grow(*file, vec![part.clone()]).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into())),
-            Kept::Nothing => Kept::Nothing,
-        };
-    }
-
-    async fn to_disk(&self, parts: Vec<Bytes>, so_far: u64) -> Kept {
-        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| disk.takes(self.size.unwrap_or(so_far))) else {
-            return Kept::Nothing;
-        };
-        flight::tier_file(disk.clone(), parts).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into()))
-    }
-
-    /// Keeps the copy as the blob that the upload proved to be.
-    async fn keep(self, proof: Verified<()>) {
-        match self.kept {
-            Kept::Memory(mut bytes, _) if bytes.len() as u64 == proof.size() => {
-                bytes.shrink_to_fit();
-                self.ladder.tiers.keep(proof.with_content(Bytes::from(bytes)), false);
-            }
-            Kept::Disk(file) => {
-                if let Some(disk) = &self.ladder.tiers.disk {
-                    disk.keep_file(proof.with_content(*file)).await;
-                }
-            }
-            Kept::Memory(..) | Kept::Nothing => {}
-        }
     }
 }

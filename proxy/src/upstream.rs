@@ -356,6 +356,11 @@ pub struct Incoming {
 }
 
 impl Incoming {
+    /// From where it comes: `origin` or `peer`.
+    pub fn source_name(&self) -> &'static str {
+        self.upstream.name
+    }
+
     /// Gives the connection back early: the reader has all it wants. Keeps it only if the answer is at its end.
     pub async fn release(&mut self) {
         if let Some(mut session) = self.session.take()

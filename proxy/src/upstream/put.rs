@@ -67,6 +67,11 @@ impl<'a> Parcel<'a> {
         Ok(Self { digest, size, verifier, held: held.into(), whole, rest, begun: false })
     }
 
+    /// All bytes that came, as long as it can still be offered to another source.
+    pub fn held(&self) -> Bytes {
+        self.held.clone()
+    }
+
     /// Whether it can still be offered to another source.
     pub const fn is_at_hand(&self) -> bool {
         !self.begun
