@@ -22,6 +22,7 @@ mod malformed;
 mod memory;
 mod outage;
 mod peer;
+mod peer_tls;
 mod relay;
 mod sanity;
 mod support;
