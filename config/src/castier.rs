@@ -1,6 +1,6 @@
 //! The configuration of `castier`, section by section.
 
-use crate::{Log, OriginUrl, Policy, Shutdown, Size, Span};
+use crate::{Cluster, Log, OriginUrl, Policy, Shutdown, Size, Span};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -19,6 +19,8 @@ pub struct Castier {
     pub memory: Memory,
     /// The disk tier. Absent: there is none.
     pub disk: Option<Disk>,
+    /// The nodes that together behave as one cache. Absent: this node is alone.
+    pub cluster: Option<Cluster>,
     /// How blobs are checked on their way to clients.
     pub verify: Verify,
     /// How blobs are fetched.

@@ -1,27 +1,33 @@
 //! What can be read and still makes no sense.
 
-use crate::{Castier, Config, Disk, Fill, Log, Origin, OriginLimits, OriginServer, Problems, Size, Span};
+use crate::{Castier, Cluster, Config, Disk, Fill, Log, Origin, OriginLimits, OriginServer, Problems, Size, Span, cluster::check_cluster};
 use std::{fs::File, io::Read, net::IpAddr, path::Path};
 use url::{Host, Url};
 
 impl Config for Castier {
-    const PLANNED: &'static [&'static str] = &["cluster"];
-
     fn complete() -> Self {
-        Self { disk: Some(Disk::default()), ..Self::default() }
+        Self { disk: Some(Disk::default()), cluster: Some(Cluster::example()), ..Self::default() }
     }
 
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, listen, origin, memory, disk, verify, fill, limits, log, shutdown: _ } = self;
+        let Self { allow_delete: _, listen, origin, memory, disk, cluster, verify, fill, limits, log, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
+        let peer = check_address("listen.peer", &listen.peer, problems);
         // Whether the peer address is free of the others matters only once it is opened.
-        check_address("listen.peer", &listen.peer, problems);
+        for (key, other) in [("listen.public", &listen.public), ("listen.admin", &listen.admin)].into_iter().filter(|_| cluster.is_some()) {
+            if peer.as_ref().zip(Address::parse(other)).is_some_and(|(peer, other)| peer.collides_with(&other)) {
+                problems.add("listen.peer", format!("takes the same port as {key}; write another port"));
+            }
+        }
         check_origin(origin, problems);
         check_size("memory.capacity", memory.capacity, problems);
         check_size("memory.max_blob", memory.max_blob, problems);
         check_order(("memory.max_blob", memory.max_blob), ("memory.capacity", memory.capacity), problems);
         if let Some(disk) = disk {
             check_disk(disk, problems);
+        }
+        if let Some(cluster) = cluster {
+            check_cluster(cluster, listen, problems);
         }
         check_fill(fill, problems);
         check_order(("verify.buffer_up_to", verify.buffer_up_to), ("fill.memory", fill.memory), problems);
@@ -31,8 +37,6 @@ impl Config for Castier {
 }
 
 impl Config for OriginServer {
-    const PLANNED: &'static [&'static str] = &[];
-
     fn check(&self, problems: &mut Problems) {
         let Self { allow_delete: _, listen, store, limits, log, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
@@ -110,7 +114,7 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
 }
 
 /// Opening a directory works; reading from it does not.
-fn first_byte(path: &Path) -> std::io::Result<()> {
+pub(crate) fn first_byte(path: &Path) -> std::io::Result<()> {
     File::open(path)?.read_exact(&mut [0])
 }
 
@@ -194,7 +198,7 @@ fn check_level(directives: &str) -> Result<(), &str> {
     Ok(())
 }
 
-fn check_span(key: &str, span: Span, problems: &mut Problems) {
+pub(crate) fn check_span(key: &str, span: Span, problems: &mut Problems) {
     if span.get().is_zero() {
         problems.add(key, "must be longer than 0s; write a duration such as \"5s\"");
     }

@@ -8,6 +8,7 @@
 
 mod castier;
 mod check;
+mod cluster;
 mod load;
 mod origin;
 mod problems;
@@ -15,8 +16,9 @@ mod shape;
 mod value;
 
 pub use castier::{Castier, Disk, Fill, Limits, Listen, Memory, Origin, Verify};
+pub use cluster::{Cluster, ClusterTls, Peer, peer_secrets};
 pub use load::{Config, Loaded, environment, load};
 pub use origin::{OriginLimits, OriginListen, OriginServer, Store};
 pub use problems::Problems;
 pub use shape::{changed, keys, print};
-pub use value::{Log, LogFormat, Malformed, OriginUrl, Policy, Shutdown, Size, Span};
+pub use value::{Log, LogFormat, Malformed, OriginUrl, Policy, Share, Shutdown, Size, Span};

@@ -10,9 +10,6 @@ use toml::{Table, Value};
 
 /// The configuration of one program. Its `Default` is the documented default of every key.
 pub trait Config: Clone + Default + PartialEq + Serialize + DeserializeOwned {
-    /// Sections that the documentation of a later version promises, and that this version does not know.
-    const PLANNED: &'static [&'static str];
-
     /// The default with every section that may be absent present: the keys there are, and the type of each.
     fn complete() -> Self {
         Self::default()
@@ -107,9 +104,8 @@ fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String
                 Ok(value) => insert(table, key, value),
                 Err(wanted) => problems.add(key.clone(), format!("{text:?} is not {wanted}")),
             }
-        } else if let Some(path) = name.strip_prefix(PREFIX).filter(|path| path.contains("__")) {
-            let section = path.split("__").next().unwrap_or_default().to_lowercase();
-            let text = unknown::<C>(&section, "variable", suggestion(&name, known.keys().map(String::as_str), "__"));
+        } else if name.strip_prefix(PREFIX).is_some_and(|path| path.contains("__")) {
+            let text = unknown("variable", suggestion(&name, known.keys().map(String::as_str), "__"));
             problems.add(name, text);
         }
         // Kubernetes gives every container CASTIER_PORT, CASTIER_SERVICE_HOST and more of the kind for a service named castier:
@@ -156,7 +152,9 @@ fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
             }
             Err(error) => {
                 let error: toml::de::Error = error;
-                let key = track.path().to_string();
+                // An item of a list is told by its own text; the key is the list's.
+                let path = track.path().to_string();
+                let key = path.split('[').next().unwrap_or_default().to_owned();
                 problems.add(key.clone(), plain(error.message(), &key));
                 // Every round takes one key away, so the loop ends.
                 if !remove(&mut table, &key) {
@@ -183,9 +181,13 @@ fn remove(table: &mut Table, key: &str) -> bool {
 fn plain(message: &str, key: &str) -> String {
     match message.split_once("expected struct ") {
         Some((found, _)) => format!("{found}expected a section; write its keys below [{key}]"),
-        None => ["usize", "u32", "u64"].iter().fold(message.to_owned(), |text, ty| {
-            text.replace(&format!("expected {ty}"), "expected a whole number, 0 or more, that is not too large")
-        }),
+        None => ["usize", "u32", "u64"]
+            .iter()
+            .fold(message.to_owned(), |text, ty| {
+                text.replace(&format!("expected {ty}"), "expected a whole number, 0 or more, that is not too large")
+            })
+            .replace("expected f64", "expected a number")
+            .replace("expected a sequence", "expected a list in brackets"),
     }
 }
 
@@ -194,13 +196,12 @@ fn note_unknown<C: Config>(unknown_keys: &[String], problems: &mut Problems) {
     let sections: BTreeSet<_> = keys.iter().filter_map(|key| key.split_once('.')).map(|(section, _)| section).collect();
     for key in unknown_keys {
         let names = keys.iter().map(String::as_str).chain(sections.iter().copied());
-        problems.add(key, unknown::<C>(key, "key", suggestion(key, names, ".")));
+        problems.add(key, unknown("key", suggestion(key, names, ".")));
     }
 }
 
-fn unknown<C: Config>(section: &str, kind: &str, suggestion: Option<&str>) -> String {
+fn unknown(kind: &str, suggestion: Option<&str>) -> String {
     match suggestion {
-        _ if C::PLANNED.contains(&section) => "not available in this version; leave it out".to_owned(),
         Some(name) => format!("unknown {kind}; did you mean {name}?"),
         None => format!("unknown {kind}; --print-config shows every key there is"),
     }
@@ -239,7 +240,6 @@ mod tests {
     }
 
     impl Config for Sample {
-        const PLANNED: &'static [&'static str] = &["moon"];
         fn check(&self, _: &mut Problems) {}
     }
 
@@ -257,14 +257,6 @@ mod tests {
         assert_eq!(
             from_env(&[("CASTIER_COUNT", "-1")]).unwrap_err(),
             "count (set by CASTIER_COUNT): invalid value: integer `-1`, expected a whole number, 0 or more, that is not too large"
-        );
-    }
-
-    #[test]
-    fn planned_sections_are_refused_as_such() {
-        assert_eq!(
-            from_env(&[("CASTIER_MOON__PHASE", "new")]).unwrap_err(),
-            "CASTIER_MOON__PHASE: not available in this version; leave it out"
         );
     }
 

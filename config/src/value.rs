@@ -9,6 +9,12 @@ use url::Url;
 #[error("{0}")]
 pub struct Malformed(String);
 
+impl Malformed {
+    pub(crate) const fn new(text: String) -> Self {
+        Self(text)
+    }
+}
+
 /// How long something may take or last: `"5s"`, `"250ms"`, `"1m30s"`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Span(Duration);
@@ -127,6 +133,31 @@ impl fmt::Display for Size {
     }
 }
 
+/// A part of a whole that leaves something of it: 0 to 0.9.
+#[derive(Clone, Copy, PartialEq, PartialOrd, Debug, Serialize)]
+pub struct Share(f64);
+
+// Reading refuses what is not a number.
+impl Eq for Share {}
+
+impl Share {
+    /// The default of `cluster.mirror_share`.
+    pub(crate) const DEFAULT_MIRROR: Self = Self(0.125);
+
+    /// This part of a number of bytes.
+    pub fn of(self, whole: Size) -> Size {
+        Size((whole.0 as f64 * self.0) as u64)
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let share = f64::deserialize(deserializer)?;
+        let sound = (0.0..=0.9).contains(&share);
+        sound.then_some(Self(share)).ok_or_else(|| de::Error::custom(format!("{share} is out of range; write 0 to 0.9")))
+    }
+}
+
 /// Where the source of truth is.
 #[derive(Clone, PartialEq, Eq)]
 pub enum OriginUrl {
@@ -194,7 +225,7 @@ pub(crate) fn masked(text: &str) -> String {
 
 /// Reads anything that has a text form. Bare integers count as their digits, so that `capacity = 1024` works, and
 /// `timeout = 5` is told that it lacks a unit.
-struct Text<T>(PhantomData<T>);
+pub(crate) struct Text<T>(pub(crate) PhantomData<T>);
 
 impl<T: FromStr<Err = Malformed>> de::Visitor<'_> for Text<T> {
     type Value = T;

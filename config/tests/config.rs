@@ -1,7 +1,9 @@
 //! The configuration as an operator meets it: files, variables, and what the programs say about them.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
-use castier_config::{Castier, Config, Disk, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print};
+use castier_config::{
+    Castier, Cluster, Config, Disk, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print,
+};
 use proptest::prelude::*;
 use std::{io::Write, path::Path};
 use tempfile::NamedTempFile;
@@ -46,7 +48,7 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 41);
+    assert_eq!(keys.len(), 54);
     assert_eq!(&keys[..4], ["allow_delete", "listen.public", "listen.admin", "listen.peer"]);
     assert_eq!(keys.last().unwrap(), "shutdown.grace");
 }
@@ -91,19 +93,10 @@ fn variables_of_kubernetes_are_ignored_and_slips_are_not() {
     ];
     assert_eq!(read::<Castier>("", &injected).unwrap().config, Castier::default());
     assert_eq!(
-        wrong(
-            "",
-            &[
-                ("CASTIER_MEMORY__CAPASITY", "1GiB"),
-                ("CASTIER_FROBNICATE__X", "1"),
-                ("CASTIER_CLUSTER__PEERS", "x"),
-                ("CASTIER_DISK__PATHS", "/x")
-            ]
-        ),
+        wrong("", &[("CASTIER_MEMORY__CAPASITY", "1GiB"), ("CASTIER_FROBNICATE__X", "1"), ("CASTIER_DISK__PATHS", "/x")]),
         [
             "CASTIER_MEMORY__CAPASITY: unknown variable; did you mean CASTIER_MEMORY__CAPACITY?",
             "CASTIER_FROBNICATE__X: unknown variable; --print-config shows every key there is",
-            "CASTIER_CLUSTER__PEERS: not available in this version; leave it out",
             "CASTIER_DISK__PATHS: unknown variable; did you mean CASTIER_DISK__PATH?",
         ]
     );
@@ -133,6 +126,12 @@ fn all_problems_are_told_at_once() {
         cooldown = "0s"
         open_files = -1
         [cluster]
+        peers = ["10.0.0.7:8081", "10.0.0.8"]
+        dns = "peers:8081"
+        mirror_share = 1
+        refesh = "1s"
+        [cluster.tls]
+        key = "/x"
     "#;
     let env = [("CASTIER_ALLOW_DELETE", "yes"), ("CASTIER_ORIGIN__READ_TIMEOUT", "0s"), ("CASTIER_LIMITS__MAX_HEADERS", "many")];
     let lines = wrong(text, &env);
@@ -150,7 +149,11 @@ fn all_problems_are_told_at_once() {
         "disk.paht: unknown key; did you mean disk.path?",
         "disk.open_files: invalid value: integer `-1`, expected a whole number, 0 or more, that is not too large",
         "disk.cooldown: must be longer than 0s; write a duration such as \"5s\"",
-        "cluster: not available in this version; leave it out",
+        "cluster.peers: \"10.0.0.8\" has no port; write HOST:PORT, such as \"10.0.0.7:8081\", or \"10.0.0.7:8081 weight=2\" for twice the share",
+        "cluster.mirror_share: 1 is out of range; write 0 to 0.9",
+        "cluster.refesh: unknown key; did you mean cluster.refresh?",
+        "cluster.tls.key: unknown key; --print-config shows every key there is",
+        "cluster.advertise: is missing; write this node's HOST:PORT as its peers reach it, such as \"10.0.0.7:8081\"",
         "limits.max_connections: must be 1 or more",
         "origin.read_timeout (set by CASTIER_ORIGIN__READ_TIMEOUT): must be longer than 0s; write a duration such as \"5s\"",
     ];
@@ -185,6 +188,32 @@ fn values_that_make_no_sense_are_refused() {
         ("disk.open_files", "[disk]\nopen_files = 0"),
         ("disk.scrub_rate", "[disk]\nscrub_rate = \"fast\""),
         ("disk.cooldown", "[disk]\ncooldown = \"0s\""),
+        ("cluster", "cluster = 5"),
+        ("cluster.advertise", "[cluster]\npeers = [\"a:1\"]"),
+        ("cluster.advertise", "[cluster]\nadvertise = \"a:1 weight=2\"\npeers = [\"a:1\"]"),
+        ("cluster.advertise", "[cluster]\nadvertise = \"0.0.0.0:1\"\npeers = [\"a:1\"]"),
+        ("cluster.advertise", "[cluster]\nadvertise = \"a:1\"\ndns = \"peers:1\""),
+        ("cluster.peers", "[cluster]\nadvertise = \"a:1\""),
+        ("cluster.peers", "[cluster]\nadvertise = \"a:1\"\npeers = []"),
+        ("cluster.peers", "[cluster]\nadvertise = \"a:1\"\npeers = \"a:1\""),
+        ("cluster.peers", "[cluster]\nadvertise = \"a:1\"\npeers = [\"a:1\", 5]"),
+        ("cluster.dns", "[cluster]\nadvertise = \"a:1\"\npeers = [\"a:1\"]\ndns = \"_peer._tcp.peers\""),
+        ("cluster.dns", "[cluster]\nadvertise = \"a:1\"\ndns = \"_peer._tcp.peers:1\""),
+        ("cluster.dns", "[cluster]\nadvertise = \"10.0.0.7:1\"\ndns = \"peers\""),
+        ("cluster.dns", "[cluster]\nadvertise = \"10.0.0.7:1\"\ndns = \"10.0.0.8:1\""),
+        ("cluster.refresh", "[cluster]\nrefresh = \"0s\""),
+        ("cluster.stall_timeout", "[cluster]\nstall_timeout = \"0s\""),
+        ("cluster.probe_interval", "[cluster]\nprobe_interval = \"0s\""),
+        ("cluster.probe_timeout", "[cluster]\nprobe_timeout = \"0s\""),
+        ("cluster.mirror_share", "[cluster]\nmirror_share = -0.1"),
+        ("cluster.mirror_share", "[cluster]\nmirror_share = nan"),
+        ("cluster.secret_file", "[cluster]\nsecret_file = \"/does/not/exist\""),
+        ("cluster.secret_file", "[listen]\npeer = \"0.0.0.0:8081\"\n[cluster]\n"),
+        ("cluster.secret_file", "[listen]\npeer = \"node-7:8081\"\n[cluster]\n"),
+        ("cluster.tls.key_file", "[cluster.tls]\ncert_file = \"/\""),
+        ("cluster.tls.cert_file", "[cluster.tls]\ncert_file = \"/\""),
+        ("listen.peer", "[listen]\npeer = \"127.0.0.1:8080\"\n[cluster]"),
+        ("listen.peer", "[listen]\npeer = \"0.0.0.0:8082\"\n[cluster]"),
         ("verify.buffer_up_to", "[verify]\nbuffer_up_to = \"257MiB\""),
         ("fill.max_in_flight", "[fill]\nmax_in_flight = 0"),
         ("fill.spool", "[fill]\nspool = \"0B\""),
@@ -248,7 +277,7 @@ fn printing_masks_secrets_and_nothing_else() {
     assert!(!printed.contains("hunter2") && !format!("{config:?}").contains("hunter2"));
     let shown = |config: &Castier| print(config).lines().filter(|line| line.contains(" = ")).count();
     assert_eq!(shown(&Castier::complete()), keys::<Castier>().len());
-    assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !key.starts_with("disk.")).count());
+    assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !key.starts_with("cluster.") && !key.starts_with("disk.")).count());
 }
 
 #[test]
@@ -265,10 +294,30 @@ fn one_key_puts_a_section_in_force() {
     let loaded = read::<Castier>("", &[("CASTIER_DISK__CAPACITY", "1TiB")]).unwrap();
     assert_eq!(loaded.config.disk, Some(Disk { capacity: Size::gib(1024), ..Disk::default() }));
     assert!(loaded.is_set("disk.capacity") && !loaded.is_set("disk.path"));
-    assert_eq!(read::<Castier>("[disk]", &[]).unwrap().config, Castier::complete());
+    assert_eq!(read::<Castier>("[disk]", &[]).unwrap().config.disk, Castier::complete().disk);
     let changes = changed(&Castier::default(), &Castier::complete());
-    assert!(changes.len() == 8 && changes.iter().all(|key| key.starts_with("disk.")), "{changes:?}");
+    assert!(changes.len() == 21 && changes.iter().all(|key| key.starts_with("disk.") || key.starts_with("cluster.")), "{changes:?}");
     assert_eq!(changed(&Castier::complete(), &Castier::default()), changes);
+}
+
+#[test]
+fn clusters_are_read() {
+    let secret = file("0123456789abcdef\nfedcba9876543210\n");
+    let secret = secret.path().to_str().unwrap();
+    let text = "[listen]\npeer = \"0.0.0.0:8081\"\n[cluster]\nadvertise = \"10.0.0.7:8081\"\ndns = \"peers.svc:8081\"\nmirror_share = 0";
+    let cluster = read::<Castier>(text, &[("CASTIER_CLUSTER__SECRET_FILE", secret)]).unwrap().config.cluster.unwrap();
+    assert_eq!((cluster.dns.as_str(), cluster.mirror_share.of(Size::gib(1)), cluster.tls.is_on()), ("peers.svc:8081", Size::new(0), false));
+
+    let env = [("CASTIER_CLUSTER__ADVERTISE", "b:2"), ("CASTIER_CLUSTER__PEERS", "A.:1, b:2 weight=3")];
+    let cluster = read::<Castier>("", &env).unwrap().config.cluster.unwrap();
+    assert_eq!(cluster.peers.iter().map(|peer| (peer.name(), peer.weight)).collect::<Vec<_>>(), [("a:1".into(), 1), ("b:2".into(), 3)]);
+    assert_eq!(cluster, Cluster { advertise: "b:2".into(), peers: cluster.peers.clone(), ..Cluster::default() });
+    assert_eq!(cluster.mirror_share.of(Size::mib(256)), Size::mib(32));
+
+    let wrong = wrong("", &[("CASTIER_CLUSTER__PEERS", "a:1,b"), ("CASTIER_CLUSTER__ADVERTISE", "a:1")]);
+    assert!(wrong.len() == 1 && wrong[0].starts_with("cluster.peers (set by CASTIER_CLUSTER__PEERS): \"b\" has no port"), "{wrong:#?}");
+    // Beside a cluster that is absent, the peer listener's address is nobody's trouble.
+    assert_eq!(read::<Castier>("[listen]\npeer = \"0.0.0.0:8080\"", &[]).unwrap().config.cluster, None);
 }
 
 #[test]
@@ -298,6 +347,8 @@ proptest! {
         root in "[ -~é]{1,20}",
         lru: bool,
         disk: bool,
+        clustered: bool,
+        weight in 1u16..,
     ) {
         let mut config = Castier { allow_delete, ..Castier::default() };
         config.memory.capacity = Size::new(capacity);
@@ -306,6 +357,10 @@ proptest! {
         config.disk = disk.then(|| Disk { path: root.clone().into(), capacity: Size::new(capacity), ..Disk::default() });
         config.origin.url = OriginUrl::Embedded(root.clone().into());
         config.origin.retries = retries;
+        config.cluster = Castier::complete().cluster.filter(|_| clustered);
+        for peer in config.cluster.iter_mut().flat_map(|cluster| &mut cluster.peers) {
+            peer.weight = weight;
+        }
         config.limits.max_connections = max_connections;
         config.limits.idle_timeout = Span::millis(millis);
         config.limits.negative_ttl = Span::new(std::time::Duration::from_nanos(nanos));
@@ -313,7 +368,8 @@ proptest! {
         prop_assume!(!root.contains("://"));
         let loaded = read::<Castier>(&print(&config), &[]).unwrap();
         prop_assert_eq!(&loaded.config, &config);
-        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key) || (!disk && key.starts_with("disk."))));
+        let absent = |key: &str| (!clustered && key.starts_with("cluster.")) || (!disk && key.starts_with("disk."));
+        prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key) || absent(key)));
 
         let mut server = OriginServer { allow_delete, ..OriginServer::default() };
         server.store.root = root.into();

@@ -1,6 +1,11 @@
 //! The admin listener: metrics, health, statistics, purge, and a page for people.
 
-use crate::{ladder::Ladder, metrics::Metrics};
+use crate::{
+    ladder::{self, Ladder},
+    members::{self, Members},
+    metrics::Metrics,
+    purge::Purge,
+};
 use axum::{
     Router,
     extract::{Path, State},
@@ -9,6 +14,7 @@ use axum::{
     routing::{get, post},
 };
 use castier_blob::{Digest, MalformedDigest, wire::Problem};
+use serde::Serialize;
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
@@ -20,10 +26,30 @@ pub struct Admin {
     pub ladder: Arc<Ladder>,
     /// The series.
     pub metrics: Arc<Metrics>,
+    /// The other nodes; none if this one is alone.
+    pub members: Option<Arc<Members>>,
+    /// Forgets blobs, on every node.
+    pub purge: Arc<Purge>,
     /// False while starting and draining. An origin that is down does not change it: what is kept is served.
     pub ready: AtomicBool,
-    /// This node, as it names itself in the answer to a purge.
+    /// This node, as the page names it.
     pub name: String,
+}
+
+/// What `/stats` tells, and what goes to the log.
+#[derive(Debug, Serialize)]
+pub struct Stats {
+    #[serde(flatten)]
+    node: ladder::Stats,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster: Option<members::Status>,
+}
+
+impl Admin {
+    /// The figures as of now.
+    pub fn stats(&self) -> Stats {
+        Stats { node: self.ladder.stats(), cluster: self.members.as_ref().map(|members| members.status()) }
+    }
 }
 
 /// The admin interface.
@@ -55,18 +81,16 @@ async fn ready(State(admin): State<Arc<Admin>>) -> Response {
 }
 
 async fn stats(State(admin): State<Arc<Admin>>) -> Response {
-    json(&admin.ladder.stats())
+    json(&admin.stats())
 }
 
 async fn purge(State(admin): State<Arc<Admin>>, Path(digest): Path<String>) -> Response {
     let Ok(digest) = digest.parse::<Digest>() else { return problem(StatusCode::BAD_REQUEST, &MalformedDigest.to_string()) };
-    admin.ladder.forget(&digest).await;
-    tracing::info!(%digest, "purged");
-    json(&serde_json::json!({ "purged": [admin.name], "failed": [] }))
+    json(&admin.purge.everywhere(&digest).await)
 }
 
 async fn page(State(admin): State<Arc<Admin>>) -> Html<String> {
-    let stats = serde_json::to_value(admin.ladder.stats()).unwrap_or_default();
+    let stats = serde_json::to_value(admin.stats()).unwrap_or_default();
     let figure = |name: &str| stats[name].as_u64().unwrap_or(0);
     let share = 100.0 * figure("CacheHits") as f64 / figure("Gets").max(1) as f64;
     let mut rows = String::new();
@@ -91,12 +115,25 @@ async fn page(State(admin): State<Arc<Admin>>) -> Html<String> {
          <style>body{{font:16px system-ui;margin:2rem auto;max-width:46rem;padding:0 1rem}}table{{border-collapse:collapse;margin:1rem 0}}\
          th,td{{padding:.3rem .9rem;border-bottom:1px solid #8884;text-align:right}}th{{text-align:left;font-weight:500}}b{{font-size:2rem}}</style>\
          <h1>castier {version}</h1><p>{name} · {ready} · <b>{share:.1} %</b> of gets were hits\
-         <table><tr><th>tier<th>holds<th>blobs<th>hits<th>evictions{tiers}</table><table>{rows}</table>\
+         <table><tr><th>tier<th>holds<th>blobs<th>hits<th>evictions{tiers}</table><table>{rows}</table>{cluster}\
          <p><a href=/metrics>metrics</a> · <a href=/stats>stats</a> · <a href=/readyz>readyz</a></html>",
         name = admin.name,
+        cluster = cluster_table(&stats["cluster"]),
         version = env!("CARGO_PKG_VERSION"),
         ready = if admin.ready.load(Ordering::Relaxed) { "ready" } else { "not ready" },
     ))
+}
+
+/// The members, for people; nothing if this node is alone.
+fn cluster_table(cluster: &serde_json::Value) -> String {
+    let Some(members) = cluster["members"].as_array() else { return String::new() };
+    let mut rows = String::new();
+    for member in members {
+        let text = |key: &str| member[key].as_str().unwrap_or_default();
+        rows += &format!("<tr><th>{}<td>{}<td>{:.1} %", text("name"), text("state"), member["share"].as_f64().unwrap_or(0.0) * 100.0);
+    }
+    let changed = &cluster["changed_seconds_ago"];
+    format!("<table><tr><th>node<th>state<th>owns{rows}</table><p>the cluster last changed {changed} seconds ago")
 }
 
 fn json(value: &impl serde::Serialize) -> Response {

@@ -79,9 +79,11 @@ impl Shares {
     }
 }
 
-/// What all fills together may hold open: a connection and a file each, and an embedded origin as much again.
+/// What all fills together may hold open: a connection and a file each, and an embedded origin as much again; in a cluster also those that
+/// peers ask for.
 fn fills(config: &Castier) -> u64 {
-    let each = if matches!(config.origin.url, OriginUrl::Embedded(_)) { 4 } else { 2 };
+    let origin = if matches!(config.origin.url, OriginUrl::Embedded(_)) { 2 } else { 0 };
+    let each = 2 + origin + if config.cluster.is_some() { 2 } else { 0 };
     config.fill.max_in_flight as u64 * each
 }
 

@@ -6,27 +6,33 @@
 //! - A fill runs in a task of its own. A client that leaves takes nobody down; a panic fails the flight instead of stranding it.
 //! - Unverified bytes leave only as the front of a response that cannot complete: the last [`HOLD_BACK`] bytes of every
 //!   response wait until all of the blob has verified.
+//! - No two flights wait for each other, on whatever nodes: see [`course`].
 //!
 //! An absent blob's flight stays in the map for `limits.negative_ttl`: that is the negative cache.
 
 mod attempts;
+mod course;
+mod fill;
 mod reader;
+mod tiers;
 
 pub use reader::{Opened, Reader};
+pub use tiers::Tiers;
 
 use crate::{
     disk::{Disk, DiskFile},
-    fault::{Fault, Limit},
-    memory::Memory,
+    fault::Fault,
     metrics::{Metrics, Outcome},
     spool::{self, Admit, Room, Spool},
-    upstream::{Incoming, Upstream},
+    tier::TierName,
+    upstream::{Incoming, Sources},
 };
 use arc_swap::ArcSwap;
-use attempts::Attempts;
 use bytes::Bytes;
-use castier_blob::{Digest, Verifier};
+use castier_blob::{Digest, Verified, Verifier};
 use castier_config as config;
+use course::Leg;
+use fill::End;
 use futures::FutureExt;
 use parking_lot::Mutex;
 use std::{
@@ -49,9 +55,8 @@ pub struct Flights {
     remembered: AtomicUsize,
     places: Semaphore,
     room: Room,
-    memory: Arc<Memory>,
-    disk: Option<Arc<Disk>>,
-    origin: Arc<Upstream>,
+    tiers: Tiers,
+    sources: Sources,
     retries: usize,
     max_wait: Duration,
     finish_under: u64,
@@ -60,10 +65,20 @@ pub struct Flights {
     metrics: Arc<Metrics>,
 }
 
+/// Who asks. What a peer asks for is answered from the tiers, a flight or the origin, and never handed on to another peer, whatever the
+/// two nodes believe about the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// A client, at the public listener; or this node itself.
+    Client,
+    /// Another node of the cluster.
+    Peer,
+}
+
 /// What [`Flights::join`] found.
 pub enum Joined {
-    /// The blob has landed in memory meanwhile.
-    Kept(Bytes),
+    /// The blob has landed in memory meanwhile, in this part of it.
+    Kept(Bytes, TierName),
     /// The blob has landed on disk meanwhile.
     OnDisk,
     /// This request started the flight.
@@ -79,8 +94,8 @@ struct Flight {
     tick: watch::Sender<()>,
     /// Changed only under the map's lock when it grows, so that an empty flight can be abandoned without a race.
     readers: AtomicUsize,
-    /// Told when the last reader has gone.
-    deserted: Notify,
+    /// Tells the fill to look up: the last reader has gone, or the flight has been turned home.
+    nudge: Notify,
 }
 
 struct State {
@@ -90,6 +105,10 @@ struct State {
     size: Option<u64>,
     /// Unverified bytes have been handed out, so the flight can no longer start over.
     released: bool,
+    /// Where the bytes come from now.
+    leg: Leg,
+    /// Peers are not to be waited for; see [`course`].
+    home: bool,
     /// Purged or overtaken by an upload: what comes out must not be remembered.
     detached: bool,
 }
@@ -109,20 +128,18 @@ impl Flights {
     pub fn new(
         config: &config::Castier,
         limits: Arc<ArcSwap<config::Limits>>,
-        tiers: (Arc<Memory>, Option<Arc<Disk>>),
-        origin: Arc<Upstream>,
+        tiers: Tiers,
+        sources: Sources,
         room: Room,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
-        let (memory, disk) = tiers;
         Arc::new(Self {
             map: Mutex::default(),
             remembered: AtomicUsize::new(0),
             places: Semaphore::new(config.fill.max_in_flight),
             room,
-            memory,
-            disk,
-            origin,
+            tiers,
+            sources,
             retries: config.origin.retries as usize,
             max_wait: config.fill.max_wait.get(),
             finish_under: config.fill.finish_under.get(),
@@ -134,30 +151,39 @@ impl Flights {
 
     /// Joins the flight of a blob that the tiers did not have, or starts it. With `sure`, what the disk's index says is passed over: it has
     /// been looked at, and was wrong.
-    pub fn join(self: &Arc<Self>, digest: &Digest, sure: bool) -> Joined {
+    pub fn join(self: &Arc<Self>, digest: &Digest, asker: Asker, sure: bool) -> Joined {
         let mut map = self.map.lock();
         if let Some(flight) = map.get(digest) {
+            if asker == Asker::Peer {
+                flight.turn_home();
+            }
             return Joined::Followed(Reader::new(self, flight.clone(), true));
         }
         // Since the first look-up a flight may have come and gone.
-        if let Some(bytes) = self.memory.find(digest) {
-            return Joined::Kept(bytes);
+        if let Some((bytes, tier)) = self.tiers.in_memory(digest) {
+            return Joined::Kept(bytes, tier);
         }
-        if !sure && self.disk.as_ref().is_some_and(|disk| disk.knows(digest).is_some()) {
+        if !sure && self.tiers.disk.as_ref().is_some_and(|disk| disk.knows(digest).is_some()) {
             return Joined::OnDisk;
         }
         let flight = Arc::new(Flight {
             digest: *digest,
-            state: Mutex::new(State { phase: Phase::Opening, spool: Spool::default(), size: None, released: false, detached: false }),
+            state: Mutex::new(State::new(asker == Asker::Peer)),
             tick: watch::Sender::new(()),
             readers: AtomicUsize::new(0),
-            deserted: Notify::new(),
+            nudge: Notify::new(),
         });
         map.insert(*digest, flight.clone());
         let reader = Reader::new(self, flight.clone(), false);
         drop(map);
         tokio::spawn(self.clone().fly(flight));
         Joined::Led(reader)
+    }
+
+    /// Whether a flight of the blob is on its way.
+    pub fn is_flying(&self, digest: &Digest) -> bool {
+        let Some(flight) = self.map.lock().get(digest).cloned() else { return false };
+        matches!(flight.state.lock().phase, Phase::Opening | Phase::Filling)
     }
 
     /// What flights know of a blob without asking anybody: its size, or that it is absent.
@@ -209,18 +235,20 @@ impl Flights {
             }
             _ => Outcome::Ok,
         };
-        self.metrics.source_load(self.origin.name, outcome, started.elapsed());
+        let source = flight.state.lock().leg.source();
+        self.metrics.source_load(source, outcome, started.elapsed());
         self.metrics.flights_in_progress.dec();
         let ttl = self.limits.load().negative_ttl.get();
-        let remember =
-            matches!(phase, Phase::Absent) && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
-        let on_disk = self.disk.as_ref().is_some_and(|disk| disk.knows(&flight.digest).is_some());
+        // What a peer has heard from the origin is the peer's to remember: an upload that comes there ends it for all.
+        let own_absence = matches!(phase, Phase::Absent) && source == Leg::Origin.source();
+        let remember = own_absence && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
+        let on_disk = self.tiers.disk.as_ref().is_some_and(|disk| disk.knows(&flight.digest).is_some());
         let passing = matches!(phase, Phase::Verified) && !on_disk && flight.state.lock().spool.parts().is_none();
         flight.update(|state| state.phase = phase);
         if passing {
             // No tier keeps it, but its readers do: as long as one reads, a late comer can, and the origin is not asked again.
             while !self.remove_if_deserted(&flight) {
-                flight.deserted.notified().await;
+                flight.nudge.notified().await;
             }
             return;
         }
@@ -242,52 +270,20 @@ impl Flights {
         deserted
     }
 
-    /// Gets the blob from a source, verifies and keeps it.
-    async fn fill(&self, flight: &Arc<Flight>) -> Result<Phase, Fault> {
-        let _place = match tokio::time::timeout(self.max_wait, self.places.acquire()).await {
-            Ok(Ok(place)) => place,
-            _ => return Err(Fault::Busy(Limit::Fills)),
-        };
-        let mut verifier = Verifier::of(flight.digest);
-        let mut kept: Option<DiskFile> = None;
-        let mut attempts = Attempts::new(self.retries);
-        let mut may_start_over = true;
-        loop {
-            let fault = match self.pour(flight, &mut verifier, &mut kept).await {
-                Ok(false) if verifier.seen() == 0 => return Ok(Phase::Absent),
-                Ok(false) => Fault::Unusable { source_name: self.origin.name, why: "the blob vanished midway".into() },
-                Ok(true) => {
-                    let fault = match self.land(flight, verifier, kept.take()).await {
-                        Ok(()) => return Ok(Phase::Verified),
-                        Err(fault) => fault,
-                    };
-                    if !may_start_over || !flight.start_over() {
-                        return Err(fault);
-                    }
-                    may_start_over = false;
-                    verifier = Verifier::of(flight.digest);
-                    tracing::warn!(digest = %flight.digest, %fault, "corrupt fill, trying once more from the start");
-                    continue;
-                }
-                Err(fault) => fault,
-            };
-            let Some(delay) = attempts.after(&fault, verifier.seen()) else { return Err(fault) };
-            tracing::debug!(digest = %flight.digest, %fault, at = verifier.seen(), "transfer broke, going on");
-            tokio::time::sleep(delay).await;
-            if verifier.seen() > 0 {
-                self.metrics.source_resume(self.origin.name);
-            }
-        }
-    }
-
-    /// Opens the source where the last transfer ended and takes all that comes; false if it says that the blob is absent.
-    async fn pour(&self, flight: &Arc<Flight>, verifier: &mut Verifier, kept: &mut Option<DiskFile>) -> Result<bool, Fault> {
-        let Some(mut incoming) = self.origin.open(&flight.digest, verifier.seen()).await? else { return Ok(false) };
+    /// Takes all that comes.
+    async fn pour(
+        &self,
+        flight: &Arc<Flight>,
+        mut incoming: Incoming,
+        verifier: &mut Verifier,
+        kept: &mut Option<DiskFile>,
+    ) -> Result<End, Fault> {
+        let source_name = incoming.source_name();
         let size = self.begin(flight, &incoming)?;
         loop {
             if size == Some(verifier.seen()) {
                 incoming.release().await;
-                return Ok(true);
+                return Ok(End::Whole);
             }
             let next = incoming.next();
             tokio::pin!(next);
@@ -296,20 +292,23 @@ impl Flights {
                 if self.abandon(flight, size, verifier.seen()) {
                     return Err(Fault::Abandoned);
                 }
+                if flight.must_turn() {
+                    return Ok(End::Elsewhere);
+                }
                 tokio::select! {
                     chunk = &mut next => break chunk?,
-                    () = flight.deserted.notified() => {}
+                    () = flight.nudge.notified() => {}
                 }
             };
             let Some(chunk) = chunk else {
-                let broke = |_| Fault::Unreachable { source_name: self.origin.name, why: "ended before the announced length".into() };
-                return size.map_or(Ok(true), |size| Err(broke(size)));
+                let broke = |_| Fault::Unreachable { source_name, why: "ended before the announced length".into() };
+                return size.map_or(Ok(End::Whole), |size| Err(broke(size)));
             };
             let seen = verifier.seen() + chunk.len() as u64;
             let limit = self.limits.load().max_blob.get();
             if seen > size.unwrap_or(limit) {
                 return Err(Fault::Unusable {
-                    source_name: self.origin.name,
+                    source_name,
                     why: format!("more bytes than the {} announced or allowed", size.unwrap_or(limit)),
                 });
             }
@@ -320,22 +319,22 @@ impl Flights {
 
     /// Takes note of what the source announced, and holds it to what was announced before.
     fn begin(&self, flight: &Flight, incoming: &Incoming) -> Result<Option<u64>, Fault> {
-        let unusable = |why: String| Fault::Unusable { source_name: self.origin.name, why };
+        let unusable = |why: String| Fault::Unusable { source_name: incoming.source_name(), why };
         let limit = self.limits.load().max_blob.get();
         if let Some(size) = incoming.size.filter(|size| *size > limit) {
             return Err(unusable(format!("a blob of {size} bytes, over limits.max_blob")));
         }
         flight.update(|state| {
+            if state.spool.length() == 0 {
+                // Whatever was announced before, nothing came of it.
+                (state.phase, state.size, state.spool) = (Phase::Filling, incoming.size, Spool::new(&self.room, incoming.size));
+            }
             if let (Some(before), Some(now)) = (state.size, incoming.size)
                 && before != now
             {
                 return Err(unusable(format!("announced {before} bytes first and {now} now")));
             }
             state.size = state.size.or(incoming.size);
-            if matches!(state.phase, Phase::Opening) {
-                state.phase = Phase::Filling;
-                state.spool = Spool::new(&self.room, state.size);
-            }
             Ok(state.size)
         })
     }
@@ -367,11 +366,11 @@ impl Flights {
                     }
                 },
                 Admit::NeedsFile => {
-                    let (parts, size) = {
+                    let (parts, size, foreign) = {
                         let state = flight.state.lock();
-                        (state.spool.in_memory(), state.size)
+                        (state.spool.in_memory(), state.size, state.leg.is_foreign())
                     };
-                    *kept = match self.disk.as_ref().filter(|disk| disk.takes(size.unwrap_or(at))) {
+                    *kept = match self.tiers.disk.as_ref().filter(|disk| !foreign && disk.takes(size.unwrap_or(at))) {
                         Some(disk) => tier_file(disk.clone(), parts.clone()).await,
                         None => None,
                     };
@@ -387,39 +386,29 @@ impl Flights {
         Ok(())
     }
 
-    /// All bytes are in. Keeps the blob if it is the right one.
-    async fn land(&self, flight: &Flight, verifier: Verifier, file: Option<DiskFile>) -> Result<(), Fault> {
+    /// Keeps the blob, unless it has been purged meanwhile.
+    async fn settle(&self, flight: &Flight, verified: Verified<()>, file: Option<DiskFile>) {
         // Put together off the lock: the fill is the only writer.
         let whole = flight.state.lock().spool.parts().map(spool::join);
-        let corrupt = |mismatch| {
-            self.metrics.corrupt(self.origin.name);
-            Fault::Corrupt { source_name: self.origin.name, mismatch }
-        };
-        let verified = verifier.finish(()).map_err(corrupt)?;
         let keeping = {
             // Under the lock, so that a purge comes either before (and is seen here) or after (and finds the blob in the tier).
             let mut state = flight.state.lock();
             if let Some(whole) = &whole {
                 state.spool.settle(whole.clone());
             }
-            match (whole, file, &self.disk) {
+            match (whole, file, &self.tiers.disk) {
                 _ if state.detached => None,
-                (Some(whole), _, disk) => {
-                    let blob = verified.with_content(whole);
-                    if let Some(disk) = disk {
-                        disk.keep_later(blob.clone());
-                    }
-                    self.memory.keep(blob);
+                (Some(whole), ..) => {
+                    self.tiers.keep(verified.with_content(whole), state.leg.is_foreign());
                     None
                 }
-                (None, Some(file), Some(disk)) => Some(disk.keep_file(verified.with_content(file))),
+                (None, Some(file), Some(disk)) if !state.leg.is_foreign() => Some(disk.keep_file(verified.with_content(file))),
                 _ => None,
             }
         };
         if let Some(keeping) = keeping {
             keeping.await;
         }
-        Ok(())
     }
 
     /// Ends a flight that nobody reads and that has too far to go.
@@ -458,11 +447,45 @@ fn log_failure(digest: &Digest, fault: &Fault) {
     }
 }
 
+impl State {
+    fn new(home: bool) -> Self {
+        let leg = Leg::Origin;
+        Self { phase: Phase::Opening, spool: Spool::default(), size: None, released: false, leg, home, detached: false }
+    }
+}
+
 impl Flight {
     fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let result = change(&mut self.state.lock());
         self.tick.send_replace(());
         result
+    }
+
+    /// Peers are not to be waited for any more: one of them waits for this flight.
+    fn turn_home(&self) {
+        let mut state = self.state.lock();
+        if !state.home {
+            state.home = true;
+            self.nudge.notify_one();
+        }
+    }
+
+    fn is_home(&self) -> bool {
+        self.state.lock().home
+    }
+
+    /// Whether it has been turned home while under way to a peer.
+    fn must_turn(&self) -> bool {
+        let state = self.state.lock();
+        state.home && state.leg.is_foreign()
+    }
+
+    fn take_leg(&self, leg: &Leg) {
+        self.state.lock().leg = leg.clone();
+    }
+
+    fn can_start_over(&self) -> bool {
+        !self.state.lock().released
     }
 
     /// Back to byte 0, if no reader has been given anything.

@@ -2,6 +2,7 @@
 //!
 //! Strict on purpose: what two parsers could read differently is refused here, and only here.
 
+use crate::secret::PEER_SECRET;
 use bytes::BytesMut;
 use castier_blob::wire::Target;
 use castier_config::Limits;
@@ -42,6 +43,8 @@ pub struct Head {
     pub plain: bool,
     /// How the request's body is framed.
     pub framing: Framing,
+    /// Where the peer secret stands, if there is one. Of two none counts: then it is empty, which no secret is.
+    secret: Option<Range<usize>>,
 }
 
 /// How a request's body is framed.
@@ -66,6 +69,11 @@ impl Head {
     /// The path, out of the very bytes that were parsed.
     pub fn path<'a>(&self, bytes: &'a [u8]) -> &'a str {
         bytes.get(self.path.clone()).and_then(|path| str::from_utf8(path).ok()).unwrap_or_default()
+    }
+
+    /// The peer secret that the request carries.
+    pub fn secret<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        bytes.get(self.secret.clone()?)
     }
 
     /// What the request is for.
@@ -181,7 +189,8 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     let mut plain = method == Method::GET && minor == 1;
     let framing = framing(request.headers, minor, &mut plain)?;
     let upgrade = request.headers.iter().any(|header| header.name.eq_ignore_ascii_case("upgrade"));
-    Ok(Some(Head { len, method, authority, path, upgrade, plain, framing }))
+    let secret = secret_of(bytes, request.headers);
+    Ok(Some(Head { len, method, authority, path, upgrade, plain, framing, secret }))
 }
 
 /// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer.
@@ -224,6 +233,19 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool) -> Res
     let framing = if chunked { Framing::Chunked } else { Framing::Length(length.unwrap_or(0)) };
     *plain &= framing == Framing::Length(0);
     Ok(framing)
+}
+
+/// Where the one peer secret stands within the head.
+fn secret_of(bytes: &[u8], headers: &[httparse::Header<'_>]) -> Option<Range<usize>> {
+    let name = PEER_SECRET;
+    let mut found =
+        headers.iter().filter(|header| header.name.len() == name.as_str().len() && header.name.eq_ignore_ascii_case(name.as_str()));
+    let value = found.next()?.value.trim_ascii();
+    if found.next().is_some() {
+        return Some(0..0);
+    }
+    let start = value.as_ptr() as usize - bytes.as_ptr() as usize;
+    Some(start..start + value.len())
 }
 
 /// Where authority and path stand within the head: `/a?b` and `http://host/a?b` both mean `/a`.
@@ -295,6 +317,23 @@ mod tests {
         assert!(!head("GET / HTTP/1.0\r\n\r\n").unwrap().unwrap().plain);
         assert!(!head("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap().unwrap().plain);
         assert_eq!(head("GET / HTTP/1.1\r\nHost: a\r\n").unwrap(), None);
+    }
+
+    #[test]
+    fn the_peer_secret_is_found_if_it_is_one() {
+        for (lines, secret) in [
+            ("", None),
+            ("Castier-Peer-Secret:  a secret \r\n", Some("a secret")),
+            ("castier-peer-secret:\r\n", Some("")),
+            ("castier-peer-secret: one\r\nX: y\r\ncastier-peer-secret: one\r\n", Some("")),
+            ("castier-peer-secre: one\r\n", None),
+        ] {
+            let mut ahead = BytesMut::from(&format!("GET http://b/cas HTTP/1.1\r\nHost: a\r\n{lines}\r\n")[..]);
+            let parsed = parse(&ahead, 100).unwrap().unwrap();
+            assert_eq!(parsed.secret(&ahead), secret.map(str::as_bytes), "{lines:?}");
+            let parsed = to_origin_form(&mut ahead, parsed, 100).unwrap();
+            assert_eq!(parsed.secret(&ahead), secret.map(str::as_bytes), "{lines:?}");
+        }
     }
 
     #[test]

@@ -1,18 +1,23 @@
 //! Connections: reads requests, asks the ladder, writes replies. With `relay.rs`, the only place that sees pingora's sessions.
 //!
 //! Two lanes write the same [`Reply`]. A plain GET that memory can answer is written straight onto the connection; everything
-//! else about blobs goes through pingora's HTTP/1 session; what is no blob goes to [`Relay`].
+//! else about blobs goes through pingora's HTTP/1 session; what is no blob goes to [`Relay`], or, between nodes, to [`PeerDoor`].
 
+mod peer;
 mod raw;
+mod tls;
+
+pub use peer::PeerDoor;
 
 use crate::{
     conn::{Conn, response_header, write},
     descriptors,
     fault::{Fault, Limit},
-    flight::Opened,
+    flight::{Asker, Opened},
     gate::{self, NoHead},
-    ladder::{Found, Ladder, Tier},
-    metrics::{Metrics, Route, Served},
+    ladder::{Found, Ladder, TierName, Whence},
+    metrics::{Listener, Metrics, Route, Served},
+    purge::Purge,
     record::{CLIENT_GONE, Record},
     relay::Relay,
     serve::{Body, Reply, Via},
@@ -42,10 +47,10 @@ use tokio::time::timeout;
 const LINGER: Duration = Duration::from_secs(10);
 /// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
 const IDLE_BODY: u64 = 64 << 10;
-/// The public listener's application.
+/// A listener's application.
 pub struct Front {
     ladder: Arc<Ladder>,
-    relay: Relay,
+    door: Door,
     limits: Arc<ArcSwap<Limits>>,
     metrics: Arc<Metrics>,
 }
@@ -53,21 +58,52 @@ pub struct Front {
 /// The connection broke, or had to be broken, before the response was whole.
 struct Cut;
 
+/// Who comes in here, and what becomes of requests that are about no blob.
+pub enum Door {
+    /// Clients. The rest is relayed to the origin.
+    Clients {
+        /// Takes what is no blob.
+        relay: Relay,
+        /// What a client deletes goes from every node.
+        purge: Arc<Purge>,
+    },
+    /// Other nodes of the cluster. Nothing goes further than the origin, and nothing is relayed.
+    Peers(PeerDoor),
+}
+
+impl Door {
+    const fn listener(&self) -> Listener {
+        match self {
+            Self::Clients { .. } => Listener::Public,
+            Self::Peers(_) => Listener::Peer,
+        }
+    }
+
+    const fn asker(&self) -> Asker {
+        match self {
+            Self::Clients { .. } => Asker::Client,
+            Self::Peers(_) => Asker::Peer,
+        }
+    }
+}
+
 /// Counts one connection for as long as it lives.
 struct Open(Arc<Front>);
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.0.metrics.connections.dec();
+        self.0.metrics.connections_at(self.0.door.listener()).dec();
     }
 }
 
 #[async_trait]
 impl ServerApp for Front {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        self.metrics.connections.inc();
+        // Each listener has the limit to itself: clients that take all there is must not part the nodes.
+        let connections = self.metrics.connections_at(self.door.listener());
+        connections.inc();
         let (open, shutdown) = (Open(self.clone()), shutdown.clone());
-        let place = usize::try_from(self.metrics.connections.get()).unwrap_or(0);
+        let place = usize::try_from(connections.get()).unwrap_or(0);
         // In a task of its own: pingora's has room for a TLS handshake, and would keep it as long as the connection lives.
         tokio::spawn(async move { open.0.serve(stream, place, &shutdown).await });
         None
@@ -76,22 +112,28 @@ impl ServerApp for Front {
 
 impl Front {
     /// The application over these parts.
-    pub fn new(ladder: Arc<Ladder>, relay: Relay, limits: Arc<ArcSwap<Limits>>, metrics: Arc<Metrics>) -> Self {
-        Self { ladder, relay, limits, metrics }
+    pub fn new(ladder: Arc<Ladder>, door: Door, limits: Arc<ArcSwap<Limits>>, metrics: Arc<Metrics>) -> Self {
+        Self { ladder, door, limits, metrics }
     }
 
     /// The connection that made it `place` of them.
     async fn serve(&self, stream: Stream, place: usize, shutdown: &ShutdownWatch) {
         let limits = self.limits.load_full();
-        let mut conn = Conn::new(stream, limits.write_timeout.get());
-        let max = limits.max_connections;
+        let (max, patience) = (limits.max_connections, limits.write_timeout.get());
         if place <= max {
-            return self.serve_connection(conn, shutdown).await;
+            let stream = match &self.door {
+                Door::Clients { .. } => stream,
+                Door::Peers(door) => match Box::pin(door.secure(stream, limits.header_timeout.get())).await {
+                    Some(stream) => stream,
+                    None => return,
+                },
+            };
+            return self.serve_connection(Conn::new(stream, patience), shutdown).await;
         }
         self.metrics.shed(Limit::Connections);
-        // Beyond these they are closed without a word, so that telling costs little.
-        if place <= max + descriptors::refusals(max) {
-            Box::pin(raw::refuse_connection(&mut conn)).await;
+        // Beyond these they are closed without a word, so that telling costs little; and so is one that would first have to be secured.
+        if place <= max + descriptors::refusals(max) && !matches!(&self.door, Door::Peers(door) if door.is_secured()) {
+            Box::pin(raw::refuse_connection(&mut Conn::new(stream, patience))).await;
         }
     }
 
@@ -117,6 +159,12 @@ impl Front {
                 Err(NoHead::Closed) => return,
                 Err(NoHead::Refused(status, why)) => return Box::pin(self.refuse_request(conn, status, &why, peer)).await,
             };
+            if let Door::Peers(door) = &self.door
+                && !door.admits(&head, &ahead)
+            {
+                let why = "this listener is for the nodes of the cluster";
+                return Box::pin(self.refuse_request(conn, StatusCode::FORBIDDEN, why, peer)).await;
+            }
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &head, &digest, peer).await {
@@ -133,7 +181,10 @@ impl Front {
                 Target::Collection if head.method == Method::POST => {
                     Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await
                 }
-                _ => Box::pin(self.relay.pass(conn, ahead, &head, &limits, shutdown)).await,
+                _ => match &self.door {
+                    Door::Clients { relay, .. } => Box::pin(relay.pass(conn, ahead, &head, &limits, shutdown)).await,
+                    Door::Peers(_) => Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await,
+                },
             };
             match next {
                 Some(next) => (conn, ahead) = next,
@@ -178,9 +229,13 @@ impl Front {
             }
             None => (CLIENT_GONE, Served::Error, String::new(), false),
         };
-        let route = if target == Target::Collection { Route::Collection } else { Route::Blob };
-        let (bytes, took) = (session.body_bytes_sent() as u64, started.elapsed());
-        Record { route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer }.log(&self.metrics);
+        let route = match target {
+            Target::Blob(_) | Target::Malformed(_) => Route::Blob,
+            Target::Collection => Route::Collection,
+            Target::Other => Route::Control,
+        };
+        let (listener, bytes, took) = (self.door.listener(), session.body_bytes_sent() as u64, started.elapsed());
+        Record { listener, route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer }.log(&self.metrics);
         if !whole {
             session.shutdown().await;
             return None;
@@ -194,15 +249,16 @@ impl Front {
 
     /// What to say to a request about blobs; nothing if the client has left.
     async fn answer(&self, session: &mut ServerSession, method: &Method, target: Target<'_>, limits: &Limits) -> Option<Reply> {
-        let answered = match target {
-            Target::Blob(digest) => match *method {
-                Method::GET => self.get(session, &digest).await,
-                Method::HEAD => self.head(session, &digest).await,
-                Method::PUT => self.put(session, Some(digest), limits).await,
-                _ => self.delete(session, &digest).await,
-            },
-            Target::Collection => self.put(session, None, limits).await,
-            Target::Malformed(_) | Target::Other => Ok(Reply::malformed_digest()),
+        let answered = match (target, &self.door) {
+            (Target::Blob(digest), _) if *method == Method::GET => self.get(session, &digest).await,
+            (Target::Blob(digest), _) if *method == Method::HEAD => self.head(session, &digest).await,
+            (Target::Blob(digest), _) if *method == Method::PUT => self.put(session, Some(digest), limits).await,
+            (Target::Blob(digest), _) if *method == Method::DELETE => self.delete(session, &digest).await,
+            (Target::Malformed(_), _) => Ok(Reply::malformed_digest()),
+            (Target::Collection, Door::Clients { .. }) => self.put(session, None, limits).await,
+            (_, Door::Peers(door)) => self.control(door, session, method).await,
+            // These were relayed.
+            (Target::Blob(_) | Target::Other, Door::Clients { .. }) => Err(Fault::Internal("a request for the relay".into())),
         };
         match answered {
             Ok(reply) => Some(reply),
@@ -226,14 +282,21 @@ impl Front {
         no_body(session).await?;
         let headers = session.req_header().headers.clone();
         let select = |size: u64| castier_blob::select(&Method::GET, &headers, digest, size);
-        let (mut reader, collapsed) = match self.ladder.get(digest).await {
-            Found::Memory(bytes) => {
+        let found = match self.door {
+            Door::Peers(_) if peer::only_if_cached(&headers) => match self.ladder.kept(digest).await {
+                Some(found) => found,
+                None => return Ok(Reply::not_kept()),
+            },
+            _ => self.ladder.get(digest, self.door.asker()).await,
+        };
+        let (mut reader, collapsed) = match found {
+            Found::Memory(bytes, tier) => {
                 let selection = select(bytes.len() as u64);
                 let body = match selection {
                     Selection::Part { first, last } => bytes.slice(first as usize..=last as usize),
                     _ => bytes.clone(),
                 };
-                return Ok(Reply::blob(digest, Some(bytes.len() as u64), selection, Via::Memory, Body::Whole(body)));
+                return Ok(Reply::blob(digest, Some(bytes.len() as u64), selection, Via::Tier(tier), Body::Whole(body)));
             }
             Found::Disk(blob) => {
                 let size = blob.size();
@@ -242,8 +305,8 @@ impl Front {
                     Selection::Part { first, last } => (first, last + 1),
                     _ => (0, size),
                 };
-                let body = Body::Disk(self.ladder.read_disk(digest, blob, first, end));
-                return Ok(Reply::blob(digest, Some(size), selection, Via::Disk, body));
+                let body = Body::Disk(self.ladder.read_disk(digest, Asker::Client, blob, first, end));
+                return Ok(Reply::blob(digest, Some(size), selection, Via::Tier(TierName::Disk), body));
             }
             Found::Flight { reader, collapsed } => (reader, collapsed),
         };
@@ -265,7 +328,8 @@ impl Front {
         Ok(match opened {
             Opened::Blob(size) => {
                 let selection = size.map_or(Selection::Whole, select);
-                let via = Via::Origin { collapsed, stored: self.ladder.keeps(size) };
+                let (peer, foreign) = reader.from_peer();
+                let via = Via::Flight { peer, collapsed, stored: self.ladder.keeps(size, foreign) };
                 Reply::blob(digest, size, selection, via, Body::Flight(reader))
             }
             Opened::Absent => Reply::absent(digest),
@@ -277,12 +341,14 @@ impl Front {
             return Ok(Reply::not_modified(digest));
         }
         no_body(session).await?;
-        Ok(match self.ladder.stat(digest).await? {
-            (Opened::Blob(size), tier) => {
-                let via = match tier {
-                    Some(Tier::Memory) => Via::Memory,
-                    Some(Tier::Disk) => Via::Disk,
-                    None => Via::Origin { collapsed: false, stored: false },
+        if matches!(self.door, Door::Peers(_)) && peer::only_if_cached(&session.req_header().headers) {
+            return Ok(peer::known(&self.ladder, digest).await);
+        }
+        Ok(match self.ladder.stat(digest, self.door.asker()).await? {
+            (Opened::Blob(size), whence) => {
+                let via = match whence {
+                    Whence::Tier(tier) => Via::Tier(tier),
+                    Whence::Peer | Whence::Origin => Via::Flight { peer: whence == Whence::Peer, collapsed: false, stored: false },
                 };
                 let selection = castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
                 Reply::blob(digest, size, selection, via, Body::Empty)
@@ -315,24 +381,28 @@ impl Front {
             body = upload::first_file(body, boundary, max);
         }
         let (put, stored, size) =
-            self.ladder.put(digest, size, body).await.inspect_err(|fault| tracing::info!(%fault, "upload refused"))?;
+            self.ladder.put(digest, size, body, self.door.asker()).await.inspect_err(|fault| tracing::info!(%fault, "upload refused"))?;
         Ok(Reply::stored(&stored, size, put == Put::Created, digest.is_some()))
     }
 
     async fn delete(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
         no_body(session).await?;
-        Ok(if self.ladder.delete(digest).await? { Reply::deleted() } else { Reply::absent(digest) })
+        let deleted = self.ladder.delete(digest).await?;
+        if let Door::Clients { purge, .. } = &self.door {
+            purge.everywhere(digest).await;
+        }
+        Ok(if deleted { Reply::done() } else { Reply::absent(digest) })
     }
 
     /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.
     async fn write_reply(&self, session: &mut ServerSession, reply: Reply) -> Result<(), Cut> {
-        let Reply { status, headers, body, served } = reply;
+        let Reply { status, headers, body, served, tier } = reply;
         let mut body = match body {
             Body::Flight(_) | Body::Disk(_) => body,
             whole => {
-                let sent = write(session, Reply { status, headers, body: whole, served }).await;
-                if served == Served::Hit {
-                    self.metrics.memory_bytes.inc_by(session.body_bytes_sent() as u64);
+                let sent = write(session, Reply { status, headers, body: whole, served, tier }).await;
+                if let Some(tier) = tier {
+                    self.metrics.served_from(tier, session.body_bytes_sent() as u64);
                 }
                 return sent.map_err(|_| Cut);
             }
@@ -351,9 +421,9 @@ impl Front {
             };
             match piece {
                 Ok(Some(piece)) => {
-                    match body {
-                        Body::Disk(_) => self.metrics.disk_bytes.inc_by(piece.len() as u64),
-                        _ => self.metrics.flight_bytes.inc_by(piece.len() as u64),
+                    match tier {
+                        Some(tier) => self.metrics.served_from(tier, piece.len() as u64),
+                        None => self.metrics.flight_bytes.inc_by(piece.len() as u64),
                     }
                     session.write_response_body(piece, false).await.map_err(|_| Cut)?;
                 }

@@ -1,28 +1,30 @@
-//! The data path: get, stat, put, forget. A get climbs memory → disk → a flight over the origin.
+//! The data path: get, stat, put, forget. A get climbs memory → mirror → disk → a flight over the owner and the origin.
+
+mod put;
+mod stats;
+
+pub use crate::tier::TierName;
+pub use stats::Stats;
 
 use crate::{
-    disk::{Disk, DiskBlob, DiskFile},
+    disk::{Disk, DiskBlob},
     fault::Fault,
-    flight::{self, Flights, Joined, Opened, Reader},
-    memory::Memory,
-    metrics::{Metrics, Outcome},
+    flight::{Asker, Flights, Joined, Opened, Reader, Tiers},
+    members::Member,
+    metrics::Metrics,
     spool,
-    tier::{Damaged, TierStats},
-    upstream::{Put, Upload, Upstream},
+    tier::Damaged,
+    upstream::{Peers, Sources},
 };
 use bytes::Bytes;
-use castier_blob::{Digest, Verified, Verifier};
-use futures::StreamExt;
-use serde::Serialize;
+use castier_blob::{Digest, Verifier};
 use std::sync::Arc;
-use tokio::sync::Mutex;
 
 /// The tiers and sources of this node, in the order in which they are asked.
 pub struct Ladder {
-    memory: Arc<Memory>,
-    disk: Option<Arc<Disk>>,
+    tiers: Tiers,
     flights: Arc<Flights>,
-    origin: Arc<Upstream>,
+    sources: Sources,
     /// Uploads that will be kept are collected within `fill.memory` too.
     upload_memory: Arc<spool::Budget>,
     metrics: Arc<Metrics>,
@@ -30,8 +32,8 @@ pub struct Ladder {
 
 /// Where a get found its blob.
 pub enum Found {
-    /// In memory.
-    Memory(Bytes),
+    /// In memory, or its part for other nodes' blobs.
+    Memory(Bytes, TierName),
     /// On disk.
     Disk(Arc<DiskBlob>),
     /// On its way. `collapsed`: in a flight that another request started.
@@ -43,84 +45,94 @@ pub enum Found {
     },
 }
 
-/// Groupcache's statistics, under groupcache's names.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Stats {
-    /// Any get, from clients or peers.
-    gets: u64,
-    /// Gets that a tier answered.
-    cache_hits: u64,
-    /// Loads from peers.
-    peer_loads: u64,
-    /// Peers that failed.
-    peer_errors: u64,
-    /// Gets that no tier could answer.
-    loads: u64,
-    /// Loads left after coalescing.
-    loads_deduped: u64,
-    /// Loads that the origin answered, with a blob or with its absence.
-    local_loads: u64,
-    /// Loads that the origin did not answer.
-    local_load_errs: u64,
-    /// Gets that came from peers.
-    server_requests: u64,
-    /// What the tiers hold.
-    #[serde(rename = "tiers")]
-    tiers: Tiers,
-}
-
-/// The tiers' state by name. Tiers that are not configured are empty.
-#[derive(Debug, Serialize)]
-struct Tiers {
-    memory: TierStats,
-    mirror: TierStats,
-    disk: TierStats,
+/// Who knew a blob's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whence {
+    /// A tier of this node.
+    Tier(TierName),
+    /// The node that owns the blob.
+    Peer,
+    /// The origin.
+    Origin,
 }
 
 impl Ladder {
     /// Puts the rungs together.
-    pub fn new(
-        tiers: (Arc<Memory>, Option<Arc<Disk>>),
-        flights: Arc<Flights>,
-        origin: Arc<Upstream>,
-        upload_memory: Arc<spool::Budget>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        let (memory, disk) = tiers;
-        Self { memory, disk, flights, origin, upload_memory, metrics }
+    pub fn new(tiers: Tiers, flights: Arc<Flights>, sources: Sources, upload_memory: Arc<spool::Budget>, metrics: Arc<Metrics>) -> Self {
+        Self { tiers, flights, sources, upload_memory, metrics }
+    }
+
+    /// The other nodes; none without a cluster.
+    pub const fn peers(&self) -> Option<&Arc<Peers>> {
+        self.sources.peers.as_ref()
     }
 
     /// Finds the blob, or sets out to load it. Does not wait for a load: what is on its way is waited for by its reader.
-    pub async fn get(self: &Arc<Self>, digest: &Digest) -> Found {
-        self.climb(digest, self.disk.as_deref()).await
+    pub async fn get(self: &Arc<Self>, digest: &Digest, asker: Asker) -> Found {
+        self.climb(digest, asker, self.tiers.disk.as_deref()).await
+    }
+
+    /// The blob if a tier keeps it: a peer's `only-if-cached`. Not finding it is no get.
+    pub async fn kept(self: &Arc<Self>, digest: &Digest) -> Option<Found> {
+        if let Some((bytes, tier)) = self.get_from_memory(digest, Asker::Peer) {
+            return Some(Found::Memory(bytes, tier));
+        }
+        let blob = self.tiers.disk.as_ref()?.find(digest).await?;
+        self.count(Asker::Peer);
+        self.metrics.hit(TierName::Disk);
+        Some(Found::Disk(blob))
+    }
+
+    /// The size of a blob that a tier keeps, and which: `only-if-cached` without the bytes.
+    pub async fn knows(&self, digest: &Digest) -> Option<(u64, TierName)> {
+        if let Some((bytes, tier)) = self.tiers.in_memory(digest) {
+            return Some((bytes.len() as u64, tier));
+        }
+        self.tiers.disk.as_ref()?.stat(digest).await.map(|size| (size, TierName::Disk))
+    }
+
+    /// The blob is at the origin now, by another node's doing: an absence remembered here is no longer true.
+    pub fn stored(&self, digest: &Digest) {
+        self.flights.stored(digest);
+    }
+
+    fn count(&self, asker: Asker) {
+        self.metrics.gets.inc();
+        if asker == Asker::Peer {
+            self.metrics.gets_from_peers.inc();
+        }
+    }
+
+    /// Whether a flight of the blob is on its way.
+    pub fn is_flying(&self, digest: &Digest) -> bool {
+        self.flights.is_flying(digest)
     }
 
     /// [`Self::get`] over these rungs: without `disk`, for a response that the disk has failed already.
-    async fn climb(self: &Arc<Self>, digest: &Digest, disk: Option<&Disk>) -> Found {
-        if let Some(bytes) = self.get_from_memory(digest) {
-            return Found::Memory(bytes);
+    async fn climb(self: &Arc<Self>, digest: &Digest, asker: Asker, disk: Option<&Disk>) -> Found {
+        if let Some((bytes, tier)) = self.get_from_memory(digest, asker) {
+            return Found::Memory(bytes, tier);
         }
-        self.metrics.gets.inc();
+        self.count(asker);
         let mut sure = disk.is_none();
         loop {
             if let Some(disk) = disk
                 && let Some(blob) = disk.find(digest).await
             {
-                self.metrics.disk_hits.inc();
+                self.metrics.hit(TierName::Disk);
                 // Two, four, eight … hits: worth an offer to memory, whose admission policy has seen every one of these gets.
                 if let hits @ 2.. = blob.hit()
                     && hits.is_power_of_two()
-                    && self.memory.takes(blob.size())
+                    && self.tiers.memory.takes(blob.size())
                 {
                     tokio::spawn(self.clone().promote(*digest, blob.clone()));
                 }
                 return Found::Disk(blob);
             }
-            return match self.flights.join(digest, sure) {
-                Joined::Kept(bytes) => {
-                    self.metrics.memory_hits.inc();
-                    Found::Memory(bytes)
+            return match self.flights.join(digest, asker, sure) {
+                Joined::Kept(bytes, tier) => {
+                    self.metrics.hit(tier);
+                    Found::Memory(bytes, tier)
                 }
                 Joined::OnDisk => {
                     // Landed since we looked, or an index entry without its file: the next look tells which.
@@ -152,17 +164,17 @@ impl Ladder {
             bytes.extend_from_slice(&part);
         }
         if let Ok(verified) = verifier.finish(bytes.into()) {
-            self.memory.keep(verified);
+            self.tiers.memory.keep(verified);
             // Forgotten meanwhile: `forget` drops from disk first and from memory last, so one of the two sees the other.
-            if self.disk.as_ref().is_none_or(|disk| disk.knows(&digest).is_none()) {
-                self.memory.forget(&digest);
+            if self.tiers.disk.as_ref().is_none_or(|disk| disk.knows(&digest).is_none()) {
+                self.tiers.memory.forget(&digest);
             }
         }
     }
 
     /// Loads a blob that a tier has lost, for nobody in particular.
     pub async fn refetch(self: Arc<Self>, digest: Digest) {
-        if let Found::Flight { mut reader, .. } = self.get(&digest).await
+        if let Found::Flight { mut reader, .. } = self.get(&digest, Asker::Client).await
             && let Err(fault) = reader.finished().await
         {
             tracing::warn!(%digest, %fault, "a blob that rotted could not be fetched anew");
@@ -170,41 +182,47 @@ impl Ladder {
     }
 
     /// The bytes `first..end` of a blob on disk, and should the disk fail, of whatever has them next.
-    pub fn read_disk(self: &Arc<Self>, digest: &Digest, blob: Arc<DiskBlob>, first: u64, end: u64) -> DiskReader {
-        DiskReader { ladder: self.clone(), digest: *digest, rest: Rest::Disk(blob), at: first, end }
+    pub fn read_disk(self: &Arc<Self>, digest: &Digest, asker: Asker, blob: Arc<DiskBlob>, first: u64, end: u64) -> DiskReader {
+        DiskReader { ladder: self.clone(), digest: *digest, asker, rest: Rest::Disk(blob), at: first, end }
     }
 
     /// The first rung alone. Finding nothing there is no get yet: whoever asks goes on to [`Self::get`].
-    pub fn get_from_memory(&self, digest: &Digest) -> Option<Bytes> {
-        let bytes = self.memory.find(digest)?;
-        self.metrics.gets.inc();
-        self.metrics.memory_hits.inc();
-        Some(bytes)
+    pub fn get_from_memory(&self, digest: &Digest, asker: Asker) -> Option<(Bytes, TierName)> {
+        let (bytes, tier) = self.tiers.in_memory(digest)?;
+        self.count(asker);
+        self.metrics.hit(tier);
+        Some((bytes, tier))
     }
 
-    /// Whether a blob of this size will be kept once it has verified.
-    pub fn keeps(&self, size: Option<u64>) -> bool {
-        size.is_some_and(|size| self.memory.takes(size) || self.disk.as_ref().is_some_and(|disk| disk.takes(size)))
+    /// Whether a blob of this size will be kept once it has verified. `foreign`: it comes from its owner.
+    pub fn keeps(&self, size: Option<u64>, foreign: bool) -> bool {
+        size.is_some_and(|size| self.tiers.take(size, foreign))
     }
 
-    /// The blob's size, and which tier knew it; absent if the origin says so. Never loads it.
+    /// The blob's size, and who knew it; absent if the origin says so. Never loads it.
     ///
     /// # Errors
     /// The origin could not be asked.
-    pub async fn stat(&self, digest: &Digest) -> Result<(Opened, Option<Tier>), Fault> {
-        if let Some(bytes) = self.memory.find(digest) {
-            return Ok((Opened::Blob(Some(bytes.len() as u64)), Some(Tier::Memory)));
+    pub async fn stat(&self, digest: &Digest, asker: Asker) -> Result<(Opened, Whence), Fault> {
+        if let Some((size, tier)) = self.knows(digest).await {
+            return Ok((Opened::Blob(Some(size)), Whence::Tier(tier)));
         }
-        if let Some(disk) = &self.disk
-            && let Some(size) = disk.stat(digest).await
+        let opened = |known: Option<u64>| known.map_or(Opened::Absent, |size| Opened::Blob(Some(size)));
+        if let Some(known) = self.flights.peek(digest) {
+            return Ok((opened(known), Whence::Origin));
+        }
+        if let Some((peers, owner)) = self.owner(digest, asker)
+            && let Ok(known) = peers.stat(&owner, digest).await
         {
-            return Ok((Opened::Blob(Some(size)), Some(Tier::Disk)));
+            return Ok((opened(known), Whence::Peer));
         }
-        let known = match self.flights.peek(digest) {
-            Some(known) => known,
-            None => self.origin.stat(digest).await?,
-        };
-        Ok((known.map_or(Opened::Absent, |size| Opened::Blob(Some(size))), None))
+        Ok((opened(self.sources.origin.stat(digest).await?), Whence::Origin))
+    }
+
+    /// The other node to which a request about the digest goes first. What a peer asks for goes nowhere else.
+    fn owner(&self, digest: &Digest, asker: Asker) -> Option<(&Arc<Peers>, Member)> {
+        let peers = self.sources.peers.as_ref().filter(|_| asker == Asker::Client)?;
+        Some((peers, peers.owner(digest)?))
     }
 
     /// The blob's size, if the origin has it for good: an upload that has not been sent yet may then stay where it is.
@@ -212,31 +230,7 @@ impl Ladder {
     /// # Errors
     /// The origin could not be asked.
     pub async fn stored_at_origin(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
-        self.origin.holds(digest, size).await
-    }
-
-    /// Stores an upload at the origin, by name or letting its bytes name it, and keeps it. Done only when the origin says that it is durable.
-    ///
-    /// # Errors
-    /// The client's, the origin's, or a limit; nothing is kept then.
-    pub async fn put(&self, digest: Option<Digest>, size: Option<u64>, upload: Upload<'_>) -> Result<(Put, Digest, u64), Fault> {
-        let copy = Mutex::new(UploadCopy::new(self, size));
-        let teed = upload.then(|part| async {
-            if let Ok(part) = &part {
-                copy.lock().await.take(part).await;
-            }
-            part
-        });
-        let put = self.origin.put(digest, size, teed.boxed()).await;
-        let (put, verified) = put.inspect_err(|fault| {
-            if matches!(fault, Fault::Mismatch(_)) {
-                self.metrics.corrupt("client");
-            }
-        })?;
-        let (digest, size) = (verified.digest(), verified.size());
-        copy.into_inner().keep(verified).await;
-        self.flights.stored(&digest);
-        Ok((put, digest, size))
+        self.sources.origin.holds(digest, size).await
     }
 
     /// Deletes the blob at the origin, then here; false if the origin did not have it.
@@ -244,7 +238,7 @@ impl Ladder {
     /// # Errors
     /// The origin does not delete, or could not be asked.
     pub async fn delete(&self, digest: &Digest) -> Result<bool, Fault> {
-        let deleted = self.origin.delete(digest).await?;
+        let deleted = self.sources.origin.delete(digest).await?;
         self.forget(digest).await;
         Ok(deleted)
     }
@@ -252,45 +246,8 @@ impl Ladder {
     /// Drops the blob from every tier of this node. The order matters: a flight that has not landed by now will not keep it.
     pub async fn forget(&self, digest: &Digest) {
         self.flights.forget(digest);
-        if let Some(disk) = &self.disk {
-            disk.forget(digest).await;
-        }
-        self.memory.forget(digest);
+        self.tiers.forget(digest).await;
     }
-
-    /// The state of every tier, by name.
-    pub fn tiers(&self) -> [(&'static str, TierStats); 2] {
-        let disk = self.disk.as_ref().map(|disk| disk.stats(self.metrics.disk_hits.get())).unwrap_or_default();
-        [("memory", self.memory.stats(self.metrics.memory_hits.get())), ("disk", disk)]
-    }
-
-    /// Groupcache's figures.
-    pub fn stats(&self) -> Stats {
-        let metrics = &self.metrics;
-        let [(_, memory), (_, disk)] = self.tiers();
-        let ended = |outcome| metrics.source_loads("origin", outcome);
-        Stats {
-            gets: metrics.gets.get(),
-            cache_hits: metrics.memory_hits.get() + metrics.disk_hits.get(),
-            peer_loads: 0,
-            peer_errors: 0,
-            loads: metrics.loads.get(),
-            loads_deduped: metrics.flights.get(),
-            local_loads: ended(Outcome::Ok) + ended(Outcome::Absent),
-            local_load_errs: ended(Outcome::Error),
-            server_requests: 0,
-            tiers: Tiers { memory, mirror: TierStats::default(), disk },
-        }
-    }
-}
-
-/// The tier that knew something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tier {
-    /// Memory.
-    Memory,
-    /// Disk.
-    Disk,
 }
 
 /// Reads a part of a blob from disk. Where the disk fails, it goes on at the same offset from the next place that has the blob, which is
@@ -298,6 +255,7 @@ pub enum Tier {
 pub struct DiskReader {
     ladder: Arc<Ladder>,
     digest: Digest,
+    asker: Asker,
     rest: Rest,
     /// Offset of the next byte.
     at: u64,
@@ -344,77 +302,13 @@ impl DiskReader {
 
     async fn elsewhere(&self) -> Result<Rest, Fault> {
         tracing::warn!(digest = %self.digest, at = self.at, "the disk failed; going on from elsewhere");
-        Ok(match self.ladder.climb(&self.digest, None).await {
-            Found::Memory(bytes) => Rest::Memory(bytes),
+        Ok(match self.ladder.climb(&self.digest, self.asker, None).await {
+            Found::Memory(bytes, _) => Rest::Memory(bytes),
             Found::Disk(blob) => Rest::Disk(blob),
             Found::Flight { mut reader, .. } => match reader.open(true, |_| (self.at, Some(self.end))).await? {
                 Opened::Blob(_) => Rest::Flight(reader),
                 Opened::Absent => return Err(Fault::Unusable { source_name: "origin", why: "the blob is gone".into() }),
             },
         })
-    }
-}
-
-/// A copy of an upload for the tiers, given up as soon as it has no place there.
-struct UploadCopy<'a> {
-    ladder: &'a Ladder,
-    /// The size that was announced.
-    size: Option<u64>,
-    kept: Kept,
-}
-
-enum Kept {
-    Memory(Vec<u8>, spool::Lease),
-    Disk(Box<DiskFile>),
-    Nothing,
-}
-
-impl<'a> UploadCopy<'a> {
-    fn new(ladder: &'a Ladder, size: Option<u64>) -> Self {
-        let known = size.unwrap_or(0);
-        let lease = ladder.memory.takes(known).then(|| ladder.upload_memory.lease(known)).flatten();
-        // Not with the announced capacity: a client that announces much and sends little should not cost much.
-        Self { ladder, size, kept: Kept::Memory(Vec::new(), lease.unwrap_or_else(|| ladder.upload_memory.empty())) }
-    }
-
-    async fn take(&mut self, part: &Bytes) {
-        self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
-            Kept::Memory(mut bytes, mut lease) => {
-                let after = (bytes.len() + part.len()) as u64;
-                if self.ladder.memory.takes(after.max(self.size.unwrap_or(0))) && lease.cover(after) {
-                    bytes.extend_from_slice(part);
-                    Kept::Memory(bytes, lease)
-                } else {
-                    self.to_disk(vec![bytes.into(), part.clone()], after).await
-                }
-            }
-            Kept::Disk(file) => flight::grow(*file, vec![part.clone()]).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into())),
-            Kept::Nothing => Kept::Nothing,
-        };
-    }
-
-    async fn to_disk(&self, parts: Vec<Bytes>, so_far: u64) -> Kept {
-        let Some(disk) = self.ladder.disk.as_ref().filter(|disk| disk.takes(self.size.unwrap_or(so_far))) else { return Kept::Nothing };
-        flight::tier_file(disk.clone(), parts).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into()))
-    }
-
-    /// Keeps the copy as the blob that the upload proved to be.
-    async fn keep(self, proof: Verified<()>) {
-        match self.kept {
-            Kept::Memory(mut bytes, _) if bytes.len() as u64 == proof.size() => {
-                bytes.shrink_to_fit();
-                let blob = proof.with_content(Bytes::from(bytes));
-                if let Some(disk) = &self.ladder.disk {
-                    disk.keep_later(blob.clone());
-                }
-                self.ladder.memory.keep(blob);
-            }
-            Kept::Disk(file) => {
-                if let Some(disk) = &self.ladder.disk {
-                    disk.keep_file(proof.with_content(*file)).await;
-                }
-            }
-            Kept::Memory(..) | Kept::Nothing => {}
-        }
     }
 }

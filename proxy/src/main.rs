@@ -5,17 +5,20 @@ use castier::{
     admin::{self, Admin},
     descriptors::{self, Shares},
     disk::Disk,
-    flight::Flights,
-    http::Front,
+    flight::{Flights, Tiers},
+    http::{Door, Front, PeerDoor},
     ladder::Ladder,
+    members::Members,
     memory::Memory,
     metrics::Metrics,
+    purge::Purge,
     relay::Relay,
+    secret::Secrets,
     spool::{Budget, Room},
-    upstream::{self, Upstream},
+    upstream::{self, HttpProbe, Peers, Sources, Upstream},
 };
 use castier_blob::Digest;
-use castier_config::{self as config, Castier, Limits, OriginUrl};
+use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
 use castier_origin::{Origin, log::Guard};
 use clap::Parser;
 use parking_lot::Mutex;
@@ -41,6 +44,7 @@ use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
+    task::JoinHandle,
 };
 
 /// Rotten blobs that may wait to be fetched anew; the rest is fetched when somebody asks.
@@ -105,10 +109,14 @@ fn main() -> ExitCode {
 }
 
 /// Starts everything, and ends when told to. An error is one line that names what could not be had.
-async fn run(mut config: Castier, file: Option<&Path>) -> Result<(), String> {
+async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let log = castier_origin::log::init(&config.log, "castier").map_err(|error| error.to_string())?;
     let mut signals = Signals::new().map_err(|error| format!("signals cannot be received: {error}"))?;
     let public = bind("listen.public", &config.listen.public).await?;
+    let peer = match &config.cluster {
+        Some(cluster) => Some(bind_peer(&config.listen.peer, cluster).await?),
+        None => None,
+    };
     let admin_listener = bind("listen.admin", &config.listen.admin).await?;
     let (stop_origin, origin_stopped) = watch::channel(false);
     let (origin_url, embedded) = match &config.origin.url {
@@ -119,65 +127,65 @@ async fn run(mut config: Castier, file: Option<&Path>) -> Result<(), String> {
     let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
     let shares = Shares::of(descriptors::raise(), &config);
     let limits = Arc::new(ArcSwap::from_pointee(shares.within(&config.limits)));
-    let memory = Arc::new(Memory::new(&config.memory));
+    let nodes = Nodes::of(&config, &metrics)?;
     let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
-    let disk = match &config.disk {
-        Some(disk) => Some(
-            Disk::open(&config::Disk { open_files: shares.open_files, ..disk.clone() }, metrics.clone(), tell_rotten)
-                .map_err(|error| error.to_string())?,
-        ),
-        None => None,
-    };
-    let tiers = (memory, disk.clone());
+    let tiers = tiers(&config, &shares, &metrics, tell_rotten)?;
     let fill_memory = Budget::new(config.fill.memory.get());
     let room = Room::new(&config, fill_memory.clone());
     room.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.dir.display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin)?;
-    let flights = Flights::new(&config, limits.clone(), tiers.clone(), origin.clone(), room, metrics.clone());
-    let ladder = Arc::new(Ladder::new(tiers, flights, origin.clone(), fill_memory, metrics.clone()));
+    let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
+    let sources = Sources { origin: origin.clone(), peers: peers.clone() };
+    let flights = Flights::new(&config, limits.clone(), tiers.clone(), sources.clone(), room, metrics.clone());
+    let ladder = Arc::new(Ladder::new(tiers.clone(), flights, sources, fill_memory, metrics.clone()));
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
-    let front = Front::new(ladder.clone(), relay, limits.clone(), metrics.clone());
-    let name = public.local_addr().map_or_else(|_| config.listen.public.clone(), |address| address.to_string());
-    let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), ready: AtomicBool::new(false), name: name.clone() });
+    let name = shown(&public);
+    let own_name = config.cluster.as_ref().map_or_else(|| name.clone(), |cluster| cluster.advertise.clone());
+    let purge = Purge::new(ladder.clone(), peers, own_name);
+    let members = nodes.as_ref().map(|nodes| nodes.members.clone());
+    let (ready, door) = (AtomicBool::new(false), Door::Clients { relay, purge: purge.clone() });
+    let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), members, purge, ready, name: name.clone() });
+    let front = |door| Front::new(ladder.clone(), door, limits.clone(), metrics.clone());
 
     say(&format!("listening public {name}\nlistening admin {}", shown(&admin_listener)));
+    if let Some(peer) = &peer {
+        say(&format!("listening peer {}", shown(peer)));
+    }
     if let Some((address, root, _)) = &embedded {
         say(&format!("listening origin {address} (embedded, {})", root.display()));
     }
     say(&format!("try: curl -F file=@README.md http://{name}/cas"));
 
-    let (drain, draining) = watch::channel(false);
-    let admin_server = axum::serve(admin_listener, admin::router(admin.clone())).into_future();
-    let admin_server = tokio::spawn(admin_server);
-    let listening = tokio::spawn(accept(front, public, draining)?);
+    let admin_server = tokio::spawn(axum::serve(admin_listener, admin::router(admin.clone())).into_future());
+    // Peers first: a node that asks them is one that they can ask.
+    let peer = match (peer, &nodes) {
+        (Some(listener), Some(nodes)) => Some(Listening::open("peer", front(Door::Peers(nodes.door(&config)?)), listener)?),
+        _ => None,
+    };
+    let public = Listening::open("public", front(door), public)?;
     tokio::spawn(refetch(ladder.clone(), rotten));
-    tokio::spawn(log_stats(ladder, config.log.stats_interval.get()));
+    tokio::spawn(log_stats(admin.clone(), config.log.stats_interval.get()));
     tokio::spawn(ask_origin(origin, config.origin.url.to_string()));
+    if let Some(nodes) = &nodes {
+        nodes.wait_for_members().await;
+    }
     admin.ready.store(true, Ordering::Relaxed);
     shares.tell(&config);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
+    let mut live = Live { config, file, limits: limits.clone(), shares, embedded: embedded.map(|(.., origin)| origin), nodes, log };
     loop {
         tokio::select! {
-            _ = signals.hangup.recv() => reload(&mut config, file, (&limits, &shares), embedded.as_ref().map(|(.., origin)| origin), &log),
+            _ = signals.hangup.recv() => live.reload(),
             _ = signals.terminate.recv() => break,
             _ = signals.interrupt.recv() => break,
         }
     }
 
     admin.ready.store(false, Ordering::Relaxed);
-    tracing::info!(connections = metrics.connections.get(), grace = %config.shutdown.grace, "draining");
-    drain.send_replace(true);
-    let quiet = async {
-        listening.await.ok();
-        while metrics.connections.get() > 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    if tokio::time::timeout(config.shutdown.grace.get(), quiet).await.is_err() {
-        tracing::warn!(connections = metrics.connections.get(), "shutdown.grace is over: what is still in flight is cut");
-    }
-    if let Some(disk) = disk
+    let Live { config, nodes, log, .. } = live;
+    drain(&config, &metrics, nodes.as_ref(), public, peer).await;
+    if let Some(disk) = tiers.disk
         && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
     {
         tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
@@ -215,8 +223,79 @@ async fn bind(key: &str, address: &str) -> Result<TcpListener, String> {
     TcpListener::bind(address).await.map_err(|error| format!("{key}: cannot listen on {address}: {error}"))
 }
 
+/// The peer listener. The config has refused what can be told from the text; a name is what it resolves to.
+async fn bind_peer(address: &str, cluster: &Cluster) -> Result<TcpListener, String> {
+    let listener = bind("listen.peer", address).await?;
+    let outside = listener.local_addr().is_ok_and(|bound| !bound.ip().is_loopback());
+    if outside && cluster.secret_file.as_os_str().is_empty() {
+        let bound = shown(&listener);
+        return Err(format!(
+            "cluster.secret_file: is missing, and listen.peer = {address:?} is {bound}, which can be reached from outside; name a file with a secret, or listen on the loopback"
+        ));
+    }
+    Ok(listener)
+}
+
 fn shown(listener: &TcpListener) -> String {
     listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
+}
+
+/// The places for blobs. A cluster takes its mirror's part out of the memory.
+fn tiers(config: &Castier, shares: &Shares, metrics: &Arc<Metrics>, rotten: mpsc::Sender<Digest>) -> Result<Tiers, String> {
+    let share = config.cluster.as_ref().map(|cluster| cluster.mirror_share);
+    let (memory, mirror) = Memory::with_mirror(&config.memory, share);
+    let disk = match &config.disk {
+        Some(disk) => {
+            let disk = config::Disk { open_files: shares.open_files, ..disk.clone() };
+            Some(Disk::open(&disk, metrics.clone(), rotten).map_err(|error| error.to_string())?)
+        }
+        None => None,
+    };
+    Ok(Tiers { memory: Arc::new(memory), mirror: mirror.map(Arc::new), disk })
+}
+
+/// How long the first look-up of `cluster.dns` may keep a node from being ready: without members it serves too, but asks the origin for all.
+const FIRST_MEMBERS: Duration = Duration::from_secs(5);
+
+/// What a node that is not alone has beside the rest.
+struct Nodes {
+    members: Arc<Members>,
+    secrets: Arc<Secrets>,
+    peers: Arc<Peers>,
+    /// This node is about to go, and says so when it is asked how it is.
+    leaving: Arc<AtomicBool>,
+}
+
+impl Nodes {
+    /// The other nodes, if there are any.
+    fn of(config: &Castier, metrics: &Arc<Metrics>) -> Result<Option<Self>, String> {
+        let Some(cluster) = &config.cluster else { return Ok(None) };
+        let members = Members::start(cluster, Arc::new(HttpProbe::new(&cluster.tls)?), metrics.clone())?;
+        let secrets = Arc::new(Secrets::open(cluster)?);
+        let peers = Peers::new(config, members.clone(), secrets.clone(), metrics.clone())?;
+        Ok(Some(Self { members, secrets, peers, leaving: Arc::default() }))
+    }
+
+    fn door(&self, config: &Castier) -> Result<PeerDoor, String> {
+        let tls = config.cluster.as_ref().map(|cluster| cluster.tls.clone()).unwrap_or_default();
+        PeerDoor::new(&tls, self.secrets.clone(), self.members.clone(), self.leaving.clone())
+    }
+
+    async fn wait_for_members(&self) {
+        let mut views = self.members.subscribe();
+        let known = views.wait_for(|view| !view.members().is_empty());
+        if tokio::time::timeout(FIRST_MEMBERS, known).await.is_err() {
+            tracing::warn!("cluster.dns names no members yet; until it does, this node acts alone");
+        }
+    }
+
+    /// Lets the others find out that this node is going: two probes of each.
+    async fn take_leave(&self, cluster: &Cluster) {
+        self.leaving.store(true, Ordering::Relaxed);
+        if self.members.view().members().iter().any(|member| member.up && !member.itself) {
+            tokio::time::sleep(cluster.probe_interval.get() * 2 + cluster.probe_timeout.get()).await;
+        }
+    }
 }
 
 /// The embedded origin: where it listens, where its data is, and itself.
@@ -237,16 +316,53 @@ async fn embedded_origin(root: &Path, config: &Castier, mut stopped: watch::Rece
     Ok((url, (address, root.to_owned(), origin)))
 }
 
-/// The public listener, on pingora's accept loop over a socket that is bound already (so that a busy port is one line, not a panic).
-fn accept(front: Front, listener: TcpListener, draining: watch::Receiver<bool>) -> Result<impl Future<Output = ()>, String> {
-    let address = shown(&listener);
-    let socket = listener.into_std().map_err(|error| error.to_string())?;
-    let mut fds = Fds::new();
-    fds.add(address.clone(), socket.into_raw_fd());
-    let mut service = Service::new("public".to_owned(), front);
-    // Reads go straight into the gate's buffer and writes are whole already: buffers between would only cost memory.
-    service.add_listener(ListenerConfig::tcp(address).l4_buffer(L4BufferSettings::unbuffered()));
-    Ok(async move { service.start_service(Some(Arc::new(Mutex::new(fds))), draining, 1).await })
+/// A listener that accepts.
+struct Listening {
+    drain: watch::Sender<bool>,
+    accepting: JoinHandle<()>,
+}
+
+impl Listening {
+    /// On pingora's accept loop, over a socket that is bound already (so that a busy port is one line, not a panic).
+    fn open(name: &str, front: Front, listener: TcpListener) -> Result<Self, String> {
+        let address = shown(&listener);
+        let socket = listener.into_std().map_err(|error| error.to_string())?;
+        let mut fds = Fds::new();
+        fds.add(address.clone(), socket.into_raw_fd());
+        let mut service = Service::new(name.to_owned(), front);
+        // Reads go straight into the gate's buffer and writes are whole already: buffers between would only cost memory.
+        service.add_listener(ListenerConfig::tcp(address).l4_buffer(L4BufferSettings::unbuffered()));
+        let (drain, draining) = watch::channel(false);
+        let accepting = tokio::spawn(async move { service.start_service(Some(Arc::new(Mutex::new(fds))), draining, 1).await });
+        Ok(Self { drain, accepting })
+    }
+
+    /// Accepts no more; connections end with the request that they are at.
+    async fn close(self) {
+        self.drain.send_replace(true);
+        self.accepting.await.ok();
+    }
+}
+
+/// Ends in order: no clients any more, then no peers, and what is in flight to its end, all of it within `shutdown.grace`.
+async fn drain(config: &Castier, metrics: &Metrics, nodes: Option<&Nodes>, public: Listening, peer: Option<Listening>) {
+    let open = || metrics.connections.get() + metrics.peer_connections.get();
+    tracing::info!(connections = open(), grace = %config.shutdown.grace, "draining");
+    let peers = async {
+        if let (Some(nodes), Some(cluster), Some(peer)) = (nodes, &config.cluster, peer) {
+            nodes.take_leave(cluster).await;
+            peer.close().await;
+        }
+    };
+    let quiet = async {
+        tokio::join!(public.close(), peers);
+        while open() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if tokio::time::timeout(config.shutdown.grace.get(), quiet).await.is_err() {
+        tracing::warn!(connections = open(), "shutdown.grace is over: what is still in flight is cut");
+    }
 }
 
 /// Fetches anew what rotted on disk with nobody asking for it, one blob after the other: none of it is urgent.
@@ -256,10 +372,10 @@ async fn refetch(ladder: Arc<Ladder>, mut rotten: mpsc::Receiver<Digest>) {
     }
 }
 
-async fn log_stats(ladder: Arc<Ladder>, every: Duration) {
+async fn log_stats(admin: Arc<Admin>, every: Duration) {
     loop {
         tokio::time::sleep(every).await;
-        match serde_json::to_string(&ladder.stats()) {
+        match serde_json::to_string(&admin.stats()) {
             Ok(stats) => tracing::info!(target: "stats", "{stats}"),
             Err(error) => tracing::error!(%error, "statistics could not be written"),
         }
@@ -273,26 +389,55 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
     }
 }
 
-/// Re-reads the config: limits and log level change at once, the rest is named in a warning.
-fn reload(running: &mut Castier, file: Option<&Path>, limits: (&ArcSwap<Limits>, &Shares), embedded: Option<&Origin>, log: &Guard) {
-    let new = match config::load::<Castier>(file, config::environment()) {
-        Ok(loaded) => loaded.config,
-        Err(problems) => return tracing::error!("the config was not reloaded:\n{problems}"),
-    };
-    let changed = config::changed(running, &new);
-    let (live, later): (Vec<_>, Vec<_>) = changed.into_iter().partition(|key| key.starts_with("limits.") || key == "log.level");
-    if let Err(error) = log.set_level(&new.log.level) {
-        return tracing::error!(%error, "the config was not reloaded");
+/// What a SIGHUP can change.
+struct Live<'a> {
+    /// As it is in force.
+    config: Castier,
+    file: Option<&'a Path>,
+    limits: Arc<ArcSwap<Limits>>,
+    shares: Shares,
+    embedded: Option<Origin>,
+    nodes: Option<Nodes>,
+    log: Guard,
+}
+
+impl Live<'_> {
+    /// Re-reads the config: limits, log level, members and secrets change at once, the rest is named in a warning.
+    fn reload(&mut self) {
+        let new = match config::load::<Castier>(self.file, config::environment()) {
+            Ok(loaded) => loaded.config,
+            Err(problems) => return tracing::error!("the config was not reloaded:\n{problems}"),
+        };
+        let members = self.listed_members(&new);
+        let is_live = |key: &String| key.starts_with("limits.") || key == "log.level" || (key == "cluster.peers" && members.is_some());
+        let (live, later): (Vec<_>, Vec<_>) = config::changed(&self.config, &new).into_iter().partition(is_live);
+        if let Err(error) = self.log.set_level(&new.log.level) {
+            return tracing::error!(%error, "the config was not reloaded");
+        }
+        if let Some(origin) = &self.embedded {
+            origin.set_limits((&new.limits).into());
+        }
+        self.limits.store(Arc::new(self.shares.within(&new.limits)));
+        if let Some(nodes) = &self.nodes {
+            if let Err(why) = nodes.secrets.reload() {
+                tracing::error!("{why}; the secrets stay as they are");
+            }
+            if let (Some(members), Some(cluster)) = (members, &mut self.config.cluster) {
+                nodes.members.set_peers(&members);
+                cluster.peers = members;
+            }
+        }
+        (self.config.limits, self.config.log.level) = (new.limits, new.log.level);
+        self.shares.tell(&self.config);
+        tracing::info!(changed = ?live, "config reloaded");
+        if !later.is_empty() {
+            tracing::warn!(keys = ?later, "these changes need a restart");
+        }
     }
-    if let Some(origin) = embedded {
-        origin.set_limits((&new.limits).into());
-    }
-    let (limits, shares) = limits;
-    limits.store(Arc::new(shares.within(&new.limits)));
-    (running.limits, running.log.level) = (new.limits, new.log.level);
-    shares.tell(running);
-    tracing::info!(changed = ?live, "config reloaded");
-    if !later.is_empty() {
-        tracing::warn!(keys = ?later, "these changes need a restart");
+
+    /// The members that the new config lists, if such a list is what this node goes by.
+    fn listed_members(&self, new: &Castier) -> Option<Vec<Peer>> {
+        let (running, new) = (self.config.cluster.as_ref()?, new.cluster.as_ref()?);
+        (running.dns.is_empty() && new.dns.is_empty()).then(|| new.peers.clone())
     }
 }

@@ -3,7 +3,7 @@
 use crate::tier::{Tier, TierStats};
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
-use castier_config::{self as config, Policy};
+use castier_config::{self as config, Policy, Share, Size};
 use moka::{policy::EvictionPolicy, sync::Cache};
 use std::sync::{
     Arc,
@@ -26,6 +26,15 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// The memory tier, and beside it, in a part of the same capacity, the mirror: what other nodes own and is hot here. Heat is what
+    /// the mirror is about, so its policy is not asked for.
+    pub fn with_mirror(config: &config::Memory, share: Option<Share>) -> (Self, Option<Self>) {
+        let part = share.map_or(0, |share| share.of(config.capacity).get());
+        let own = config::Memory { capacity: Size::new(config.capacity.get() - part), ..config.clone() };
+        let mirror = config::Memory { capacity: Size::new(part), policy: Policy::TinyLfu, ..config.clone() };
+        (Self::new(&own), (part > 0).then(|| Self::new(&mirror)))
+    }
+
     /// An empty tier as configured.
     pub fn new(config: &config::Memory) -> Self {
         let evictions = Arc::new(AtomicU64::new(0));
@@ -115,7 +124,7 @@ mod tests {
     }
 
     fn tier(capacity: u64, max_blob: u64) -> Memory {
-        Memory::new(&config::Memory { capacity: config::Size::new(capacity), max_blob: config::Size::new(max_blob), policy: Policy::Lru })
+        Memory::new(&config::Memory { capacity: Size::new(capacity), max_blob: Size::new(max_blob), policy: Policy::Lru })
     }
 
     #[test]

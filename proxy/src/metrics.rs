@@ -3,7 +3,10 @@
 //! The ledger: at a quiet moment `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one of
 //! `source_loads{result}`. HEADs and 304s by validator are no gets: they hand out no blob.
 
-use crate::{fault::Limit, tier::TierStats};
+use crate::{
+    fault::Limit,
+    tier::{TierName, TierStats},
+};
 use parking_lot::Mutex;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
@@ -13,6 +16,9 @@ use std::{sync::OnceLock, time::Duration};
 
 /// From a memory hit (tens of microseconds) to a blob of many gigabytes.
 const SECONDS: [f64; 15] = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
+
+/// As the arrays have them.
+const TIERS: [TierName; 3] = [TierName::Memory, TierName::Mirror, TierName::Disk];
 
 /// How a load from a source ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +41,24 @@ impl Outcome {
     }
 }
 
+/// Where a request came in: the `listener` label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listener {
+    /// From a client.
+    Public,
+    /// From another node of the cluster.
+    Peer,
+}
+
+impl Listener {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Public => "public",
+            Self::Peer => "peer",
+        }
+    }
+}
+
 /// What a request was about: the `route` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
@@ -46,6 +70,8 @@ pub enum Route {
     Relay,
     /// Nothing that could be understood, or that was let in.
     Refused,
+    /// What nodes tell each other beside blobs: health, purges, what was stored.
+    Control,
 }
 
 impl Route {
@@ -56,6 +82,7 @@ impl Route {
             Self::Collection => "collection",
             Self::Relay => "relay",
             Self::Refused => "refused",
+            Self::Control => "control",
         }
     }
 }
@@ -141,12 +168,10 @@ pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     /// The series of the one kind of request that must cost nothing, found once.
-    hit_requests: OnceLock<IntCounter>,
-    durations: [[Histogram; 4]; 4],
-    /// Bytes served from memory.
-    pub memory_bytes: IntCounter,
-    /// Bytes served from disk.
-    pub disk_bytes: IntCounter,
+    hit_requests: [OnceLock<IntCounter>; 2],
+    durations: [[Histogram; 4]; 5],
+    /// Bytes served from tiers, in the order of [`TierName`].
+    tier_served: [IntCounter; 3],
     /// Bytes served from flights.
     pub flight_bytes: IntCounter,
     /// Gets: requests for the bytes of a blob.
@@ -157,10 +182,8 @@ pub struct Metrics {
     pub flights: IntCounter,
     /// Loads that joined one.
     pub collapsed: IntCounter,
-    /// Gets answered by the memory tier.
-    pub memory_hits: IntCounter,
-    /// Gets answered by the disk tier.
-    pub disk_hits: IntCounter,
+    /// Gets answered by tiers, in the order of [`TierName`].
+    hits: [IntCounter; 3],
     source_loads: IntCounterVec,
     source_duration: HistogramVec,
     source_resumes: IntCounterVec,
@@ -183,8 +206,16 @@ pub struct Metrics {
     pub disk_scrubbed: IntCounter,
     disk_write_errors: IntCounterVec,
     disk_skipped_writes: IntCounterVec,
+    cluster_peers: IntGaugeVec,
+    cluster_changes: IntCounter,
+    /// Gets that came from peers.
+    pub gets_from_peers: IntCounter,
+    /// Attempts at peers that failed.
+    pub peer_errors: IntCounter,
     /// Client connections open now.
     pub connections: IntGauge,
+    /// Connections that other nodes have opened to this one.
+    pub peer_connections: IntGauge,
 }
 
 impl Metrics {
@@ -203,7 +234,7 @@ impl Metrics {
                 &["route", "result"],
             )?,
         )?;
-        let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused];
+        let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused, Route::Control];
         let durations = routes.map(|route| Served::ALL.map(|result| duration_vec.with_label_values(&[route.as_str(), result])));
         let response_bytes = counters(&r, "castier_http_response_bytes_total", "Bytes of blobs sent to clients", &["from"])?;
         let hits = counters(&r, "castier_hits_total", "Gets answered by a tier", &["tier"])?;
@@ -211,17 +242,15 @@ impl Metrics {
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
-            hit_requests: OnceLock::new(),
+            hit_requests: Default::default(),
             durations,
-            memory_bytes: response_bytes.with_label_values(&["memory"]),
-            disk_bytes: response_bytes.with_label_values(&["disk"]),
+            tier_served: TIERS.map(|tier| response_bytes.with_label_values(&[tier.as_str()])),
             flight_bytes: response_bytes.with_label_values(&["flight"]),
             gets: counter(&r, "castier_gets_total", "Requests for the bytes of a blob")?,
             loads: counter(&r, "castier_loads_total", "Gets that no tier could answer")?,
             flights: counter(&r, "castier_flights_total", "Loads that started a flight")?,
             collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight, a remembered absence included")?,
-            memory_hits: hits.with_label_values(&["memory"]),
-            disk_hits: hits.with_label_values(&["disk"]),
+            hits: TIERS.map(|tier| hits.with_label_values(&[tier.as_str()])),
             source_loads: counters(&r, "castier_source_loads_total", "Flights by how they ended", &["source", "result"])?,
             source_duration: add(
                 &r,
@@ -252,7 +281,12 @@ impl Metrics {
             disk_scrubbed: counter(&r, "castier_disk_scrubbed_blobs_total", "Blobs of the disk tier read back and hashed")?,
             disk_write_errors: counters(&r, "castier_disk_write_errors_total", "Writes to the disk tier that failed", &["reason"])?,
             disk_skipped_writes: counters(&r, "castier_disk_skipped_writes_total", "Blobs not written to the disk tier", &["reason"])?,
+            cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
+            cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of who is in the cluster, and who of them is up")?,
+            gets_from_peers: counter(&r, "castier_gets_from_peers_total", "Gets that came from other nodes of the cluster")?,
+            peer_errors: counter(&r, "castier_peer_errors_total", "Attempts at other nodes of the cluster that failed")?,
             connections: gauge(&r, "castier_connections", "Client connections open")?,
+            peer_connections: gauge(&r, "castier_peer_connections", "Connections open from other nodes of the cluster")?,
             registry: r,
         };
         metrics.begin_at_zero();
@@ -262,12 +296,19 @@ impl Metrics {
     /// Makes the series with known labels exist, so that rates have a start.
     fn begin_at_zero(&self) {
         for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
-            self.source_loads.with_label_values(&["origin", outcome.as_str()]);
+            for source in ["origin", "peer"] {
+                self.source_loads.with_label_values(&[source, outcome.as_str()]);
+            }
         }
-        self.source_duration.with_label_values(&["origin"]);
-        self.source_resumes.with_label_values(&["origin"]);
-        for source in ["origin", "disk", "client"] {
+        for source in ["origin", "peer"] {
+            self.source_duration.with_label_values(&[source]);
+            self.source_resumes.with_label_values(&[source]);
+        }
+        for source in ["origin", "peer", "disk", "client"] {
             self.corrupt.with_label_values(&[source]);
+        }
+        for state in ["up", "down"] {
+            self.cluster_peers.with_label_values(&[state]);
         }
         for limit in Limit::ALL {
             self.shed.with_label_values(&[limit.as_str()]);
@@ -281,14 +322,29 @@ impl Metrics {
     }
 
     /// A request was answered. `method` must come from a finite set.
-    pub fn request(&self, method: &str, route: Route, code: u16, served: Served, took: Duration) {
+    pub fn request(&self, listener: Listener, method: &str, route: Route, code: u16, served: Served, took: Duration) {
         self.durations[route as usize][served as usize].observe(took.as_secs_f64());
-        let series = || self.requests.with_label_values(&["public", method, route.as_str(), code_text(code).as_str()]);
+        let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), code_text(code).as_str()]);
         if code == 200 && method == "GET" && route == Route::Blob {
-            self.hit_requests.get_or_init(series).inc();
+            self.hit_requests[listener as usize].get_or_init(series).inc();
         } else {
             series().inc();
         }
+    }
+
+    /// A tier answered a get.
+    pub fn hit(&self, tier: TierName) {
+        self.hits[tier as usize].inc();
+    }
+
+    /// How many gets this tier answered.
+    pub fn hits(&self, tier: TierName) -> u64 {
+        self.hits[tier as usize].get()
+    }
+
+    /// So many bytes of answers came from this tier.
+    pub fn served_from(&self, tier: TierName, bytes: u64) {
+        self.tier_served[tier as usize].inc_by(bytes);
     }
 
     /// A flight ended.
@@ -335,6 +391,22 @@ impl Metrics {
     /// A request was turned away.
     pub fn shed(&self, limit: Limit) {
         self.shed.with_label_values(&[limit.as_str()]).inc();
+    }
+
+    /// The cluster changed: so many peers are up now, and so many down.
+    pub fn cluster_changed(&self, up: usize, down: usize) {
+        self.cluster_changes.inc();
+        for (state, count) in [("up", up), ("down", down)] {
+            self.cluster_peers.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// How many connections are open at a listener.
+    pub fn connections_at(&self, listener: Listener) -> &IntGauge {
+        match listener {
+            Listener::Public => &self.connections,
+            Listener::Peer => &self.peer_connections,
+        }
     }
 
     /// The text that Prometheus scrapes, with the tiers' state as of now.

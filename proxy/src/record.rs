@@ -1,6 +1,6 @@
 //! One access record per request, and the same facts to the metrics.
 
-use crate::metrics::{Metrics, Route, Served};
+use crate::metrics::{Listener, Metrics, Route, Served};
 use std::{net::SocketAddr, time::Duration};
 
 /// Stands for a status where the client left before there was one, as in nginx.
@@ -8,6 +8,8 @@ pub const CLIENT_GONE: u16 = 499;
 
 /// What is said of a request when it is over.
 pub struct Record<'a> {
+    /// Where it came in.
+    pub listener: Listener,
     /// What it was about.
     pub route: Route,
     /// Its method.
@@ -31,17 +33,16 @@ pub struct Record<'a> {
 impl Record<'_> {
     /// Counts it, and writes the record if anybody listens.
     pub fn log(&self, metrics: &Metrics) {
-        metrics.request(method_label(self.method), self.route, self.code, self.served, self.took);
-        tracing::info!(
-            target: "castier::access",
-            method = self.method,
-            path = self.path,
-            status = self.code,
-            bytes = self.bytes,
-            duration_ms = self.took.as_micros() as f64 / 1000.0,
-            cache = self.cache,
-            peer = self.peer.map(tracing::field::display),
-        );
+        metrics.request(self.listener, method_label(self.method), self.route, self.code, self.served, self.took);
+        let duration_ms = self.took.as_micros() as f64 / 1000.0;
+        let (method, path, status, bytes, cache) = (self.method, self.path, self.code, self.bytes, self.cache);
+        let peer = self.peer.map(tracing::field::display);
+        // Every node asks every other each second how it is.
+        if self.route == Route::Control {
+            tracing::debug!(target: "castier::access", method, path, status, bytes, duration_ms, cache, peer);
+        } else {
+            tracing::info!(target: "castier::access", method, path, status, bytes, duration_ms, cache, peer);
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use crate::{
     conn::{self, Conn},
     fault::Fault,
     gate::{Framing, Head},
-    metrics::{Metrics, Route, Served},
+    metrics::{Listener, Metrics, Route, Served},
     record,
     serve::Reply,
     upstream::Upstream,
@@ -166,6 +166,7 @@ impl ProxyHttp for Rules {
         let code = session.response_written().map_or(record::CLIENT_GONE, |response| response.status.as_u16());
         let request = session.req_header();
         let done = record::Record {
+            listener: Listener::Public,
             route: Route::Relay,
             method: request.method.as_str(),
             path: request.uri.path(),

@@ -4,7 +4,7 @@
 use crate::{
     fault::{Fault, Limit},
     flight::Reader,
-    ladder::DiskReader,
+    ladder::{DiskReader, TierName},
     metrics::Served,
 };
 use bytes::Bytes;
@@ -27,6 +27,8 @@ pub struct Reply {
     pub body: Body,
     /// For metrics and the access record.
     pub served: Served,
+    /// The tier that the body comes from.
+    pub tier: Option<TierName>,
 }
 
 /// Where the bytes of a response come from.
@@ -58,12 +60,12 @@ impl Body {
 /// How a blob was come by: the `Cache-Status` of the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Via {
-    /// The memory tier had it.
-    Memory,
-    /// The disk tier had it.
-    Disk,
-    /// A flight brings it from the origin.
-    Origin {
+    /// A tier had it.
+    Tier(TierName),
+    /// A flight brings it.
+    Flight {
+        /// Another node has it, or gets it from the origin; else it comes from there.
+        peer: bool,
         /// Another request started the flight.
         collapsed: bool,
         /// A tier will keep it.
@@ -74,20 +76,36 @@ pub enum Via {
 impl Via {
     const fn cache_status(self) -> HeaderValue {
         HeaderValue::from_static(match self {
-            Self::Memory => "castier; hit; detail=memory",
-            Self::Disk => "castier; hit; detail=disk",
-            Self::Origin { collapsed: false, stored: true } => "castier; fwd=uri-miss; stored; detail=origin",
-            Self::Origin { collapsed: false, stored: false } => "castier; fwd=uri-miss; detail=origin",
-            Self::Origin { collapsed: true, stored: true } => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
-            Self::Origin { collapsed: true, stored: false } => "castier; fwd=uri-miss; collapsed; detail=origin",
+            Self::Tier(TierName::Memory) => "castier; hit; detail=memory",
+            Self::Tier(TierName::Mirror) => "castier; hit; detail=mirror",
+            Self::Tier(TierName::Disk) => "castier; hit; detail=disk",
+            Self::Flight { peer: false, collapsed, stored } => match (stored, collapsed) {
+                (true, false) => "castier; fwd=uri-miss; stored; detail=origin",
+                (false, false) => "castier; fwd=uri-miss; detail=origin",
+                (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
+                (false, true) => "castier; fwd=uri-miss; collapsed; detail=origin",
+            },
+            Self::Flight { peer: true, collapsed, stored } => match (stored, collapsed) {
+                (true, false) => "castier; fwd=uri-miss; stored; detail=peer",
+                (false, false) => "castier; fwd=uri-miss; detail=peer",
+                (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=peer",
+                (false, true) => "castier; fwd=uri-miss; collapsed; detail=peer",
+            },
         })
     }
 
     const fn served(self) -> Served {
         match self {
-            Self::Memory | Self::Disk => Served::Hit,
-            Self::Origin { collapsed: true, .. } => Served::Collapsed,
-            Self::Origin { .. } => Served::Miss,
+            Self::Tier(_) => Served::Hit,
+            Self::Flight { collapsed: true, .. } => Served::Collapsed,
+            Self::Flight { .. } => Served::Miss,
+        }
+    }
+
+    const fn tier(self) -> Option<TierName> {
+        match self {
+            Self::Tier(tier) => Some(tier),
+            Self::Flight { .. } => None,
         }
     }
 }
@@ -101,14 +119,20 @@ impl Reply {
             let known = size.map_or_else(String::new, |size| format!(" of {size} bytes"));
             return Self::explained(status, headers, &format!("the range lies outside the blob{known}"));
         }
-        Self { status, headers, body: if selection == Selection::NotModified { Body::Empty } else { body }, served: via.served() }
+        Self {
+            status,
+            headers,
+            body: if selection == Selection::NotModified { Body::Empty } else { body },
+            served: via.served(),
+            tier: via.tier(),
+        }
     }
 
     /// The client named this very blob in `If-None-Match`: nothing had to be looked up.
     pub fn not_modified(digest: &Digest) -> Self {
         let (status, mut headers) = wire::blob_head(digest, None, Selection::NotModified);
         headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; hit; detail=validator"));
-        Self { status, headers, body: Body::Empty, served: Served::Hit }
+        Self { status, headers, body: Body::Empty, served: Served::Hit, tier: None }
     }
 
     /// The blob's size, without its bytes.
@@ -129,12 +153,12 @@ impl Reply {
             body = serde_json::to_vec(&stored).unwrap_or_default().into();
         }
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-        Self { status, headers, body: Body::Whole(body), served: Served::Miss }
+        Self { status, headers, body: Body::Whole(body), served: Served::Miss, tier: None }
     }
 
-    /// The blob is gone.
-    pub fn deleted() -> Self {
-        Self { status: StatusCode::NO_CONTENT, headers: HeaderMap::new(), body: Body::Empty, served: Served::Miss }
+    /// What was to be done is done, and there is no more to say.
+    pub fn done() -> Self {
+        Self { status: StatusCode::NO_CONTENT, headers: HeaderMap::new(), body: Body::Empty, served: Served::Miss, tier: None }
     }
 
     /// The origin says that there is no such blob.
@@ -142,6 +166,21 @@ impl Reply {
         let mut headers = HeaderMap::new();
         headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=uri-miss; detail=origin"));
         Self::explained(StatusCode::NOT_FOUND, headers, &format!("the origin has no blob {digest}"))
+    }
+
+    /// A word, for programs.
+    pub fn text(text: &'static str) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(text.len()));
+        Self { status: StatusCode::OK, headers, body: Body::Whole(Bytes::from_static(text.as_bytes())), served: Served::Miss, tier: None }
+    }
+
+    /// No tier keeps the blob, and the request was not to go further (`only-if-cached`).
+    pub fn not_kept() -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=request"));
+        Self::explained(StatusCode::GATEWAY_TIMEOUT, headers, "the blob is not kept here")
     }
 
     /// Below `/cas/`, but no digest.
@@ -191,7 +230,7 @@ impl Reply {
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER);
         }
-        Self { status, headers, body: Body::Whole(body.into()), served: Served::Error }
+        Self { status, headers, body: Body::Whole(body.into()), served: Served::Error, tier: None }
     }
 }
 

@@ -8,6 +8,28 @@ use castier_blob::{Digest, Verified};
 #[cfg(test)]
 pub(crate) mod tests;
 
+/// The tiers there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TierName {
+    /// Memory.
+    Memory,
+    /// The part of it for blobs that other nodes own.
+    Mirror,
+    /// Disk.
+    Disk,
+}
+
+impl TierName {
+    /// As it stands in labels.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Mirror => "mirror",
+            Self::Disk => "disk",
+        }
+    }
+}
+
 /// A place where blobs are kept.
 pub trait Tier: Send + Sync {
     /// A blob that was found here.

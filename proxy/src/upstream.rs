@@ -1,12 +1,17 @@
 //! Sources: where blobs come from and uploads go to. The only place that sees pingora's connectors.
 
+mod peers;
+mod probe;
 mod put;
 
-pub use put::{Put, Upload};
+pub use peers::{Answer, FILLING, FLIGHT, Peers};
+pub use probe::{HttpProbe, peer_options};
+pub use put::{Parcel, Put, Upload};
 
 use crate::{
     descriptors,
     fault::{Fault, Limit},
+    members::Report,
 };
 use bytes::Bytes;
 use castier_blob::{Digest, wire};
@@ -23,6 +28,7 @@ use pingora::{
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use std::{
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -34,11 +40,20 @@ const POOL: usize = 256;
 /// The longest answer beside a blob that is worth reading.
 const MAX_ANSWER: usize = 64 << 10;
 
+/// Where this node gets blobs from.
+#[derive(Clone)]
+pub struct Sources {
+    /// The source of truth.
+    pub origin: Arc<Upstream>,
+    /// The other nodes; none without a cluster.
+    pub peers: Option<Arc<Peers>>,
+}
+
 /// One HTTP server that blobs can be had from: the origin, or a peer.
 pub struct Upstream {
     /// `origin` or `peer`, as in metric labels.
     pub name: &'static str,
-    connector: Connector,
+    connector: Arc<Connector>,
     host: String,
     port: u16,
     tls: bool,
@@ -48,6 +63,8 @@ pub struct Upstream {
     connect_timeout: Duration,
     /// Longest silence, not the whole transfer.
     read_timeout: Duration,
+    /// What this node and a peer have in common; none with the origin.
+    ties: Option<peers::Ties>,
 }
 
 impl Upstream {
@@ -64,7 +81,7 @@ impl Upstream {
         options.ca_file = ca_file(config)?;
         Ok(Arc::new(Self {
             name: "origin",
-            connector: Connector::new(Some(options)),
+            connector: Arc::new(Connector::new(Some(options))),
             authority: if default_port { shown.to_owned() } else { format!("{shown}:{port}") },
             host,
             port,
@@ -72,6 +89,7 @@ impl Upstream {
             resolved: Mutex::new(None),
             connect_timeout: config.connect_timeout.get(),
             read_timeout: config.read_timeout.get(),
+            ties: None,
         }))
     }
 
@@ -85,23 +103,35 @@ impl Upstream {
     /// # Errors
     /// Whatever kept the source from answering, or made its answer useless.
     pub async fn open(self: &Arc<Self>, digest: &Digest, from: u64) -> Result<Option<Incoming>, Fault> {
+        let request = self.get_request(digest, from)?;
+        let (session, peer) = self.exchange(&request, &[]).await?;
+        match session.get_status() {
+            Some(StatusCode::NOT_FOUND | StatusCode::GONE) => {
+                self.finish(session, &peer).await;
+                Ok(None)
+            }
+            Some(StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) => Err(Fault::Busy(Limit::Origin)),
+            _ => self.incoming(session, peer, from).map(Some),
+        }
+    }
+
+    fn get_request(&self, digest: &Digest, from: u64) -> Result<RequestHeader, Fault> {
         let mut request = self.request(Method::GET, &wire::blob_path(digest))?;
         if from > 0 {
             insert(&mut request, header::RANGE, &format!("bytes={from}-"))?;
         }
-        let (session, peer) = self.exchange(&request, &[]).await?;
+        Ok(request)
+    }
+
+    /// An answer that gives bytes: those from offset `from`.
+    fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64) -> Result<Incoming, Fault> {
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         if head.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity") {
             return Err(self.unusable("a content coding that was not asked for"));
         }
-        let length = number(head.headers.get(header::CONTENT_LENGTH));
         let (size, skip) = match head.status {
-            StatusCode::NOT_FOUND | StatusCode::GONE => {
-                self.finish(session, &peer).await;
-                return Ok(None);
-            }
             // A source that does not know ranges sends all of it again; what is known already is skipped.
-            StatusCode::OK => (length, from),
+            StatusCode::OK => (number(head.headers.get(header::CONTENT_LENGTH)), from),
             StatusCode::PARTIAL_CONTENT if from > 0 => {
                 let (first, size) = head
                     .headers
@@ -113,10 +143,9 @@ impl Upstream {
                 }
                 (size, 0)
             }
-            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => return Err(Fault::Busy(Limit::Origin)),
             status => return Err(self.unusable(format!("status {}", status.as_u16()))),
         };
-        Ok(Some(Incoming { upstream: self.clone(), session: Some(session), peer, size, skip }))
+        Ok(Incoming { upstream: self.clone(), session: Some(session), peer, size, skip, watch: None })
     }
 
     /// The size of the blob, without its bytes. `None`: the source says that it does not exist.
@@ -204,7 +233,7 @@ impl Upstream {
                 let (mut session, reused) = match self.connector.get_http_session(&peer).await {
                     Ok(connected) => connected,
                     Err(error) => {
-                        last = self.fault(&error);
+                        last = self.not_connected(&error);
                         break;
                     }
                 };
@@ -255,7 +284,26 @@ impl Upstream {
         insert(&mut request, header::HOST, &self.authority)?;
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
         insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
+        if let Some(ties) = &self.ties {
+            ties.sign(&mut request)?;
+        }
         Ok(request)
+    }
+
+    /// There is no connection. With a peer, that is news.
+    fn not_connected(&self, error: &pingora::Error) -> Fault {
+        use ErrorType::{
+            ConnectError, ConnectNoRoute, ConnectRefused, ConnectTimedout, InvalidCert, TLSHandshakeFailure, TLSHandshakeTimedout,
+        };
+        // Not when this node has run out of ports or files: that says nothing of the peer.
+        let its_doing = matches!(
+            error.etype,
+            ConnectError | ConnectNoRoute | ConnectRefused | ConnectTimedout | InvalidCert | TLSHandshakeFailure | TLSHandshakeTimedout
+        );
+        if let Some(ties) = self.ties.as_ref().filter(|_| its_doing) {
+            ties.members.report(&self.authority, Report::Unreachable);
+        }
+        self.fault(error)
     }
 
     fn unusable(&self, why: impl Into<String>) -> Fault {
@@ -281,11 +329,15 @@ impl Upstream {
 /// # Errors
 /// A text that names the file.
 pub fn ca_file(config: &config::Origin) -> Result<Option<String>, String> {
-    let path = &config.ca_file;
-    if path.as_os_str().is_empty() {
+    if config.ca_file.as_os_str().is_empty() {
         return Ok(None);
     }
-    let unusable = |why: String| format!("origin.ca_file: {}: {why}", path.display());
+    certificates("origin.ca_file", &config.ca_file)
+}
+
+/// The path of a file that holds certificates, as pingora takes it.
+fn certificates(key: &str, path: &Path) -> Result<Option<String>, String> {
+    let unusable = |why: String| format!("{key}: {}: {why}", path.display());
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
     match certificates {
         Ok(found) if found.is_empty() => Err(unusable("holds no PEM certificate".into())),
@@ -303,9 +355,16 @@ pub struct Incoming {
     pub size: Option<u64>,
     /// Bytes to pass over first: the source began at 0 although it was asked for less.
     skip: u64,
+    /// Whose silence means what; none: only `read_timeout` counts.
+    watch: Option<Arc<peers::Watch>>,
 }
 
 impl Incoming {
+    /// From where it comes: `origin` or `peer`.
+    pub fn source_name(&self) -> &'static str {
+        self.upstream.name
+    }
+
     /// Gives the connection back early: the reader has all it wants. Keeps it only if the answer is at its end.
     pub async fn release(&mut self) {
         if let Some(mut session) = self.session.take()
@@ -320,6 +379,13 @@ impl Incoming {
     /// # Errors
     /// The transfer broke off, or fell silent.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+        match self.watch.clone() {
+            None => self.read().await,
+            Some(watch) => watch.over(self.read()).await,
+        }
+    }
+
+    async fn read(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
             let Some(session) = &mut self.session else { return Ok(None) };
             let Some(mut bytes) = session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error))? else {

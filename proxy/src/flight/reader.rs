@@ -1,6 +1,6 @@
 //! What a request sees of a flight.
 
-use super::{Flight, Flights, HOLD_BACK, Phase};
+use super::{Flight, Flights, HOLD_BACK, Phase, course::Leg};
 use crate::{
     fault::Fault,
     spool::{self, Piece},
@@ -117,6 +117,12 @@ impl Reader {
         }
     }
 
+    /// Whether the bytes come from another node just now, and whether they are that node's to keep.
+    pub fn from_peer(&self) -> (bool, bool) {
+        let state = self.flight.state.lock();
+        (!matches!(state.leg, Leg::Origin), state.leg.is_foreign())
+    }
+
     /// Stays with the flight to its end, reading nothing: keeps it from being abandoned.
     ///
     /// # Errors
@@ -143,7 +149,7 @@ impl Drop for Reader {
             self.flights.metrics.flight_followers.dec();
         }
         if self.flight.readers.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.flight.deserted.notify_one();
+            self.flight.nudge.notify_one();
         }
     }
 }

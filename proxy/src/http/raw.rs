@@ -38,8 +38,8 @@ impl Front {
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
-        let Some(blob) = self.ladder.get_from_memory(digest) else { return Ok(false) };
-        let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
+        let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else { return Ok(false) };
+        let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
         let mut out = head_on_wire(&reply, true);
         let before_body = out.len();
         let (sent, whole) = if blob.len() <= ONE_WRITE {
@@ -49,10 +49,11 @@ impl Front {
             send(conn, &mut out.chain(&blob[..])).await
         };
         let bytes = sent.saturating_sub(before_body) as u64;
-        self.metrics.memory_bytes.inc_by(bytes);
+        self.metrics.served_from(tier, bytes);
         let served = if whole { Served::Hit } else { Served::Error };
         let (path, cache, took) = (head.path(ahead), cache_status(&reply.headers), started.elapsed());
-        Record { route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
+        let listener = self.door.listener();
+        Record { listener, route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
         ahead.advance(head.len);
         if whole { Ok(true) } else { Err(Cut) }
     }
@@ -61,16 +62,22 @@ impl Front {
     pub(super) async fn refuse_request(&self, mut conn: Conn, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
         let started = Instant::now();
         let _ = timeout(REFUSAL, write_and_close(&mut conn, &Reply::error(status, why))).await;
-        let (code, took, served) = (status.as_u16(), started.elapsed(), Served::Error);
-        Record { route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }.log(&self.metrics);
+        let (listener, code, took, served) = (self.door.listener(), status.as_u16(), started.elapsed(), Served::Error);
+        Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }
+            .log(&self.metrics);
     }
 }
 
 /// Writes all there is; says how much went out, and whether that was all.
 async fn send(conn: &mut Conn, out: &mut impl Buf) -> (usize, bool) {
     let all = out.remaining();
-    let written = conn.write_all_buf(out).await;
-    (all - out.remaining(), written.is_ok())
+    let written = async {
+        conn.write_all_buf(out).await?;
+        // Over TLS the last bytes may still be here.
+        conn.flush().await
+    };
+    let whole = written.await.is_ok();
+    (all - out.remaining(), whole)
 }
 
 /// A connection over the limit: says so, and closes.

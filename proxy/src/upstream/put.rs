@@ -27,21 +27,35 @@ pub enum Put {
     Existed,
 }
 
-impl Upstream {
-    /// Uploads a blob as its bytes arrive. With a `digest` by PUT, else by POST, which lets the source name it.
-    /// The last bytes wait until all of them have verified, so that the source never
-    /// sees a complete upload of something else.
+/// An upload on its way: what has come of it, and the rest. It can be offered to one source after the other until bytes have gone
+/// to one that are not at hand any more.
+pub struct Parcel<'a> {
+    /// The name that the bytes must have; none: any.
+    digest: Option<Digest>,
+    /// The size that was announced.
+    size: Option<u64>,
+    /// Has seen all bytes that came.
+    verifier: Verifier,
+    /// The bytes that came and have not been sent: all of them, while nothing has been.
+    held: Bytes,
+    /// All bytes are in `held`, and they are right.
+    whole: Option<Verified<()>>,
+    rest: Upload<'a>,
+    /// Bytes have left that are not in `held`.
+    begun: bool,
+}
+
+impl<'a> Parcel<'a> {
+    /// Reads the first bytes of an upload, and all of a small one.
     ///
     /// # Errors
-    /// [`Fault::Mismatch`] when the bytes are not the blob named `digest`; else as [`Self::open`].
-    pub async fn put(&self, digest: Option<Digest>, size: Option<u64>, mut upload: Upload<'_>) -> Result<(Put, Verified<()>), Fault> {
-        let (method, path) = digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
-        let mut request = self.request(method, &path)?;
+    /// The client's; [`Fault::Mismatch`] if a small one is not the blob named `digest`.
+    pub async fn pack(digest: Option<Digest>, size: Option<u64>, mut rest: Upload<'a>) -> Result<Self, Fault> {
         let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
         let mut held = Vec::new();
         let mut ended = false;
         while !ended && held.len() < SMALL {
-            match upload.next().await.transpose()? {
+            match rest.next().await.transpose()? {
                 Some(chunk) => {
                     verifier.update(&chunk);
                     held.extend_from_slice(&chunk);
@@ -49,51 +63,50 @@ impl Upstream {
                 None => ended = true,
             }
         }
-        if ended {
-            // All of it is at hand, so it can be verified before and repeated after.
-            let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
-            insert(&mut request, header::CONTENT_LENGTH, &held.len().to_string())?;
-            let (session, peer) = self.exchange(&request, &held).await?;
-            return self.stored(session, &peer, digest.is_some(), verified).await;
+        let whole = if ended { Some(verifier.clone().finish(()).map_err(Fault::Mismatch)?) } else { None };
+        Ok(Self { digest, size, verifier, held: held.into(), whole, rest, begun: false })
+    }
+
+    /// All bytes that came, as long as it can still be offered to another source.
+    pub fn held(&self) -> Bytes {
+        self.held.clone()
+    }
+
+    /// Whether it can still be offered to another source.
+    pub const fn is_at_hand(&self) -> bool {
+        !self.begun
+    }
+}
+
+impl Upstream {
+    /// Uploads a blob as its bytes arrive. With a digest by PUT, else by POST, which lets the source name it.
+    /// The last bytes wait until all of them have verified, so that the source never
+    /// sees a complete upload of something else.
+    ///
+    /// # Errors
+    /// [`Fault::Mismatch`] when the bytes are not the blob of that name; else as [`Self::open`].
+    pub async fn put(&self, parcel: &mut Parcel<'_>) -> Result<(Put, Verified<()>), Fault> {
+        let by_name = parcel.digest.is_some();
+        let (method, path) = parcel.digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
+        let mut request = self.request(method, &path)?;
+        if let Some(verified) = &parcel.whole {
+            insert(&mut request, header::CONTENT_LENGTH, &parcel.held.len().to_string())?;
+            let (session, peer) = self.exchange(&request, &parcel.held).await?;
+            return Ok((self.stored(session, &peer, by_name, verified).await?, verified.clone()));
         }
-        match size {
+        match parcel.size {
             Some(size) => insert(&mut request, header::CONTENT_LENGTH, &size.to_string())?,
             None => insert(&mut request, header::TRANSFER_ENCODING, "chunked")?,
         }
         let (mut session, peer) = self.connect_fresh().await?;
         session.write_request_header(Box::new(request)).await.map_err(|error| self.fault(&error))?;
-        let mut held = Bytes::from(held);
-        let answered_early = loop {
-            let chunk = tokio::select! {
-                biased;
-                answer = read_final(&mut session) => { answer.map_err(|error| self.fault(&error))?; break true }
-                chunk = upload.next() => chunk.transpose()?,
-            };
-            let Some(chunk) = chunk else { break false };
-            if chunk.is_empty() {
-                continue;
-            }
-            verifier.update(&chunk);
-            let ready = std::mem::replace(&mut held, chunk);
-            if session.write_body(&ready).await.is_err() {
-                // It stopped reading, most likely because it has answered already.
-                session.read_timeout = Some(self.read_timeout);
-                read_final(&mut session).await.map_err(|error| self.fault(&error))?;
-                break true;
-            }
-        };
-        if answered_early {
-            // What it says counts only for bytes that verified, so the rest of them is read all the same.
-            while let Some(chunk) = upload.next().await.transpose()? {
-                verifier.update(&chunk);
-            }
-        }
-        let verified = verifier.finish(()).map_err(Fault::Mismatch)?;
-        // Only now is it the origin's turn: before, the silence was the client's.
+        let answered_early = self.stream(&mut session, parcel).await?;
+        let verified = std::mem::replace(&mut parcel.verifier, Verifier::any()).finish(()).map_err(Fault::Mismatch)?;
+        // Only now is it the source's turn: before, the silence was the client's.
         session.read_timeout = Some(self.read_timeout);
         if !answered_early {
             let sent = async {
-                session.write_body(&held).await?;
+                session.write_body(&parcel.held).await?;
                 session.finish_body().await
             };
             let sent = sent.await;
@@ -101,17 +114,42 @@ impl Upstream {
                 return Err(self.fault(sent.as_ref().err().unwrap_or(&error)));
             }
         }
-        self.stored(session, &peer, digest.is_some(), verified).await
+        Ok((self.stored(session, &peer, by_name, &verified).await?, verified))
+    }
+
+    /// Sends what comes, all but the last of it, and reads the upload to its end. True if the source answered before that.
+    async fn stream(&self, session: &mut HttpSession, parcel: &mut Parcel<'_>) -> Result<bool, Fault> {
+        parcel.begun = true;
+        let answered_early = loop {
+            let chunk = tokio::select! {
+                biased;
+                answer = read_final(session) => { answer.map_err(|error| self.fault(&error))?; break true }
+                chunk = parcel.rest.next() => chunk.transpose()?,
+            };
+            let Some(chunk) = chunk else { break false };
+            if chunk.is_empty() {
+                continue;
+            }
+            parcel.verifier.update(&chunk);
+            let ready = std::mem::replace(&mut parcel.held, chunk);
+            if session.write_body(&ready).await.is_err() {
+                // It stopped reading, most likely because it has answered already.
+                session.read_timeout = Some(self.read_timeout);
+                read_final(session).await.map_err(|error| self.fault(&error))?;
+                break true;
+            }
+        };
+        if answered_early {
+            // What it says counts only for bytes that verified, so the rest of them is read all the same.
+            while let Some(chunk) = parcel.rest.next().await.transpose()? {
+                parcel.verifier.update(&chunk);
+            }
+        }
+        Ok(answered_early)
     }
 
     /// Reads the answer to an upload.
-    async fn stored(
-        &self,
-        mut session: HttpSession,
-        peer: &HttpPeer,
-        by_name: bool,
-        verified: Verified<()>,
-    ) -> Result<(Put, Verified<()>), Fault> {
+    async fn stored(&self, mut session: HttpSession, peer: &HttpPeer, by_name: bool, verified: &Verified<()>) -> Result<Put, Fault> {
         let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
         let mut answer = Vec::new();
         while let Some(part) = session.read_body_bytes().await.map_err(|error| self.fault(&error))? {
@@ -137,7 +175,7 @@ impl Upstream {
                 return Err(self.unusable(format!("stored {} as {}", verified.digest(), stored.digest)));
             }
         }
-        Ok((put, verified))
+        Ok(put)
     }
 
     /// Whether the source has the blob for good, so that an upload of it need not be sent. That it can be seen may not be enough: it may
@@ -174,7 +212,7 @@ impl Upstream {
                     session.write_timeout = Some(self.read_timeout);
                     return Ok((session, peer));
                 }
-                Err(error) => last = self.fault(&error),
+                Err(error) => last = self.not_connected(&error),
             }
         }
         Err(last)

@@ -5,6 +5,8 @@
 
 mod admin;
 mod chance;
+mod cluster;
+mod cluster_change;
 mod config;
 mod curl;
 mod disk;
@@ -19,6 +21,8 @@ mod limits;
 mod malformed;
 mod memory;
 mod outage;
+mod peer;
+mod peer_tls;
 mod relay;
 mod sanity;
 mod support;

@@ -2,6 +2,7 @@
 
 pub(crate) mod blob;
 pub(crate) mod client;
+pub(crate) mod cluster;
 pub(crate) mod disk;
 pub(crate) mod lie;
 pub(crate) mod origin;
@@ -11,6 +12,7 @@ pub(crate) mod wire;
 
 pub(crate) use blob::Blob;
 pub(crate) use client::{Conn, Download, Reply, Request, get};
+pub(crate) use cluster::Cluster;
 pub(crate) use disk::{Cache, assert_hit};
 pub(crate) use lie::{Gate, Lie};
 pub(crate) use origin::LyingOrigin;

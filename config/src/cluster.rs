@@ -1,0 +1,376 @@
+//! `[cluster]`: the nodes that together behave as one cache.
+
+use crate::{
+    Listen, Malformed, Problems, Share, Span,
+    castier::path_text,
+    check::{check_span, first_byte},
+    value::Text,
+};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::{
+    fmt,
+    marker::PhantomData,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+use url::Host;
+
+/// `[cluster]`: the nodes that together behave as one cache. Without this section a node is alone, since nobody but the operator
+/// knows the others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Cluster {
+    /// This node as its peers know it, `HOST:PORT`, letter for letter as it stands in `cluster.peers` or comes from
+    /// `cluster.dns`. No default: only the operator knows by which address the others reach it.
+    pub advertise: String,
+    /// All nodes, this one among them, each `HOST:PORT`, or `HOST:PORT weight=N` for one that should own N times as many blobs as
+    /// a node without; the same list on every node, in any order. Either this or `cluster.dns`. Default none.
+    pub peers: Vec<Peer>,
+    /// A name whose addresses are the nodes, `HOST:PORT`; or the name of SRV records, which have ports and weights of their own,
+    /// `_SERVICE._PROTOCOL.NAME`. Either this or `cluster.peers`. Default empty.
+    pub dns: String,
+    /// How often that name is looked up, a duration over 0. Default `5s`: what a headless service's records commonly live.
+    pub refresh: Span,
+    /// A file whose first line proves to the peers that this node is one of them, and whose second, if there is one, is accepted
+    /// as well while a new secret is rolled out; 16 visible ASCII characters or more; empty: none. Default empty, which is
+    /// refused unless `listen.peer` is on the loopback.
+    #[serde(serialize_with = "path_text")]
+    pub secret_file: PathBuf,
+    /// The part of `memory.capacity` for hot blobs that other nodes own, 0 to 0.9; 0 keeps none. Default 0.125: what everybody
+    /// asks for is few blobs, and most of the memory of all nodes stays one cache.
+    pub mirror_share: Share,
+    /// How long a peer may be silent in the middle of an answer before the fill goes on elsewhere, a duration over 0. Default
+    /// `2s`: above any pause of a healthy node, below what a client's user would notice twice.
+    pub stall_timeout: Span,
+    /// For how long after a change of the cluster an owner that misses asks the node next in order before the origin; a duration,
+    /// 0 never asks. Default `10min`: by then what is hot has moved.
+    pub peek_for: Span,
+    /// How often each peer is asked whether it lives, a duration over 0. Default `1s`: a dead node is noticed within two, and
+    /// fifty nodes cost each other fifty tiny requests.
+    pub probe_interval: Span,
+    /// How long it may take to answer that, a duration over 0. Default `1s`: a node that needs longer serves nobody well.
+    pub probe_timeout: Span,
+    /// Mutual TLS between the nodes. All empty: plain HTTP.
+    pub tls: ClusterTls,
+}
+
+/// `[cluster.tls]`: mutual TLS between the nodes; either all of it or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ClusterTls {
+    /// A PEM file with this node's certificate and those between it and its root, valid both as a server's and as a client's for
+    /// the host in `cluster.advertise`. Default empty, since only the operator can issue one.
+    #[serde(serialize_with = "path_text")]
+    pub cert_file: PathBuf,
+    /// A PEM file with the private key of that certificate. Default empty.
+    #[serde(serialize_with = "path_text")]
+    pub key_file: PathBuf,
+    /// A PEM file with the certificates that the peers' certificates must be signed by. Default empty: the system's are of no
+    /// use here, as anybody can get a certificate from those.
+    #[serde(serialize_with = "path_text")]
+    pub ca_file: PathBuf,
+}
+
+impl ClusterTls {
+    /// Whether the nodes speak TLS with each other.
+    pub fn is_on(&self) -> bool {
+        self.files().iter().any(|(_, file)| !file.as_os_str().is_empty())
+    }
+
+    fn files(&self) -> [(&'static str, &Path); 3] {
+        [("cluster.tls.cert_file", &self.cert_file), ("cluster.tls.key_file", &self.key_file), ("cluster.tls.ca_file", &self.ca_file)]
+    }
+}
+
+impl Default for Cluster {
+    fn default() -> Self {
+        Self {
+            advertise: String::new(),
+            peers: Vec::new(),
+            dns: String::new(),
+            refresh: Span::secs(5),
+            secret_file: PathBuf::new(),
+            mirror_share: Share::DEFAULT_MIRROR,
+            stall_timeout: Span::secs(2),
+            peek_for: Span::secs(600),
+            probe_interval: Span::secs(1),
+            probe_timeout: Span::secs(1),
+            tls: ClusterTls::default(),
+        }
+    }
+}
+
+impl Cluster {
+    /// The default with the keys that have none set as in the example.
+    pub(crate) fn example() -> Self {
+        let peer = |last| Peer { host: format!("10.0.0.{last}"), port: 8081, weight: 1 };
+        Self { advertise: peer(7).name(), peers: vec![peer(7), peer(8)], ..Self::default() }
+    }
+}
+
+/// A node as the others reach it, and how much of the work it should get.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Peer {
+    /// A host name in lower case, or an address in its shortest form, without brackets.
+    pub host: String,
+    /// The port of its peer listener.
+    pub port: u16,
+    /// Its share of the blobs, relative to the others'; 1 or more.
+    pub weight: u16,
+}
+
+impl Peer {
+    /// `HOST:PORT`, with brackets around an IPv6 address: the name that all nodes must agree on.
+    pub fn name(&self) -> String {
+        if self.host.contains(':') { format!("[{}]:{}", self.host, self.port) } else { format!("{}:{}", self.host, self.port) }
+    }
+
+    /// The host, if it is an address.
+    pub fn ip(&self) -> Option<IpAddr> {
+        self.host.parse().ok()
+    }
+}
+
+impl FromStr for Peer {
+    type Err = Malformed;
+    fn from_str(text: &str) -> Result<Self, Malformed> {
+        let bad = |why: &str| {
+            Malformed::new(format!(
+                "{text:?} {why}; write HOST:PORT, such as \"10.0.0.7:8081\", or \"10.0.0.7:8081 weight=2\" for twice the share"
+            ))
+        };
+        let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?.filter(|n: &u16| *n > 0);
+        let (address, weight) = match text.trim().split_once(char::is_whitespace) {
+            None => (text.trim(), 1),
+            Some((address, weight)) => {
+                let weight = weight.trim().strip_prefix("weight=").ok_or_else(|| bad("has something behind the port"))?;
+                (address, number(weight).ok_or_else(|| bad("has a weight that is not a number from 1 to 65535"))?)
+            }
+        };
+        let (host, port) = address.rsplit_once(':').ok_or_else(|| bad("has no port"))?;
+        let port = number(port).ok_or_else(|| bad("has a port that is not a number from 1 to 65535"))?;
+        let host = match Host::parse(host.strip_suffix('.').unwrap_or(host)).map_err(|_| bad("has no valid host"))? {
+            Host::Domain(name) => name,
+            Host::Ipv4(ip) => ip.to_string(),
+            Host::Ipv6(ip) => ip.to_string(),
+        };
+        if host.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified()) {
+            return Err(bad("means every interface, which nobody can connect to"));
+        }
+        Ok(Self { host, port, weight })
+    }
+}
+
+impl fmt::Display for Peer {
+    /// Reads back to the same peer.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.weight {
+            1 => f.write_str(&self.name()),
+            weight => write!(f, "{} weight={weight}", self.name()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Peer {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(Text(PhantomData))
+    }
+}
+
+impl Serialize for Peer {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// The shortest peer secret: below it, guessing is no longer hopeless.
+const MIN_SECRET: usize = 16;
+/// The longest, so that it fits a request header anywhere.
+const MAX_SECRET: usize = 1024;
+
+/// The secrets in a `cluster.secret_file`, one or two: the first is the one to send, each may be received.
+///
+/// # Errors
+/// A text that says what is wrong with the file, and never what is in it.
+pub fn peer_secrets(file: &Path) -> Result<Vec<String>, String> {
+    let name = file.display();
+    let text = std::fs::read_to_string(file).map_err(|error| {
+        format!("{name} cannot be read as text ({error}); name a file with a secret, for example the output of `openssl rand -hex 32`")
+    })?;
+    let secrets: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
+    if !(1..=2).contains(&secrets.len()) {
+        return Err(format!("{name} has {} lines; write one secret, or two while one replaces the other", secrets.len()));
+    }
+    for (i, secret) in secrets.iter().enumerate() {
+        let line = i + 1;
+        if !(MIN_SECRET..=MAX_SECRET).contains(&secret.len()) {
+            let length = secret.len();
+            return Err(format!(
+                "{name}: secret {line} has {length} characters; write {MIN_SECRET} to {MAX_SECRET}, as `openssl rand -hex 32` does"
+            ));
+        }
+        if !secret.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(format!("{name}: secret {line} has characters that no header can hold; write visible ASCII without spaces"));
+        }
+    }
+    Ok(secrets)
+}
+
+/// Notes what makes no sense in `[cluster]`.
+pub(crate) fn check_cluster(cluster: &Cluster, listen: &Listen, problems: &mut Problems) {
+    let Cluster {
+        advertise,
+        peers,
+        dns,
+        refresh,
+        secret_file,
+        mirror_share: _,
+        stall_timeout,
+        peek_for: _,
+        probe_interval,
+        probe_timeout,
+        tls,
+    } = cluster;
+    let node = check_advertise(advertise, problems);
+    check_source(node.as_ref(), peers, dns, problems);
+    check_secret(secret_file, listen, problems);
+    check_span("cluster.refresh", *refresh, problems);
+    check_span("cluster.stall_timeout", *stall_timeout, problems);
+    check_span("cluster.probe_interval", *probe_interval, problems);
+    check_span("cluster.probe_timeout", *probe_timeout, problems);
+    for (key, file) in tls.files().into_iter().filter(|_| tls.is_on()) {
+        if file.as_os_str().is_empty() {
+            problems.add(key, "is missing; mutual TLS needs cert_file, key_file and ca_file, and plain HTTP none of them");
+        } else if let Err(error) = first_byte(file) {
+            problems.add(key, format!("{} cannot be read ({error}); name a PEM file that this user may read", file.display()));
+        }
+    }
+}
+
+fn check_advertise(advertise: &str, problems: &mut Problems) -> Option<Peer> {
+    const KEY: &str = "cluster.advertise";
+    if advertise.is_empty() {
+        problems.add(KEY, "is missing; write this node's HOST:PORT as its peers reach it, such as \"10.0.0.7:8081\"");
+        return None;
+    }
+    match advertise.parse::<Peer>() {
+        Ok(node) if node.weight == 1 => Some(node),
+        Ok(_) => {
+            problems.add(KEY, "has a weight; weights stand in cluster.peers, where all nodes see the same");
+            None
+        }
+        Err(error) => {
+            problems.add(KEY, error);
+            None
+        }
+    }
+}
+
+/// Exactly one of a list and a name, and a name under which this node can find itself.
+fn check_source(node: Option<&Peer>, peers: &[Peer], dns: &str, problems: &mut Problems) {
+    match (peers.is_empty(), dns.is_empty()) {
+        (true, true) if problems.are_sound(&["cluster.peers", "cluster.dns"]) => {
+            problems.add("cluster.peers", "is missing; list all nodes, or let cluster.dns name them");
+        }
+        (false, false) => problems.add("cluster.dns", "stands beside cluster.peers; the nodes come from one of them, leave the other out"),
+        _ => {}
+    }
+    if dns.is_empty() {
+    } else if dns.starts_with('_') {
+        if dns.contains(':') {
+            problems.add("cluster.dns", format!("{dns:?} has a port, and SRV records bring their own; leave it out"));
+        }
+    } else {
+        match dns.parse::<Peer>() {
+            Ok(name) if name.ip().is_none() && name.weight == 1 => {
+                if node.is_some_and(|node| node.ip().is_none()) {
+                    problems.add(
+                        "cluster.advertise",
+                        "is a name, and the nodes that cluster.dns gives are addresses, so this one would not know itself; write its address, or let cluster.dns name SRV records",
+                    );
+                }
+            }
+            _ => problems.add("cluster.dns", format!("{dns:?} is no name to look up; write NAME:PORT, such as \"castier-peers.cas.svc:8081\", or \"_SERVICE._PROTOCOL.NAME\" for SRV records")),
+        }
+    }
+}
+
+/// Whoever can reach the peer listener without a secret is taken for a peer, so then nobody else must be able to.
+fn check_secret(secret_file: &Path, listen: &Listen, problems: &mut Problems) {
+    if !secret_file.as_os_str().is_empty() {
+        if let Err(why) = peer_secrets(secret_file) {
+            problems.add("cluster.secret_file", why);
+        }
+    } else if !is_loopback(&listen.peer) && problems.are_sound(&["listen.peer"]) {
+        problems.add(
+            "cluster.secret_file",
+            format!(
+                "is missing, and listen.peer = {:?} can be reached from outside; name a file with a secret, or listen on the loopback",
+                listen.peer
+            ),
+        );
+    }
+}
+
+fn is_loopback(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    match Host::parse(host) {
+        Ok(Host::Ipv4(ip)) => ip.is_loopback(),
+        Ok(Host::Ipv6(ip)) => ip.is_loopback(),
+        Ok(Host::Domain(name)) => name == "localhost",
+        Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_have_one_spelling() {
+        for (text, name, weight) in [
+            ("10.0.0.7:8081", "10.0.0.7:8081", 1),
+            (" Castier-0.Castier.svc.:8081 ", "castier-0.castier.svc:8081", 1),
+            ("[0:0::1]:80 weight=3", "[::1]:80", 3),
+            ("a:1 \t weight=65535", "a:1", 65535),
+        ] {
+            let peer: Peer = text.parse().unwrap();
+            assert_eq!((peer.name().as_str(), peer.weight), (name, weight));
+            assert_eq!(peer.to_string().parse(), Ok(peer));
+        }
+        for text in
+            ["", "a", "a:", "a:0", "a:+1", "a:65536", ":1", "a b:1", "a:1 weight=0", "a:1 weight=x", "a:1 heavy", "0.0.0.0:1", "[::]:1"]
+        {
+            let error = text.parse::<Peer>().unwrap_err().to_string();
+            assert!(error.contains("write HOST:PORT"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_one_or_two_good_lines() {
+        let directory = tempfile::tempdir().unwrap();
+        let read = |text: &str| {
+            let file = directory.path().join("secret");
+            std::fs::write(&file, text).unwrap();
+            peer_secrets(&file)
+        };
+        let (old, new) = ("old-old-old-old-old", "new-new-new-new-new");
+        assert_eq!(read(&format!("{old}\n")), Ok(vec![old.to_owned()]));
+        assert_eq!(read(&format!("\n{new}\r\n  {old}")), Ok(vec![new.to_owned(), old.to_owned()]));
+        for text in [
+            "",
+            "\n",
+            "short",
+            &format!("{old}\nshort"),
+            &format!("{old}\n{new}\n{old}"),
+            "with space in between",
+            "ümlaut-in-the-secret",
+            &"x".repeat(1025),
+        ] {
+            let why = read(text).unwrap_err();
+            assert!(why.contains("write ") && !why.contains("old-old") && !why.contains("short"), "{why}");
+        }
+        assert!(peer_secrets(directory.path()).is_err() && peer_secrets(&directory.path().join("none")).is_err());
+    }
+}

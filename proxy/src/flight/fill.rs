@@ -1,0 +1,162 @@
+//! A fill from its start to its end: along its course, over what breaks, to a blob that has verified.
+
+use super::{
+    Flight, Flights, Phase,
+    attempts::Attempts,
+    course::{Course, Leg},
+};
+use crate::{
+    disk::DiskFile,
+    fault::{Fault, Limit},
+    upstream::Answer,
+};
+use castier_blob::Verifier;
+use std::sync::Arc;
+use tokio::sync::SemaphorePermit;
+
+/// How a leg ended, if not with a fault.
+pub(super) enum End {
+    /// All bytes are in.
+    Whole,
+    /// The source says that there is no such blob.
+    Absent,
+    /// Nothing is wrong, but the bytes must come from elsewhere.
+    Elsewhere,
+}
+
+/// What a fill has in hand.
+struct Fill {
+    course: Course,
+    verifier: Verifier,
+    /// The disk tier's file behind the spool.
+    kept: Option<DiskFile>,
+    attempts: Attempts,
+    /// The origin has not sent wrong bytes yet.
+    may_start_over: bool,
+}
+
+impl Flights {
+    /// Gets the blob from a source, verifies and keeps it.
+    pub(super) async fn fill(&self, flight: &Arc<Flight>) -> Result<Phase, Fault> {
+        let mut fill = Fill {
+            course: Course::new(self.sources.peers.clone(), flight.digest),
+            verifier: Verifier::of(flight.digest),
+            kept: None,
+            attempts: Attempts::new(self.retries),
+            may_start_over: true,
+        };
+        let mut place = None;
+        loop {
+            let leg = fill.course.next(flight.is_home());
+            flight.take_leg(&leg);
+            if place.is_none() && !leg.is_foreign() {
+                place = Some(self.place().await?);
+            }
+            if fill.verifier.seen() > 0 {
+                self.metrics.source_resume(leg.source());
+            }
+            let fault = match self.go(flight, &leg, &mut fill).await {
+                Ok(End::Whole) => {
+                    fill.course.answered(&leg);
+                    match self.land(flight, &mut fill).await {
+                        Ok(()) => return Ok(Phase::Verified),
+                        Err(fault) => self.start_over(flight, &mut fill, fault)?,
+                    }
+                    continue;
+                }
+                Ok(End::Absent) if fill.verifier.seen() == 0 => return Ok(Phase::Absent),
+                Ok(End::Absent) => Fault::Unusable { source_name: leg.source(), why: "the blob vanished midway".into() },
+                Ok(End::Elsewhere) => continue,
+                Err(fault) => fault,
+            };
+            tracing::debug!(digest = %flight.digest, %fault, at = fill.verifier.seen(), "transfer broke, going on");
+            match &leg {
+                Leg::Peer(member) | Leg::Peek(member) if is_broken(&fault) => fill.course.failed(member, &fault),
+                // What a peer sent may be what the origin cannot go on from.
+                Leg::Origin if matches!(fault, Fault::Unusable { .. }) && fill.course.has_peers_bytes() && flight.can_start_over() => {
+                    self.start_over(flight, &mut fill, fault)?;
+                }
+                _ => match fill.attempts.after(&fault, fill.verifier.seen()) {
+                    Some(delay) => tokio::time::sleep(delay).await,
+                    None => return Err(fault),
+                },
+            }
+        }
+    }
+
+    /// A place among the fills from the origin.
+    async fn place(&self) -> Result<SemaphorePermit<'_>, Fault> {
+        match tokio::time::timeout(self.max_wait, self.places.acquire()).await {
+            Ok(Ok(place)) => Ok(place),
+            _ => Err(Fault::Busy(Limit::Fills)),
+        }
+    }
+
+    /// One leg: opens the source where the last one ended and takes all that comes.
+    async fn go(&self, flight: &Arc<Flight>, leg: &Leg, fill: &mut Fill) -> Result<End, Fault> {
+        let incoming = match self.open(flight, leg, fill.verifier.seen()).await? {
+            Some(Answer::Blob(incoming)) => incoming,
+            Some(Answer::Absent) => return Ok(End::Absent),
+            Some(Answer::NotKept) | None => return Ok(End::Elsewhere),
+            Some(Answer::Unable) => {
+                fill.course.go_straight();
+                return Ok(End::Elsewhere);
+            }
+        };
+        let before = fill.verifier.seen();
+        let end = self.pour(flight, incoming, &mut fill.verifier, &mut fill.kept).await;
+        if fill.verifier.seen() > before {
+            fill.course.gives(leg);
+        }
+        end
+    }
+
+    /// None: the flight was turned home before there was an answer.
+    async fn open(&self, flight: &Arc<Flight>, leg: &Leg, from: u64) -> Result<Option<Answer>, Fault> {
+        let digest = &flight.digest;
+        let (Some(peers), Leg::Peer(member) | Leg::Peek(member)) = (&self.sources.peers, leg) else {
+            return Ok(Some(self.sources.origin.open(digest, from).await?.map_or(Answer::Absent, Answer::Blob)));
+        };
+        let opened = peers.open(member, digest, from, !leg.is_foreign());
+        tokio::pin!(opened);
+        loop {
+            if flight.must_turn() {
+                return Ok(None);
+            }
+            tokio::select! {
+                answer = &mut opened => return answer.map(Some),
+                () = flight.nudge.notified() => {}
+            }
+        }
+    }
+
+    /// All bytes are in. Keeps the blob if it is the right one.
+    async fn land(&self, flight: &Flight, fill: &mut Fill) -> Result<(), Fault> {
+        let source_name = if fill.course.has_peers_bytes() { "peer" } else { "origin" };
+        let verifier = std::mem::replace(&mut fill.verifier, Verifier::of(flight.digest));
+        let verified = verifier.finish(()).map_err(|mismatch| {
+            self.metrics.corrupt(source_name);
+            Fault::Corrupt { source_name, mismatch }
+        })?;
+        self.settle(flight, verified, fill.kept.take()).await;
+        Ok(())
+    }
+
+    /// Begins anew after a `fault` in what came, if no reader has been given anything, and there is anything left to try.
+    fn start_over(&self, flight: &Flight, fill: &mut Fill, fault: Fault) -> Result<(), Fault> {
+        let peers_fault = fill.course.blame_peers(&fault);
+        if !(peers_fault || fill.may_start_over) || !flight.start_over() {
+            return Err(fault);
+        }
+        tracing::warn!(digest = %flight.digest, %fault, "a fill went wrong, trying once more from the start");
+        fill.may_start_over &= peers_fault;
+        fill.verifier = Verifier::of(flight.digest);
+        fill.kept = None;
+        Ok(())
+    }
+}
+
+/// Whether it was the transfer that broke.
+const fn is_broken(fault: &Fault) -> bool {
+    matches!(fault, Fault::Unreachable { .. } | Fault::Silent { .. } | Fault::Unusable { .. })
+}

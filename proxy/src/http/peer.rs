@@ -1,0 +1,126 @@
+//! The other nodes' side: who is let in at the peer listener, and what is answered there beside blobs.
+//!
+//! Invariant: a hop is a hop. What comes in here is answered from the tiers, a flight or the origin ([`Asker::Peer`]), and never handed
+//! on to another node, whatever the two nodes believe about the ring; and nothing at all is relayed.
+//!
+//! [`Asker::Peer`]: crate::flight::Asker::Peer
+
+use super::{Front, no_body, tls};
+use crate::{
+    fault::Fault,
+    gate::Head,
+    ladder::Ladder,
+    members::{Members, NODE},
+    secret::Secrets,
+    serve::{Reply, Via},
+    upstream::{FILLING, FLIGHT},
+};
+use castier_blob::Digest;
+use castier_config::ClusterTls;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use pingora::{
+    listeners::tls::Acceptor,
+    protocols::{Stream, http::ServerSession},
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+/// Says how a node is; the one request that needs no secret.
+const HEALTH: &str = "/healthz";
+
+/// Lets in the nodes of the cluster, and nobody else.
+pub struct PeerDoor {
+    secrets: Arc<Secrets>,
+    members: Arc<Members>,
+    /// None: plain TCP.
+    tls: Option<Acceptor>,
+    /// This node is about to go, and should not be asked any more.
+    leaving: Arc<AtomicBool>,
+}
+
+impl PeerDoor {
+    /// For whoever has a secret and, with TLS, a certificate of the cluster's. While `leaving` holds, this node says that it is not well.
+    ///
+    /// # Errors
+    /// A text that names the key of `cluster.tls` whose file cannot be used.
+    pub fn new(tls: &ClusterTls, secrets: Arc<Secrets>, members: Arc<Members>, leaving: Arc<AtomicBool>) -> Result<Self, String> {
+        Ok(Self { secrets, members, tls: tls::acceptor(tls)?, leaving })
+    }
+
+    /// Whether connections here speak TLS.
+    pub(super) const fn is_secured(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    /// The connection with its TLS handshake done, if there is one to do; none if it failed.
+    pub(super) async fn secure(&self, stream: Stream, patience: Duration) -> Option<Stream> {
+        match &self.tls {
+            None => Some(stream),
+            Some(acceptor) => tls::accept(acceptor, stream, patience).await,
+        }
+    }
+
+    /// Whether the request whose head stands at the front of `bytes` may be a peer's.
+    pub(super) fn admits(&self, head: &Head, bytes: &[u8]) -> bool {
+        self.secrets.admit(head.secret(bytes)) || (head.method == Method::GET && head.path(bytes) == HEALTH)
+    }
+
+    fn health(&self) -> Reply {
+        let mut reply = if self.leaving.load(Ordering::Relaxed) {
+            Reply::error(StatusCode::SERVICE_UNAVAILABLE, "this node is about to leave the cluster")
+        } else {
+            Reply::text("ok\n")
+        };
+        if let Ok(node) = HeaderValue::from_str(self.members.node()) {
+            reply.headers.insert(NODE, node);
+        }
+        reply
+    }
+}
+
+impl Front {
+    /// What nodes tell each other beside blobs.
+    pub(super) async fn control(&self, door: &PeerDoor, session: &mut ServerSession, method: &Method) -> Result<Reply, Fault> {
+        no_body(session).await?;
+        let path = session.req_header().uri.path();
+        let names = |prefix: &str| path.strip_prefix(prefix)?.parse::<Digest>().ok().filter(|_| *method == Method::POST);
+        if let Some(digest) = names("/purge/") {
+            self.ladder.forget(&digest).await;
+            tracing::info!(%digest, "purged, since a peer said so");
+            return Ok(Reply::done());
+        }
+        if let Some(digest) = names("/stored/") {
+            self.ladder.stored(&digest);
+            return Ok(Reply::done());
+        }
+        Ok(match *method {
+            Method::GET if path == HEALTH => door.health(),
+            _ => Reply::error(StatusCode::NOT_FOUND, "here are blobs, /purge/<digest>, /stored/<digest> and /healthz"),
+        })
+    }
+}
+
+/// Whether the blob is wanted only if a tier keeps it (RFC 9111, section 5.2.1.7).
+pub(super) fn only_if_cached(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::CACHE_CONTROL).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|directive| directive.trim().eq_ignore_ascii_case("only-if-cached"))
+}
+
+/// The answer to `HEAD` with `only-if-cached`: whether a tier keeps the blob, and if not, whether it is on its way.
+pub(super) async fn known(ladder: &Ladder, digest: &Digest) -> Reply {
+    match ladder.knows(digest).await {
+        Some((size, tier)) => Reply::size(digest, size, Via::Tier(tier)),
+        None => {
+            let mut reply = Reply::not_kept();
+            if ladder.is_flying(digest) {
+                reply.headers.insert(FLIGHT, FILLING);
+            }
+            reply
+        }
+    }
+}

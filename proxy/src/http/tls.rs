@@ -1,0 +1,52 @@
+//! Mutual TLS at the peer listener. The handshake happens once a connection is counted, and within `limits.header_timeout`: who only
+//! opens connections gets no more out of it here than anywhere else.
+
+use castier_config::ClusterTls;
+use pingora::{
+    listeners::tls::Acceptor,
+    protocols::{Stream, l4::stream::Stream as Socket},
+    tls::{RootCertStore, ServerConfig, WebPkiClientVerifier, install_default_crypto_provider},
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use std::{path::Path, sync::Arc, time::Duration};
+
+/// Accepts those whose certificate is signed by `cluster.tls.ca_file`, and shows them this node's. None if there is no TLS.
+pub(super) fn acceptor(tls: &ClusterTls) -> Result<Option<Acceptor>, String> {
+    if !tls.is_on() {
+        return Ok(None);
+    }
+    install_default_crypto_provider();
+    let mut roots = RootCertStore::empty();
+    for root in certificates("cluster.tls.ca_file", &tls.ca_file)? {
+        roots.add(root).map_err(|error| unusable("cluster.tls.ca_file", &tls.ca_file, &error))?;
+    }
+    let peers =
+        WebPkiClientVerifier::builder(roots.into()).build().map_err(|error| unusable("cluster.tls.ca_file", &tls.ca_file, &error))?;
+    let own = certificates("cluster.tls.cert_file", &tls.cert_file)?;
+    let key = PrivateKeyDer::from_pem_file(&tls.key_file).map_err(|error| unusable("cluster.tls.key_file", &tls.key_file, &error))?;
+    let config = ServerConfig::builder().with_client_cert_verifier(peers).with_single_cert(own, key);
+    Ok(Some(Acceptor::from_server_config(Arc::new(config.map_err(|error| unusable("cluster.tls.key_file", &tls.key_file, &error))?))))
+}
+
+/// The connection as its two ends read it; none if the other end is no peer, or too slow to become one.
+pub(super) async fn accept(acceptor: &Acceptor, stream: Stream, patience: Duration) -> Option<Stream> {
+    let socket = *stream.into_any().downcast::<Socket>().ok()?;
+    match tokio::time::timeout(patience, acceptor.tls_handshake(socket)).await {
+        Ok(Ok(secured)) => Some(Box::new(secured)),
+        Ok(Err(error)) => {
+            tracing::info!(%error, "no peer: the TLS handshake failed");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+fn certificates(key: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
+    let found = found.map_err(|error| unusable(key, file, &error))?;
+    if found.is_empty() { Err(unusable(key, file, &"holds no PEM certificate")) } else { Ok(found) }
+}
+
+fn unusable(key: &str, file: &Path, why: &dyn std::fmt::Display) -> String {
+    format!("{key}: {}: {why}", file.display())
+}

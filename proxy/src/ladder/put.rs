@@ -1,0 +1,159 @@
+//! Uploads: to the node that owns the blob, or to the origin and into the tiers.
+
+use super::Ladder;
+use crate::{
+    disk::DiskFile,
+    fault::Fault,
+    flight::{self, Asker},
+    spool,
+    upstream::{Parcel, Put, Upload},
+};
+use bytes::Bytes;
+use castier_blob::{Digest, Verified};
+use futures::StreamExt;
+use tokio::sync::Mutex;
+
+impl Ladder {
+    /// Stores an upload at the origin, by name or letting its bytes name it, and keeps it. Done only when the origin says that it is durable.
+    ///
+    /// One that comes from a client and belongs to another node is handed over to that, which does the same. If that node cannot be
+    /// reached, or fails while all that came is still at hand, this node does it.
+    ///
+    /// # Errors
+    /// The client's, the origin's, or a limit; nothing is kept then.
+    pub async fn put(
+        &self,
+        digest: Option<Digest>,
+        size: Option<u64>,
+        upload: Upload<'_>,
+        asker: Asker,
+    ) -> Result<(Put, Digest, u64), Fault> {
+        let (put, verified) = self.store(digest, size, upload, asker).await.inspect_err(|fault| {
+            if matches!(fault, Fault::Mismatch(_)) {
+                self.metrics.corrupt("client");
+            }
+        })?;
+        Ok((put, verified.digest(), verified.size()))
+    }
+
+    async fn store(
+        &self,
+        digest: Option<Digest>,
+        size: Option<u64>,
+        upload: Upload<'_>,
+        asker: Asker,
+    ) -> Result<(Put, Verified<()>), Fault> {
+        let owner = digest.and_then(|digest| Some((digest, self.owner(&digest, asker)?)));
+        // The owner keeps it, so no copy is needed here.
+        let copy = Mutex::new(if owner.is_some() { UploadCopy::none(self) } else { UploadCopy::new(self, size) });
+        let teed = upload.then(|part| async {
+            if let Ok(part) = &part {
+                copy.lock().await.take(part).await;
+            }
+            part
+        });
+        let mut parcel = Parcel::pack(digest, size, teed.boxed()).await?;
+        let mut failed = None;
+        if let Some((digest, (peers, owner))) = owner {
+            match peers.put(&owner, &digest, &mut parcel).await {
+                Err(fault) if parcel.is_at_hand() && may_be_done_here(&fault) => {
+                    tracing::debug!(%digest, peer = &*owner.name, %fault, "an upload could not be handed over, and is stored from here");
+                    *copy.lock().await = UploadCopy::new(self, size);
+                    copy.lock().await.take(&parcel.held()).await;
+                    failed = Some(owner.name);
+                }
+                done => {
+                    let done = done?;
+                    self.flights.stored(&digest);
+                    return Ok(done);
+                }
+            }
+        }
+        let (put, verified) = self.sources.origin.put(&mut parcel).await?;
+        drop(parcel);
+        let digest = verified.digest();
+        // Who owns it may be known only now.
+        let owner = self.owner(&digest, asker);
+        let foreign = owner.is_some() && failed.is_none();
+        copy.into_inner().keep(verified.clone(), foreign).await;
+        self.flights.stored(&digest);
+        if let Some((peers, owner)) = owner
+            && failed.is_none_or(|failed| failed != owner.name)
+            && let Err(fault) = peers.stored(&owner, &digest).await
+        {
+            tracing::debug!(%digest, peer = &*owner.name, %fault, "the owner was not told of an upload; it may call the blob absent for limits.negative_ttl");
+        }
+        Ok((put, verified))
+    }
+}
+
+/// Whether the fault is one of the way through the other node.
+const fn may_be_done_here(fault: &Fault) -> bool {
+    matches!(fault, Fault::Unreachable { .. } | Fault::Silent { .. } | Fault::Unusable { .. } | Fault::Busy(_))
+}
+
+/// A copy of an upload for the tiers, given up as soon as it has no place there.
+struct UploadCopy<'a> {
+    ladder: &'a Ladder,
+    /// The size that was announced.
+    size: Option<u64>,
+    kept: Kept,
+}
+
+enum Kept {
+    Memory(Vec<u8>, spool::Lease),
+    Disk(Box<DiskFile>),
+    Nothing,
+}
+
+impl<'a> UploadCopy<'a> {
+    fn none(ladder: &'a Ladder) -> Self {
+        Self { ladder, size: None, kept: Kept::Nothing }
+    }
+
+    fn new(ladder: &'a Ladder, size: Option<u64>) -> Self {
+        let known = size.unwrap_or(0);
+        let lease = ladder.tiers.memory.takes(known).then(|| ladder.upload_memory.lease(known)).flatten();
+        // Not with the announced capacity: a client that announces much and sends little should not cost much.
+        Self { ladder, size, kept: Kept::Memory(Vec::new(), lease.unwrap_or_else(|| ladder.upload_memory.empty())) }
+    }
+
+    async fn take(&mut self, part: &Bytes) {
+        self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
+            Kept::Memory(mut bytes, mut lease) => {
+                let after = (bytes.len() + part.len()) as u64;
+                if self.ladder.tiers.memory.takes(after.max(self.size.unwrap_or(0))) && lease.cover(after) {
+                    bytes.extend_from_slice(part);
+                    Kept::Memory(bytes, lease)
+                } else {
+                    self.to_disk(vec![bytes.into(), part.clone()], after).await
+                }
+            }
+            Kept::Disk(file) => flight::grow(*file, vec![part.clone()]).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into())),
+            Kept::Nothing => Kept::Nothing,
+        };
+    }
+
+    async fn to_disk(&self, parts: Vec<Bytes>, so_far: u64) -> Kept {
+        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| disk.takes(self.size.unwrap_or(so_far))) else {
+            return Kept::Nothing;
+        };
+        flight::tier_file(disk.clone(), parts).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into()))
+    }
+
+    /// Keeps the copy as the blob that the upload proved to be. `foreign`: another node owns it.
+    async fn keep(self, proof: Verified<()>, foreign: bool) {
+        match self.kept {
+            Kept::Memory(mut bytes, _) if bytes.len() as u64 == proof.size() => {
+                bytes.shrink_to_fit();
+                self.ladder.tiers.keep(proof.with_content(Bytes::from(bytes)), foreign);
+            }
+            Kept::Disk(file) if !foreign => {
+                if let Some(disk) = &self.ladder.tiers.disk {
+                    disk.keep_file(proof.with_content(*file)).await;
+                }
+            }
+            Kept::Memory(..) | Kept::Disk(_) | Kept::Nothing => {}
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Several castiers that are one cluster: real processes on loopback addresses of their own, which can be killed, stopped and
+//! started again at the same place.
+
+use super::{
+    Blob, Castier, eventually,
+    stats::{Metrics, metrics},
+};
+use castier::ring::Ring;
+use rustix::process::Signal;
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+};
+use tempfile::TempDir;
+
+const PUBLIC: u16 = 8080;
+const PEER: u16 = 8081;
+const ADMIN: u16 = 8082;
+
+/// An address in 127.0.0.0/8 that nobody else has, so that a node that is away finds its ports free when it comes back.
+pub(crate) fn own_address() -> Ipv4Addr {
+    static SERIAL: AtomicU32 = AtomicU32::new(0);
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    // 16 bits of the process, 6 of the test's: neither 127.0.0.x nor the broadcast address.
+    let host = ((std::process::id() & 0xffff) << 6 | (serial & 0x3f)) + (1 << 16);
+    Ipv4Addr::from((127 << 24) | host)
+}
+
+/// One node, running or not.
+pub(crate) struct Node {
+    pub(crate) address: Ipv4Addr,
+    /// Its name on the ring.
+    pub(crate) name: String,
+    origin: String,
+    /// Its lines of TOML beside the addresses, the origin and the members.
+    config: String,
+    /// Its config file and its disk tier.
+    dir: TempDir,
+    castier: Option<Castier>,
+}
+
+impl Node {
+    /// Not started yet.
+    pub(crate) fn new(origin: &str, config: &str) -> Self {
+        let address = own_address();
+        Self {
+            address,
+            name: format!("{address}:{PEER}"),
+            origin: origin.to_owned(),
+            config: config.to_owned(),
+            dir: TempDir::new().unwrap(),
+            castier: None,
+        }
+    }
+
+    /// With lines of TOML of its own beside those that all have.
+    pub(crate) fn add_config(&mut self, more: &str) {
+        self.config += "\n";
+        self.config += more;
+    }
+
+    /// Where its files are.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes its config file: these are the members now.
+    pub(crate) fn configure(&self, members: &[String]) {
+        let Self { address, name, origin, config, .. } = self;
+        let disk = self.path("disk");
+        let text = format!(
+            "listen.public = \"{address}:{PUBLIC}\"\nlisten.peer = \"{address}:{PEER}\"\nlisten.admin = \"{address}:{ADMIN}\"\n\
+             origin.url = \"{origin}\"\ncluster.advertise = \"{name}\"\ncluster.peers = {members:?}\n{}\n",
+            config.replace("$DISK", disk.to_str().unwrap())
+        );
+        fs::write(self.path("castier.toml"), text).unwrap();
+    }
+
+    /// Starts it, and waits until it is ready.
+    pub(crate) async fn start(&mut self) {
+        let mut command = Command::new(Castier::program());
+        command.arg("--config").arg(self.path("castier.toml"));
+        self.castier = Some(Castier::run(command, TempDir::new().unwrap()).await);
+    }
+
+    pub(crate) fn castier(&self) -> &Castier {
+        self.castier.as_ref().expect("the node runs")
+    }
+
+    pub(crate) fn public(&self) -> SocketAddr {
+        (self.address, PUBLIC).into()
+    }
+
+    pub(crate) fn peer(&self) -> SocketAddr {
+        (self.address, PEER).into()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.castier().signal(signal);
+    }
+
+    /// kill -9.
+    pub(crate) async fn kill(&mut self) {
+        let mut castier = self.castier.take().expect("the node runs");
+        castier.signal(Signal::KILL);
+        castier.exit().await;
+    }
+
+    /// Told to end, and waits until it has, in order.
+    pub(crate) async fn terminate(&mut self) {
+        self.signal(Signal::TERM);
+        self.ended().await;
+    }
+
+    /// Waits until it has ended in order.
+    pub(crate) async fn ended(&mut self) {
+        let mut castier = self.castier.take().expect("the node runs");
+        assert_eq!(castier.exit().await.code(), Some(0), "{}", castier.output());
+    }
+
+    pub(crate) async fn metrics(&self) -> Metrics {
+        metrics(self.castier()).await
+    }
+}
+
+/// A cluster whose nodes agree on who they are, unless told otherwise.
+pub(crate) struct Cluster {
+    pub(crate) nodes: Vec<Node>,
+}
+
+/// A disk tier of the node's own.
+pub(crate) const DISK: &str = "disk.path = \"$DISK\"\ndisk.capacity = \"1GiB\"\ndisk.scrub_rate = 0";
+
+impl Cluster {
+    /// So many nodes in front of `origin`, all of them up and known to each other.
+    pub(crate) async fn start(size: usize, origin: &str, config: &str) -> Self {
+        let mut cluster = Self { nodes: (0..size).map(|_| Node::new(origin, config)).collect() };
+        cluster.configure();
+        cluster.start_all().await;
+        cluster.wait_until_whole().await;
+        cluster
+    }
+
+    /// Starts whoever does not run, side by side.
+    pub(crate) async fn start_all(&mut self) {
+        futures::future::join_all(self.nodes.iter_mut().filter(|node| node.castier.is_none()).map(Node::start)).await;
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| node.name.clone()).collect()
+    }
+
+    /// Everybody's list is all of the nodes.
+    pub(crate) fn configure(&self) {
+        for node in &self.nodes {
+            node.configure(&self.names());
+        }
+    }
+
+    /// Waits until each node that runs says that all the others are up.
+    pub(crate) async fn wait_until_whole(&self) {
+        self.wait_for_peers(self.nodes.len() as u64 - 1, 0).await;
+    }
+
+    /// Waits until each node that runs counts so many peers that are up and down.
+    pub(crate) async fn wait_for_peers(&self, up: u64, down: u64) {
+        for node in self.nodes.iter().filter(|node| node.castier.is_some()) {
+            wait_for_peers(node, up, down).await;
+        }
+    }
+
+    /// Who owns the blob while all nodes are up.
+    pub(crate) fn owner(&self, blob: &Blob) -> usize {
+        self.order(blob)[0]
+    }
+
+    /// The nodes in the order in which they are asked for the blob.
+    pub(crate) fn order(&self, blob: &Blob) -> Vec<usize> {
+        let ring = Ring::new(self.names().into_iter().map(|name| (name, 1)));
+        let index = |name: &String| self.nodes.iter().position(|node| node.name == *name).unwrap();
+        ring.order(&blob.digest).map(|at| index(&ring.names()[at])).collect()
+    }
+
+    /// A series summed over all nodes that run.
+    pub(crate) async fn sum(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
+        let mut sum = 0;
+        for node in self.nodes.iter().filter(|node| node.castier.is_some()) {
+            sum += node.metrics().await.sum(name, labels);
+        }
+        sum
+    }
+}
+
+/// Waits until the node counts so many peers that are up and down.
+pub(crate) async fn wait_for_peers(node: &Node, up: u64, down: u64) {
+    let what = format!("{} counts {up} peers up and {down} down", node.name);
+    eventually(&what, async || {
+        let metrics = node.metrics().await;
+        let count = |state| metrics.sum("castier_cluster_peers", &[("state", state)]);
+        ((count("up"), count("down")) == (up, down)).then_some(())
+    })
+    .await;
+}
