@@ -20,6 +20,7 @@ mod malformed;
 mod memory;
 mod outage;
 mod peer;
+mod peers;
 mod relay;
 mod sanity;
 mod support;
