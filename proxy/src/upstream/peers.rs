@@ -228,7 +228,10 @@ impl Peers {
         let answer = match session.resp_header().map_or(Said::Other, |head| said(head, only_kept)) {
             Said::Absent => Answer::Absent,
             Said::NotKept => Answer::NotKept,
-            Said::Unable => Answer::Unable,
+            Said::Unable => {
+                self.metrics.peer_errors.inc();
+                Answer::Unable
+            }
             Said::Other => {
                 let incoming = peer.upstream.incoming(session, connection, from)?;
                 return Ok(Answer::Blob(Incoming { watch: Some(Arc::new(watch)), ..incoming }));

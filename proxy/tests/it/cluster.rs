@@ -3,7 +3,7 @@
 use crate::support::{
     Blob, Cluster, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger,
     client::Outcome,
-    cluster::{DISK, Node},
+    cluster::{DISK, Node, wait_for_peers},
     eventually, get, heavy, light, stats, within,
 };
 use rustix::process::Signal;
@@ -62,6 +62,16 @@ fn large() -> u64 {
     if std::env::var_os("TEST_FULL").is_some() { 500 * MIB } else { 64 * MIB }
 }
 
+/// A blob that this node owns.
+fn owned_by(origin: &LyingOrigin, cluster: &Cluster, node: usize) -> Blob {
+    loop {
+        let blob = origin.blob(1000);
+        if cluster.owner(&blob) == node {
+            return blob;
+        }
+    }
+}
+
 /// Something happens to the owner when 30 clients at the two other nodes have had half of a large blob.
 async fn owner_fails(what: impl AsyncFnOnce(&mut Node)) {
     const CLIENTS: u64 = 30;
@@ -98,11 +108,14 @@ async fn owner_fails(what: impl AsyncFnOnce(&mut Node)) {
     }
     for node in [order[1], order[2]].map(|index| &cluster.nodes[index]) {
         assert_ledger(node.castier()).await;
-        // The next requests do not try the owner.
-        let other = origin.blob(1000);
+        // Once it is known to be gone, nobody tries the owner.
+        wait_for_peers(node, 1, 1).await;
+        let other = owned_by(&origin, &cluster, order[0]);
+        let errors = node.metrics().await.total("castier_peer_errors_total");
         let started = Instant::now();
         get(node.public(), &other).await.assert_is(&other);
         assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        assert_eq!(node.metrics().await.total("castier_peer_errors_total"), errors);
     }
 }
 

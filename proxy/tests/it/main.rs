@@ -23,6 +23,7 @@ mod memory;
 mod outage;
 mod peer;
 mod peer_tls;
+mod peers;
 mod relay;
 mod sanity;
 mod support;

@@ -126,7 +126,8 @@ async fn blobs_are_answered_as_to_clients() {
 async fn nothing_goes_further_than_the_origin() {
     let _turn = light().await;
     let origin = LyingOrigin::start().await;
-    let cluster = cluster(2, &origin, "").await;
+    // A peek is no hop: it asks for what is kept, and starts nothing. Here it would hide who asks the origin.
+    let cluster = cluster(2, &origin, "cluster.peek_for = \"0s\"").await;
     for request in [
         signed("GET", "/ac/abc"),
         signed("POST", "/cas").body(b"bytes".to_vec()),

@@ -76,7 +76,7 @@ async fn nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let origin = LyingOrigin::start().await;
     let cluster = cluster(&authority, &origin).await;
-    for size in [0, 1000, 50_000, 700_000, 20 << 20] {
+    for size in [0, 1000, 50_000, 700_000, 6 << 20] {
         for _ in 0..3 {
             let blob = origin.blob(size);
             for node in &cluster.nodes {

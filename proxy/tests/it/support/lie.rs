@@ -70,6 +70,8 @@ pub(crate) struct Lie {
     pub(crate) hold: Option<Gate>,
     /// This status, and no blob.
     pub(crate) status: Option<u16>,
+    /// With these lines in its head.
+    pub(crate) lines: &'static str,
     /// Something that is not HTTP.
     pub(crate) garbage: bool,
     /// The lowest bit of the byte here is wrong.
@@ -95,6 +97,7 @@ impl Lie {
         Self {
             hold: None,
             status: None,
+            lines: "",
             garbage: false,
             flip: None,
             broken: None,
@@ -114,6 +117,16 @@ impl Lie {
 
     pub(crate) fn status(self, status: u16) -> Self {
         Self { status: Some(status), ..self }
+    }
+
+    /// A status as a castier gives it, and not some other server.
+    pub(crate) fn castiers(self, status: u16) -> Self {
+        let lines = if status == 404 {
+            "Cache-Status: castier; fwd=uri-miss; detail=origin\r\n"
+        } else {
+            "Content-Type: application/problem+json\r\n"
+        };
+        Self { status: Some(status), lines, ..self }
     }
 
     pub(crate) fn garbage(self) -> Self {

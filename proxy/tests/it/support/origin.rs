@@ -2,13 +2,13 @@
 
 use super::{
     Blob,
-    lie::{Break, Lie, Pace, RangeManner},
+    lie::{Break, Gate, Lie, Pace, RangeManner},
     wire::{Framing, Head, Wire},
 };
 use castier_blob::{Digest, wire::Target};
 use parking_lot::Mutex;
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     io,
     net::SocketAddr,
     sync::Arc,
@@ -53,6 +53,10 @@ struct State {
     held: HashMap<Digest, Held>,
     /// What to do with the next uploads, in order; honest afterwards.
     uploads: VecDeque<Lie>,
+    /// As a peer: flights of these are on their way.
+    filling: HashSet<Digest>,
+    /// No answer to anything until this opens.
+    frozen: Option<Gate>,
     seen: Vec<Seen>,
 }
 
@@ -131,6 +135,21 @@ impl LyingOrigin {
         self.state.lock().uploads.push_back(lie);
     }
 
+    /// Takes requests, and answers none before `gate` opens: like a process that has been stopped.
+    pub(crate) fn freeze(&self, gate: &Gate) {
+        self.state.lock().frozen = Some(gate.clone());
+    }
+
+    /// Tells other nodes that a flight of `blob` is on its way, or no longer does.
+    pub(crate) fn filling(&self, blob: &Blob, filling: bool) {
+        let mut state = self.state.lock();
+        if filling {
+            state.filling.insert(blob.digest)
+        } else {
+            state.filling.remove(&blob.digest)
+        };
+    }
+
     pub(crate) fn forget(&self, blob: &Blob) {
         self.state.lock().held.remove(&blob.digest);
     }
@@ -206,7 +225,15 @@ impl Connection {
         };
         let seen = Seen { method: method.clone(), target: target.clone(), digest, head: head.clone() };
         self.state.lock().seen.push(seen);
+        let frozen = self.state.lock().frozen.clone();
+        if let Some(gate) = frozen {
+            gate.pass().await;
+        }
         match (method.as_str(), Target::of(&target)) {
+            ("HEAD", Target::Blob(digest)) if self.state.lock().filling.contains(&digest) => {
+                self.wire.write(b"HTTP/1.1 504 Not Kept\r\nCastier-Flight: filling\r\nContent-Length: 7\r\n\r\n").await?;
+                Ok(true)
+            }
             ("GET" | "HEAD", Target::Blob(digest)) => self.blob(&method, digest, head.header("range")).await,
             ("PUT", Target::Blob(digest)) => self.upload(Some(digest), &head).await,
             ("POST", Target::Collection) => self.upload(None, &head).await,
@@ -221,9 +248,13 @@ impl Connection {
 
     /// An answer without a blob.
     async fn status(&mut self, status: u16) -> io::Result<Keep> {
+        self.status_with(status, "").await
+    }
+
+    async fn status_with(&mut self, status: u16, lines: &str) -> io::Result<Keep> {
         let place = if status / 100 == 3 { "Location: /elsewhere\r\n" } else { "" };
         let (length, body) = if status == 204 { (String::new(), "") } else { ("Content-Length: 7\r\n".to_owned(), "answer\n") };
-        self.wire.write(format!("HTTP/1.1 {status} As Told\r\n{place}{length}\r\n{body}").as_bytes()).await?;
+        self.wire.write(format!("HTTP/1.1 {status} As Told\r\n{lines}{place}{length}\r\n{body}").as_bytes()).await?;
         Ok(true)
     }
 
@@ -295,7 +326,7 @@ impl Connection {
             let lie = if method == "HEAD" { None } else { held.next.pop_front() };
             (held.blob.clone(), lie.unwrap_or_else(|| held.then.clone()))
         });
-        let Some((blob, lie)) = found else { return if method == "HEAD" { self.bare(404).await } else { self.status(404).await } };
+        let Some((blob, lie)) = found else { return if method == "HEAD" { self.bare(404, "").await } else { self.status(404).await } };
         if let Some(gate) = &lie.hold {
             gate.pass().await;
         }
@@ -304,7 +335,7 @@ impl Connection {
             return Ok(false);
         }
         if let Some(status) = lie.status {
-            return if method == "HEAD" { self.bare(status).await } else { self.status(status).await };
+            return if method == "HEAD" { self.bare(status, lie.lines).await } else { self.status_with(status, lie.lines).await };
         }
         let part = range.and_then(|range| parse_range(range, blob.size)).filter(|_| lie.range != RangeManner::Ignore);
         let (mut first, last) = part.unwrap_or((0, blob.size.saturating_sub(1)));
@@ -338,8 +369,8 @@ impl Connection {
     }
 
     /// A status without a body, for HEAD.
-    async fn bare(&mut self, status: u16) -> io::Result<Keep> {
-        self.wire.write(format!("HTTP/1.1 {status} As Told\r\nContent-Length: 7\r\n\r\n").as_bytes()).await?;
+    async fn bare(&mut self, status: u16, lines: &str) -> io::Result<Keep> {
+        self.wire.write(format!("HTTP/1.1 {status} As Told\r\n{lines}Content-Length: 7\r\n\r\n").as_bytes()).await?;
         Ok(true)
     }
 }
