@@ -1,7 +1,7 @@
 //! Mutual TLS between nodes: who has no certificate of the cluster's is nobody.
 
 use crate::support::{Blob, Castier, Cluster, LyingOrigin, Request, assert_ledger, cluster::Node, get, light};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -20,6 +20,8 @@ impl Authority {
     fn new() -> Self {
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Named apart from what it signs, or those would pass for self-signed.
+        params.distinguished_name.push(DnType::CommonName, "authority");
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let dir = TempDir::new().unwrap();
         fs::write(dir.path().join("ca.pem"), issuer.pem()).unwrap();
