@@ -105,6 +105,11 @@ impl Load {
     }
 }
 
+/// Without mirrors, which would hide whatever the nodes get wrong.
+fn config() -> String {
+    format!("log.level = \"castier=info,castier::access=warn\"\ncluster.mirror_share = 0\n{DISK}")
+}
+
 fn gets_at(origin: &LyingOrigin) -> u64 {
     origin.seen().iter().filter(|seen| seen.method == "GET").count() as u64
 }
@@ -132,7 +137,7 @@ fn assert_hardly_noticed(loads: u64, gets: u64) {
 async fn a_rolling_restart_costs_no_request_and_hardly_a_load() {
     let _turn = heavy().await;
     let origin = LyingOrigin::start().await;
-    let mut cluster = Cluster::start(3, &origin.url(), &format!("log.level = \"castier=info,castier::access=warn\"\n{DISK}")).await;
+    let mut cluster = Cluster::start(3, &origin.url(), &config()).await;
     let blobs = warm(&origin, &cluster).await;
     let load = Load::start(&cluster.nodes.iter().collect::<Vec<_>>(), 3, &blobs);
     load.run(500).await;
@@ -157,7 +162,7 @@ async fn a_rolling_restart_costs_no_request_and_hardly_a_load() {
 async fn a_fourth_node_comes_and_goes() {
     let _turn = heavy().await;
     let origin = LyingOrigin::start().await;
-    let config = format!("log.level = \"castier=info,castier::access=warn\"\n{DISK}");
+    let config = config();
     let mut cluster = Cluster::start(3, &origin.url(), &config).await;
     let blobs = warm(&origin, &cluster).await;
     let mut fourth = Node::new(&origin.url(), &config);
@@ -187,6 +192,8 @@ async fn a_fourth_node_comes_and_goes() {
     fourth.terminate().await;
     load.run(3000).await;
     assert_hardly_noticed(gets_at(&origin) - loads, load.gets() - gets);
+    // A quarter of the blobs had a new owner.
+    assert!(gets_at(&origin) - loads <= blobs.len() as u64 / 10, "new owners get blobs from the former ones");
     load.end().await;
     cluster.wait_until_whole().await;
     for node in &mut cluster.nodes {
