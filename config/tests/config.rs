@@ -165,6 +165,13 @@ fn all_problems_are_told_at_once() {
     assert_eq!(lines.len(), expected.len() + 1, "{lines:#?}");
 }
 
+fn assert_refused(refused: &[(&str, &str)]) {
+    for (key, text) in refused {
+        let problems = read::<Castier>(text, &[]).map(|_| ()).unwrap_err();
+        assert!(problems.subjects().any(|subject| subject == *key), "{text}\n{problems}");
+    }
+}
+
 #[test]
 fn values_that_make_no_sense_are_refused() {
     let refused = [
@@ -188,6 +195,33 @@ fn values_that_make_no_sense_are_refused() {
         ("disk.open_files", "[disk]\nopen_files = 0"),
         ("disk.scrub_rate", "[disk]\nscrub_rate = \"fast\""),
         ("disk.cooldown", "[disk]\ncooldown = \"0s\""),
+        ("verify.buffer_up_to", "[verify]\nbuffer_up_to = \"257MiB\""),
+        ("fill.max_in_flight", "[fill]\nmax_in_flight = 0"),
+        ("fill.spool", "[fill]\nspool = \"0B\""),
+        ("fill.spool_dir", "[fill]\nspool_dir = \"/does/not/exist\""),
+        ("limits.max_headers", "[limits]\nmax_headers = 257"),
+        ("limits.max_headers", "[limits]\nmax_headers = 0"),
+        ("limits.max_header_bytes", "[limits]\nmax_header_bytes = 1023"),
+        ("limits.max_blob", "[limits]\nmax_blob = 0"),
+        ("limits.write_timeout", "[limits]\nwrite_timeout = \"0ms\""),
+        ("limits.idle_timeout", "[limits]\nidle_timeout = \"20years\""),
+        ("log.level", "[log]\nlevel = \"loud\""),
+        ("log.level", "[log]\nlevel = \"info,debug\""),
+        ("log.level", "[log]\nlevel = \"castier=\""),
+        ("log.level", "[log]\nlevel = \"\""),
+        ("log.level", "[log]\nlevel = \"info, castier=debug\""),
+        ("log.format", "[log]\nformat = \"xml\""),
+        ("log.loki_url", "[log]\nloki_url = \"loki:3100\""),
+        ("log.stats_interval", "[log]\nstats_interval = \"0s\""),
+    ];
+    assert_refused(&refused);
+    let origin = read::<OriginServer>("[store]\nroot = \"\"\n[limits]\nmax_headers = 0\n[log]\nlevel = \"x\"\n[disk]\n", &[]).unwrap_err();
+    assert_eq!(origin.subjects().collect::<Vec<_>>(), ["disk", "store.root", "limits.max_headers", "log.level"]);
+}
+
+#[test]
+fn clusters_that_make_no_sense_are_refused() {
+    assert_refused(&[
         ("cluster", "cluster = 5"),
         ("cluster.advertise", "[cluster]\npeers = [\"a:1\"]"),
         ("cluster.advertise", "[cluster]\nadvertise = \"a:1 weight=2\"\npeers = [\"a:1\"]"),
@@ -214,31 +248,7 @@ fn values_that_make_no_sense_are_refused() {
         ("cluster.tls.cert_file", "[cluster.tls]\ncert_file = \"/\""),
         ("listen.peer", "[listen]\npeer = \"127.0.0.1:8080\"\n[cluster]"),
         ("listen.peer", "[listen]\npeer = \"0.0.0.0:8082\"\n[cluster]"),
-        ("verify.buffer_up_to", "[verify]\nbuffer_up_to = \"257MiB\""),
-        ("fill.max_in_flight", "[fill]\nmax_in_flight = 0"),
-        ("fill.spool", "[fill]\nspool = \"0B\""),
-        ("fill.spool_dir", "[fill]\nspool_dir = \"/does/not/exist\""),
-        ("limits.max_headers", "[limits]\nmax_headers = 257"),
-        ("limits.max_headers", "[limits]\nmax_headers = 0"),
-        ("limits.max_header_bytes", "[limits]\nmax_header_bytes = 1023"),
-        ("limits.max_blob", "[limits]\nmax_blob = 0"),
-        ("limits.write_timeout", "[limits]\nwrite_timeout = \"0ms\""),
-        ("limits.idle_timeout", "[limits]\nidle_timeout = \"20years\""),
-        ("log.level", "[log]\nlevel = \"loud\""),
-        ("log.level", "[log]\nlevel = \"info,debug\""),
-        ("log.level", "[log]\nlevel = \"castier=\""),
-        ("log.level", "[log]\nlevel = \"\""),
-        ("log.level", "[log]\nlevel = \"info, castier=debug\""),
-        ("log.format", "[log]\nformat = \"xml\""),
-        ("log.loki_url", "[log]\nloki_url = \"loki:3100\""),
-        ("log.stats_interval", "[log]\nstats_interval = \"0s\""),
-    ];
-    for (key, text) in refused {
-        let problems = read::<Castier>(text, &[]).map(|_| ()).unwrap_err();
-        assert!(problems.subjects().any(|subject| subject == key), "{text}\n{problems}");
-    }
-    let origin = read::<OriginServer>("[store]\nroot = \"\"\n[limits]\nmax_headers = 0\n[log]\nlevel = \"x\"\n[disk]\n", &[]).unwrap_err();
-    assert_eq!(origin.subjects().collect::<Vec<_>>(), ["disk", "store.root", "limits.max_headers", "log.level"]);
+    ]);
 }
 
 #[test]

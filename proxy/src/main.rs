@@ -280,11 +280,11 @@ impl Nodes {
         }
     }
 
-    /// Lets the others find out that this node is going: two probes of each.
+    /// Lets the others find out that this node is going: by their next probe, and the one right behind it.
     async fn take_leave(&self, cluster: &Cluster) {
         self.leaving.store(true, Ordering::Relaxed);
         if self.members.view().members().iter().any(|member| member.up && !member.itself) {
-            tokio::time::sleep(cluster.probe_interval.get() * 2 + cluster.probe_timeout.get()).await;
+            tokio::time::sleep(cluster.probe_interval.get() + cluster.probe_timeout.get()).await;
         }
     }
 }

@@ -14,18 +14,25 @@ const MAX_FUNCTION: usize = 70;
 
 /// Who uses whom in `proxy/src`, exactly, tests in files of their own aside. `main` uses everything and `lib` nothing.
 const USES: &[(&str, &[&str])] = &[
-    ("admin", &["ladder", "metrics"]),
+    ("admin", &["ladder", "members", "metrics", "purge"]),
     ("buffer", &[]),
     ("conn", &["gate", "serve", "spool"]),
     ("disk", &["buffer", "metrics", "tier"]),
     ("fault", &[]),
     ("flight", &["disk", "fault", "members", "memory", "metrics", "spool", "tier", "upstream"]),
-    ("gate", &[]),
-    ("http", &["conn", "fault", "flight", "gate", "ladder", "metrics", "record", "relay", "serve", "upload", "upstream"]),
+    ("gate", &["secret"]),
+    (
+        "http",
+        &[
+            "conn", "fault", "flight", "gate", "ladder", "members", "metrics", "purge", "record", "relay", "secret", "serve", "upload",
+            "upstream",
+        ],
+    ),
     ("ladder", &["disk", "fault", "flight", "members", "metrics", "spool", "tier", "upstream"]),
     ("members", &["metrics", "ring"]),
     ("memory", &["tier"]),
     ("metrics", &["fault", "tier"]),
+    ("purge", &["ladder", "members", "upstream"]),
     ("record", &["metrics"]),
     ("relay", &["conn", "fault", "gate", "metrics", "record", "serve", "upstream"]),
     ("ring", &[]),

@@ -114,10 +114,12 @@ pub(super) async fn keep_probing(
     loop {
         let answer = tokio::time::timeout(pace.timeout, probe.probe(&member)).await;
         let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {:?}", pace.timeout)));
+        let failed = answer.is_err();
         let Some(up) = learn(answer) else { return };
         let pause = if up {
             pauses = pace.while_down();
-            pace.interval
+            // The first failure is settled at once, so that a dead peer is known to be within an interval and two time-outs.
+            if failed { peace } else { pace.interval }
         } else {
             pauses.next().unwrap_or(pace.interval)
         };

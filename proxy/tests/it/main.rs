@@ -5,6 +5,8 @@
 
 mod admin;
 mod chance;
+mod cluster;
+mod cluster_change;
 mod config;
 mod curl;
 mod disk;
@@ -20,6 +22,7 @@ mod malformed;
 mod memory;
 mod outage;
 mod peer;
+mod peer_tls;
 mod peers;
 mod relay;
 mod sanity;
