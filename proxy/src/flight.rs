@@ -461,33 +461,6 @@ impl Flight {
         result
     }
 
-    /// Peers are not to be waited for any more: one of them waits for this flight.
-    fn turn_home(&self) {
-        let mut state = self.state.lock();
-        if !state.home {
-            state.home = true;
-            self.nudge.notify_one();
-        }
-    }
-
-    fn is_home(&self) -> bool {
-        self.state.lock().home
-    }
-
-    /// Whether it has been turned home while under way to a peer.
-    fn must_turn(&self) -> bool {
-        let state = self.state.lock();
-        state.home && state.leg.is_foreign()
-    }
-
-    fn take_leg(&self, leg: &Leg) {
-        self.state.lock().leg = leg.clone();
-    }
-
-    fn can_start_over(&self) -> bool {
-        !self.state.lock().released
-    }
-
     /// Back to byte 0, if no reader has been given anything.
     fn start_over(&self) -> bool {
         self.update(|state| {

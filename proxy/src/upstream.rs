@@ -227,13 +227,13 @@ impl Upstream {
     /// Sends a request that may be repeated, with a body small enough to be at hand, and reads the head of the answer.
     async fn exchange(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer), Fault> {
         let peers = self.peers().await?;
-        let mut last = Fault::Unreachable { source_name: self.name, why: "no address".into() };
+        let mut last = None;
         for peer in peers {
             loop {
                 let (mut session, reused) = match self.connector.get_http_session(&peer).await {
                     Ok(connected) => connected,
                     Err(error) => {
-                        last = self.not_connected(&error);
+                        last = Some(error);
                         break;
                     }
                 };
@@ -255,7 +255,7 @@ impl Upstream {
                 }
             }
         }
-        Err(last)
+        Err(self.not_connected(last.as_deref()))
     }
 
     /// Gives a session back to the pool if it can be used again.
@@ -290,11 +290,12 @@ impl Upstream {
         Ok(request)
     }
 
-    /// There is no connection. With a peer, that is news.
-    fn not_connected(&self, error: &pingora::Error) -> Fault {
+    /// None of the source's addresses could be connected to, the last for this reason. With a peer, that is news.
+    fn not_connected(&self, error: Option<&pingora::Error>) -> Fault {
         use ErrorType::{
             ConnectError, ConnectNoRoute, ConnectRefused, ConnectTimedout, InvalidCert, TLSHandshakeFailure, TLSHandshakeTimedout,
         };
+        let Some(error) = error else { return Fault::Unreachable { source_name: self.name, why: "no address".into() } };
         // Not when this node has run out of ports or files: that says nothing of the peer.
         let its_doing = matches!(
             error.etype,

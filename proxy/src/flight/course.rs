@@ -10,6 +10,7 @@
 //! - A home flight takes its place among `fill.max_in_flight`, one under way to a peer among those of that peer. So a flight that the
 //!   origin could feed never waits for the place of one that waits for another node.
 
+use super::Flight;
 use crate::{fault::Fault, members::Member, upstream::Peers};
 use castier_blob::Digest;
 use std::sync::Arc;
@@ -128,3 +129,35 @@ impl Course {
         !gave.is_empty()
     }
 }
+
+impl Flight {
+    /// Peers are not to be waited for any more: one of them waits for this flight.
+    pub(super) fn turn_home(&self) {
+        let mut state = self.state.lock();
+        if !state.home {
+            state.home = true;
+            self.nudge.notify_one();
+        }
+    }
+
+    pub(super) fn is_home(&self) -> bool {
+        self.state.lock().home
+    }
+
+    /// Whether it has been turned home while under way to a peer.
+    pub(super) fn must_turn(&self) -> bool {
+        let state = self.state.lock();
+        state.home && state.leg.is_foreign()
+    }
+
+    pub(super) fn take_leg(&self, leg: &Leg) {
+        self.state.lock().leg = leg.clone();
+    }
+
+    pub(super) fn can_start_over(&self) -> bool {
+        !self.state.lock().released
+    }
+}
+
+#[cfg(test)]
+mod tests;

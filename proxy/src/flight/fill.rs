@@ -95,7 +95,7 @@ impl Flights {
     /// One leg: opens the source where the last one ended and takes all that comes.
     async fn go(&self, flight: &Arc<Flight>, leg: &Leg, fill: &mut Fill) -> Result<End, Fault> {
         let incoming = match self.open(flight, leg, fill.verifier.seen()).await? {
-            Some(Answer::Blob(incoming)) => incoming,
+            Some(Answer::Blob(incoming)) => *incoming,
             Some(Answer::Absent) => return Ok(End::Absent),
             Some(Answer::NotKept) | None => return Ok(End::Elsewhere),
             Some(Answer::Unable) => {
@@ -115,7 +115,9 @@ impl Flights {
     async fn open(&self, flight: &Arc<Flight>, leg: &Leg, from: u64) -> Result<Option<Answer>, Fault> {
         let digest = &flight.digest;
         let (Some(peers), Leg::Peer(member) | Leg::Peek(member)) = (&self.sources.peers, leg) else {
-            return Ok(Some(self.sources.origin.open(digest, from).await?.map_or(Answer::Absent, Answer::Blob)));
+            return Ok(Some(
+                self.sources.origin.open(digest, from).await?.map_or(Answer::Absent, |incoming| Answer::Blob(Box::new(incoming))),
+            ));
         };
         let opened = peers.open(member, digest, from, !leg.is_foreign());
         tokio::pin!(opened);

@@ -98,7 +98,7 @@ impl Ties {
 /// What a peer says to a GET.
 pub enum Answer {
     /// The bytes are coming.
-    Blob(Incoming),
+    Blob(Box<Incoming>),
     /// The origin has no such blob.
     Absent,
     /// It was asked for what it keeps, and keeps it not.
@@ -234,7 +234,7 @@ impl Peers {
             }
             Said::Other => {
                 let incoming = peer.upstream.incoming(session, connection, from)?;
-                return Ok(Answer::Blob(Incoming { watch: Some(Arc::new(watch)), ..incoming }));
+                return Ok(Answer::Blob(Box::new(Incoming { watch: Some(Arc::new(watch)), ..incoming })));
             }
         };
         peer.upstream.finish(session, &connection).await;
@@ -447,24 +447,23 @@ mod tests {
     fn what_answers_mean() {
         let castier = ("cache-status", "castier; fwd=uri-miss; detail=origin");
         let problem = ("content-type", "application/problem+json");
-        let table: &[(u16, &[(&str, &str)], Said, Said)] = &[
-            (200, &[castier], Said::Other, Said::Other),
-            (206, &[castier], Said::Other, Said::Other),
-            (404, &[castier, problem], Said::Absent, Said::Absent),
-            (404, &[problem], Said::Other, Said::Other),
-            (404, &[("cache-status", "nginx; fwd=uri-miss")], Said::Other, Said::Other),
-            (504, &[problem], Said::Unable, Said::NotKept),
-            (504, &[], Said::Other, Said::NotKept),
-            (502, &[problem], Said::Unable, Said::Unable),
-            (503, &[problem], Said::Unable, Said::Unable),
-            (500, &[("content-type", "text/html")], Said::Other, Said::Other),
-            (403, &[problem], Said::Other, Said::Other),
-            (416, &[problem], Said::Other, Said::Other),
-        ];
-        for (status, headers, plain, only_kept) in table {
-            let mut head = ResponseHeader::build(*status, None).unwrap();
+        for (status, headers, plain, only_kept) in [
+            (200, vec![castier], Said::Other, Said::Other),
+            (206, vec![castier], Said::Other, Said::Other),
+            (404, vec![castier, problem], Said::Absent, Said::Absent),
+            (404, vec![problem], Said::Other, Said::Other),
+            (404, vec![("cache-status", "nginx; fwd=uri-miss")], Said::Other, Said::Other),
+            (504, vec![problem], Said::Unable, Said::NotKept),
+            (504, vec![], Said::Other, Said::NotKept),
+            (502, vec![problem], Said::Unable, Said::Unable),
+            (503, vec![problem], Said::Unable, Said::Unable),
+            (500, vec![("content-type", "text/html")], Said::Other, Said::Other),
+            (403, vec![problem], Said::Other, Said::Other),
+            (416, vec![problem], Said::Other, Said::Other),
+        ] {
+            let mut head = ResponseHeader::build(status, None).unwrap();
             headers.iter().for_each(|(name, value)| head.insert_header((*name).to_owned(), *value).unwrap());
-            assert_eq!((said(&head, false), said(&head, true)), (*plain, *only_kept), "{status} {headers:?}");
+            assert_eq!((said(&head, false), said(&head, true)), (plain, only_kept), "{status} {headers:?}");
         }
     }
 

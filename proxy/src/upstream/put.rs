@@ -203,7 +203,7 @@ impl Upstream {
 
     /// A new connection: a large upload cannot be repeated, so it does not gamble on a kept-alive one.
     async fn connect_fresh(&self) -> Result<(HttpSession, HttpPeer), Fault> {
-        let mut last = Fault::Unreachable { source_name: self.name, why: "no address".into() };
+        let mut last = None;
         for mut peer in self.peers().await? {
             // Pools go by the peer's hash: this one is never found in the pool, so connections are made anew.
             peer.group_key = 1;
@@ -212,9 +212,9 @@ impl Upstream {
                     session.write_timeout = Some(self.read_timeout);
                     return Ok((session, peer));
                 }
-                Err(error) => last = self.not_connected(&error),
+                Err(error) => last = Some(error),
             }
         }
-        Err(last)
+        Err(self.not_connected(last.as_deref()))
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 const SMALL: u64 = 300 * KIB;
 const LARGE: u64 = 4 * MIB;
 /// `cluster.stall_timeout` here.
-const STALL: Duration = Duration::from_millis(800);
+const STALL: Duration = Duration::from_millis(1200);
 
 /// An origin, a scripted peer, and a node that knows both.
 struct World {
