@@ -163,10 +163,10 @@ fn to_origin_form(ahead: &mut BytesMut, head: Head, max_headers: usize) -> Resul
 
 /// A head, or none yet, or never.
 fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
-    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
     let max_headers = max_headers.min(MAX_HEADERS);
-    let mut request = httparse::Request::new(&mut headers[..max_headers]);
-    let len = match request.parse(bytes) {
+    let mut request = httparse::Request::new(&mut []);
+    let len = match request.parse_with_uninit_headers(bytes, &mut headers[..max_headers]) {
         Ok(httparse::Status::Complete(len)) => len,
         Ok(httparse::Status::Partial) => return Ok(None),
         Err(httparse::Error::TooManyHeaders) => {
