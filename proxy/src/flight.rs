@@ -11,15 +11,17 @@
 
 mod attempts;
 mod reader;
+mod writer;
 
 pub use reader::{Opened, Reader};
+pub use writer::{grow, tier_file};
 
 use crate::{
     disk::{Disk, DiskFile},
     fault::{Fault, Limit},
     memory::Memory,
     metrics::{Metrics, Outcome},
-    spool::{self, Admit, Room, Spool},
+    spool::{self, Room, Spool},
     upstream::{Incoming, Upstream},
 };
 use arc_swap::ArcSwap;
@@ -39,6 +41,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::sync::{Notify, Semaphore, watch};
+use writer::Writer;
 
 /// How much of the end of every response waits for the digest.
 pub const HOLD_BACK: u64 = 64 << 10;
@@ -249,15 +252,16 @@ impl Flights {
             _ => return Err(Fault::Busy(Limit::Fills)),
         };
         let mut verifier = Verifier::of(flight.digest);
-        let mut kept: Option<DiskFile> = None;
+        let mut writer = Writer::default();
         let mut attempts = Attempts::new(self.retries);
         let mut may_start_over = true;
         loop {
-            let fault = match self.pour(flight, &mut verifier, &mut kept).await {
+            let fault = match self.pour(flight, &mut verifier, &mut writer).await {
                 Ok(false) if verifier.seen() == 0 => return Ok(Phase::Absent),
                 Ok(false) => Fault::Unusable { source_name: self.origin.name, why: "the blob vanished midway".into() },
                 Ok(true) => {
-                    let fault = match self.land(flight, verifier, kept.take()).await {
+                    let file = writer.finish(self, flight).await?;
+                    let fault = match self.land(flight, verifier, file).await {
                         Ok(()) => return Ok(Phase::Verified),
                         Err(fault) => fault,
                     };
@@ -265,7 +269,7 @@ impl Flights {
                         return Err(fault);
                     }
                     may_start_over = false;
-                    verifier = Verifier::of(flight.digest);
+                    (verifier, writer) = (Verifier::of(flight.digest), Writer::default());
                     tracing::warn!(digest = %flight.digest, %fault, "corrupt fill, trying once more from the start");
                     continue;
                 }
@@ -281,7 +285,7 @@ impl Flights {
     }
 
     /// Opens the source where the last transfer ended and takes all that comes; false if it says that the blob is absent.
-    async fn pour(&self, flight: &Arc<Flight>, verifier: &mut Verifier, kept: &mut Option<DiskFile>) -> Result<bool, Fault> {
+    async fn pour(&self, flight: &Arc<Flight>, verifier: &mut Verifier, writer: &mut Writer) -> Result<bool, Fault> {
         let Some(mut incoming) = self.origin.open(&flight.digest, verifier.seen()).await? else { return Ok(false) };
         let size = self.begin(flight, &incoming)?;
         loop {
@@ -314,7 +318,7 @@ impl Flights {
                 });
             }
             verifier.update(&chunk);
-            self.append(flight, chunk, kept).await?;
+            writer.append(self, flight, chunk).await?;
         }
     }
 
@@ -338,53 +342,6 @@ impl Flights {
             }
             Ok(state.size)
         })
-    }
-
-    /// Puts bytes at the end of the spool, and moves it to a file when they become too many for memory: to a file of the disk tier, which can
-    /// keep it as it is (`kept`), or else to one without a name.
-    async fn append(&self, flight: &Flight, chunk: Bytes, kept: &mut Option<DiskFile>) -> Result<(), Fault> {
-        loop {
-            let (admitted, at) = {
-                let mut state = flight.state.lock();
-                let at = state.spool.length();
-                (state.spool.admit(&self.room, chunk.len() as u64), at)
-            };
-            match admitted? {
-                Admit::Memory => break,
-                Admit::File(file) => match kept.take() {
-                    None => {
-                        spool::write_file(file, chunk.clone(), at).await?;
-                        break;
-                    }
-                    Some(tier) => {
-                        *kept = grow(tier, vec![chunk.clone()]).await;
-                        if kept.is_some() {
-                            break;
-                        }
-                        // The disk tier's file system is full or broken. That costs a cache entry, and never a request.
-                        let elsewhere = spool::copy_file(self.room.dir.clone(), file, at).await?;
-                        flight.state.lock().spool.move_to_file(&self.room, elsewhere)?;
-                    }
-                },
-                Admit::NeedsFile => {
-                    let (parts, size) = {
-                        let state = flight.state.lock();
-                        (state.spool.in_memory(), state.size)
-                    };
-                    *kept = match self.disk.as_ref().filter(|disk| disk.takes(size.unwrap_or(at))) {
-                        Some(disk) => tier_file(disk.clone(), parts.clone()).await,
-                        None => None,
-                    };
-                    let file = match &*kept {
-                        Some(tier) => tier.file().clone(),
-                        None => spool::make_file(self.room.dir.clone(), parts).await?,
-                    };
-                    flight.state.lock().spool.move_to_file(&self.room, file)?;
-                }
-            }
-        }
-        flight.update(|state| state.spool.push(chunk));
-        Ok(())
     }
 
     /// All bytes are in. Keeps the blob if it is the right one.
@@ -429,18 +386,6 @@ impl Flights {
         }
         self.remove_if_deserted(flight)
     }
-}
-
-/// A new file of the disk tier, holding `parts`; none if it could not be written.
-pub async fn tier_file(disk: Arc<Disk>, parts: Vec<Bytes>) -> Option<DiskFile> {
-    let file = tokio::task::spawn_blocking(move || disk.temp()).await.ok()?.ok()?;
-    grow(file, parts).await
-}
-
-/// Appends to a file of the disk tier; none if it could not be written.
-pub async fn grow(mut file: DiskFile, parts: Vec<Bytes>) -> Option<DiskFile> {
-    let written = tokio::task::spawn_blocking(move || parts.iter().try_for_each(|part| file.append(part)).map(|()| file));
-    written.await.ok()?.ok()
 }
 
 /// Once detached, another flight may stand in its place.
