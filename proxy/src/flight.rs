@@ -15,15 +15,17 @@ mod course;
 mod fill;
 mod reader;
 mod tiers;
+mod writer;
 
 pub use reader::{Opened, Reader};
 pub use tiers::Tiers;
+pub use writer::{grow, tier_file};
 
 use crate::{
-    disk::{Disk, DiskFile},
+    disk::DiskFile,
     fault::Fault,
     metrics::{Metrics, Outcome},
-    spool::{self, Admit, Room, Spool},
+    spool::{self, Room, Spool},
     tier::TierName,
     upstream::{Incoming, Sources},
 };
@@ -45,6 +47,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::sync::{Notify, Semaphore, watch};
+use writer::Writer;
 
 /// How much of the end of every response waits for the digest.
 pub const HOLD_BACK: u64 = 64 << 10;
@@ -271,13 +274,7 @@ impl Flights {
     }
 
     /// Takes all that comes.
-    async fn pour(
-        &self,
-        flight: &Arc<Flight>,
-        mut incoming: Incoming,
-        verifier: &mut Verifier,
-        kept: &mut Option<DiskFile>,
-    ) -> Result<End, Fault> {
+    async fn pour(&self, flight: &Arc<Flight>, mut incoming: Incoming, verifier: &mut Verifier, writer: &mut Writer) -> Result<End, Fault> {
         let source_name = incoming.source_name();
         let size = self.begin(flight, &incoming)?;
         loop {
@@ -313,7 +310,7 @@ impl Flights {
                 });
             }
             verifier.update(&chunk);
-            self.append(flight, chunk, kept).await?;
+            writer.append(self, flight, chunk).await?;
         }
     }
 
@@ -337,53 +334,6 @@ impl Flights {
             state.size = state.size.or(incoming.size);
             Ok(state.size)
         })
-    }
-
-    /// Puts bytes at the end of the spool, and moves it to a file when they become too many for memory: to a file of the disk tier, which can
-    /// keep it as it is (`kept`), or else to one without a name.
-    async fn append(&self, flight: &Flight, chunk: Bytes, kept: &mut Option<DiskFile>) -> Result<(), Fault> {
-        loop {
-            let (admitted, at) = {
-                let mut state = flight.state.lock();
-                let at = state.spool.length();
-                (state.spool.admit(&self.room, chunk.len() as u64), at)
-            };
-            match admitted? {
-                Admit::Memory => break,
-                Admit::File(file) => match kept.take() {
-                    None => {
-                        spool::write_file(file, chunk.clone(), at).await?;
-                        break;
-                    }
-                    Some(tier) => {
-                        *kept = grow(tier, vec![chunk.clone()]).await;
-                        if kept.is_some() {
-                            break;
-                        }
-                        // The disk tier's file system is full or broken. That costs a cache entry, and never a request.
-                        let elsewhere = spool::copy_file(self.room.dir.clone(), file, at).await?;
-                        flight.state.lock().spool.move_to_file(&self.room, elsewhere)?;
-                    }
-                },
-                Admit::NeedsFile => {
-                    let (parts, size, foreign) = {
-                        let state = flight.state.lock();
-                        (state.spool.in_memory(), state.size, state.leg.is_foreign())
-                    };
-                    *kept = match self.tiers.disk.as_ref().filter(|disk| !foreign && disk.takes(size.unwrap_or(at))) {
-                        Some(disk) => tier_file(disk.clone(), parts.clone()).await,
-                        None => None,
-                    };
-                    let file = match &*kept {
-                        Some(tier) => tier.file().clone(),
-                        None => spool::make_file(self.room.dir.clone(), parts).await?,
-                    };
-                    flight.state.lock().spool.move_to_file(&self.room, file)?;
-                }
-            }
-        }
-        flight.update(|state| state.spool.push(chunk));
-        Ok(())
     }
 
     /// Keeps the blob, unless it has been purged meanwhile.
@@ -418,18 +368,6 @@ impl Flights {
         }
         self.remove_if_deserted(flight)
     }
-}
-
-/// A new file of the disk tier, holding `parts`; none if it could not be written.
-pub async fn tier_file(disk: Arc<Disk>, parts: Vec<Bytes>) -> Option<DiskFile> {
-    let file = tokio::task::spawn_blocking(move || disk.temp()).await.ok()?.ok()?;
-    grow(file, parts).await
-}
-
-/// Appends to a file of the disk tier; none if it could not be written.
-pub async fn grow(mut file: DiskFile, parts: Vec<Bytes>) -> Option<DiskFile> {
-    let written = tokio::task::spawn_blocking(move || parts.iter().try_for_each(|part| file.append(part)).map(|()| file));
-    written.await.ok()?.ok()
 }
 
 /// Once detached, another flight may stand in its place.

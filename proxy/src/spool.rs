@@ -1,21 +1,25 @@
 //! The growing buffer behind a flight: in memory while the blob may end up in the memory tier, else in an unlinked file with a
 //! window of its newest bytes in memory. Readers cost an offset each, never a copy of the blob.
 //!
+//! The file may lag behind: a byte stays in memory until [`Spool::wrote`] says that the file has it, so readers find every byte in one
+//! of the two.
+//!
 //! What a spool holds is unverified until its flight says otherwise. Two budgets bound all spools together: `fill.memory` and
 //! `fill.spool`; a spool that gets no memory goes to its file, one that gets no file space fails its flight.
 
+mod file;
+
+pub use file::{copy_file, make_file, read_file, write_file};
+
 use crate::{
-    buffer::{self, Buffer},
-    descriptors,
+    buffer,
     fault::{Fault, Limit},
 };
 use bytes::{Bytes, BytesMut};
-use rustix::io::ReadWriteFlags;
 use std::{
     collections::VecDeque,
     fs::File,
-    io::{self, IoSliceMut},
-    os::unix::fs::FileExt,
+    io,
     path::PathBuf,
     sync::{
         Arc,
@@ -25,6 +29,9 @@ use std::{
 
 /// How much of a spooled file's end stays in memory, for the readers who keep up. A few network reads' worth.
 const WINDOW: u64 = 1 << 20;
+/// How much is written to a file at once: enough that waking another thread for it costs little. What is being written and what gathers
+/// meanwhile make up the window.
+pub const BATCH: u64 = WINDOW / 2;
 /// The longest piece a reader gets at once: what a slow client can pin.
 pub const PIECE: usize = buffer::SIZE;
 /// Arrivals are merged up to this length, so that a source that dribbles does not cost a segment per byte.
@@ -124,8 +131,9 @@ pub struct Spool {
     start: u64,
     /// Bytes held altogether.
     len: u64,
-    /// All bytes, once they are too many for memory.
+    /// The first `written` bytes, once they are too many for memory.
     file: Option<Arc<File>>,
+    written: u64,
     /// The memory that `segments` may take. None with a file: no window then.
     memory: Option<Lease>,
     /// The space that `file` takes.
@@ -142,10 +150,13 @@ pub enum Piece {
 
 /// A step that the writer must take off the lock before it can append.
 pub enum Admit {
-    /// Call [`Spool::push`] at once.
+    /// Call [`Spool::push`]; no file is wanted.
     Memory,
-    /// Write to the file at the spool's length first.
-    File(Arc<File>),
+    /// Call [`Spool::push`], and see to it that what is [`Spool::unwritten`] stays within [`BATCH`], or, without a window, nothing.
+    File {
+        /// There is memory for bytes that are not in the file yet.
+        window: bool,
+    },
     /// Make a file first (see [`Spool::move_to_file`]).
     NeedsFile,
 }
@@ -168,9 +179,9 @@ impl Spool {
     /// # Errors
     /// [`Fault::Busy`] when `fill.spool` is used up.
     pub fn admit(&mut self, room: &Room, more: u64) -> Result<Admit, Fault> {
-        if let Some(file) = &self.file {
+        if self.file.is_some() {
             let Some(disk) = &mut self.disk else { return Err(Fault::Internal("spool file without a lease".into())) };
-            return if disk.grow(more) { Ok(Admit::File(file.clone())) } else { Err(Fault::Busy(Limit::Spool)) };
+            return if disk.grow(more) { Ok(Admit::File { window: self.memory.is_some() }) } else { Err(Fault::Busy(Limit::Spool)) };
         }
         let after = self.len + more;
         let covered = after <= room.max_in_memory && self.memory.as_mut().is_some_and(|lease| lease.cover(after));
@@ -182,20 +193,49 @@ impl Spool {
         self.segments.iter().cloned().collect()
     }
 
-    /// From now on all bytes are in `file`, which holds all that came so far. It may take the place of another.
+    /// From now on bytes go to `file`, which holds all that came so far; or, if it takes the place of another, what that one had.
     pub fn move_to_file(&mut self, room: &Room, file: Arc<File>) -> Result<(), Fault> {
         if self.file.replace(file).is_some() {
             return Ok(());
         }
         let Some(disk) = room.disk.lease(self.len) else { return Err(Fault::Busy(Limit::Spool)) };
         self.disk = Some(disk);
+        self.written = self.len;
         self.memory = None;
         self.memory = room.memory.lease(WINDOW);
         self.trim();
         Ok(())
     }
 
-    /// Appends bytes for which [`Self::admit`] said yes (and which are in the file, if there is one).
+    /// What the file does not have yet: the file, the offset from which on, and the bytes. None if it has all, or there is none.
+    pub fn unwritten(&self) -> Option<(Arc<File>, u64, Vec<Bytes>)> {
+        let file = self.file.as_ref().filter(|_| self.written < self.len)?;
+        let mut skip = usize::try_from(self.written - self.start).unwrap_or(usize::MAX);
+        let rest = self.segments.iter().filter_map(|segment| {
+            let part = segment.slice(skip.min(segment.len())..);
+            skip = skip.saturating_sub(segment.len());
+            (!part.is_empty()).then_some(part)
+        });
+        Some((file.clone(), self.written, rest.collect()))
+    }
+
+    /// Where the bytes are that are not in memory alone.
+    pub fn file(&self) -> Option<Arc<File>> {
+        self.file.clone()
+    }
+
+    /// How much of the bytes the file has.
+    pub const fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// The file has the bytes up to here.
+    pub fn wrote(&mut self, to: u64) {
+        self.written = to;
+        self.trim();
+    }
+
+    /// Appends bytes for which [`Self::admit`] said yes.
     pub fn push(&mut self, bytes: Bytes) {
         self.len += bytes.len() as u64;
         self.segments.push_back(bytes);
@@ -213,15 +253,19 @@ impl Spool {
         self.trim();
     }
 
-    /// Holds a spool with a file to its window.
+    /// Holds a spool with a file to its window, but for what the file does not have.
     fn trim(&mut self) {
         if self.file.is_none() {
             return;
         }
         let keep = if self.memory.is_some() { WINDOW } else { 0 };
-        while self.len - self.start > keep {
-            let Some(oldest) = self.segments.pop_front() else { break };
-            self.start += oldest.len() as u64;
+        while let Some(oldest) = self.segments.front() {
+            let after = self.start + oldest.len() as u64;
+            if self.len - self.start <= keep || after > self.written {
+                break;
+            }
+            self.segments.pop_front();
+            self.start = after;
         }
     }
 
@@ -266,82 +310,6 @@ pub fn join(mut parts: Vec<Bytes>) -> Bytes {
     all.freeze()
 }
 
-/// Makes the unlinked file of a spool, holding `parts` from offset 0.
-///
-/// # Errors
-/// [`Fault::Busy`] if the file system has no room, else [`Fault::Internal`].
-pub async fn make_file(dir: PathBuf, parts: Vec<Bytes>) -> Result<Arc<File>, Fault> {
-    off_thread(move || {
-        let file = tempfile::tempfile_in(dir)?;
-        let mut at = 0;
-        for part in parts {
-            file.write_all_at(&part, at)?;
-            at += part.len() as u64;
-        }
-        Ok(Arc::new(file))
-    })
-    .await
-}
-
-/// A file as [`make_file`] makes it, holding the first `len` bytes of another.
-///
-/// # Errors
-/// As [`make_file`].
-pub async fn copy_file(dir: PathBuf, from: Arc<File>, len: u64) -> Result<Arc<File>, Fault> {
-    off_thread(move || {
-        let file = tempfile::tempfile_in(dir)?;
-        let mut buffer = vec![0; WINDOW as usize];
-        let mut at = 0;
-        while at < len {
-            let part = &mut buffer[..(len - at).min(WINDOW) as usize];
-            from.read_exact_at(part, at)?;
-            file.write_all_at(part, at)?;
-            at += part.len() as u64;
-        }
-        Ok(Arc::new(file))
-    })
-    .await
-}
-
-/// Writes to the file of a spool.
-///
-/// # Errors
-/// As [`make_file`].
-pub async fn write_file(file: Arc<File>, bytes: Bytes, at: u64) -> Result<(), Fault> {
-    off_thread(move || file.write_all_at(&bytes, at)).await
-}
-
-/// Reads up to `len` bytes at offset `at`, at least one. What the page cache has, which is all that was just written, is read in place;
-/// another thread waits for the rest.
-///
-/// # Errors
-/// [`Fault::Internal`] on an I/O error.
-pub async fn read_file(file: Arc<File>, at: u64, len: usize) -> Result<Bytes, Fault> {
-    let mut buffer = Buffer::new(len);
-    if let Ok(read @ 1..) = rustix::io::preadv2(&*file, &mut [IoSliceMut::new(&mut buffer)], at, ReadWriteFlags::NOWAIT) {
-        return Ok(buffer.share(0..read));
-    }
-    off_thread(move || {
-        file.read_exact_at(&mut buffer, at)?;
-        let len = buffer.len();
-        Ok(buffer.share(0..len))
-    })
-    .await
-}
-
-async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Fault> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(Ok(done)) => Ok(done),
-        Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
-            tracing::warn!(%error, "the spool directory is full");
-            Err(Fault::Busy(Limit::Spool))
-        }
-        Ok(Err(error)) if descriptors::ran_out(&error) => Err(Fault::Busy(Limit::Files)),
-        Ok(Err(error)) => Err(Fault::Internal(format!("spool file: {error}"))),
-        Err(panic) => Err(Fault::Internal(format!("spool file: {panic}"))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -354,11 +322,7 @@ mod tests {
     async fn append(spool: &mut Spool, room: &Room, bytes: Bytes) -> Result<(), Fault> {
         loop {
             match spool.admit(room, bytes.len() as u64)? {
-                Admit::Memory => break,
-                Admit::File(file) => {
-                    write_file(file, bytes.clone(), spool.length()).await?;
-                    break;
-                }
+                Admit::Memory | Admit::File { .. } => break,
                 Admit::NeedsFile => {
                     let file = make_file(room.dir.clone(), spool.in_memory()).await?;
                     spool.move_to_file(room, file)?;
@@ -367,6 +331,20 @@ mod tests {
         }
         spool.push(bytes);
         Ok(())
+    }
+
+    /// Has the file catch up, in part: `lag` bytes or more stay in memory alone.
+    async fn catch_up(spool: &mut Spool, lag: u64) {
+        let Some((file, at, mut parts)) = spool.unwritten() else { return };
+        assert_eq!(at + parts.iter().map(|part| part.len() as u64).sum::<u64>(), spool.length());
+        let mut left = (spool.length() - at).saturating_sub(lag);
+        for part in &mut parts {
+            part.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+            left -= part.len() as u64;
+        }
+        let to = at + parts.iter().map(|part| part.len() as u64).sum::<u64>();
+        write_file(file, parts, at).await.unwrap();
+        spool.wrote(to);
     }
 
     async fn read_all(spool: &Spool, mut at: u64) -> Vec<u8> {
@@ -387,7 +365,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         /// Whatever the arrivals and the room, what is read from any offset is what was written.
         #[test]
-        fn reads_what_was_written(parts in prop::collection::vec(1usize..90_000, 1..40), max in 0u64..600_000, memory in 0u64..3_000_000, known: bool, from: prop::sample::Index) {
+        fn reads_what_was_written(parts in prop::collection::vec(1usize..90_000, 1..40), max in 0u64..600_000, memory in 0u64..3_000_000, lag in 0u64..700_000, known: bool, from: prop::sample::Index) {
             tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
                 let total: usize = parts.iter().sum();
                 let bytes: Vec<u8> = (0..total).map(|i| (i * 31 / 7) as u8).collect();
@@ -397,6 +375,9 @@ mod tests {
                 for part in parts {
                     append(&mut spool, &room, Bytes::copy_from_slice(&bytes[at..at + part])).await.unwrap();
                     at += part;
+                    if spool.length() - spool.written() > 2 * lag {
+                        catch_up(&mut spool, lag).await;
+                    }
                 }
                 let from = from.index(total);
                 prop_assert_eq!(&read_all(&spool, from as u64).await[..], &bytes[from..]);

@@ -4,6 +4,7 @@ use super::{
     Flight, Flights, Phase,
     attempts::Attempts,
     course::{Course, Leg},
+    writer::Writer,
 };
 use crate::{
     disk::DiskFile,
@@ -28,8 +29,7 @@ pub(super) enum End {
 struct Fill {
     course: Course,
     verifier: Verifier,
-    /// The disk tier's file behind the spool.
-    kept: Option<DiskFile>,
+    writer: Writer,
     attempts: Attempts,
     /// The origin has not sent wrong bytes yet.
     may_start_over: bool,
@@ -41,7 +41,7 @@ impl Flights {
         let mut fill = Fill {
             course: Course::new(self.sources.peers.clone(), flight.digest),
             verifier: Verifier::of(flight.digest),
-            kept: None,
+            writer: Writer::default(),
             attempts: Attempts::new(self.retries),
             may_start_over: true,
         };
@@ -58,7 +58,8 @@ impl Flights {
             let fault = match self.go(flight, &leg, &mut fill).await {
                 Ok(End::Whole) => {
                     fill.course.answered(&leg);
-                    match self.land(flight, &mut fill).await {
+                    let file = fill.writer.finish(self, flight).await?;
+                    match self.land(flight, &mut fill, file).await {
                         Ok(()) => return Ok(Phase::Verified),
                         Err(fault) => self.start_over(flight, &mut fill, fault)?,
                     }
@@ -104,7 +105,7 @@ impl Flights {
             }
         };
         let before = fill.verifier.seen();
-        let end = self.pour(flight, incoming, &mut fill.verifier, &mut fill.kept).await;
+        let end = self.pour(flight, incoming, &mut fill.verifier, &mut fill.writer).await;
         if fill.verifier.seen() > before {
             fill.course.gives(leg);
         }
@@ -133,14 +134,14 @@ impl Flights {
     }
 
     /// All bytes are in. Keeps the blob if it is the right one.
-    async fn land(&self, flight: &Flight, fill: &mut Fill) -> Result<(), Fault> {
+    async fn land(&self, flight: &Flight, fill: &mut Fill, file: Option<DiskFile>) -> Result<(), Fault> {
         let source_name = if fill.course.has_peers_bytes() { "peer" } else { "origin" };
         let verifier = std::mem::replace(&mut fill.verifier, Verifier::of(flight.digest));
         let verified = verifier.finish(()).map_err(|mismatch| {
             self.metrics.corrupt(source_name);
             Fault::Corrupt { source_name, mismatch }
         })?;
-        self.settle(flight, verified, fill.kept.take()).await;
+        self.settle(flight, verified, file).await;
         Ok(())
     }
 
@@ -153,7 +154,7 @@ impl Flights {
         tracing::warn!(digest = %flight.digest, %fault, "a fill went wrong, trying once more from the start");
         fill.may_start_over &= peers_fault;
         fill.verifier = Verifier::of(flight.digest);
-        fill.kept = None;
+        fill.writer = Writer::default();
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! One flight, watched closely: who may join it, what they get and when, and what becomes of it when they leave.
 
 use crate::support::{
-    Castier, Conn, Download, Gate, HELD_BACK, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get, light, metrics,
+    Cache, Castier, Conn, Download, Gate, HELD_BACK, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get, light, metrics,
 };
 use std::{
     sync::atomic::Ordering,
@@ -21,23 +21,46 @@ fn spawn(download: &Download, blob: &crate::support::Blob, castier: &Castier) ->
 
 #[tokio::test]
 async fn a_late_comer_starts_at_byte_0_at_once() {
+    late_comer("", "stored; ").await;
+}
+
+#[tokio::test]
+async fn a_late_comer_to_a_spool_on_disk() {
+    let cache = Cache::new();
+    late_comer(&cache.config("1GiB", ""), "stored; ").await;
+    assert_eq!((cache.files().len(), cache.count("tmp")), (1, 0));
+}
+
+#[tokio::test]
+async fn a_late_comer_to_a_spool_without_a_name() {
+    late_comer("memory.max_blob = \"64KiB\"", "").await;
+}
+
+#[tokio::test]
+async fn a_late_comer_to_a_spool_without_a_window() {
+    late_comer("memory.max_blob = \"64KiB\"\nfill.memory = \"100KiB\"\nverify.buffer_up_to = \"100KiB\"", "").await;
+}
+
+/// All that came is there to be read at once, wherever the spool has it: in memory, in its file, or in the part of a batch that waits to
+/// be written.
+async fn late_comer(config: &str, stored: &str) {
     let _turn = light().await;
-    let (origin, castier) = world("").await;
+    let (origin, castier) = world(config).await;
     let gate = Gate::new();
-    let size = 4 * MIB;
-    let blob = origin.blob_with(size, [Lie::honest().stall(size / 2, &gate)]);
+    let (size, half) = (4 * MIB, 2 * MIB - 77 * KIB - 7);
+    let blob = origin.blob_with(size, [Lie::honest().stall(half, &gate)]);
     let (first, late) = (Download::default(), Download::default());
     let received = |download: &Download| download.received.load(Ordering::Relaxed);
     let leader = spawn(&first, &blob, &castier);
-    eventually("the leader has all there is", async || (received(&first) == size / 2).then_some(())).await;
+    eventually("the leader has all there is", async || (received(&first) == half).then_some(())).await;
     let follower = spawn(&late, &blob, &castier);
-    eventually("so has the late comer", async || (received(&late) == size / 2).then_some(())).await;
-    assert_eq!(origin.sent(&blob), size / 2);
+    eventually("so has the late comer", async || (received(&late) == half).then_some(())).await;
+    assert_eq!(origin.sent(&blob), half);
     gate.open();
     let (leader, follower) = (leader.await.unwrap(), follower.await.unwrap());
     leader.assert_is(&blob);
     follower.assert_is(&blob);
-    assert_eq!(leader.cache_status, "castier; fwd=uri-miss; stored; detail=origin");
+    assert_eq!(leader.cache_status, format!("castier; fwd=uri-miss; {stored}detail=origin"));
     assert!(follower.cache_status.contains("collapsed"), "{follower:?}");
     assert_eq!(origin.gets(&blob), 1);
     assert_ledger(&castier).await;

@@ -1,0 +1,150 @@
+//! The writing side of a flight. Bytes go to its readers at once, and to its spool's file, if it has one, behind them: the source is read
+//! on while another thread writes.
+//!
+//! Invariants:
+//! - One write at a time, in the order of the bytes. So a file has a front of the blob and never a hole, and the checksums of the disk
+//!   tier's file see every byte once.
+//! - What the file lacks is in the spool's window: one batch that is being written and one that gathers. A source that is faster
+//!   than the disk waits. Without a window nothing gathers.
+
+use super::{Flight, Flights};
+use crate::{
+    disk::{Disk, DiskFile},
+    fault::Fault,
+    spool::{self, Admit, BATCH},
+};
+use bytes::Bytes;
+use futures::{FutureExt, future::BoxFuture};
+use std::sync::Arc;
+
+/// After so many bytes it is the readers' turn: a source that always has more at hand would keep them waiting for long, and one turn for
+/// each chunk costs as much as the chunk.
+const TURN: u64 = BATCH / 2;
+
+/// Puts bytes at the end of a flight's spool, and moves it to a file when they become too many for memory: to a file of the disk tier, which
+/// can keep it as it is, or else to one without a name.
+#[derive(Default)]
+pub(super) struct Writer {
+    /// The disk tier's file, while the bytes go there and no write has it.
+    kept: Option<Box<DiskFile>>,
+    under_way: Option<BoxFuture<'static, Wrote>>,
+    /// Where the bytes end that were given to a write.
+    given: u64,
+}
+
+/// What a write came to.
+enum Wrote {
+    /// The disk tier's file; none if it could not be written.
+    Kept(Option<Box<DiskFile>>),
+    Unnamed(Result<(), Fault>),
+}
+
+impl Writer {
+    /// Takes the next bytes. Readers have them when this returns, and most often the file has not.
+    pub(super) async fn append(&mut self, flights: &Flights, flight: &Flight, chunk: Bytes) -> Result<(), Fault> {
+        let len = chunk.len() as u64;
+        let window = loop {
+            let admitted = flight.state.lock().spool.admit(&flights.room, len);
+            match admitted? {
+                Admit::Memory => {
+                    flight.update(|state| state.spool.push(chunk));
+                    return Ok(());
+                }
+                Admit::File { window } => break window,
+                Admit::NeedsFile => self.open_file(flights, flight).await?,
+            }
+        };
+        let gathered = flight.update(|state| {
+            state.spool.push(chunk);
+            state.spool.length() - self.given
+        });
+        if gathered / TURN != (gathered - len) / TURN {
+            tokio::task::yield_now().await;
+        }
+        if gathered >= BATCH || !window {
+            self.settle(flights, flight).await?;
+            self.write(flight);
+        }
+        if window { Ok(()) } else { self.settle(flights, flight).await }
+    }
+
+    /// Waits until the file, if there is one, has everything. Gives back the disk tier's, if it is that.
+    pub(super) async fn finish(&mut self, flights: &Flights, flight: &Flight) -> Result<Option<DiskFile>, Fault> {
+        loop {
+            self.settle(flights, flight).await?;
+            if !self.write(flight) {
+                return Ok(self.kept.take().map(|tier| *tier));
+            }
+        }
+    }
+
+    /// Moves a spool that is in memory to a file.
+    async fn open_file(&mut self, flights: &Flights, flight: &Flight) -> Result<(), Fault> {
+        let (parts, len, size, foreign) = {
+            let state = flight.state.lock();
+            (state.spool.in_memory(), state.spool.length(), state.size, state.leg.is_foreign())
+        };
+        self.kept = match flights.tiers.disk.as_ref().filter(|disk| !foreign && disk.takes(size.unwrap_or(len))) {
+            Some(disk) => tier_file(disk.clone(), parts.clone()).await.map(Box::new),
+            None => None,
+        };
+        let file = match &self.kept {
+            Some(tier) => tier.file().clone(),
+            None => spool::make_file(flights.room.dir.clone(), parts).await?,
+        };
+        self.given = len;
+        flight.state.lock().spool.move_to_file(&flights.room, file)
+    }
+
+    /// Begins to write what the file has not; false if it has everything. No other write may be under way.
+    fn write(&mut self, flight: &Flight) -> bool {
+        let (unwritten, len) = {
+            let state = flight.state.lock();
+            (state.spool.unwritten(), state.spool.length())
+        };
+        let Some((file, at, parts)) = unwritten else { return false };
+        self.given = len;
+        self.under_way = Some(match self.kept.take() {
+            Some(tier) => grow(*tier, parts).map(|tier| Wrote::Kept(tier.map(Box::new))).boxed(),
+            None => spool::write_file(file, parts, at).map(Wrote::Unnamed).boxed(),
+        });
+        true
+    }
+
+    /// Waits for the write under way.
+    async fn settle(&mut self, flights: &Flights, flight: &Flight) -> Result<(), Fault> {
+        let Some(write) = self.under_way.take() else { return Ok(()) };
+        match write.await {
+            Wrote::Kept(Some(tier)) => self.kept = Some(tier),
+            Wrote::Unnamed(written) => written?,
+            Wrote::Kept(None) => return self.go_elsewhere(flights, flight).await,
+        }
+        flight.state.lock().spool.wrote(self.given);
+        Ok(())
+    }
+
+    /// The disk tier's file system is full or broken. That costs a cache entry, and never a request: what could be written moves to a file
+    /// without a name, where the rest will follow.
+    async fn go_elsewhere(&mut self, flights: &Flights, flight: &Flight) -> Result<(), Fault> {
+        let (file, written) = {
+            let state = flight.state.lock();
+            (state.spool.file(), state.spool.written())
+        };
+        let Some(file) = file else { return Err(Fault::Internal("a write without a file".into())) };
+        let elsewhere = spool::copy_file(flights.room.dir.clone(), file, written).await?;
+        self.given = written;
+        flight.state.lock().spool.move_to_file(&flights.room, elsewhere)
+    }
+}
+
+/// A new file of the disk tier, holding `parts`; none if it could not be written.
+pub async fn tier_file(disk: Arc<Disk>, parts: Vec<Bytes>) -> Option<DiskFile> {
+    let file = tokio::task::spawn_blocking(move || disk.temp()).await.ok()?.ok()?;
+    grow(file, parts).await
+}
+
+/// Appends to a file of the disk tier; none if it could not be written. Begins at once, whether or not it is awaited.
+pub fn grow(mut file: DiskFile, parts: Vec<Bytes>) -> impl Future<Output = Option<DiskFile>> + Send {
+    let written = tokio::task::spawn_blocking(move || parts.iter().try_for_each(|part| file.append(part)).map(|()| file));
+    async move { written.await.ok()?.ok() }
+}
