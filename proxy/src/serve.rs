@@ -7,7 +7,7 @@ use crate::{
     ladder::{DiskReader, TierName},
     metrics::Served,
 };
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use castier_blob::{Digest, Selection, wire};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
@@ -126,6 +126,26 @@ impl Reply {
             served: via.served(),
             tier: via.tier(),
         }
+    }
+
+    /// The head as it goes over the wire where there is no session, with room behind it for so much of the body.
+    pub fn head(&self, date: &HeaderValue, keep_alive: bool, room: usize) -> BytesMut {
+        let mut out = BytesMut::with_capacity(1024 + room);
+        out.put_slice(b"HTTP/1.1 ");
+        out.put_slice(self.status.as_str().as_bytes());
+        out.put_u8(b' ');
+        out.put_slice(self.status.canonical_reason().unwrap_or_default().as_bytes());
+        out.put_slice(b"\r\nDate: ");
+        out.put_slice(date.as_bytes());
+        out.put_slice(if keep_alive { b"\r\n" } else { b"\r\nConnection: close\r\n" });
+        for (name, value) in &self.headers {
+            out.put_slice(name.as_str().as_bytes());
+            out.put_slice(b": ");
+            out.put_slice(value.as_bytes());
+            out.put_slice(b"\r\n");
+        }
+        out.put_slice(b"\r\n");
+        out
     }
 
     /// The client named this very blob in `If-None-Match`: nothing had to be looked up.

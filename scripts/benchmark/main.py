@@ -12,10 +12,12 @@ import tempfile
 import time
 
 import measure
+import promises
 import servers
 
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 DOCUMENT = "docs/benchmarks.md"
+EXPERIMENTS = {**measure.EXPERIMENTS, **promises.EXPERIMENTS}
 # The blobs, the caches and the peers' logs together.
 ROOM = 4 << 30
 
@@ -23,7 +25,7 @@ ROOM = 4 << 30
 def arguments():
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Benchmarks castier beside nginx and Varnish.")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, into target/bench/")
-    parser.add_argument("--only", choices=measure.EXPERIMENTS, nargs="+", help="these experiments alone, into target/bench/")
+    parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments alone, into target/bench/")
     parser.add_argument("--out", help="where to write, instead")
     return parser.parse_args()
 
@@ -57,7 +59,9 @@ def about(bench, in_memory, load_average):
         f"Herd, Zipf and the published runs: castier-load, which checks every body; herd {bench.herd['clients']} clients, {bench.herd['rounds']} rounds, Zipf "
         f"{bench.zipf['rounds']} rounds of {bench.zipf['requests']:,} requests over 10,240 blobs of 64 KiB, exponent 1.0, cache 64 MiB, "
         f"from empty; idle {bench.idle['connections']:,} connections, {bench.idle['rounds']} rounds.",
-        "castier: defaults but memory.capacity = 1 GiB and log.level = warn. nginx: one worker, proxy_cache, open_file_cache, sendfile, "
+        *promises.about(bench),
+        "castier: defaults but memory.capacity = 1 GiB, log.level = warn, and large flights spooled beside the caches. "
+        "nginx: one worker, proxy_cache, open_file_cache, sendfile, "
         "tcp_nopush off, access_log off, proxy_cache_lock on without a timeout. Varnish: malloc 1 GiB, one thread pool.",
         "Peak memory is what is resident. It leaves out the kernel's cache of files, where nginx keeps its blobs and castier spools large flights.",
     ]
@@ -88,7 +92,7 @@ def main():
     start, rows = time.monotonic(), []
     try:
         bench = measure.Bench(directory, options.quick)
-        for name, experiment in measure.EXPERIMENTS.items():
+        for name, experiment in EXPERIMENTS.items():
             if options.only and name not in options.only:
                 continue
             print(f"bench: {time.monotonic() - start:5.0f} s  {name}", file=sys.stderr)

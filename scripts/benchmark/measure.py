@@ -23,7 +23,7 @@ class Bench:
     """Where the run keeps its data, and how long it may take."""
 
     def __init__(self, directory, quick):
-        self.directory = directory
+        self.directory, self.quick = directory, quick
         self.rounds = 3 if quick else 5
         self.seconds = 1 if quick else 4
         self.herd = dict(clients=100 if quick else 500, size="64MiB", rounds=1 if quick else 5)

@@ -15,8 +15,9 @@ ORDER = ("castier", "nginx", "varnish")
 COLOURS = {"castier": "#c1502e", "nginx": "#5a8f5a", "varnish": "#4a6fa5"}
 HITS = ("hits 1 KiB", "hits 64 KiB", "hits 1 MiB", "connection: close", "304")
 TITLES = {"connection: close": "1 KiB, a connection each", "304": "304 (If-None-Match)", "herd": "herd", "zipf": "Zipf", "idle": "idle"}
+TITLES |= {"full": "full of 1 KiB blobs", "streaming": "slow origin"}
 # Metrics of which more is better; of all others, less is.
-MORE = ("requests/s", "hit ratio, %")
+MORE = ("requests/s", "hit ratio, %", "blobs kept")
 
 # Published figure, its unit and the metric of ours that answers it.
 PUBLISHED = {
@@ -104,11 +105,12 @@ def markdown(results, about, images, clients):
         ("Hits", HITS, "hits"),
         (f"A cold herd: {clients} clients, one blob of 64 MiB", ("herd",), "herd"),
         ("Zipf's law over a corpus ten times the cache, and idle connections", ("zipf", "idle"), "zipf"),
+        ("Starting, a full cache, and one slow load for many clients", ("start", "full", "streaming"), None),
     ]
     for title, experiments, image in sections:
         if any(results.metrics(experiment) for experiment in experiments):
             parts += [f"### {title}\n", table(results, experiments), ""]
-            parts += [f"![{title}]({images}{image}.svg)\n"]
+            parts += [f"![{title}]({images}{image}.svg)\n"] if image else []
     if any(results.metrics(scenario) for scenario in PUBLISHED):
         parts += ["### Published runs of the predecessors\n", published_table(results), ""]
     return "\n".join(parts)

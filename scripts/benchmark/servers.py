@@ -37,6 +37,8 @@ class Server:
         self.directory, self.origin, self.memory = directory, origin, memory
         self.port, self.admin = free_port(), free_port()
         self.process = None
+        # When it was run, by time.monotonic().
+        self.started = None
 
     @property
     def url(self):
@@ -50,6 +52,7 @@ class Server:
         os.makedirs(self.directory)
         log = open(os.path.join(self.directory, "log"), "wb")
         command = ["taskset", "-c", self.cpu_list, *self.command()]
+        self.started = time.monotonic()
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory, env=environment())
         try:
             self.wait_until_it_answers()
@@ -170,7 +173,8 @@ class Castier(Server):
         with open(config, "w") as file:
             file.write(
                 f'allow_delete = true\n[listen]\npublic = "127.0.0.1:{self.port}"\nadmin = "127.0.0.1:{self.admin}"\n'
-                f'[origin]\nurl = "{self.origin.url}"\n[memory]\ncapacity = "{self.memory.replace("m", "MiB")}"\n[log]\nlevel = "warn"\n'
+                f'[origin]\nurl = "{self.origin.url}"\n[fill]\nspool_dir = "{self.directory}"\n'
+                f'[memory]\ncapacity = "{self.memory.replace("m", "MiB")}"\n[log]\nlevel = "warn"\n'
             )
         return [self.program, "--config", config]
 

@@ -9,7 +9,7 @@ use crate::{
     record::Record,
     serve::{Body, Reply, Via},
 };
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BytesMut};
 use castier_blob::{Digest, Selection};
 use http::StatusCode;
 use pingora::protocols::http::date::get_cached_date;
@@ -40,9 +40,10 @@ impl Front {
         let started = Instant::now();
         let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else { return Ok(false) };
         let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
-        let mut out = head_on_wire(&reply, true);
+        let one_write = blob.len() <= ONE_WRITE;
+        let mut out = reply.head(&get_cached_date(), true, if one_write { blob.len() } else { 0 });
         let before_body = out.len();
-        let (sent, whole) = if blob.len() <= ONE_WRITE {
+        let (sent, whole) = if one_write {
             out.extend_from_slice(&blob);
             send(conn, &mut &out[..]).await
         } else {
@@ -92,33 +93,12 @@ pub(super) async fn refuse_connection(conn: &mut Conn) {
 
 /// Writes a reply on a connection that has no session, closes our side, and reads on until the client has closed its own.
 async fn write_and_close(conn: &mut Conn, reply: &Reply) {
-    let mut out = head_on_wire(reply, false);
-    if let Body::Whole(body) = &reply.body {
-        out.extend_from_slice(body);
-    }
+    let body = if let Body::Whole(body) = &reply.body { &body[..] } else { &[] };
+    let mut out = reply.head(&get_cached_date(), false, body.len());
+    out.extend_from_slice(body);
     if conn.write_all(&out).await.is_err() || AsyncWriteExt::shutdown(conn).await.is_err() {
         return;
     }
     let mut rest = [0; 16 << 10];
     while conn.read(&mut rest).await.is_ok_and(|n| n > 0) {}
-}
-
-/// The head as it goes over the wire, without a session.
-fn head_on_wire(reply: &Reply, keep_alive: bool) -> BytesMut {
-    let mut out = BytesMut::with_capacity(1024 + ONE_WRITE.min(4096));
-    out.put_slice(b"HTTP/1.1 ");
-    out.put_slice(reply.status.as_str().as_bytes());
-    out.put_u8(b' ');
-    out.put_slice(reply.status.canonical_reason().unwrap_or_default().as_bytes());
-    out.put_slice(b"\r\nDate: ");
-    out.put_slice(get_cached_date().as_bytes());
-    out.put_slice(if keep_alive { b"\r\n" } else { b"\r\nConnection: close\r\n" });
-    for (name, value) in &reply.headers {
-        out.put_slice(name.as_str().as_bytes());
-        out.put_slice(b": ");
-        out.put_slice(value.as_bytes());
-        out.put_slice(b"\r\n");
-    }
-    out.put_slice(b"\r\n");
-    out
 }
