@@ -105,16 +105,8 @@ impl Ladder {
         let mut sure = disk.is_none();
         loop {
             if let Some(disk) = disk
-                && let Some(blob) = disk.find(digest).await
+                && let Some(blob) = self.find_on_disk(digest, disk).await
             {
-                self.metrics.disk_hits.inc();
-                // Two, four, eight … hits: worth an offer to memory, whose admission policy has seen every one of these gets.
-                if let hits @ 2.. = blob.hit()
-                    && hits.is_power_of_two()
-                    && self.memory.takes(blob.size())
-                {
-                    tokio::spawn(self.clone().promote(*digest, blob.clone()));
-                }
                 return Found::Disk(blob);
             }
             return match self.flights.join(digest, sure) {
@@ -139,6 +131,19 @@ impl Ladder {
                 }
             };
         }
+    }
+
+    async fn find_on_disk(self: &Arc<Self>, digest: &Digest, disk: &Disk) -> Option<Arc<DiskBlob>> {
+        let blob = disk.find(digest).await?;
+        self.metrics.disk_hits.inc();
+        // Two, four, eight … hits: worth an offer to memory, whose admission policy has seen every one of these gets.
+        if let hits @ 2.. = blob.hit()
+            && hits.is_power_of_two()
+            && self.memory.takes(blob.size())
+        {
+            tokio::spawn(self.clone().promote(*digest, blob.clone()));
+        }
+        Some(blob)
     }
 
     /// Offers a blob from disk to memory.
@@ -180,6 +185,13 @@ impl Ladder {
         self.metrics.gets.inc();
         self.metrics.memory_hits.inc();
         Some(bytes)
+    }
+
+    /// The second rung alone, for whom the first had nothing. As there, finding nothing is no get yet.
+    pub async fn get_from_disk(self: &Arc<Self>, digest: &Digest) -> Option<Arc<DiskBlob>> {
+        let blob = self.find_on_disk(digest, self.disk.as_deref()?).await?;
+        self.metrics.gets.inc();
+        Some(blob)
     }
 
     /// Whether a blob of this size will be kept once it has verified.
@@ -325,7 +337,8 @@ impl DiskReader {
                 Rest::Disk(blob) => match blob.read(self.at, left).await {
                     Ok(piece) => piece,
                     Err(Damaged) => {
-                        self.rest = self.elsewhere().await?;
+                        // Boxed, so that no reader carries what so few need.
+                        self.rest = Box::pin(self.elsewhere()).await?;
                         continue;
                     }
                 },

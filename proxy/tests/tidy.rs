@@ -21,7 +21,7 @@ const USES: &[(&str, &[&str])] = &[
     ("fault", &[]),
     ("flight", &["disk", "fault", "memory", "metrics", "spool", "upstream"]),
     ("gate", &[]),
-    ("http", &["conn", "fault", "flight", "gate", "ladder", "metrics", "record", "relay", "serve", "upload", "upstream"]),
+    ("http", &["buffer", "conn", "fault", "flight", "gate", "ladder", "metrics", "record", "relay", "serve", "upload", "upstream"]),
     ("ladder", &["disk", "fault", "flight", "memory", "metrics", "spool", "tier", "upstream"]),
     ("memory", &["tier"]),
     ("metrics", &["fault", "tier"]),

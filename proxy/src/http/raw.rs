@@ -2,14 +2,16 @@
 
 use super::{Cut, Front, cache_status};
 use crate::{
+    buffer,
     conn::Conn,
     fault::{Fault, Limit},
     gate::Head,
+    ladder::DiskReader,
     metrics::{Route, Served},
     record::Record,
     serve::{Body, Reply, Via},
 };
-use bytes::{BufMut, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use castier_blob::{Digest, Selection};
 use http::StatusCode;
 use pingora::protocols::http::date::get_cached_date;
@@ -26,9 +28,11 @@ use tokio::{
 const REFUSAL: Duration = Duration::from_secs(2);
 /// Bodies up to this size are copied behind their head, to leave in one write.
 const ONE_WRITE: usize = 16 << 10;
+/// How many pieces from disk leave in one write: each write wakes the client, and so many still fit into the processor's cache.
+const TOGETHER: usize = 4;
 
 impl Front {
-    /// The fast lane: a blob that memory has, to a client that asks for nothing but the blob. False if memory has it not.
+    /// The fast lane: a blob that memory or the disk has, to a client that asks for nothing but the blob. False if neither has it.
     pub(super) async fn fast_hit(
         &self,
         conn: &mut Conn,
@@ -38,23 +42,89 @@ impl Front {
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
-        let Some(blob) = self.ladder.get_from_memory(digest) else { return Ok(false) };
-        let request = ahead.split_to(head.len);
+        // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
+        let Some(blob) = self.ladder.get_from_memory(digest) else {
+            return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, peer)).await;
+        };
         let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Memory, Body::Empty);
-        let mut out = head_on_wire(&reply, true);
-        let before_body = out.len();
+        let sent = self.send_memory(conn, head_on_wire(&reply, true), blob).await;
+        self.fast_hit_done(&reply, head.path(&ahead.split_to(head.len)), sent, started, peer)
+    }
+
+    /// The fast lane's second half: a blob that the disk has.
+    async fn fast_disk_hit(
+        &self,
+        conn: &mut Conn,
+        ahead: &mut BytesMut,
+        head: &Head,
+        digest: &Digest,
+        peer: Option<SocketAddr>,
+    ) -> Result<bool, Cut> {
+        let started = Instant::now();
+        let Some(blob) = self.ladder.get_from_disk(digest).await else { return Ok(false) };
+        let size = blob.size();
+        let mut rest = self.ladder.read_disk(digest, blob, 0, size);
+        // Nothing has been said yet: where not even a beginning can be had, the session says why.
+        let Ok(first) = rest.next().await else { return Ok(false) };
+        let reply = Reply::blob(digest, Some(size), Selection::Whole, Via::Disk, Body::Empty);
+        let sent = self.send_disk(conn, head_on_wire(&reply, true), first.unwrap_or_default(), rest).await;
+        self.fast_hit_done(&reply, head.path(&ahead.split_to(head.len)), sent, started, peer)
+    }
+
+    fn fast_hit_done(
+        &self,
+        reply: &Reply,
+        path: &str,
+        (bytes, whole): (u64, bool),
+        started: Instant,
+        peer: Option<SocketAddr>,
+    ) -> Result<bool, Cut> {
+        let served = if whole { Served::Hit } else { Served::Error };
+        let (cache, took) = (cache_status(&reply.headers), started.elapsed());
+        Record { route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
+        if whole { Ok(true) } else { Err(Cut) }
+    }
+
+    /// Sends a head and a blob that memory holds; how much of the blob went out, and whether that was all.
+    async fn send_memory(&self, conn: &mut Conn, mut head: BytesMut, blob: Bytes) -> (u64, bool) {
+        let before_body = head.len();
         let (sent, whole) = if blob.len() <= ONE_WRITE {
-            out.extend_from_slice(&blob);
-            send(conn, &mut &out[..]).await
+            head.extend_from_slice(&blob);
+            send(conn, &mut &head[..]).await
         } else {
-            send(conn, &mut bytes::Buf::chain(&out[..], &blob[..])).await
+            send(conn, &mut head.chain(&blob[..])).await
         };
         let bytes = sent.saturating_sub(before_body) as u64;
         self.metrics.memory_bytes.inc_by(bytes);
-        let served = if whole { Served::Hit } else { Served::Error };
-        let (path, cache, took) = (head.path(&request), cache_status(&reply.headers), started.elapsed());
-        Record { route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
-        if whole { Ok(true) } else { Err(Cut) }
+        (bytes, whole)
+    }
+
+    /// As [`Self::send_memory`], of a blob that is read as it leaves. Its first piece leaves with the head, and does not wait for others.
+    async fn send_disk(&self, conn: &mut Conn, head: BytesMut, first: Bytes, mut rest: DiskReader) -> (u64, bool) {
+        let (mut head, mut pieces, mut bytes, mut many) = (head.freeze(), [first, Bytes::new(), Bytes::new(), Bytes::new()], 0, 1);
+        loop {
+            let before_body = head.len();
+            let [first, second, third, fourth] = pieces;
+            let (sent, whole) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
+            let part = sent.saturating_sub(before_body) as u64;
+            self.metrics.disk_bytes.inc_by(part);
+            bytes += part;
+            if !whole {
+                return (bytes, false);
+            }
+            head = Bytes::new();
+            many = if buffer::plenty() { (2 * many).min(TOGETHER) } else { 1 };
+            pieces = match few(&mut rest, many).await {
+                Ok(pieces) => pieces,
+                Err(fault) => {
+                    self.cut(&fault);
+                    return (bytes, false);
+                }
+            };
+            if pieces[0].is_empty() {
+                return (bytes, true);
+            }
+        }
     }
 
     /// A request that could not be read: says why, and closes.
@@ -66,8 +136,18 @@ impl Front {
     }
 }
 
+/// Up to `many` pieces; none at the end.
+async fn few(reader: &mut DiskReader, many: usize) -> Result<[Bytes; TOGETHER], Fault> {
+    let mut pieces = [const { Bytes::new() }; TOGETHER];
+    for piece in &mut pieces[..many] {
+        let Some(next) = reader.next().await? else { break };
+        *piece = next;
+    }
+    Ok(pieces)
+}
+
 /// Writes all there is; says how much went out, and whether that was all.
-async fn send(conn: &mut Conn, out: &mut impl bytes::Buf) -> (usize, bool) {
+async fn send(conn: &mut Conn, out: &mut impl Buf) -> (usize, bool) {
     let all = out.remaining();
     let written = conn.write_all_buf(out).await;
     (all - out.remaining(), written.is_ok())
