@@ -11,9 +11,11 @@ import sys
 import tempfile
 import time
 
+import disk
 import measure
 import servers
 
+EXPERIMENTS = {**measure.EXPERIMENTS, "disk": disk.disk_hits, "fill": disk.fill}
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 DOCUMENT = "docs/benchmarks.md"
 # The blobs, the caches and the peers' logs together.
@@ -23,13 +25,13 @@ ROOM = 4 << 30
 def arguments():
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Benchmarks castier beside nginx and Varnish.")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, into target/bench/")
-    parser.add_argument("--only", choices=measure.EXPERIMENTS, nargs="+", help="these experiments alone, into target/bench/")
+    parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", help="these experiments alone, into target/bench/")
     parser.add_argument("--out", help="where to write, instead")
     return parser.parse_args()
 
 
 def data_directory():
-    """In memory if it has room: no disk is measured here, and nginx serves from its files as fast as they can be served."""
+    """In memory if it has room: most experiments measure no disk (those that do see to it), and nginx serves from its files as fast as they can be served."""
     shared = "/dev/shm"
     in_memory = os.path.isdir(shared) and shutil.disk_usage(shared).free > ROOM
     return tempfile.mkdtemp(prefix="castier-bench-", dir=shared if in_memory else None), in_memory
@@ -57,6 +59,9 @@ def about(bench, in_memory, load_average):
         f"Herd, Zipf and the published runs: castier-load, which checks every body; herd {bench.herd['clients']} clients, {bench.herd['rounds']} rounds, Zipf "
         f"{bench.zipf['rounds']} rounds of {bench.zipf['requests']:,} requests over 10,240 blobs of 64 KiB, exponent 1.0, cache 64 MiB, "
         f"from empty; idle {bench.idle['connections']:,} connections, {bench.idle['rounds']} rounds.",
+        f"Disk: as hits, with the caches on a disk and in the kernel's cache of it; castier with [disk] and memory.max_blob = 16 KiB, so that each hit "
+        f"is one of the disk, which its Cache-Status and its counters confirm. Fill: curl, {bench.fill['rounds']} rounds, a new server for each; curl "
+        "shares the load's core with the origin, and where there is no tier between them has the other core to itself.",
         "castier: defaults but memory.capacity = 1 GiB and log.level = warn. nginx: one worker, proxy_cache, open_file_cache, sendfile, "
         "tcp_nopush off, access_log off, proxy_cache_lock on without a timeout. Varnish: malloc 1 GiB, one thread pool.",
         "Peak memory is what is resident. It leaves out the kernel's cache of files, where nginx keeps its blobs and castier spools large flights.",
@@ -88,7 +93,7 @@ def main():
     start, rows = time.monotonic(), []
     try:
         bench = measure.Bench(directory, options.quick)
-        for name, experiment in measure.EXPERIMENTS.items():
+        for name, experiment in EXPERIMENTS.items():
             if options.only and name not in options.only:
                 continue
             print(f"bench: {time.monotonic() - start:5.0f} s  {name}", file=sys.stderr)
