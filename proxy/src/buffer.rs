@@ -7,12 +7,23 @@ use std::ops::{Deref, DerefMut, Range};
 
 /// The most that a buffer holds: a block of the disk tier, and the longest piece that a reader gets at once.
 pub const SIZE: usize = 64 << 10;
-/// Memory that waits to be used again; the one used last comes first, as it is still in the processor's caches.
-static IDLE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
+static POOL: Mutex<Pool> = Mutex::new(Pool { idle: Vec::new(), lent: 0 });
 /// How many may wait: 8 MiB at most, enough for as many reads as run at once.
 const MAX_IDLE: usize = 128;
 /// Up to here the allocator has warm memory of its own, and blobs do not hold on to more than they need.
 const SMALL: usize = 8 << 10;
+
+struct Pool {
+    /// Memory that waits to be used again; the one used last comes first, as it is still in the processor's caches.
+    idle: Vec<Box<[u8]>>,
+    /// Buffers of [`SIZE`] that are in use.
+    lent: usize,
+}
+
+/// Whether so few buffers are in use that one reader may have several. Else slow readers could together hold many times what they need.
+pub fn plenty() -> bool {
+    POOL.lock().lent < MAX_IDLE
+}
 
 /// Memory for up to [`SIZE`] bytes. Its content is whatever was read last.
 pub struct Buffer {
@@ -23,9 +34,15 @@ pub struct Buffer {
 impl Buffer {
     /// A buffer of `len` bytes, at most [`SIZE`].
     pub fn new(len: usize) -> Self {
-        let size = if len <= SMALL { len } else { SIZE };
-        let idle = if len <= SMALL { None } else { IDLE.lock().pop() };
-        Self { memory: idle.unwrap_or_else(|| vec![0; size].into()), len: len.min(size) }
+        if len <= SMALL {
+            return Self { memory: vec![0; len].into(), len };
+        }
+        let idle = {
+            let mut pool = POOL.lock();
+            pool.lent += 1;
+            pool.idle.pop()
+        };
+        Self { memory: idle.unwrap_or_else(|| vec![0; SIZE].into()), len: len.min(SIZE) }
     }
 
     /// The bytes, shared; the memory comes back when the last of them is dropped.
@@ -56,9 +73,10 @@ impl AsRef<[u8]> for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if self.memory.len() == SIZE {
-            let mut idle = IDLE.lock();
-            if idle.len() < MAX_IDLE {
-                idle.push(std::mem::take(&mut self.memory));
+            let mut pool = POOL.lock();
+            pool.lent -= 1;
+            if pool.idle.len() < MAX_IDLE {
+                pool.idle.push(std::mem::take(&mut self.memory));
             }
         }
     }
@@ -79,6 +97,7 @@ mod tests {
             drop(shared);
             assert!(copy.len() == len - len / 2 && copy.iter().all(|byte| *byte == 7));
         }
-        assert!(IDLE.lock().len() <= MAX_IDLE);
+        assert!(POOL.lock().idle.len() <= MAX_IDLE);
+        assert!(plenty());
     }
 }

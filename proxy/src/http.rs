@@ -428,15 +428,18 @@ impl Front {
                     session.write_response_body(piece, false).await.map_err(|_| Cut)?;
                 }
                 Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(|_| Cut),
-                Err(fault) => {
-                    if let Fault::Busy(limit) = fault {
-                        self.metrics.shed(limit);
-                    }
-                    tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
-                    return Err(Cut);
-                }
+                Err(fault) => return Err(self.cut(&fault)),
             }
         }
+    }
+
+    /// What had to come after the head of a response did not.
+    fn cut(&self, fault: &Fault) -> Cut {
+        if let Fault::Busy(limit) = fault {
+            self.metrics.shed(*limit);
+        }
+        tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
+        Cut
     }
 }
 

@@ -117,16 +117,8 @@ impl Ladder {
         let mut sure = disk.is_none();
         loop {
             if let Some(disk) = disk
-                && let Some(blob) = disk.find(digest).await
+                && let Some(blob) = self.find_on_disk(digest, disk).await
             {
-                self.metrics.hit(TierName::Disk);
-                // Two, four, eight … hits: worth an offer to memory, whose admission policy has seen every one of these gets.
-                if let hits @ 2.. = blob.hit()
-                    && hits.is_power_of_two()
-                    && self.tiers.memory.takes(blob.size())
-                {
-                    tokio::spawn(self.clone().promote(*digest, blob.clone()));
-                }
                 return Found::Disk(blob);
             }
             return match self.flights.join(digest, asker, sure) {
@@ -151,6 +143,19 @@ impl Ladder {
                 }
             };
         }
+    }
+
+    async fn find_on_disk(self: &Arc<Self>, digest: &Digest, disk: &Disk) -> Option<Arc<DiskBlob>> {
+        let blob = disk.find(digest).await?;
+        self.metrics.hit(TierName::Disk);
+        // Two, four, eight … hits: worth an offer to memory, whose admission policy has seen every one of these gets.
+        if let hits @ 2.. = blob.hit()
+            && hits.is_power_of_two()
+            && self.tiers.memory.takes(blob.size())
+        {
+            tokio::spawn(self.clone().promote(*digest, blob.clone()));
+        }
+        Some(blob)
     }
 
     /// Offers a blob from disk to memory.
@@ -192,6 +197,13 @@ impl Ladder {
         self.count(asker);
         self.metrics.hit(tier);
         Some((bytes, tier))
+    }
+
+    /// The second rung alone, for whom the first had nothing. As there, finding nothing is no get yet.
+    pub async fn get_from_disk(self: &Arc<Self>, digest: &Digest, asker: Asker) -> Option<Arc<DiskBlob>> {
+        let blob = self.find_on_disk(digest, self.tiers.disk.as_deref()?).await?;
+        self.count(asker);
+        Some(blob)
     }
 
     /// Whether a blob of this size will be kept once it has verified. `foreign`: it comes from its owner.
@@ -285,7 +297,8 @@ impl DiskReader {
                 Rest::Disk(blob) => match blob.read(self.at, left).await {
                     Ok(piece) => piece,
                     Err(Damaged) => {
-                        self.rest = self.elsewhere().await?;
+                        // Boxed, so that no reader carries what so few need.
+                        self.rest = Box::pin(self.elsewhere()).await?;
                         continue;
                     }
                 },

@@ -207,16 +207,18 @@ impl Spool {
         Ok(())
     }
 
-    /// What the file does not have yet: the file, the offset from which on, and the bytes. None if it has all, or there is none.
-    pub fn unwritten(&self) -> Option<(Arc<File>, u64, Vec<Bytes>)> {
-        let file = self.file.as_ref().filter(|_| self.written < self.len)?;
-        let mut skip = usize::try_from(self.written - self.start).unwrap_or(usize::MAX);
-        let rest = self.segments.iter().filter_map(|segment| {
-            let part = segment.slice(skip.min(segment.len())..);
-            skip = skip.saturating_sub(segment.len());
-            (!part.is_empty()).then_some(part)
+    /// What the file does not have yet of the first `to` bytes: the file, the offset from which on, and the bytes. None if it has them all,
+    /// or there is no file.
+    pub fn unwritten(&self, to: u64) -> Option<(Arc<File>, u64, Vec<Bytes>)> {
+        let file = self.file.as_ref().filter(|_| self.written < to)?;
+        let mut start = self.start;
+        let parts = self.segments.iter().map(|segment| {
+            let within = |at: u64| at.saturating_sub(start).min(segment.len() as u64) as usize;
+            let part = segment.slice(within(self.written)..within(to));
+            start += segment.len() as u64;
+            part
         });
-        Some((file.clone(), self.written, rest.collect()))
+        Some((file.clone(), self.written, parts.filter(|part| !part.is_empty()).collect()))
     }
 
     /// Where the bytes are that are not in memory alone.
@@ -333,16 +335,11 @@ mod tests {
         Ok(())
     }
 
-    /// Has the file catch up, in part: `lag` bytes or more stay in memory alone.
+    /// Has the file catch up, but for the last `lag` bytes.
     async fn catch_up(spool: &mut Spool, lag: u64) {
-        let Some((file, at, mut parts)) = spool.unwritten() else { return };
-        assert_eq!(at + parts.iter().map(|part| part.len() as u64).sum::<u64>(), spool.length());
-        let mut left = (spool.length() - at).saturating_sub(lag);
-        for part in &mut parts {
-            part.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-            left -= part.len() as u64;
-        }
-        let to = at + parts.iter().map(|part| part.len() as u64).sum::<u64>();
+        let to = spool.length() - lag;
+        let Some((file, at, parts)) = spool.unwritten(to) else { return };
+        assert_eq!(at + parts.iter().map(|part| part.len() as u64).sum::<u64>(), to);
         write_file(file, parts, at).await.unwrap();
         spool.wrote(to);
     }

@@ -25,6 +25,7 @@ const USES: &[(&str, &[&str])] = &[
     (
         "http",
         &[
+            "buffer",
             "conn",
             "descriptors",
             "fault",

@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 
+import disk
 import measure
 import promises
 import servers
 
+EXPERIMENTS = {**measure.EXPERIMENTS, **promises.EXPERIMENTS, "disk": disk.disk_hits, "fill": disk.fill}
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 DOCUMENT = "docs/benchmarks.md"
-EXPERIMENTS = {**measure.EXPERIMENTS, **promises.EXPERIMENTS}
 # The blobs, the caches and the peers' logs together.
 ROOM = 4 << 30
 
@@ -31,7 +32,7 @@ def arguments():
 
 
 def data_directory():
-    """In memory if it has room: no disk is measured here, and nginx serves from its files as fast as they can be served."""
+    """In memory if it has room: most experiments measure no disk (those that do see to it), and nginx serves from its files as fast as they can be served."""
     shared = "/dev/shm"
     in_memory = os.path.isdir(shared) and shutil.disk_usage(shared).free > ROOM
     return tempfile.mkdtemp(prefix="castier-bench-", dir=shared if in_memory else None), in_memory
@@ -60,6 +61,9 @@ def about(bench, in_memory, load_average):
         f"{bench.zipf['rounds']} rounds of {bench.zipf['requests']:,} requests over 10,240 blobs of 64 KiB, exponent 1.0, cache 64 MiB, "
         f"from empty; idle {bench.idle['connections']:,} connections, {bench.idle['rounds']} rounds.",
         *promises.about(bench),
+        f"Disk: as hits, with the caches on a disk and in the kernel's cache of it; castier with [disk] and memory.max_blob = 16 KiB, so that each hit "
+        f"is one of the disk, which its Cache-Status and its counters confirm. Fill: curl, {bench.fill['rounds']} rounds, a new server for each; curl "
+        "shares the load's core with the origin, and where there is no tier between them has the other core to itself.",
         "castier: defaults but memory.capacity = 1 GiB, log.level = warn, and large flights spooled beside the caches. "
         "nginx: one worker, proxy_cache, open_file_cache, sendfile, "
         "tcp_nopush off, access_log off, proxy_cache_lock on without a timeout. Varnish: malloc 1 GiB, one thread pool.",

@@ -28,6 +28,7 @@ class Bench:
         self.seconds = 1 if quick else 4
         self.herd = dict(clients=100 if quick else 500, size="64MiB", rounds=1 if quick else 5)
         self.zipf = dict(requests=20_000 if quick else 60_000, rounds=1 if quick else 5)
+        self.fill = dict(rounds=1 if quick else 5)
         self.idle = dict(connections=2000 if quick else 5000, rounds=1 if quick else 5)
         self.published_rounds = 1 if quick else 3
 

@@ -163,18 +163,25 @@ class Origin(Server):
         NO_PROXY.open(urllib.request.Request(f"{self.url}/cas/{digest}", data=blob, method="PUT"), timeout=30).read()
         return digest
 
+    def delete(self, digest):
+        """Takes a blob away again."""
+        NO_PROXY.open(urllib.request.Request(f"{self.url}/cas/{digest}", method="DELETE"), timeout=30).read()
+
 
 class Castier(Server):
     name = "castier"
     program = os.path.abspath("target/release/castier")
+
+    # Whole lines below [memory], and further tables.
+    more = ""
 
     def command(self):
         config = os.path.join(self.directory, "castier.toml")
         with open(config, "w") as file:
             file.write(
                 f'allow_delete = true\n[listen]\npublic = "127.0.0.1:{self.port}"\nadmin = "127.0.0.1:{self.admin}"\n'
-                f'[origin]\nurl = "{self.origin.url}"\n[fill]\nspool_dir = "{self.directory}"\n'
-                f'[memory]\ncapacity = "{self.memory.replace("m", "MiB")}"\n[log]\nlevel = "warn"\n'
+                f'[origin]\nurl = "{self.origin.url}"\n[fill]\nspool_dir = "{self.directory}"\n[log]\nlevel = "warn"\n'
+                f'[memory]\ncapacity = "{self.memory.replace("m", "MiB")}"\n{self.more.format(d=self.directory)}'
             )
         return [self.program, "--config", config]
 

@@ -61,18 +61,22 @@ impl Writer {
         if gathered / TURN != (gathered - len) / TURN {
             tokio::task::yield_now().await;
         }
-        if gathered >= BATCH || !window {
+        if !window {
             self.settle(flights, flight).await?;
-            self.write(flight);
+            self.write(flight, 1);
+            self.settle(flights, flight).await?;
+        } else if gathered >= BATCH {
+            self.settle(flights, flight).await?;
+            self.write(flight, BATCH);
         }
-        if window { Ok(()) } else { self.settle(flights, flight).await }
+        Ok(())
     }
 
     /// Waits until the file, if there is one, has everything. Gives back the disk tier's, if it is that.
     pub(super) async fn finish(&mut self, flights: &Flights, flight: &Flight) -> Result<Option<DiskFile>, Fault> {
         loop {
             self.settle(flights, flight).await?;
-            if !self.write(flight) {
+            if !self.write(flight, 1) {
                 return Ok(self.kept.take().map(|tier| *tier));
             }
         }
@@ -96,14 +100,15 @@ impl Writer {
         flight.state.lock().spool.move_to_file(&flights.room, file)
     }
 
-    /// Begins to write what the file has not; false if it has everything. No other write may be under way.
-    fn write(&mut self, flight: &Flight) -> bool {
-        let (unwritten, len) = {
-            let state = flight.state.lock();
-            (state.spool.unwritten(), state.spool.length())
+    /// Begins to write what the file has not, up to a multiple of `unit`; false if that is nothing. No other write may be under way.
+    fn write(&mut self, flight: &Flight, unit: u64) -> bool {
+        let (unwritten, to) = {
+            let spool = &flight.state.lock().spool;
+            let to = spool.length() / unit * unit;
+            (spool.unwritten(to), to)
         };
         let Some((file, at, parts)) = unwritten else { return false };
-        self.given = len;
+        self.given = to;
         self.under_way = Some(match self.kept.take() {
             Some(tier) => grow(*tier, parts).map(|tier| Wrote::Kept(tier.map(Box::new))).boxed(),
             None => spool::write_file(file, parts, at).map(Wrote::Unnamed).boxed(),
@@ -145,6 +150,6 @@ pub async fn tier_file(disk: Arc<Disk>, parts: Vec<Bytes>) -> Option<DiskFile> {
 
 /// Appends to a file of the disk tier; none if it could not be written. Begins at once, whether or not it is awaited.
 pub fn grow(mut file: DiskFile, parts: Vec<Bytes>) -> impl Future<Output = Option<DiskFile>> + Send {
-    let written = tokio::task::spawn_blocking(move || parts.iter().try_for_each(|part| file.append(part)).map(|()| file));
+    let written = tokio::task::spawn_blocking(move || file.append_all(&parts).map(|()| file));
     async move { written.await.ok()?.ok() }
 }

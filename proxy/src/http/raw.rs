@@ -2,14 +2,16 @@
 
 use super::{Cut, Front, cache_status};
 use crate::{
+    buffer,
     conn::Conn,
     fault::{Fault, Limit},
     gate::Head,
+    ladder::{DiskReader, TierName},
     metrics::{Route, Served},
     record::Record,
     serve::{Body, Reply, Via},
 };
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use castier_blob::{Digest, Selection};
 use http::StatusCode;
 use pingora::protocols::http::date::get_cached_date;
@@ -26,9 +28,11 @@ use tokio::{
 const REFUSAL: Duration = Duration::from_secs(2);
 /// Bodies up to this size are copied behind their head, to leave in one write.
 const ONE_WRITE: usize = 16 << 10;
+/// How many pieces from disk leave in one write: each write wakes the client, and so many still fit into the processor's cache.
+const TOGETHER: usize = 4;
 
 impl Front {
-    /// The fast lane: a blob that memory has, to a client that asks for nothing but the blob. False if memory has it not.
+    /// The fast lane: a blob that memory or the disk has, to a client that asks for nothing but the blob. False if neither has it.
     pub(super) async fn fast_hit(
         &self,
         conn: &mut Conn,
@@ -38,25 +42,97 @@ impl Front {
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
-        let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else { return Ok(false) };
+        // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
+        let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else {
+            return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, peer)).await;
+        };
         let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
+        let sent = self.send_memory(conn, &reply, tier, blob).await;
+        let done = self.fast_hit_done(&reply, head.path(ahead), sent, started, peer);
+        ahead.advance(head.len);
+        done
+    }
+
+    /// The fast lane's second half: a blob that the disk has.
+    async fn fast_disk_hit(
+        &self,
+        conn: &mut Conn,
+        ahead: &mut BytesMut,
+        head: &Head,
+        digest: &Digest,
+        peer: Option<SocketAddr>,
+    ) -> Result<bool, Cut> {
+        let started = Instant::now();
+        let Some(blob) = self.ladder.get_from_disk(digest, self.door.asker()).await else { return Ok(false) };
+        let size = blob.size();
+        let mut rest = self.ladder.read_disk(digest, self.door.asker(), blob, 0, size);
+        // Nothing has been said yet: where not even a beginning can be had, the session says why.
+        let Ok(first) = rest.next().await else { return Ok(false) };
+        let reply = Reply::blob(digest, Some(size), Selection::Whole, Via::Tier(TierName::Disk), Body::Empty);
+        let sent = self.send_disk(conn, &reply, first.unwrap_or_default(), rest).await;
+        let done = self.fast_hit_done(&reply, head.path(ahead), sent, started, peer);
+        ahead.advance(head.len);
+        done
+    }
+
+    fn fast_hit_done(
+        &self,
+        reply: &Reply,
+        path: &str,
+        (bytes, whole): (u64, bool),
+        started: Instant,
+        peer: Option<SocketAddr>,
+    ) -> Result<bool, Cut> {
+        let served = if whole { Served::Hit } else { Served::Error };
+        let (cache, took) = (cache_status(&reply.headers), started.elapsed());
+        let listener = self.door.listener();
+        Record { listener, route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
+        if whole { Ok(true) } else { Err(Cut) }
+    }
+
+    /// Sends a head and a blob that memory holds; how much of the blob went out, and whether that was all.
+    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, tier: TierName, blob: Bytes) -> (u64, bool) {
         let one_write = blob.len() <= ONE_WRITE;
-        let mut out = reply.head(&get_cached_date(), true, if one_write { blob.len() } else { 0 });
-        let before_body = out.len();
+        let mut head = reply.head(&get_cached_date(), true, if one_write { blob.len() } else { 0 });
+        let before_body = head.len();
         let (sent, whole) = if one_write {
-            out.extend_from_slice(&blob);
-            send(conn, &mut &out[..]).await
+            head.extend_from_slice(&blob);
+            send(conn, &mut &head[..]).await
         } else {
-            send(conn, &mut out.chain(&blob[..])).await
+            send(conn, &mut head.chain(&blob[..])).await
         };
         let bytes = sent.saturating_sub(before_body) as u64;
         self.metrics.served_from(tier, bytes);
-        let served = if whole { Served::Hit } else { Served::Error };
-        let (path, cache, took) = (head.path(ahead), cache_status(&reply.headers), started.elapsed());
-        let listener = self.door.listener();
-        Record { listener, route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
-        ahead.advance(head.len);
-        if whole { Ok(true) } else { Err(Cut) }
+        (bytes, whole)
+    }
+
+    /// As [`Self::send_memory`], of a blob that is read as it leaves. Its first piece leaves with the head, and does not wait for others.
+    async fn send_disk(&self, conn: &mut Conn, reply: &Reply, first: Bytes, mut rest: DiskReader) -> (u64, bool) {
+        let head = reply.head(&get_cached_date(), true, 0);
+        let (mut head, mut pieces, mut bytes, mut many) = (head.freeze(), [first, Bytes::new(), Bytes::new(), Bytes::new()], 0, 1);
+        loop {
+            let before_body = head.len();
+            let [first, second, third, fourth] = pieces;
+            let (sent, whole) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
+            let part = sent.saturating_sub(before_body) as u64;
+            self.metrics.served_from(TierName::Disk, part);
+            bytes += part;
+            if !whole {
+                return (bytes, false);
+            }
+            head = Bytes::new();
+            many = if buffer::plenty() { (2 * many).min(TOGETHER) } else { 1 };
+            pieces = match few(&mut rest, many).await {
+                Ok(pieces) => pieces,
+                Err(fault) => {
+                    self.cut(&fault);
+                    return (bytes, false);
+                }
+            };
+            if pieces[0].is_empty() {
+                return (bytes, true);
+            }
+        }
     }
 
     /// A request that could not be read: says why, and closes.
@@ -67,6 +143,16 @@ impl Front {
         Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }
             .log(&self.metrics);
     }
+}
+
+/// Up to `many` pieces; none at the end.
+async fn few(reader: &mut DiskReader, many: usize) -> Result<[Bytes; TOGETHER], Fault> {
+    let mut pieces = [const { Bytes::new() }; TOGETHER];
+    for piece in &mut pieces[..many] {
+        let Some(next) = reader.next().await? else { break };
+        *piece = next;
+    }
+    Ok(pieces)
 }
 
 /// Writes all there is; says how much went out, and whether that was all.
