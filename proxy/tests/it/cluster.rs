@@ -57,7 +57,7 @@ async fn ten_thousand_clients_cost_one_load_for_each_blob() {
     assert_eq!(cluster.sum("castier_peer_errors_total", &[]).await, 0);
 }
 
-/// As the issue has it with TEST_FULL set; else of a size that any machine can take in its stride.
+/// Large with TEST_FULL set; else of a size that any machine can take in its stride.
 fn large() -> u64 {
     if std::env::var_os("TEST_FULL").is_some() { 500 * MIB } else { 64 * MIB }
 }
