@@ -13,7 +13,7 @@ use std::error::Error;
 /// What castier holds open whatever it does: listeners, logs, the runtime, scrapes.
 const OWN: u64 = 64;
 /// Connections over the limit are held for as long as it takes to tell them so: at most this many.
-const REFUSALS: usize = 1024;
+const REFUSALS: u64 = 1024;
 
 /// Raises the limit as far as the system lets it, and says how many descriptors there may be.
 pub fn raise() -> u64 {
@@ -25,12 +25,6 @@ pub fn raise() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// How many connections over `max_connections` may be held to be told so.
-pub const fn refusals(max_connections: usize) -> usize {
-    let quarter = max_connections / 4;
-    if quarter < REFUSALS { quarter } else { REFUSALS }
-}
-
 /// Who gets the descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shares {
@@ -38,6 +32,8 @@ pub struct Shares {
     granted: u64,
     /// Files of the disk tier that stay open between reads.
     pub open_files: u64,
+    /// Connections over the limit that are held to be told so. Beyond these they are closed without a word.
+    pub refusals: u64,
     /// Client connections.
     connections: u64,
 }
@@ -47,10 +43,9 @@ impl Shares {
     pub fn of(granted: u64, config: &Castier) -> Self {
         let open_files = config.disk.as_ref().map_or(0, |disk| disk.open_files).min(granted / 8);
         let fills = fills(config).min(granted / 4);
-        let rest = granted - OWN.min(granted / 4) - open_files - fills;
-        // Leaves a place for each that is refused.
-        let connections = (rest * 4 / 5).max(rest.saturating_sub(REFUSALS as u64)).max(1);
-        Self { granted, open_files, connections }
+        let refusals = REFUSALS.min(granted / 16);
+        let connections = (granted - OWN.min(granted / 4) - open_files - fills - refusals).max(1);
+        Self { granted, open_files, refusals, connections }
     }
 
     /// The limits that can be kept: these, with as many connections as there are descriptors for.
@@ -63,7 +58,7 @@ impl Shares {
         let wanted = config.limits.max_connections;
         if wanted > self.most() {
             let open_files = config.disk.as_ref().map_or(0, |disk| disk.open_files);
-            let needed = (wanted + refusals(wanted)) as u64 + open_files + fills(config) + OWN;
+            let needed = wanted as u64 + REFUSALS + open_files + fills(config) + OWN;
             tracing::warn!(
                 granted = self.granted,
                 needed,
@@ -117,7 +112,7 @@ mod tests {
             let limits = shares.within(&Limits { max_connections: max, ..Limits::default() });
             let connections = limits.max_connections as u64;
             prop_assert!((1..=max as u64).contains(&connections));
-            let held = connections + refusals(limits.max_connections) as u64 + shares.open_files;
+            let held = connections + shares.refusals + shares.open_files;
             prop_assert!(held < granted, "{held} of {granted}");
             prop_assert!(!disk || shares.open_files > 0);
             // A quarter at most is kept for the fills, and as much for castier's own.

@@ -11,7 +11,6 @@ pub use peer::PeerDoor;
 
 use crate::{
     conn::{Conn, response_header, write},
-    descriptors,
     fault::{Fault, Limit},
     flight::{Asker, Opened},
     gate::{self, NoHead},
@@ -52,6 +51,8 @@ pub struct Front {
     ladder: Arc<Ladder>,
     door: Door,
     limits: Arc<ArcSwap<Limits>>,
+    /// How many connections over `limits.max_connections` are told so.
+    refusals: usize,
     metrics: Arc<Metrics>,
 }
 
@@ -111,9 +112,9 @@ impl ServerApp for Front {
 }
 
 impl Front {
-    /// The application over these parts.
-    pub fn new(ladder: Arc<Ladder>, door: Door, limits: Arc<ArcSwap<Limits>>, metrics: Arc<Metrics>) -> Self {
-        Self { ladder, door, limits, metrics }
+    /// The application over these parts. So many connections beyond `limits.max_connections` are told so before they are closed.
+    pub fn new(ladder: Arc<Ladder>, door: Door, limits: Arc<ArcSwap<Limits>>, refusals: usize, metrics: Arc<Metrics>) -> Self {
+        Self { ladder, door, limits, refusals, metrics }
     }
 
     /// The connection that made it `place` of them.
@@ -132,7 +133,7 @@ impl Front {
         }
         self.metrics.shed(Limit::Connections);
         // Beyond these they are closed without a word, so that telling costs little; and so is one that would first have to be secured.
-        if place <= max + descriptors::refusals(max) && !matches!(&self.door, Door::Peers(door) if door.is_secured()) {
+        if place <= max + self.refusals && !matches!(&self.door, Door::Peers(door) if door.is_secured()) {
             Box::pin(raw::refuse_connection(&mut Conn::new(stream, patience))).await;
         }
     }

@@ -145,7 +145,8 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
     let (ready, door) = (AtomicBool::new(false), Door::Clients { relay, purge: purge.clone() });
     let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), members, purge, ready, name: name.clone() });
-    let front = |door| Front::new(ladder.clone(), door, limits.clone(), metrics.clone());
+    let refusals = usize::try_from(shares.refusals).unwrap_or(usize::MAX);
+    let front = |door| Front::new(ladder.clone(), door, limits.clone(), refusals, metrics.clone());
 
     say(&format!("listening public {name}\nlistening admin {}", shown(&admin_listener)));
     if let Some(peer) = &peer {
