@@ -73,6 +73,10 @@ pub struct Origin {
     /// How often a broken transfer is taken up again, at the offset where it broke, without any progress in between; 0 to
     /// 100. Default 2: helps over a restart of one of the origin's machines, and does not beat on an origin that is down.
     pub retries: u32,
+    /// How many requests that are no fill and no streamed upload may be under way at once: HEAD, DELETE, and uploads of up to
+    /// 64 KiB; 1 to 65536. Default 256, as many as fills: a thousand clients that store something small at the same moment use
+    /// each other's connections, and the origin is not made to accept a thousand.
+    pub max_requests: usize,
 }
 
 impl Default for Origin {
@@ -83,6 +87,7 @@ impl Default for Origin {
             connect_timeout: Span::secs(2),
             read_timeout: Span::secs(30),
             retries: 2,
+            max_requests: 256,
         }
     }
 }

@@ -102,6 +102,7 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
     if origin.retries > 100 {
         problems.add("origin.retries", format!("{} is too many; write 0 to 100", origin.retries));
     }
+    check_connections("origin.max_requests", origin.max_requests, problems);
     if !origin.ca_file.as_os_str().is_empty()
         && let Err(error) = first_byte(&origin.ca_file)
     {
@@ -133,12 +134,16 @@ fn check_disk(disk: &Disk, problems: &mut Problems) {
     check_span("disk.cooldown", disk.cooldown, problems);
 }
 
-fn check_fill(fill: &Fill, problems: &mut Problems) {
-    check_count("fill.max_in_flight", fill.max_in_flight, problems);
-    // Each fill in flight is a connection to the origin, of which one address has no more ports than this.
-    if fill.max_in_flight > 65_536 {
-        problems.add("fill.max_in_flight", "must be 65536 or less");
+/// What is a connection to the origin each, of which one address has no more ports than this.
+fn check_connections(key: &str, count: usize, problems: &mut Problems) {
+    check_count(key, count, problems);
+    if count > 65_536 {
+        problems.add(key, "must be 65536 or less");
     }
+}
+
+fn check_fill(fill: &Fill, problems: &mut Problems) {
+    check_connections("fill.max_in_flight", fill.max_in_flight, problems);
     check_size("fill.memory", fill.memory, problems);
     check_size("fill.spool", fill.spool, problems);
     if !fill.spool_dir.as_os_str().is_empty() && !fill.spool_dir.is_dir() {

@@ -121,7 +121,7 @@ async fn log_figures(origin: Origin, every: Duration) {
 }
 
 async fn bind(key: &str, address: &str) -> io::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
+    let listener = TcpListener::bind(address).await.map_err(|error| {
         let advice = match error.kind() {
             ErrorKind::AddrInUse => "is taken by another program; stop that one, or choose another port",
             ErrorKind::AddrNotAvailable => "is not an address of this machine; choose one that is, or 0.0.0.0 for all",
@@ -129,7 +129,11 @@ async fn bind(key: &str, address: &str) -> io::Result<TcpListener> {
             _ => "cannot be listened on; choose another",
         };
         io::Error::new(error.kind(), format!("{key} {address} {advice} ({error})"))
-    })
+    })?;
+    // A herd connects at once, and a queue that runs over resets connections: it is made as long as the system allows
+    // (net.core.somaxconn). Where that fails it is as it was.
+    rustix::net::listen(&listener, i32::MAX).ok();
+    Ok(listener)
 }
 
 /// The admin listener's default port is a convenience: with two origins on one machine the second takes any other. A port that

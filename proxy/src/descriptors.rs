@@ -75,11 +75,11 @@ impl Shares {
 }
 
 /// What all fills together may hold open: a connection and a file each, and an embedded origin as much again; in a cluster also those that
-/// peers ask for.
+/// peers ask for. And small requests to the origin, which need no file here.
 fn fills(config: &Castier) -> u64 {
     let origin = if matches!(config.origin.url, OriginUrl::Embedded(_)) { 2 } else { 0 };
     let each = 2 + origin + if config.cluster.is_some() { 2 } else { 0 };
-    config.fill.max_in_flight as u64 * each
+    config.fill.max_in_flight as u64 * each + config.origin.max_requests as u64 * (1 + origin)
 }
 
 /// Whether this, or what caused it, is that no descriptor was left.

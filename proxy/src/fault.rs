@@ -85,6 +85,8 @@ pub enum Limit {
     Connections,
     /// `fill.max_in_flight`, for longer than `fill.max_wait`.
     Fills,
+    /// `origin.max_requests`, for longer than `origin.read_timeout`.
+    Requests,
     /// `fill.spool`.
     Spool,
     /// The system's limit on open files.
@@ -95,13 +97,14 @@ pub enum Limit {
 
 impl Limit {
     /// Every reason, for making the series exist from the start.
-    pub const ALL: [Self; 5] = [Self::Connections, Self::Fills, Self::Spool, Self::Files, Self::Origin];
+    pub const ALL: [Self; 6] = [Self::Connections, Self::Fills, Self::Requests, Self::Spool, Self::Files, Self::Origin];
 
     /// As it stands in labels and texts.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Connections => "connections",
             Self::Fills => "fills",
+            Self::Requests => "requests",
             Self::Spool => "spool",
             Self::Files => "files",
             Self::Origin => "origin",

@@ -221,7 +221,11 @@ impl Signals {
 }
 
 async fn bind(key: &str, address: &str) -> Result<TcpListener, String> {
-    TcpListener::bind(address).await.map_err(|error| format!("{key}: cannot listen on {address}: {error}"))
+    let listener = TcpListener::bind(address).await.map_err(|error| format!("{key}: cannot listen on {address}: {error}"))?;
+    // A herd connects at once, and a queue that runs over resets connections: it is made as long as the system allows
+    // (net.core.somaxconn). Where that fails it is as it was.
+    rustix::net::listen(&listener, i32::MAX).ok();
+    Ok(listener)
 }
 
 /// The peer listener. The config has refused what can be told from the text; a name is what it resolves to.

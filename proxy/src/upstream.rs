@@ -32,10 +32,14 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
 
 /// How long a resolved name is believed. Short, since it is how an origin moves; a failed look-up keeps the last good answer.
 const RESOLVED_FOR: Duration = Duration::from_secs(5);
-/// Kept-alive connections to one source. More than `fill.max_in_flight` would never be used at once.
+/// Kept-alive connections to one source: as many as fills have places, unless somebody changed that.
 const POOL: usize = 256;
 /// The longest answer beside a blob that is worth reading.
 const MAX_ANSWER: usize = 64 << 10;
@@ -63,6 +67,8 @@ pub struct Upstream {
     connect_timeout: Duration,
     /// Longest silence, not the whole transfer.
     read_timeout: Duration,
+    /// `origin.max_requests`, here and at each peer.
+    requests: Semaphore,
     /// What this node and a peer have in common; none with the origin.
     ties: Option<peers::Ties>,
 }
@@ -89,6 +95,7 @@ impl Upstream {
             resolved: Mutex::new(None),
             connect_timeout: config.connect_timeout.get(),
             read_timeout: config.read_timeout.get(),
+            requests: Semaphore::new(config.max_requests),
             ties: None,
         }))
     }
@@ -154,7 +161,7 @@ impl Upstream {
     /// As [`Self::open`].
     pub async fn stat(&self, digest: &Digest) -> Result<Option<u64>, Fault> {
         let request = self.request(Method::HEAD, &wire::blob_path(digest))?;
-        let (session, peer) = self.exchange(&request, &[]).await?;
+        let (session, peer, _place) = self.ask(&request, &[]).await?;
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         let (status, length) = (head.status, number(head.headers.get(header::CONTENT_LENGTH)));
         self.finish(session, &peer).await;
@@ -172,7 +179,7 @@ impl Upstream {
     /// [`Fault::NotAllowed`] if the source does not delete; else as [`Self::open`].
     pub async fn delete(&self, digest: &Digest) -> Result<bool, Fault> {
         let request = self.request(Method::DELETE, &wire::blob_path(digest))?;
-        let (session, peer) = self.exchange(&request, &[]).await?;
+        let (session, peer, _place) = self.ask(&request, &[]).await?;
         let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
         self.finish(session, &peer).await;
         match status {
@@ -212,7 +219,7 @@ impl Upstream {
         {
             return Ok(addresses.clone());
         }
-        let looked_up = tokio::time::timeout(self.connect_timeout, tokio::net::lookup_host((self.host.as_str(), self.port))).await;
+        let looked_up = timeout(self.connect_timeout, tokio::net::lookup_host((self.host.as_str(), self.port))).await;
         let addresses: Vec<_> = looked_up.ok().and_then(Result::ok).into_iter().flatten().collect();
         match known {
             _ if !addresses.is_empty() => {
@@ -224,8 +231,22 @@ impl Upstream {
         }
     }
 
+    /// [`Self::exchange`] in one of `origin.max_requests` places, which comes with the answer. It is waited for as long as an answer
+    /// would be: to a client it is the same. Unlike a fill, nobody takes this up again, so it has one repeat of its own.
+    async fn ask(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer, SemaphorePermit<'_>), Fault> {
+        let Ok(Ok(place)) = timeout(self.read_timeout, self.requests.acquire()).await else { return Err(Fault::Busy(Limit::Requests)) };
+        let (session, peer) = self.repeat(request, body, 1).await?;
+        Ok((session, peer, place))
+    }
+
     /// Sends a request that may be repeated, with a body small enough to be at hand, and reads the head of the answer.
     async fn exchange(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer), Fault> {
+        self.repeat(request, body, 0).await
+    }
+
+    /// [`Self::exchange`], and as often again as `repeats` says if a connection breaks before the answer.
+    async fn repeat(&self, request: &RequestHeader, body: &[u8], mut repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
+        use ErrorType::{ConnectionClosed, ReadError, WriteError};
         let peers = self.peers().await?;
         let mut last = None;
         for peer in peers {
@@ -250,7 +271,9 @@ impl Upstream {
                 match answered.await {
                     Ok(()) => return Ok((session, peer)),
                     // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
-                    Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == ErrorType::WriteError) => {}
+                    Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
+                    // A source that restarts, or whose queue of new connections ran over.
+                    Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) => repeats -= 1,
                     Err(error) => return Err(self.fault(&error)),
                 }
             }
@@ -274,7 +297,7 @@ impl Upstream {
             }
             true
         };
-        if tokio::time::timeout(Duration::from_millis(200), rest).await == Ok(true) {
+        if timeout(Duration::from_millis(200), rest).await == Ok(true) {
             self.connector.release_http_session(session, peer, peer.options.idle_timeout).await;
         }
     }

@@ -53,7 +53,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("moka", &["disk", "memory"]),
     ("crc_fast", &["disk"]),
     ("crossbeam_channel", &["disk"]),
-    ("rustix", &["descriptors", "disk", "spool"]),
+    ("rustix", &["descriptors", "disk", "main", "spool"]),
     // The last two in their tests alone.
     ("tempfile", &["disk", "spool", "secret", "upstream"]),
     ("axum", &["admin", "main"]),

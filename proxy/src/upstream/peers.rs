@@ -67,6 +67,8 @@ pub struct Peers {
     patience: Duration,
     /// `fill.max_in_flight`, for each peer.
     places: usize,
+    /// `origin.max_requests`, for each peer.
+    requests: usize,
     /// `fill.max_wait`.
     max_wait: Duration,
 }
@@ -160,6 +162,7 @@ impl Peers {
                 + config.fill.max_wait.get()
                 + MARGIN,
             places: config.fill.max_in_flight,
+            requests: config.origin.max_requests,
             max_wait: config.fill.max_wait.get(),
         }))
     }
@@ -363,6 +366,7 @@ impl Peers {
                 connect_timeout: self.stall_timeout * 3 / 4,
                 // A watch is over all that may take long.
                 read_timeout: self.patience,
+                requests: Semaphore::new(self.requests),
                 ties: Some(Ties { members: self.members.clone(), secrets: self.secrets.clone() }),
             }),
             places: Arc::new(Semaphore::new(self.places)),

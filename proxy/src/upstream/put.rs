@@ -91,7 +91,7 @@ impl Upstream {
         let mut request = self.request(method, &path)?;
         if let Some(verified) = &parcel.whole {
             insert(&mut request, header::CONTENT_LENGTH, &parcel.held.len().to_string())?;
-            let (session, peer) = self.exchange(&request, &parcel.held).await?;
+            let (session, peer, _place) = self.ask(&request, &parcel.held).await?;
             return Ok((self.stored(session, &peer, by_name, verified).await?, verified.clone()));
         }
         match parcel.size {

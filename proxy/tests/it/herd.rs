@@ -1,8 +1,8 @@
 //! However many come at once, the origin sees one load: in calm, when clients leave, and when the origin breaks off.
 
 use crate::support::{
-    Blob, Castier, Download, Gate, KIB, Lie, LyingOrigin, MIB, Random, assert_ledger, client::Outcome, eventually, get, heavy, metrics,
-    within,
+    Blob, Castier, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Random, RealOrigin, Request, assert_ledger, client::Outcome,
+    eventually, get, heavy, metrics, within,
 };
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -18,6 +18,10 @@ const OTHERS: usize = 200;
 const OTHER_BLOBS: usize = 20;
 /// Room for the large blob in memory.
 const KEEPS_LARGE: &str = "memory.max_blob = \"32MiB\"\nmemory.capacity = \"256MiB\"";
+
+/// Clients that upload, and what each stores.
+const WRITERS: usize = 2000;
+const WRITES: usize = 3;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Trouble {
@@ -214,4 +218,31 @@ async fn herd_while_the_origin_resets_twice() {
     let _turn = heavy().await;
     let herd = herd(KEEPS_LARGE, Trouble::OriginResetsTwice).await;
     assert_kept(&herd).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_thousand_clients_that_store_something_small() {
+    let _turn = heavy().await;
+    let origin = RealOrigin::start().await;
+    let castier = Castier::start(&origin.url(), "").await;
+    let mut clients = JoinSet::new();
+    let start = Gate::new();
+    for client in 0..WRITERS {
+        let (to, start) = (castier.public, start.clone());
+        clients.spawn(async move {
+            start.pass().await;
+            let mut conn = Conn::open(to).await;
+            for write in 0..WRITES {
+                let blob = Blob::of(format!("{client} stores {write}").as_bytes());
+                let reply = conn.ask(&Request::new("POST", "/cas").body(blob.whole())).await;
+                assert_eq!(reply.status, 201, "{}", String::from_utf8_lossy(&reply.body));
+            }
+        });
+    }
+    eventually("all stand at the start", async || (start.arrived() == WRITERS).then_some(())).await;
+    start.open();
+    while let Some(client) = clients.join_next().await {
+        client.unwrap();
+    }
+    assert_eq!(metrics(&castier).await.kept(), (WRITERS * WRITES) as u64);
 }

@@ -90,6 +90,42 @@ async fn a_fill_waits_for_its_place() {
 }
 
 #[tokio::test]
+async fn requests_at_the_origin() {
+    let _turn = light().await;
+    let (origin, castier) = world("origin.max_requests = 2\norigin.read_timeout = \"1s\"").await;
+    let gate = Gate::new();
+    origin.freeze(&gate);
+    let ask = |request: Request| {
+        let to = castier.public;
+        tokio::spawn(async move { request.send(to).await })
+    };
+    let blobs: Vec<_> = (0..12).map(|n| Blob::of(format!("upload {n}").as_bytes())).collect();
+    let clients: Vec<_> = blobs
+        .iter()
+        .flat_map(|blob| [Request::new("PUT", blob.path()).body(blob.whole()), Request::new("HEAD", blob.path())])
+        .map(ask)
+        .collect();
+    let mut shed = 0;
+    for client in clients {
+        let reply = client.await.unwrap();
+        match reply.status {
+            503 => shed += 1,
+            status => assert_eq!(status, 504),
+        }
+    }
+    // As the first two are given up, two more may come in, if they have not been given up at the same moment.
+    assert!((2..=4).contains(&gate.arrived()), "{}", gate.arrived());
+    assert_eq!(shed, 2 * blobs.len() - gate.arrived());
+    assert_eq!(metrics(&castier).await.sum("castier_shed_requests_total", &[("reason", "requests")]), shed as u64);
+    gate.open();
+    for blob in &blobs {
+        // Some of what was given up has been stored all the same.
+        assert!(matches!(Request::new("PUT", blob.path()).body(blob.whole()).send(castier.public).await.status, 200 | 201));
+    }
+    assert_ledger(&castier).await;
+}
+
+#[tokio::test]
 async fn uploads() {
     let _turn = light().await;
     let (origin, castier) = world("limits.max_blob = \"1MiB\"\nmemory.max_blob = \"1MiB\"").await;
