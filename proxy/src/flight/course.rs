@@ -13,7 +13,10 @@
 use super::Flight;
 use crate::{fault::Fault, members::Member, upstream::Peers};
 use castier_blob::Digest;
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// So many members are asked before the origin. The first is there as a rule, the second has what the first left behind, and whoever
 /// has met with two failures should not wait for a third.
@@ -53,17 +56,22 @@ pub(super) struct Course {
     tried: Vec<Arc<str>>,
     /// Only the origin is left.
     straight: bool,
+    /// When the present leg began.
+    since: Instant,
+    /// A peer has cost time, and the next must not cost as much again.
+    late: bool,
     /// Whose bytes are among those that came since the flight began, or began anew.
     gave: Vec<Member>,
 }
 
 impl Course {
-    pub(super) const fn new(peers: Option<Arc<Peers>>, digest: Digest) -> Self {
-        Self { peers, digest, tried: Vec::new(), straight: false, gave: Vec::new() }
+    pub(super) fn new(peers: Option<Arc<Peers>>, digest: Digest) -> Self {
+        Self { peers, digest, tried: Vec::new(), straight: false, since: Instant::now(), late: false, gave: Vec::new() }
     }
 
     /// Whom to ask now, as the cluster is now.
     pub(super) fn next(&mut self, mut home: bool) -> Leg {
+        self.since = Instant::now();
         let Some(peers) = self.peers.as_ref().filter(|_| !self.straight) else { return Leg::Origin };
         let view = peers.members().view();
         let is_new = |member: &&Member| !member.itself && !self.tried.contains(&member.name) && peers.trusts(member);
@@ -84,6 +92,13 @@ impl Course {
         next.map_or(Leg::Origin, |member| Leg::Peek(member.clone()))
     }
 
+    /// How long the peer that is asked now may be silent: the whole `cluster.stall_timeout` once, and then a quarter. Who is well gives a
+    /// sign much sooner, and of a request behind a partition all peers may be silent.
+    pub(super) fn patience(&self) -> Duration {
+        let whole = self.peers.as_ref().map_or(Duration::ZERO, |peers| peers.stall_timeout());
+        if self.late { whole / 4 } else { whole }
+    }
+
     /// Bytes come this way.
     pub(super) fn gives(&mut self, leg: &Leg) {
         if let Leg::Peer(member) | Leg::Peek(member) = leg {
@@ -100,6 +115,7 @@ impl Course {
     pub(super) fn failed(&mut self, member: &Member, fault: &Fault) {
         if let Some(peers) = &self.peers {
             peers.failed(member, fault);
+            self.late |= self.since.elapsed() > peers.stall_timeout() / 2;
         }
         self.tried.push(member.name.clone());
     }

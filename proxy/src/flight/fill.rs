@@ -12,7 +12,7 @@ use crate::{
     upstream::Answer,
 };
 use castier_blob::Verifier;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::sync::SemaphorePermit;
 
 /// How a leg ended, if not with a fault.
@@ -95,7 +95,7 @@ impl Flights {
 
     /// One leg: opens the source where the last one ended and takes all that comes.
     async fn go(&self, flight: &Arc<Flight>, leg: &Leg, fill: &mut Fill) -> Result<End, Fault> {
-        let incoming = match self.open(flight, leg, fill.verifier.seen()).await? {
+        let incoming = match self.open(flight, leg, fill.verifier.seen(), fill.course.patience()).await? {
             Some(Answer::Blob(incoming)) => *incoming,
             Some(Answer::Absent) => return Ok(End::Absent),
             Some(Answer::NotKept) | None => return Ok(End::Elsewhere),
@@ -113,14 +113,14 @@ impl Flights {
     }
 
     /// None: the flight was turned home before there was an answer.
-    async fn open(&self, flight: &Arc<Flight>, leg: &Leg, from: u64) -> Result<Option<Answer>, Fault> {
+    async fn open(&self, flight: &Arc<Flight>, leg: &Leg, from: u64, patience: Duration) -> Result<Option<Answer>, Fault> {
         let digest = &flight.digest;
         let (Some(peers), Leg::Peer(member) | Leg::Peek(member)) = (&self.sources.peers, leg) else {
             return Ok(Some(
                 self.sources.origin.open(digest, from).await?.map_or(Answer::Absent, |incoming| Answer::Blob(Box::new(incoming))),
             ));
         };
-        let opened = peers.open(member, digest, from, !leg.is_foreign());
+        let opened = peers.open(member, digest, from, !leg.is_foreign(), patience);
         tokio::pin!(opened);
         loop {
             if flight.must_turn() {

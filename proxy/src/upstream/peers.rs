@@ -135,6 +135,8 @@ pub(super) struct Watch {
     member: Member,
     digest: Digest,
     hope: Hope,
+    /// How long it may be silent.
+    patience: Duration,
     /// Held to the end of the transfer.
     _place: Option<OwnedSemaphorePermit>,
 }
@@ -177,6 +179,11 @@ impl Peers {
         self.members.view().owner(digest).filter(|owner| !owner.itself).cloned()
     }
 
+    /// `cluster.stall_timeout`.
+    pub const fn stall_timeout(&self) -> Duration {
+        self.stall_timeout
+    }
+
     /// Whether the cluster has changed so recently that a blob may be with the member that comes after its owner.
     pub fn peeks(&self, view: &View) -> bool {
         view.changed_at.elapsed() < self.peek_for
@@ -213,11 +220,18 @@ impl Peers {
     }
 
     /// Opens the blob for reading from offset `from`. With `only_kept` the peer starts nothing for its sake.
-    /// Waits while the peer's own flight does.
+    /// Waits while the peer's own flight does, and else gives up after `patience` without a byte.
     ///
     /// # Errors
     /// Whatever kept the peer from answering, or made its answer useless. To be told to [`Self::failed`].
-    pub async fn open(self: &Arc<Self>, member: &Member, digest: &Digest, from: u64, only_kept: bool) -> Result<Answer, Fault> {
+    pub async fn open(
+        self: &Arc<Self>,
+        member: &Member,
+        digest: &Digest,
+        from: u64,
+        only_kept: bool,
+        patience: Duration,
+    ) -> Result<Answer, Fault> {
         let peer = self.peer(member);
         // What is kept comes at once or not at all, and whoever asks for it has a place already.
         let place = if only_kept { None } else { Some(self.place(&peer).await?) };
@@ -226,7 +240,7 @@ impl Peers {
             insert(&mut request, header::CACHE_CONTROL, ONLY_IF_CACHED)?;
         }
         let hope = if only_kept { Hope::Tier } else { Hope::Flight };
-        let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, hope, _place: place };
+        let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, hope, patience, _place: place };
         let (session, connection) = watch.over(peer.upstream.exchange(&request, &[])).await?;
         let answer = match session.resp_header().map_or(Said::Other, |head| said(head, only_kept)) {
             Said::Absent => Answer::Absent,
@@ -282,7 +296,8 @@ impl Peers {
     /// As [`Upstream::put`].
     pub async fn put(self: &Arc<Self>, member: &Member, digest: &Digest, parcel: &mut Parcel<'_>) -> Result<(Put, Verified<()>), Fault> {
         let upstream = self.peer(member).upstream.clone();
-        let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, hope: Hope::Upload, _place: None };
+        let patience = self.stall_timeout;
+        let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, hope: Hope::Upload, patience, _place: None };
         watch.over(upstream.put(parcel)).await.inspect_err(|fault| self.failed(member, fault))
     }
 
@@ -317,7 +332,7 @@ impl Peers {
 
     /// What is answered at once or not at all.
     async fn in_time<T>(&self, member: &Member, asked: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
-        let answer = timeout(self.stall_timeout, asked).await.unwrap_or_else(|_| Err(self.stalled()));
+        let answer = timeout(self.stall_timeout, asked).await.unwrap_or_else(|_| Err(stalled(self.stall_timeout)));
         match &answer {
             Ok(_) => self.answered(member),
             Err(fault) => self.failed(member, fault),
@@ -339,10 +354,6 @@ impl Peers {
         };
         upstream.finish(session, &connection).await;
         sign
-    }
-
-    fn stalled(&self) -> Fault {
-        Fault::Silent { source_name: PEER, why: format!("no sign of life for {:?}", self.stall_timeout) }
     }
 
     fn peer(&self, member: &Member) -> Arc<Peer> {
@@ -378,11 +389,11 @@ impl Peers {
 }
 
 impl Watch {
-    /// What `wait` comes to, unless the peer is silent for `cluster.stall_timeout` and gives no sign that there is hope.
+    /// What `wait` comes to, unless the peer is silent for too long and gives no sign that there is hope.
     pub(super) async fn over<T>(&self, wait: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
         let peers = &self.peers;
-        let (started, half) = (Instant::now(), peers.stall_timeout / 2);
-        let mut until = started + peers.stall_timeout;
+        let (started, half) = (Instant::now(), self.patience / 2);
+        let mut until = started + self.patience;
         tokio::pin!(wait);
         loop {
             tokio::select! {
@@ -399,15 +410,19 @@ impl Watch {
             tokio::select! {
                 biased;
                 done = &mut wait => return done,
-                () = hopeful => until = Instant::now() + peers.stall_timeout,
-                () = sleep_until(until.into()) => return Err(peers.stalled()),
+                () = hopeful => until = Instant::now() + self.patience,
+                () = sleep_until(until.into()) => return Err(stalled(self.patience)),
             }
             // An upload takes as long as its client does.
             if self.hope != Hope::Upload && started.elapsed() > peers.patience {
-                return Err(peers.stalled());
+                return Err(stalled(self.patience));
             }
         }
     }
+}
+
+fn stalled(patience: Duration) -> Fault {
+    Fault::Silent { source_name: PEER, why: format!("no sign of life for {patience:?}") }
 }
 
 impl Hope {

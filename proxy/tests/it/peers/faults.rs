@@ -1,7 +1,10 @@
 //! Every lie of a peer: the right bytes reach the client all the same, from the origin, and the counters tell.
 
 use super::{LARGE, SMALL, STALL, World, kept, loads};
-use crate::support::{Download, Gate, KIB, Lie, MIB, Request, assert_ledger, eventually, get, light, metrics};
+use crate::support::{
+    Blob, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, cluster::Node, eventually, get, light, metrics,
+};
+use castier::ring::Ring;
 use std::{
     sync::atomic::Ordering,
     time::{Duration, Instant},
@@ -112,6 +115,40 @@ async fn a_silent_peer_costs_one_stall() {
         assert!(took >= STALL && took < STALL + SLACK, "{what}: {took:?}");
     }
     assert_ledger(world.node.castier()).await;
+    gate.open();
+}
+
+#[tokio::test]
+async fn two_silent_peers_cost_little_more_than_one() {
+    let _turn = light().await;
+    // Long, so that two of them are told from one and a quarter on a busy machine.
+    let stall = STALL * 4;
+    let (origin, one, other) = (LyingOrigin::start().await, LyingOrigin::start().await, LyingOrigin::start().await);
+    let config = format!("cluster.stall_timeout = \"{}ms\"\ncluster.peek_for = \"0s\"", stall.as_millis());
+    let mut node = Node::new(&origin.url(), &config);
+    let names = [node.name.clone(), one.addr.to_string(), other.addr.to_string()];
+    node.configure(&names);
+    node.start().await;
+    let ring = Ring::new(names.map(|name| (name, 1)));
+    let blob = loop {
+        let blob = Blob::new(LARGE);
+        if ring.order(&blob.digest).last().is_some_and(|last| ring.names()[last] == node.name) {
+            break blob;
+        }
+    };
+    origin.add(&blob);
+    let gate = Gate::new();
+    for peer in [&one, &other] {
+        peer.add(&blob);
+        peer.next(&blob, [Lie::honest().hold(&gate)]);
+    }
+    let started = Instant::now();
+    get(node.public(), &blob).await.assert_is(&blob);
+    let took = started.elapsed();
+    assert!(took >= stall * 5 / 4 && took < stall * 5 / 4 + SLACK, "{took:?}");
+    assert_eq!([&one, &other, &origin].map(|source| source.gets(&blob)), [1, 1, 1]);
+    assert_eq!(node.metrics().await.total("castier_peer_errors_total"), 2);
+    assert_ledger(node.castier()).await;
     gate.open();
 }
 
