@@ -7,6 +7,7 @@ mod admin;
 mod chance;
 mod cluster;
 mod cluster_change;
+mod cluster_dns;
 mod config;
 mod curl;
 mod disk;

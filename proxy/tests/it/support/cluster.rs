@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -37,6 +37,8 @@ pub(crate) struct Node {
     origin: String,
     /// Its lines of TOML beside the addresses, the origin and the members.
     config: String,
+    /// What stands in for `/etc/resolv.conf`, where the node and nobody else sees it.
+    resolv_conf: Option<PathBuf>,
     /// Its config file and its disk tier.
     dir: TempDir,
     castier: Option<Castier>,
@@ -51,6 +53,7 @@ impl Node {
             name: format!("{address}:{PEER}"),
             origin: origin.to_owned(),
             config: config.to_owned(),
+            resolv_conf: None,
             dir: TempDir::new().unwrap(),
             castier: None,
         }
@@ -69,11 +72,21 @@ impl Node {
 
     /// Writes its config file: these are the members now.
     pub(crate) fn configure(&self, members: &[String]) {
+        self.write_config(&format!("cluster.peers = {members:?}"));
+    }
+
+    /// Writes its config file: the members are what the name server says that `/etc/resolv.conf`, as of the next start, leads to.
+    pub(crate) fn configure_by_dns(&mut self, name: &str, resolv_conf: PathBuf) {
+        self.resolv_conf = Some(resolv_conf);
+        self.write_config(&format!("cluster.dns = \"{name}\"\ncluster.refresh = \"100ms\""));
+    }
+
+    fn write_config(&self, members: &str) {
         let Self { address, name, origin, config, .. } = self;
         let disk = self.path("disk");
         let text = format!(
             "listen.public = \"{address}:{PUBLIC}\"\nlisten.peer = \"{address}:{PEER}\"\nlisten.admin = \"{address}:{ADMIN}\"\n\
-             origin.url = \"{origin}\"\ncluster.advertise = \"{name}\"\ncluster.peers = {members:?}\n{}\n",
+             origin.url = \"{origin}\"\ncluster.advertise = \"{name}\"\n{members}\n{}\n",
             config.replace("$DISK", disk.to_str().unwrap())
         );
         fs::write(self.path("castier.toml"), text).unwrap();
@@ -81,7 +94,14 @@ impl Node {
 
     /// Starts it, and waits until it is ready.
     pub(crate) async fn start(&mut self) {
-        let mut command = Command::new(Castier::program());
+        let mut command = match &self.resolv_conf {
+            None => Command::new(Castier::program()),
+            Some(file) => {
+                let mut command = in_place_of(file, "/etc/resolv.conf");
+                command.arg(Castier::program());
+                command
+            }
+        };
         command.arg("--config").arg(self.path("castier.toml"));
         self.castier = Some(Castier::run(command, TempDir::new().unwrap()).await);
     }
@@ -124,6 +144,14 @@ impl Node {
     pub(crate) async fn metrics(&self) -> Metrics {
         metrics(self.castier()).await
     }
+}
+
+/// Runs a command, whose name is still to be added, that sees `file` where everybody else sees `path`. Only root may.
+pub(crate) fn in_place_of(file: &Path, path: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-c", "mount --bind \"$0\" \"$1\" && shift && exec \"$@\""]);
+    command.arg(file).arg(path);
+    command
 }
 
 /// A cluster whose nodes agree on who they are, unless told otherwise.
