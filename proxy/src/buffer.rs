@@ -3,13 +3,20 @@
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use std::ops::{Deref, DerefMut, Range};
+use rustix::io::{Errno, ReadWriteFlags};
+use std::{
+    fs::File,
+    io::IoSliceMut,
+    ops::{Deref, DerefMut, Range},
+};
 
 /// The most that a buffer holds: a block of the disk tier, and the longest piece that a reader gets at once.
 pub const SIZE: usize = 64 << 10;
 static POOL: Mutex<Pool> = Mutex::new(Pool { idle: Vec::new(), lent: 0 });
 /// How many may wait: 8 MiB at most, enough for as many reads as run at once.
 const MAX_IDLE: usize = 128;
+/// What Linux calls a tmpfs in `statfs`; see statfs(2).
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 /// Up to here the allocator has warm memory of its own, and blobs do not hold on to more than they need.
 const SMALL: usize = 8 << 10;
 
@@ -45,10 +52,33 @@ impl Buffer {
         Self { memory: idle.unwrap_or_else(|| vec![0; SIZE].into()), len: len.min(SIZE) }
     }
 
+    /// Reads from offset `at` of the file, as far as that takes no waiting: what the page cache has. How many bytes came, from the front.
+    pub fn read_cached(&mut self, file: &File, at: u64) -> usize {
+        let mut filled = 0;
+        while filled < self.len {
+            let (at, rest) = (at + filled as u64, &mut self[filled..]);
+            let read = match rustix::io::preadv2(file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT) {
+                // A file system in memory has nothing to wait for, and does not know the question.
+                Err(Errno::OPNOTSUPP) if is_in_memory(file) => rustix::io::pread(file, rest, at),
+                read => read,
+            };
+            match read {
+                Ok(n @ 1..) => filled += n,
+                Err(Errno::INTR) => {}
+                Ok(_) | Err(_) => break,
+            }
+        }
+        filled
+    }
+
     /// The bytes, shared; the memory comes back when the last of them is dropped.
     pub fn share(self, part: Range<usize>) -> Bytes {
         Bytes::from_owner(self).slice(part)
     }
+}
+
+fn is_in_memory(file: &File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type == TMPFS)
 }
 
 impl Deref for Buffer {
@@ -85,6 +115,7 @@ impl Drop for Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn buffers_are_as_long_as_asked_for() {
@@ -99,5 +130,20 @@ mod tests {
         }
         assert!(POOL.lock().idle.len() <= MAX_IDLE);
         assert!(plenty());
+    }
+
+    #[test]
+    fn what_was_just_written_is_read_without_waiting() {
+        for dir in [std::env::temp_dir(), "/dev/shm".into()].into_iter().filter(|dir| dir.is_dir()) {
+            let file = tempfile::tempfile_in(dir).unwrap();
+            let bytes: Vec<u8> = (0..SIZE).map(|at| (at / 7) as u8).collect();
+            file.write_all_at(&bytes, 0).unwrap();
+            let mut buffer = Buffer::new(SIZE);
+            let read = buffer.read_cached(&file, 10_000);
+            // A disk may have other plans, a file system in memory has no choice.
+            assert!(read == SIZE - 10_000 || !is_in_memory(&file), "{read}");
+            assert_eq!(buffer[..read], bytes[10_000..10_000 + read]);
+            assert_eq!(buffer.read_cached(&file, SIZE as u64), 0, "nothing behind the end");
+        }
     }
 }

@@ -53,9 +53,9 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("moka", &["disk", "memory"]),
     ("crc_fast", &["disk"]),
     ("crossbeam_channel", &["disk"]),
-    ("rustix", &["descriptors", "disk", "main", "spool"]),
+    ("rustix", &["buffer", "descriptors", "disk", "main"]),
     // The last two in their tests alone.
-    ("tempfile", &["disk", "spool", "secret", "upstream"]),
+    ("tempfile", &["buffer", "disk", "spool", "secret", "upstream"]),
     ("axum", &["admin", "main"]),
     ("prometheus", &["metrics"]),
     ("castier_origin", &["main"]),

@@ -10,13 +10,10 @@ use crate::{
 };
 use bytes::Bytes;
 use castier_blob::Digest;
-use rustix::{
-    fs::Advice,
-    io::{Errno, ReadWriteFlags},
-};
+use rustix::fs::Advice;
 use std::{
     fs::File,
-    io::{self, IoSliceMut},
+    io,
     num::NonZeroU64,
     ops::Range,
     os::unix::fs::{FileExt, MetadataExt},
@@ -109,15 +106,8 @@ impl DiskBlob {
     /// The part, if the page cache has all of it and it is sound. Never waits for the disk.
     fn read_cached(&self, part: &Part) -> Option<Bytes> {
         let mut buffer = Buffer::new(part.len());
-        let mut filled = 0;
-        while filled < buffer.len() {
-            let rest = &mut [IoSliceMut::new(&mut buffer[filled..])];
-            match rustix::io::preadv2(&self.file, rest, part.start + filled as u64, ReadWriteFlags::NOWAIT) {
-                Ok(0) => return None,
-                Ok(n) => filled += n,
-                Err(Errno::INTR) => {}
-                Err(_) => return None,
-            }
+        if buffer.read_cached(&self.file, part.start) < buffer.len() {
+            return None;
         }
         self.table.agrees(part.start / BLOCK, &buffer).then(|| buffer.share(part.wanted()))
     }

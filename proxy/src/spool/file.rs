@@ -6,14 +6,7 @@ use crate::{
     fault::{Fault, Limit},
 };
 use bytes::Bytes;
-use rustix::io::ReadWriteFlags;
-use std::{
-    fs::File,
-    io::{self, IoSliceMut},
-    os::unix::fs::FileExt,
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
 use tokio::task::JoinError;
 
 /// How much is copied at once from one file to another.
@@ -77,7 +70,7 @@ pub fn write_file(file: Arc<File>, parts: Vec<Bytes>, mut at: u64) -> impl Futur
 /// [`Fault::Internal`] on an I/O error.
 pub async fn read_file(file: Arc<File>, at: u64, len: usize) -> Result<Bytes, Fault> {
     let mut buffer = Buffer::new(len);
-    if let Ok(read @ 1..) = rustix::io::preadv2(&*file, &mut [IoSliceMut::new(&mut buffer)], at, ReadWriteFlags::NOWAIT) {
+    if let read @ 1.. = buffer.read_cached(&file, at) {
         return Ok(buffer.share(0..read));
     }
     off_thread(move || {
