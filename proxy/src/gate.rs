@@ -6,7 +6,7 @@ use crate::secret::PEER_SECRET;
 use bytes::BytesMut;
 use castier_blob::wire::Target;
 use castier_config::Limits;
-use http::{Method, StatusCode};
+use http::{HeaderName, Method, StatusCode, header};
 use std::{
     future::poll_fn,
     io,
@@ -39,8 +39,12 @@ pub struct Head {
     authority: Range<usize>,
     /// Asks to change the protocol.
     pub upgrade: bool,
-    /// GET over HTTP/1.1 with no header that could change the answer: the bytes of the blob, whole, on a connection that stays open.
+    /// GET over HTTP/1.1 with no header that could change the answer, unless it is `If-None-Match`: the bytes of the blob, whole.
     pub plain: bool,
+    /// The connection is to be closed after the answer.
+    pub close: bool,
+    /// Where `If-None-Match` stands, if there is one. Of two none counts: then it is empty, which no entity tag is.
+    validator: Option<Range<usize>>,
     /// How the request's body is framed.
     pub framing: Framing,
     /// Where the peer secret stands, if there is one. Of two none counts: then it is empty, which no secret is.
@@ -74,6 +78,11 @@ impl Head {
     /// The peer secret that the request carries.
     pub fn secret<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
         bytes.get(self.secret.clone()?)
+    }
+
+    /// The entity tag, or tags, that the client has already.
+    pub fn validator<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        bytes.get(self.validator.clone()?)
     }
 
     /// What the request is for.
@@ -186,15 +195,17 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served: castier is no forward proxy".into()));
     }
     let (authority, path) = target_of(bytes, target)?;
-    let mut plain = method == Method::GET && minor == 1;
-    let framing = framing(request.headers, minor, &mut plain)?;
+    let (mut plain, mut close) = (method == Method::GET && minor == 1, false);
+    let framing = framing(request.headers, minor, &mut plain, &mut close)?;
     let upgrade = request.headers.iter().any(|header| header.name.eq_ignore_ascii_case("upgrade"));
-    let secret = secret_of(bytes, request.headers);
-    Ok(Some(Head { len, method, authority, path, upgrade, plain, framing, secret }))
+    let secret = the_one(bytes, request.headers, &PEER_SECRET);
+    let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
+    Ok(Some(Head { len, method, authority, path, upgrade, plain, close, validator, framing, secret }))
 }
 
-/// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer.
-fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool) -> Result<Framing, NoHead> {
+/// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer. Sets `close` at the one
+/// that ends the connection.
+fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool, close: &mut bool) -> Result<Framing, NoHead> {
     let mut length = None;
     let mut chunked = false;
     let mut hosts = 0;
@@ -216,11 +227,14 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool) -> Res
                 }
                 chunked = true;
             }
-            10 if is("connection") => *plain &= header.value.trim_ascii().eq_ignore_ascii_case(b"keep-alive"),
+            10 if is("connection") => {
+                let says = |option: &[u8]| header.value.trim_ascii().eq_ignore_ascii_case(option);
+                *close |= says(b"close");
+                *plain &= *close || says(b"keep-alive");
+            }
             5 if is("range") => *plain = false,
             6 if is("expect") => *plain = false,
             7 if is("upgrade") => *plain = false,
-            13 if is("if-none-match") => *plain = false,
             _ => {}
         }
     }
@@ -235,9 +249,8 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool) -> Res
     Ok(framing)
 }
 
-/// Where the one peer secret stands within the head.
-fn secret_of(bytes: &[u8], headers: &[httparse::Header<'_>]) -> Option<Range<usize>> {
-    let name = PEER_SECRET;
+/// Where the value of a header that must stand alone is within the head; nowhere, which is empty, if it is repeated.
+fn the_one(bytes: &[u8], headers: &[httparse::Header<'_>], name: &HeaderName) -> Option<Range<usize>> {
     let mut found =
         headers.iter().filter(|header| header.name.len() == name.as_str().len() && header.name.eq_ignore_ascii_case(name.as_str()));
     let value = found.next()?.value.trim_ascii();
@@ -303,16 +316,20 @@ mod tests {
         }
         let text = "GET /cas/abc HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nConnection: Keep-Alive\r\n\r\n";
         assert!(head(text).unwrap().unwrap().plain);
-        for change in [
-            "Range: bytes=0-1",
-            "If-None-Match: \"x\"",
-            "Connection: close",
-            "Expect: 100-continue",
-            "Upgrade: h2c",
-            "Transfer-Encoding: chunked",
-        ] {
+        for change in ["Range: bytes=0-1", "Connection: close, X-Hop", "Expect: 100-continue", "Upgrade: h2c", "Transfer-Encoding: chunked"]
+        {
             let text = format!("GET /cas/abc HTTP/1.1\r\nHost: a\r\n{change}\r\n\r\n");
             assert!(!head(&text).unwrap().unwrap().plain, "{change}");
+        }
+        for (lines, close, validator) in [
+            ("", false, None),
+            ("Connection: Close\r\nIf-None-Match:  \"x\" \r\n", true, Some("\"x\"")),
+            ("Connection: keep-alive\r\nConnection: close\r\n", true, None),
+            ("If-None-Match: \"x\"\r\nif-none-match: \"x\"\r\n", false, Some("")),
+        ] {
+            let text = format!("GET /cas/abc HTTP/1.1\r\nHost: a\r\n{lines}\r\n");
+            let parsed = head(&text).unwrap().unwrap();
+            assert_eq!((parsed.plain, parsed.close, parsed.validator(text.as_bytes())), (true, close, validator.map(str::as_bytes)));
         }
         assert!(!head("GET / HTTP/1.0\r\n\r\n").unwrap().unwrap().plain);
         assert!(!head("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap().unwrap().plain);

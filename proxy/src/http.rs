@@ -1,6 +1,6 @@
 //! Connections: reads requests, asks the ladder, writes replies. With `relay.rs`, the only place that sees pingora's sessions.
 //!
-//! Two lanes write the same [`Reply`]. A plain GET that memory can answer is written straight onto the connection; everything
+//! Two lanes write the same [`Reply`]. A plain GET that memory or the disk can answer is written straight onto the connection; everything
 //! else about blobs goes through pingora's HTTP/1 session; what is no blob goes to [`Relay`], or, between nodes, to [`PeerDoor`].
 
 mod peer;
@@ -40,7 +40,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::time::timeout;
+use tokio::{io::AsyncWriteExt, time::timeout};
 
 /// After an early answer the rest of an upload is read for this long, so that the client gets to see the answer and not a reset.
 const LINGER: Duration = Duration::from_secs(10);
@@ -169,6 +169,10 @@ impl Front {
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &head, &digest, peer).await {
+                        Ok(true) if head.close => {
+                            let _ = timeout(limits.write_timeout.get(), conn.shutdown()).await;
+                            None
+                        }
                         Ok(true) => Some((conn, ahead)),
                         Ok(false) => Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await,
                         Err(Cut) => return,

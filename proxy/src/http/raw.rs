@@ -32,7 +32,8 @@ const ONE_WRITE: usize = 16 << 10;
 const TOGETHER: usize = 4;
 
 impl Front {
-    /// The fast lane: a blob that memory or the disk has, to a client that asks for nothing but the blob. False if neither has it.
+    /// The fast lane: a blob that memory or the disk has, to a client that asks for nothing but the blob, or has it already. False if that
+    /// is not so.
     pub(super) async fn fast_hit(
         &self,
         conn: &mut Conn,
@@ -42,12 +43,22 @@ impl Front {
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
+        if let Some(validator) = head.validator(ahead) {
+            if validator != digest.etag().as_bytes() {
+                return Ok(false);
+            }
+            let reply = Reply::not_modified(digest);
+            let (_, whole) = send(conn, &mut reply.head(&get_cached_date(), !head.close, 0)).await;
+            let done = self.fast_hit_done(&reply, head.path(ahead), (0, whole), started, peer);
+            ahead.advance(head.len);
+            return done;
+        }
         // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
         let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else {
             return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, peer)).await;
         };
         let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
-        let sent = self.send_memory(conn, &reply, tier, blob).await;
+        let sent = self.send_memory(conn, &reply, !head.close, tier, blob).await;
         let done = self.fast_hit_done(&reply, head.path(ahead), sent, started, peer);
         ahead.advance(head.len);
         done
@@ -69,7 +80,7 @@ impl Front {
         // Nothing has been said yet: where not even a beginning can be had, the session says why.
         let Ok(first) = rest.next().await else { return Ok(false) };
         let reply = Reply::blob(digest, Some(size), Selection::Whole, Via::Tier(TierName::Disk), Body::Empty);
-        let sent = self.send_disk(conn, &reply, first.unwrap_or_default(), rest).await;
+        let sent = self.send_disk(conn, &reply, !head.close, first.unwrap_or_default(), rest).await;
         let done = self.fast_hit_done(&reply, head.path(ahead), sent, started, peer);
         ahead.advance(head.len);
         done
@@ -83,17 +94,17 @@ impl Front {
         started: Instant,
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
-        let served = if whole { Served::Hit } else { Served::Error };
-        let (cache, took) = (cache_status(&reply.headers), started.elapsed());
+        let served = if whole { reply.served } else { Served::Error };
+        let (cache, took, code) = (cache_status(&reply.headers), started.elapsed(), reply.status.as_u16());
         let listener = self.door.listener();
-        Record { listener, route: Route::Blob, method: "GET", path, code: 200, bytes, took, cache, served, peer }.log(&self.metrics);
+        Record { listener, route: Route::Blob, method: "GET", path, code, bytes, took, cache, served, peer }.log(&self.metrics);
         if whole { Ok(true) } else { Err(Cut) }
     }
 
     /// Sends a head and a blob that memory holds; how much of the blob went out, and whether that was all.
-    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, tier: TierName, blob: Bytes) -> (u64, bool) {
+    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, tier: TierName, blob: Bytes) -> (u64, bool) {
         let one_write = blob.len() <= ONE_WRITE;
-        let mut head = reply.head(&get_cached_date(), true, if one_write { blob.len() } else { 0 });
+        let mut head = reply.head(&get_cached_date(), keep_alive, if one_write { blob.len() } else { 0 });
         let before_body = head.len();
         let (sent, whole) = if one_write {
             head.extend_from_slice(&blob);
@@ -107,8 +118,8 @@ impl Front {
     }
 
     /// As [`Self::send_memory`], of a blob that is read as it leaves. Its first piece leaves with the head, and does not wait for others.
-    async fn send_disk(&self, conn: &mut Conn, reply: &Reply, first: Bytes, mut rest: DiskReader) -> (u64, bool) {
-        let head = reply.head(&get_cached_date(), true, 0);
+    async fn send_disk(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, first: Bytes, mut rest: DiskReader) -> (u64, bool) {
+        let head = reply.head(&get_cached_date(), keep_alive, 0);
         let (mut head, mut pieces, mut bytes, mut many) = (head.freeze(), [first, Bytes::new(), Bytes::new(), Bytes::new()], 0, 1);
         loop {
             let before_body = head.len();
