@@ -126,8 +126,8 @@ def panels(path, title, panels):
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return
-    columns = min(len(panels), 5)
-    rows = -(-len(panels) // columns)
+    rows = -(-len(panels) // 5)
+    columns = -(-len(panels) // rows)
     figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.6 * rows + 0.5), squeeze=False, layout="constrained")
     figure.suptitle(title, fontsize=11)
     for axis in axes.flat[len(panels) :]:
@@ -136,7 +136,7 @@ def panels(path, title, panels):
         for place, (server, (median, least, most)) in enumerate(spreads.items()):
             axis.bar(place, median, width=0.7, color=COLOURS[server], yerr=[[median - least], [most - median]], capsize=3, ecolor="#333333")
             axis.annotate(number(median), (place, most), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
-        axis.set_xticks(range(len(spreads)), list(spreads))
+        axis.set_xticks(range(len(spreads)), [name.replace(" ", "\n") for name in spreads])
         axis.set_title(name, fontsize=9)
         axis.set_ylim(0, max(most for _, _, most in spreads.values()) * 1.15 or 1)
         axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
