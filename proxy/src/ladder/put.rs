@@ -17,7 +17,7 @@ impl Ladder {
     /// Stores an upload at the origin, by name or letting its bytes name it, and keeps it. Done only when the origin says that it is durable.
     ///
     /// One that comes from a client and belongs to another node is handed over to that, which does the same. If that node cannot be
-    /// reached, or fails while all that came is still at hand, this node does it.
+    /// reached, or fails while all that came is still here, this node does it.
     ///
     /// # Errors
     /// The client's, the origin's, or a limit; nothing is kept then.
@@ -44,8 +44,8 @@ impl Ladder {
         asker: Asker,
     ) -> Result<(Put, Verified<()>), Fault> {
         let owner = digest.and_then(|digest| Some((digest, self.owner(&digest, asker)?)));
-        // The owner keeps it, so no copy is needed here.
-        let copy = Mutex::new(if owner.is_some() { UploadCopy::none(self) } else { UploadCopy::new(self, size) });
+        // The owner keeps it. What memory has room for is held all the same until the owner has it, as the client sends it only once.
+        let copy = Mutex::new(UploadCopy { on_disk_too: owner.is_none(), ..UploadCopy::new(self, size) });
         let teed = upload.then(|part| async {
             if let Ok(part) = &part {
                 copy.lock().await.take(part).await;
@@ -56,10 +56,16 @@ impl Ladder {
         let mut failed = None;
         if let Some((digest, (peers, owner))) = owner {
             match peers.put(&owner, &digest, &mut parcel).await {
-                Err(fault) if parcel.is_at_hand() && may_be_done_here(&fault) => {
+                Err(fault) if may_be_done_here(&fault) => {
+                    let mut copy = copy.lock().await;
+                    if parcel.is_at_hand() {
+                        *copy = UploadCopy::new(self, size);
+                        copy.take(&parcel.held()).await;
+                    } else {
+                        parcel.begin_anew(copy.again().ok_or_else(|| fault.clone())?);
+                        copy.on_disk_too = true;
+                    }
                     tracing::debug!(%digest, peer = &*owner.name, %fault, "an upload could not be handed over, and is stored from here");
-                    *copy.lock().await = UploadCopy::new(self, size);
-                    copy.lock().await.take(&parcel.held()).await;
                     failed = Some(owner.name);
                 }
                 done => {
@@ -97,6 +103,8 @@ struct UploadCopy<'a> {
     ladder: &'a Ladder,
     /// The size that was announced.
     size: Option<u64>,
+    /// What is too much for memory may go to the disk tier.
+    on_disk_too: bool,
     kept: Kept,
 }
 
@@ -107,15 +115,18 @@ enum Kept {
 }
 
 impl<'a> UploadCopy<'a> {
-    fn none(ladder: &'a Ladder) -> Self {
-        Self { ladder, size: None, kept: Kept::Nothing }
-    }
-
     fn new(ladder: &'a Ladder, size: Option<u64>) -> Self {
         let known = size.unwrap_or(0);
         let lease = ladder.tiers.memory.takes(known).then(|| ladder.upload_memory.lease(known)).flatten();
         // Not with the announced capacity: a client that announces much and sends little should not cost much.
-        Self { ladder, size, kept: Kept::Memory(Vec::new(), lease.unwrap_or_else(|| ladder.upload_memory.empty())) }
+        let lease = lease.unwrap_or_else(|| ladder.upload_memory.empty());
+        Self { ladder, size, on_disk_too: true, kept: Kept::Memory(Vec::new(), lease) }
+    }
+
+    /// All that came, once more; none if it is not in memory, or that has no room for it.
+    fn again(&mut self) -> Option<Bytes> {
+        let Kept::Memory(bytes, lease) = &mut self.kept else { return None };
+        lease.cover(2 * bytes.len() as u64).then(|| Bytes::copy_from_slice(bytes))
     }
 
     async fn take(&mut self, part: &Bytes) {
@@ -135,7 +146,7 @@ impl<'a> UploadCopy<'a> {
     }
 
     async fn to_disk(&self, parts: Vec<Bytes>, so_far: u64) -> Kept {
-        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| disk.takes(self.size.unwrap_or(so_far))) else {
+        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| self.on_disk_too && disk.takes(self.size.unwrap_or(so_far))) else {
             return Kept::Nothing;
         };
         flight::tier_file(disk.clone(), parts).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into()))

@@ -38,7 +38,7 @@ pub struct Parcel<'a> {
     verifier: Verifier,
     /// The bytes that came and have not been sent: all of them, while nothing has been.
     held: Bytes,
-    /// All bytes are in `held`, and they are right.
+    /// All bytes have come, and they are right.
     whole: Option<Verified<()>>,
     rest: Upload<'a>,
     /// Bytes have left that are not in `held`.
@@ -54,7 +54,7 @@ impl<'a> Parcel<'a> {
         let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
         let mut held = Vec::new();
         let mut ended = false;
-        while !ended && held.len() < SMALL {
+        while !ended && held.len() <= SMALL {
             match rest.next().await.transpose()? {
                 Some(chunk) => {
                     verifier.update(&chunk);
@@ -70,6 +70,11 @@ impl<'a> Parcel<'a> {
     /// All bytes that came, as long as it can still be offered to another source.
     pub fn held(&self) -> Bytes {
         self.held.clone()
+    }
+
+    /// It can be offered again: this is all that came.
+    pub fn begin_anew(&mut self, all: Bytes) {
+        (self.held, self.begun) = (all, false);
     }
 
     /// Whether it can still be offered to another source.
@@ -101,7 +106,8 @@ impl Upstream {
         let (mut session, peer) = self.connect_fresh().await?;
         session.write_request_header(Box::new(request)).await.map_err(|error| self.fault(&error))?;
         let answered_early = self.stream(&mut session, parcel).await?;
-        let verified = std::mem::replace(&mut parcel.verifier, Verifier::any()).finish(()).map_err(Fault::Mismatch)?;
+        let verified = parcel.verifier.clone().finish(()).map_err(Fault::Mismatch)?;
+        parcel.whole = Some(verified.clone());
         // Only now is it the source's turn: before, the silence was the client's.
         session.read_timeout = Some(self.read_timeout);
         if !answered_early {

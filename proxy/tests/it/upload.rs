@@ -144,13 +144,13 @@ async fn an_upload_that_the_origin_does_not_take() {
 #[tokio::test]
 async fn a_small_upload_has_a_second_try() {
     let _turn = light().await;
-    let origin = LyingOrigin::start().await;
+    let (mut origin, castier) = world("").await;
     for request in [put as fn(&Blob) -> Request, post] {
-        // The first break is that of an idle connection, which may have been closed meanwhile and so counts for nothing.
-        for (breaks, status) in [(2, 201), (3, 502)] {
-            let castier = Castier::start(&origin.url(), "").await;
+        for (breaks, status) in [(1, 201), (2, 502)] {
+            // Over a new connection: one that was idle may have been closed meanwhile, and counts for nothing.
+            origin.down().await;
+            origin.up().await;
             let blob = Blob::new(30 * KIB);
-            assert_eq!(Request::new("HEAD", blob.path()).send(castier.public).await.status, 404);
             (0..breaks).for_each(|_| origin.next_upload(Lie::honest().truncate(1)));
             assert_eq!(request(&blob).send(castier.public).await.status, status, "{breaks}");
             assert_eq!(origin.holds(&blob), status == 201);

@@ -1,7 +1,7 @@
 //! Uploads: handed over to the owner, or stored from here if the owner cannot take them.
 
 use super::{LARGE, SMALL, STALL, World, kept};
-use crate::support::{Blob, Gate, KIB, Lie, Request, assert_ledger, get, light};
+use crate::support::{Blob, Gate, KIB, Lie, MIB, Request, assert_ledger, get, light};
 use std::time::{Duration, Instant};
 
 /// Small enough to be read before it is sent on.
@@ -75,10 +75,9 @@ async fn an_owner_that_is_gone_is_stood_in_for() {
 }
 
 #[tokio::test]
-async fn an_owner_that_fails_is_stood_in_for_while_all_is_at_hand() {
+async fn an_owner_that_fails_is_stood_in_for() {
     let _turn = light().await;
     let world = World::new().await;
-    let gate = Gate::new();
     for lie in [Lie::honest().status(500), Lie::honest().castiers(502), Lie::honest().castiers(503), Lie::honest().status(403)] {
         let blob = world.blob_of(false, TINY);
         world.peer.next_upload(lie.clone());
@@ -86,20 +85,53 @@ async fn an_owner_that_fails_is_stood_in_for_while_all_is_at_hand() {
         assert!(world.origin.holds(&blob) && !world.peer.holds(&blob), "{lie:?}");
         world.peer_is_up().await;
     }
-    // Bytes that have left are gone, and the client is told.
-    let blob = world.blob_of(false, LARGE);
-    world.peer.next_upload(Lie::honest().truncate(LARGE / 2));
+    // Large ones are held in memory meanwhile, wherever the owner stops: in the middle, before its answer, with a refusal.
+    for size in [64 * KIB, LARGE] {
+        for lie in [Lie::honest().truncate(size / 2), Lie::honest().truncate(size), Lie::honest().castiers(503)] {
+            for request in [put as fn(&Blob) -> Request, |blob| Request::new("PUT", blob.path()).chunks(&blob.whole(), 10_000)] {
+                world.peer_is_up().await;
+                let blob = world.blob_of(false, size);
+                (0..3).for_each(|_| world.peer.next_upload(lie.clone()));
+                assert_eq!(request(&blob).send(world.node.public()).await.status, 201, "{size} {lie:?}");
+                assert!(world.origin.holds(&blob) && !world.peer.holds(&blob), "{size} {lie:?}");
+                assert_eq!(get(world.node.public(), &blob).await.cache_status(), "castier; hit; detail=memory");
+                world.peer.honest_uploads();
+            }
+        }
+    }
+    // Those that memory does not take are gone, and the client is told.
+    world.peer_is_up().await;
+    let blob = world.blob_of(false, 9 * MIB);
+    world.peer.next_upload(Lie::honest().truncate(MIB));
     put(&blob).send(world.node.public()).await.assert_problem(502);
     assert!(!world.origin.holds(&blob));
     // One that has stopped costs a stall.
-    world.peer_is_up().await;
-    let blob = world.blob_of(false, TINY);
-    world.peer.freeze(&gate);
-    let started = Instant::now();
+    for size in [TINY, LARGE] {
+        world.peer_is_up().await;
+        let (gate, blob) = (Gate::new(), world.blob_of(false, size));
+        world.peer.freeze(&gate);
+        let started = Instant::now();
+        assert_eq!(put(&blob).send(world.node.public()).await.status, 201);
+        assert!(started.elapsed() >= STALL && started.elapsed() < STALL + Duration::from_secs(3), "{:?}", started.elapsed());
+        assert!(world.origin.holds(&blob));
+        gate.open();
+    }
+}
+
+#[tokio::test]
+async fn an_upload_is_held_no_longer_than_its_owner_needs() {
+    let _turn = light().await;
+    // Room for the copy of one.
+    let world = World::with("cluster.peek_for = \"0s\"\nfill.memory = \"6MiB\"").await;
+    for _ in 0..4 {
+        let blob = world.blob_of(false, LARGE);
+        assert_eq!(put(&blob).send(world.node.public()).await.status, 201);
+        assert!(world.peer.holds(&blob) && !world.origin.holds(&blob));
+    }
+    let blob = world.blob_of(false, LARGE / 2);
+    world.peer.next_upload(Lie::honest().truncate(LARGE / 4));
     assert_eq!(put(&blob).send(world.node.public()).await.status, 201);
-    assert!(started.elapsed() >= STALL && started.elapsed() < STALL + Duration::from_secs(3), "{:?}", started.elapsed());
     assert!(world.origin.holds(&blob));
-    gate.open();
 }
 
 #[tokio::test]

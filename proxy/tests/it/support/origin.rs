@@ -135,6 +135,11 @@ impl LyingOrigin {
         self.state.lock().uploads.push_back(lie);
     }
 
+    /// Nothing is to be done with uploads any more but what is right.
+    pub(crate) fn honest_uploads(&self) {
+        self.state.lock().uploads.clear();
+    }
+
     /// Takes requests, and answers none before `gate` opens: like a process that has been stopped.
     pub(crate) fn freeze(&self, gate: &Gate) {
         self.state.lock().frozen = Some(gate.clone());
