@@ -113,10 +113,12 @@ async fn requests_at_the_origin() {
             status => assert_eq!(status, 504),
         }
     }
-    // As the first two are given up, two more may come in, if they have not been given up at the same moment.
-    assert!((2..=4).contains(&gate.arrived()), "{}", gate.arrived());
-    assert_eq!(shed, 2 * blobs.len() - gate.arrived());
-    assert_eq!(metrics(&castier).await.sum("castier_shed_requests_total", &[("reason", "requests")]), shed as u64);
+    // As the first two are given up, two more may come in, if they have not been given up at the same moment. castier's own question
+    // whether the origin lives may be among them.
+    let arrived = blobs.iter().map(|blob| origin.requests("PUT", blob).len() + origin.requests("HEAD", blob).len()).sum::<usize>();
+    assert!((1..=4).contains(&arrived), "{arrived}");
+    assert_eq!(shed, 2 * blobs.len() - arrived);
+    assert!(metrics(&castier).await.sum("castier_shed_requests_total", &[("reason", "requests")]) >= shed as u64);
     gate.open();
     for blob in &blobs {
         // Some of what was given up has been stored all the same.
