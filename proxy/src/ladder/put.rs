@@ -44,7 +44,7 @@ impl Ladder {
         asker: Asker,
     ) -> Result<(Put, Verified<()>), Fault> {
         let owner = digest.and_then(|digest| Some((digest, self.owner(&digest, asker)?)));
-        // The owner keeps it. What memory has room for is held all the same until the owner has it, as the client sends it only once.
+        // The owner keeps it. What `fill.memory` has room for is held all the same until the owner has it: the client sends it only once.
         let copy = Mutex::new(UploadCopy { on_disk_too: owner.is_none(), ..UploadCopy::new(self, size) });
         let teed = upload.then(|part| async {
             if let Ok(part) = &part {
@@ -133,7 +133,7 @@ impl<'a> UploadCopy<'a> {
         self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
             Kept::Memory(mut bytes, mut lease) => {
                 let after = (bytes.len() + part.len()) as u64;
-                if self.ladder.tiers.memory.takes(after.max(self.size.unwrap_or(0))) && lease.cover(after) {
+                if self.has_a_place(after) && lease.cover(after) {
                     bytes.extend_from_slice(part);
                     Kept::Memory(bytes, lease)
                 } else {
@@ -143,6 +143,11 @@ impl<'a> UploadCopy<'a> {
             Kept::Disk(file) => flight::grow(*file, vec![part.clone()]).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into())),
             Kept::Nothing => Kept::Nothing,
         };
+    }
+
+    /// Whether so many bytes may be in memory, if there is room: until their owner has them, or for good.
+    fn has_a_place(&self, bytes: u64) -> bool {
+        !self.on_disk_too || self.ladder.tiers.memory.takes(bytes.max(self.size.unwrap_or(0)))
     }
 
     async fn to_disk(&self, parts: Vec<Bytes>, so_far: u64) -> Kept {
@@ -155,7 +160,7 @@ impl<'a> UploadCopy<'a> {
     /// Keeps the copy as the blob that the upload proved to be. `foreign`: another node owns it.
     async fn keep(self, proof: Verified<()>, foreign: bool) {
         match self.kept {
-            Kept::Memory(mut bytes, _) if bytes.len() as u64 == proof.size() => {
+            Kept::Memory(mut bytes, _) if bytes.len() as u64 == proof.size() && self.ladder.tiers.memory.takes(proof.size()) => {
                 bytes.shrink_to_fit();
                 self.ladder.tiers.keep(proof.with_content(Bytes::from(bytes)), foreign);
             }
