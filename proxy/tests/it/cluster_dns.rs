@@ -11,7 +11,6 @@ use hickory_resolver::proto::{
 };
 use std::{
     fs,
-    net::Ipv4Addr,
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -96,6 +95,18 @@ async fn serve(socket: UdpSocket, zone: Arc<Mutex<Zone>>, asked: Arc<AtomicUsize
     }
 }
 
+/// A name server, an origin, what it holds, and so many nodes without mirrors that have not been started yet.
+async fn world(size: usize) -> Option<(NameServer, LyingOrigin, Vec<Blob>, Cluster)> {
+    let Some(server) = NameServer::start().await else {
+        println!("skipped: only root may serve names to a process of its own");
+        return None;
+    };
+    let origin = LyingOrigin::start().await;
+    let blobs = (0..40).map(|_| origin.blob(20 * KIB)).collect();
+    let nodes = (0..size).map(|_| Node::new(&origin.url(), "cluster.mirror_share = 0")).collect();
+    Some((server, origin, blobs, Cluster { nodes }))
+}
+
 fn addresses(nodes: &[Node]) -> Zone {
     Zone::Has(nodes.iter().map(|node| ("peers.castier.test.", RData::A(node.address.into()))).collect())
 }
@@ -114,13 +125,7 @@ async fn everybody_has(nodes: &[Node], origin: &LyingOrigin, blobs: &[Blob], loa
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_come_and_go_with_the_addresses_of_a_name() {
     let _turn = heavy().await;
-    let Some(server) = NameServer::start().await else {
-        println!("skipped: only root may serve names to a process of its own");
-        return;
-    };
-    let origin = LyingOrigin::start().await;
-    let blobs: Vec<_> = (0..40).map(|_| origin.blob(20 * KIB)).collect();
-    let mut cluster = Cluster { nodes: (0..4).map(|_| Node::new(&origin.url(), "cluster.mirror_share = 0")).collect() };
+    let Some((server, origin, blobs, mut cluster)) = world(4).await else { return };
     for node in &mut cluster.nodes {
         node.configure_by_dns("peers.castier.test:8081", server.resolv_conf());
     }
@@ -161,13 +166,7 @@ async fn members_come_and_go_with_the_addresses_of_a_name() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn srv_records_have_names_and_weights() {
     let _turn = heavy().await;
-    let Some(server) = NameServer::start().await else {
-        println!("skipped: only root may serve names to a process of its own");
-        return;
-    };
-    let origin = LyingOrigin::start().await;
-    let blobs: Vec<_> = (0..40).map(|_| origin.blob(20 * KIB)).collect();
-    let mut cluster = Cluster { nodes: (0..2).map(|_| Node::new(&origin.url(), "cluster.mirror_share = 0")).collect() };
+    let Some((server, origin, blobs, mut cluster)) = world(2).await else { return };
     let service = "_peer._tcp.castier.test.";
     let names = ["node-0.castier.test.", "node-1.castier.test."];
     let mut zone = Vec::new();
@@ -175,7 +174,7 @@ async fn srv_records_have_names_and_weights() {
         node.name = format!("{}:8081", name.trim_end_matches('.'));
         node.configure_by_dns(service, server.resolv_conf());
         zone.push((service, RData::SRV(SRV::new(0, weight, 8081, Name::from_ascii(name).unwrap()))));
-        zone.push((name, RData::A(Ipv4Addr::into(node.address))));
+        zone.push((name, RData::A(node.address.into())));
     }
     server.says(Zone::Has(zone));
     cluster.start_all().await;
