@@ -58,12 +58,9 @@ impl Ladder {
             match peers.put(&owner, &digest, &mut parcel).await {
                 Err(fault) if may_be_done_here(&fault) => {
                     let mut copy = copy.lock().await;
-                    if parcel.is_at_hand() {
-                        *copy = UploadCopy::new(self, size);
-                        copy.take(&parcel.held()).await;
-                    } else {
+                    copy.on_disk_too = true;
+                    if !parcel.is_at_hand() {
                         parcel.begin_anew(copy.again().ok_or_else(|| fault.clone())?);
-                        copy.on_disk_too = true;
                     }
                     tracing::debug!(%digest, peer = &*owner.name, %fault, "an upload could not be handed over, and is stored from here");
                     failed = Some(owner.name);

@@ -67,11 +67,6 @@ impl<'a> Parcel<'a> {
         Ok(Self { digest, size, verifier, held: held.into(), whole, rest, begun: false })
     }
 
-    /// All bytes that came, as long as it can still be offered to another source.
-    pub fn held(&self) -> Bytes {
-        self.held.clone()
-    }
-
     /// It can be offered again: this is all that came.
     pub fn begin_anew(&mut self, all: Bytes) {
         (self.held, self.begun) = (all, false);
