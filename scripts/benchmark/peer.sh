@@ -48,11 +48,11 @@ LUA
 
 ticks() { awk '{ print $14 + $15 }' "/proc/$1/stat"; }
 figure() { curl -s "$admin/stats" | grep -o "\"$1\":[0-9]*" | cut -d: -f2; }
-run() { # name, file of digests, connections
+run() { # name, file of digests, connections, a header
   local peers loads one two count hertz
   hertz=$(getconf CLK_TCK)
   peers=$(figure PeerLoads) loads=$(figure Loads) one=$(ticks "${pids[1]}") two=$(ticks "${pids[2]}")
-  count=$(wrk -t1 "-c$3" "-d${seconds}s" -s "$dir/wrk.lua" "$asked" -- "$2" | awk '/requests in/ { print $1 }')
+  count=$(wrk -t1 "-c$3" "-d${seconds}s" -s "$dir/wrk.lua" ${4:+-H "$4"} "$asked" -- "$2" | awk '/requests in/ { print $1 }')
   awk -v name="$1" -v c="$3" -v n="$count" -v one=$(($(ticks "${pids[1]}") - one)) -v two=$(($(ticks "${pids[2]}") - two)) -v hertz="$hertz" \
     -v loads=$(($(figure Loads) - loads)) -v peers=$(($(figure PeerLoads) - peers)) 'BEGIN {
       us = 1e6 / hertz / n
@@ -63,5 +63,7 @@ for connections in 1 16; do
   for _ in 1 2 3; do
     run "local hit   " "$dir/own" "$connections"
     run "through peer" "$dir/other" "$connections"
+    # What a session costs that a plain hit, in the fast lane, does without.
+    run "with session" "$dir/own" "$connections" "Range: bytes=0-"
   done
 done
