@@ -13,6 +13,12 @@ use std::time::Duration;
 const MAX_OBJECTS: usize = 50_000_000;
 /// More clients than this have no ports to call from.
 const MAX_CONCURRENCY: usize = 60_000;
+/// A longer wait or run is a slip of the pen, and clocks have their bounds.
+const MAX_TIME: Duration = Duration::from_secs(365 * 24 * 3600);
+/// A corpus of more bytes than this takes hours to make.
+const MAX_CORPUS: u64 = 1 << 40;
+/// Smaller blobs are equal by chance, and what is deleted would be another's.
+const MIN_DELETED: u64 = 16;
 /// `--verify bytes` holds the whole corpus, up to this.
 const MAX_HELD: u64 = 2 << 30;
 
@@ -47,13 +53,13 @@ pub(crate) struct Args {
     /// Popularity by Zipf's law with this exponent; without it all blobs are alike
     #[arg(long, value_name = "A", allow_negative_numbers = true)]
     zipf: Option<f64>,
-    /// Shares of the operations; put and post store fresh blobs, delete takes those away again [default: get=100]
+    /// Shares of the operations; put and post store blobs that are in no other run, delete takes those away again [default: get=100]
     #[arg(long, value_name = "MIX")]
     mix: Option<Mix>,
     /// Store the corpus here, past the targets, so that they start without it
     #[arg(long, value_name = "URL")]
     fill: Option<String>,
-    /// Makes other blobs and another order
+    /// Makes another corpus and another order
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Admin address of a castier, for the origin loads of the run; may be repeated
@@ -115,6 +121,9 @@ impl Args {
         if self.timeout.is_zero() || self.threads == 0 || self.threads > 256 {
             return Err("--timeout must be above 0, and --threads from 1 to 256".to_owned());
         }
+        if self.timeout > MAX_TIME || self.duration.is_some_and(|duration| duration > MAX_TIME) {
+            return Err("--timeout and --duration go up to a year".to_owned());
+        }
         let shape = match self.scenario {
             Some(scenario) => {
                 self.refuse_beside(scenario)?;
@@ -122,6 +131,12 @@ impl Args {
             }
             None => self.shape()?,
         };
+        if shape.size.saturating_mul(if shape.work.reads_corpus() { shape.objects as u64 } else { 1 }) > MAX_CORPUS {
+            return Err(format!("--size times --objects is the corpus: {} is the most", ByteSize::b(MAX_CORPUS)));
+        }
+        if !shape.work.reads_corpus() && (self.fill.is_some() || self.verify == Verify::Bytes) {
+            return Err("--fill and --verify are about the corpus, which only get and head read".to_owned());
+        }
         if self.verify == Verify::Bytes && shape.size.saturating_mul(shape.objects as u64) > MAX_HELD {
             return Err(format!("--verify bytes holds the corpus in memory: {} is the most", ByteSize::b(MAX_HELD)));
         }
@@ -190,6 +205,9 @@ impl Args {
             return Err(format!("--objects must be from 1 to {MAX_OBJECTS}"));
         }
         let size = self.size.unwrap_or(ByteSize::kib(1)).as_u64();
+        if mix.has(Op::Delete) && size < MIN_DELETED {
+            return Err(format!("a mix with delete needs a --size of {MIN_DELETED} or more: smaller blobs are equal by chance"));
+        }
         Ok(Shape { work: Work::Mix(mix), limit, concurrency, rate: self.rate, objects, size, zipf: self.zipf })
     }
 }
@@ -234,6 +252,12 @@ mod tests {
             ("--requests 1 --size big", "--size"),
             ("--requests 1 --verify bytes --size 1GiB", "--verify bytes"),
             ("--requests 1 --timeout 0s", "--timeout"),
+            ("--requests 1 --timeout 300000000000y", "--timeout"),
+            ("--duration 2y", "--duration"),
+            ("--requests 1 --size 16EiB", "--size"),
+            ("--requests 1 --size 1 --mix put=1,delete=1", "--size"),
+            ("--requests 1 --mix put=1 --fill http://127.0.0.1:2", "--fill"),
+            ("--requests 1 --mix put=1 --verify bytes", "--verify"),
             ("--requests 1 --threads 0", "--threads"),
             ("--scenario forms --requests 3", "--requests cannot stand beside --scenario forms"),
             ("--scenario sangraha-2k --mix get=1", "--mix cannot stand beside --scenario sangraha-2k"),

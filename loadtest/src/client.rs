@@ -1,15 +1,20 @@
 //! A keep-alive HTTP/1.1 client that does only what a load tester needs, and nearly no work per request: the tester must not be
 //! slower than what it tests. One client holds one connection, and one buffer for all it reads.
 
-use crate::{corpus::Blob, target::Target};
-use castier_blob::{Digest, Verifier, wire};
+mod check;
+
+pub(crate) use check::Check;
+
+use crate::{corpus::Blob, mix::Op, target::Target};
+use castier_blob::{Digest, wire};
+use check::Taker;
 use std::{
     io::{self, Write as _},
     sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
 
@@ -23,13 +28,20 @@ const CONTINUE_WAIT: Duration = Duration::from_secs(1);
 /// What a request asks for.
 #[derive(Clone, Copy)]
 pub(crate) struct Request<'a> {
-    pub(crate) method: &'static str,
+    pub(crate) op: Op,
     pub(crate) path: Path<'a>,
     pub(crate) body: Body<'a>,
     /// Of the body, where it matters.
     pub(crate) content_type: Option<&'static str>,
     /// Ask before sending the body: spares it where the server has the blob.
     pub(crate) ask_first: bool,
+}
+
+impl<'a> Request<'a> {
+    /// One that says no more than it must.
+    pub(crate) const fn new(op: Op, path: Path<'a>, body: Body<'a>) -> Self {
+        Self { op, path, body, content_type: None, ask_first: false }
+    }
 }
 
 /// The path below the target's prefix.
@@ -61,18 +73,6 @@ impl Body<'_> {
     }
 }
 
-/// What is done with the body of a 200. Other bodies are read and dropped.
-pub(crate) enum Check<'a> {
-    /// Nothing is expected in it.
-    Drop,
-    /// It is to hash to a digest.
-    Hash(Digest),
-    /// It is to be these very bytes, whose digest was computed before.
-    Compare(&'a [u8]),
-    /// It is kept, up to the buffer's size, for the caller to read.
-    Keep,
-}
-
 /// What came back.
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -84,8 +84,6 @@ pub(crate) struct Answer {
     pub(crate) first_byte: Instant,
     /// The body passed its check, or there was none to pass.
     pub(crate) sound: bool,
-    /// The kept-alive connection was closed under the request, before any byte of an answer, and it was sent again on a new one.
-    pub(crate) reconnected: bool,
     /// The body, for [`Check::Keep`].
     pub(crate) kept: Vec<u8>,
 }
@@ -138,6 +136,8 @@ pub(crate) struct Client {
     close: bool,
     /// Open between requests, while the server keeps it.
     stream: Option<TcpStream>,
+    /// The last request was sent again.
+    reconnected: bool,
     /// What is to be sent.
     out: Vec<u8>,
     /// What was read; `start..end` is not consumed yet.
@@ -149,22 +149,25 @@ pub(crate) struct Client {
 impl Client {
     /// Not connected yet: the first request connects, and that belongs to its latency.
     pub(crate) fn new(target: Arc<Target>, close: bool) -> Self {
-        Self { target, close, stream: None, out: Vec::new(), input: vec![0; BUFFER].into(), start: 0, end: 0 }
+        Self { target, close, stream: None, reconnected: false, out: Vec::new(), input: vec![0; BUFFER].into(), start: 0, end: 0 }
+    }
+
+    /// Whether the kept-alive connection was closed under the last request, before any byte of an answer, and it was sent again on a new
+    /// one, whatever came of that.
+    pub(crate) const fn reconnected(&self) -> bool {
+        self.reconnected
     }
 
     /// Sends a request and reads the answer. A cancelled exchange drops its connection.
     pub(crate) async fn exchange(&mut self, request: &Request<'_>, check: &Check<'_>) -> Result<Answer, Failure> {
+        self.reconnected = false;
         if let Some(stream) = self.stream.take() {
             match self.attempt(stream, request, check).await {
                 Ok(answer) => return Ok(answer),
                 Err(Attempt::Failed(failure)) => return Err(failure),
                 // The server may close an idle connection at any moment (RFC 9112, section 9.3.1), and every operation here
                 // is idempotent: content has one name.
-                Err(Attempt::Unanswered) => {
-                    let mut answer = self.connect_and_attempt(request, check).await?;
-                    answer.reconnected = true;
-                    return Ok(answer);
-                }
+                Err(Attempt::Unanswered) => self.reconnected = true,
             }
         }
         self.connect_and_attempt(request, check).await
@@ -189,26 +192,29 @@ impl Client {
             early = self.wait_for_continue(&mut stream).await?;
         }
         if early.is_none() {
-            // A server may answer and close before it read all of a body, so a failed write still leaves an answer to read.
-            let _ = self.write_body(&mut stream, request.body).await;
+            early = self.write_body(&mut stream, request).await?;
         }
         let body_unsent = early.is_some();
         let (head, first_byte) = match early {
             Some(early) => early,
-            None => self.read_head(&mut stream, request.method).await?,
+            None => self.read_head(&mut stream, request.op).await?,
         };
         let (received, sound, kept) = self.read_body(&mut stream, &head, check).await.map_err(Attempt::Failed)?;
+        let surplus = self.start < self.end;
+        if surplus && head.status < 300 {
+            return Err(Failure::Malformed("there are bytes after its end").into());
+        }
         // After an early answer the server may still expect the body, so such a connection is of no further use.
-        if head.keep_alive && !self.close && !body_unsent {
+        if head.keep_alive && !self.close && !body_unsent && !surplus {
             self.stream = Some(stream);
         }
-        Ok(Answer { status: head.status, announced: head.announced, received, first_byte, sound, reconnected: false, kept })
+        Ok(Answer { status: head.status, announced: head.announced, received, first_byte, sound, kept })
     }
 
     fn write_head(&mut self, request: &Request<'_>) {
         let out = &mut self.out;
         out.clear();
-        out.extend_from_slice(request.method.as_bytes());
+        out.extend_from_slice(request.op.method().as_bytes());
         out.push(b' ');
         out.extend_from_slice(self.target.prefix.as_bytes());
         match request.path {
@@ -238,27 +244,50 @@ impl Client {
         out.extend_from_slice(b"\r\n");
     }
 
-    /// Sends what stands in `out` and then the body; head and a small body leave in one write.
-    async fn write_body(&mut self, stream: &mut TcpStream, body: Body<'_>) -> io::Result<()> {
-        match body {
+    /// Sends what stands in `out` and then the body; head and a small body leave in one write. A server may answer before it has read all of
+    /// a body, and read no further: that answer is returned. A write that fails leaves it to the reader to find out why.
+    async fn write_body(&mut self, stream: &mut TcpStream, request: &Request<'_>) -> Result<Option<(Head, Instant)>, Attempt> {
+        let (mut reading, mut writing) = stream.split();
+        let mut pieces = None;
+        match request.body {
             Body::None => {}
             Body::Bytes(bytes) => self.out.extend_from_slice(bytes),
-            Body::Blob(blob) => {
-                let mut pieces = blob.pieces();
-                while pieces.next_into(&mut self.out) {
-                    stream.write_all(&self.out).await?;
-                    self.out.clear();
+            Body::Blob(blob) => pieces = Some(blob.pieces()),
+        }
+        loop {
+            let mut out = std::mem::take(&mut self.out);
+            let more = pieces.as_mut().is_some_and(|pieces| pieces.next_into(&mut out));
+            let mut unsent = &out[..];
+            while !unsent.is_empty() {
+                tokio::select! {
+                    biased;
+                    sent = writing.write(unsent) => match sent {
+                        Ok(sent @ 1..) => unsent = &unsent[sent..],
+                        Ok(0) | Err(_) => return Ok(None),
+                    },
+                    read = self.fill(&mut reading) => {
+                        if read.is_err() {
+                            return Ok(None);
+                        }
+                        if let Some(head) = self.parse_final(request.op)? {
+                            return Ok(Some((head, Instant::now())));
+                        }
+                    }
                 }
             }
+            out.clear();
+            self.out = out;
+            if !more {
+                return Ok(None);
+            }
         }
-        stream.write_all(&self.out).await
     }
 
     /// Waits for leave to send the body. A final answer in its place is returned.
     async fn wait_for_continue(&mut self, stream: &mut TcpStream) -> Result<Option<(Head, Instant)>, Attempt> {
         let mut asked = Box::pin(tokio::time::sleep(CONTINUE_WAIT));
         loop {
-            if let Some(head) = self.parse_head("PUT")? {
+            if let Some(head) = self.parse_head(Op::Put)? {
                 let interim = head.status < 200;
                 return Ok((!interim).then(|| (head, Instant::now())));
             }
@@ -269,11 +298,10 @@ impl Client {
         }
     }
 
-    async fn read_head(&mut self, stream: &mut TcpStream, method: &'static str) -> Result<(Head, Instant), Attempt> {
+    async fn read_head(&mut self, stream: &mut TcpStream, op: Op) -> Result<(Head, Instant), Attempt> {
         let mut first_byte = None;
         loop {
-            match self.parse_head(method)? {
-                Some(head) if head.status < 200 => {}
+            match self.parse_final(op)? {
                 Some(head) => return Ok((head, first_byte.unwrap_or_else(Instant::now))),
                 None => match self.fill(stream).await {
                     Ok(()) => {
@@ -286,8 +314,18 @@ impl Client {
         }
     }
 
+    /// Consumes the head of the answer if it is complete, and those of interim answers before it.
+    fn parse_final(&mut self, op: Op) -> Result<Option<Head>, Failure> {
+        loop {
+            match self.parse_head(op)? {
+                Some(head) if head.status < 200 => {}
+                done => return Ok(done),
+            }
+        }
+    }
+
     /// Consumes a head if it is complete.
-    fn parse_head(&mut self, method: &'static str) -> Result<Option<Head>, Failure> {
+    fn parse_head(&mut self, op: Op) -> Result<Option<Head>, Failure> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut response = httparse::Response::new(&mut headers);
         let parsed = response.parse(&self.input[self.start..self.end]).map_err(|_| Failure::Malformed("its head"))?;
@@ -310,7 +348,7 @@ impl Client {
         }
         self.start += length;
         let framing = match announced {
-            _ if method == "HEAD" || status < 200 || status == 204 || status == 304 => Framing::Length(0),
+            _ if op == Op::Head || status < 200 || status == 204 || status == 304 => Framing::Length(0),
             _ if chunked => Framing::Chunked,
             Some(length) => Framing::Length(length),
             None => Framing::UntilClose,
@@ -394,7 +432,7 @@ impl Client {
     }
 
     /// Reads some bytes more; an end of the stream is an error.
-    async fn fill(&mut self, stream: &mut TcpStream) -> io::Result<()> {
+    async fn fill(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         } else if self.end == self.input.len() {
@@ -411,53 +449,5 @@ impl Client {
                 Ok(())
             }
         }
-    }
-}
-
-/// Takes a body's bytes and checks them.
-struct Taker<'a> {
-    received: u64,
-    check: &'a Check<'a>,
-    /// For [`Check::Hash`].
-    verifier: Option<Verifier>,
-    /// For [`Check::Compare`]: no difference so far.
-    equal: bool,
-    /// For [`Check::Keep`].
-    kept: Vec<u8>,
-}
-
-impl<'a> Taker<'a> {
-    fn new(check: &'a Check<'a>) -> Self {
-        let verifier = if let Check::Hash(digest) = check { Some(Verifier::of(*digest)) } else { None };
-        Self { received: 0, check, verifier, equal: true, kept: Vec::new() }
-    }
-
-    fn take(&mut self, bytes: &[u8]) {
-        match self.check {
-            Check::Drop => {}
-            Check::Hash(_) => {
-                if let Some(verifier) = &mut self.verifier {
-                    verifier.update(bytes);
-                }
-            }
-            Check::Compare(expected) => {
-                let at = usize::try_from(self.received).unwrap_or(usize::MAX);
-                self.equal &= at.checked_add(bytes.len()).and_then(|end| expected.get(at..end)) == Some(bytes);
-            }
-            Check::Keep => {
-                let room = BUFFER - self.kept.len();
-                self.kept.extend_from_slice(&bytes[..bytes.len().min(room)]);
-            }
-        }
-        self.received += bytes.len() as u64;
-    }
-
-    fn finish(self) -> (bool, Vec<u8>) {
-        let sound = match self.check {
-            Check::Drop | Check::Keep => true,
-            Check::Hash(_) => self.verifier.is_some_and(|verifier| verifier.finish(()).is_ok()),
-            Check::Compare(expected) => self.equal && self.received == expected.len() as u64,
-        };
-        (sound, self.kept)
     }
 }

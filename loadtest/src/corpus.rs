@@ -1,21 +1,20 @@
-//! The blobs of a run: made from the seed alone, so that two runs, or two machines, load the very same bytes.
+//! The blobs of a run. Those that it reads are made from the seed alone, so that two runs, or two machines, load the very same bytes;
+//! those that it writes are like those of no other run, since to store what is there already is another operation.
 
 use castier_blob::{Digest, Verifier};
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
 use rand_distr::{Distribution as _, Zipf};
 use rand_xoshiro::Xoshiro256PlusPlus;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Blobs are made and sent in pieces of this size, so that a huge blob costs no memory. A multiple of 8, the generator's
 /// word, since only then do pieces of any blob join to the same bytes.
 pub(crate) const PIECE: usize = 64 << 10;
 
-/// Fresh blobs are numbered from here on: no corpus is that large.
-const FRESH: u64 = 1 << 48;
-
 /// The recipe of one blob.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Blob {
-    /// The run's seed.
+    /// The corpus's seed, or that of the fresh blobs.
     seed: u64,
     /// Its number under that seed.
     number: u64,
@@ -38,6 +37,14 @@ impl Blob {
         }
         // A verifier that accepts anything has no mismatch to report.
         verifier.finish(()).map_or_else(|mismatch| mismatch.actual, |verified| verified.digest())
+    }
+
+    /// As [`Self::digest`], on another thread if that takes long: the other clients of this one have answers to read.
+    pub(crate) async fn digest_aside(self) -> Digest {
+        if self.size <= PIECE as u64 {
+            return self.digest();
+        }
+        tokio::task::spawn_blocking(move || self.digest()).await.unwrap_or_else(|_| self.digest())
     }
 
     /// The whole blob in memory.
@@ -77,6 +84,8 @@ pub(crate) fn generator(seed: u64, number: u64) -> Xoshiro256PlusPlus {
 /// The blobs that a run reads, and the recipe of those that it writes.
 pub(crate) struct Corpus {
     seed: u64,
+    /// The seed of what this run alone writes.
+    fresh: u64,
     size: u64,
     /// Names of the blobs that are stored before the run; empty when it reads none.
     digests: Vec<Digest>,
@@ -85,15 +94,18 @@ pub(crate) struct Corpus {
 }
 
 impl Corpus {
-    /// Names `objects` blobs of `size` bytes; keeps the bytes only if `hold`.
-    pub(crate) fn new(seed: u64, objects: usize, size: u64, hold: bool) -> Self {
-        let blobs = |number| Blob { seed, number: number as u64, size };
-        let held = hold.then(|| (0..objects).map(|number| blobs(number).bytes()).collect::<Vec<_>>());
-        let digests = match &held {
-            Some(held) => held.iter().map(|bytes| Digest::of(bytes)).collect(),
-            None => (0..objects).map(|number| blobs(number).digest()).collect(),
-        };
-        Self { seed, size, digests, held }
+    /// Names `objects` blobs of `size` bytes; keeps the bytes only if `hold`. `made` follows.
+    pub(crate) fn new(seed: u64, objects: usize, size: u64, hold: bool, made: &AtomicU64) -> Self {
+        let mut corpus = Self { seed, fresh: rand::random(), size, digests: Vec::with_capacity(objects), held: hold.then(Vec::new) };
+        for number in 0..objects {
+            let blob = corpus.blob(number);
+            if let Some(held) = &mut corpus.held {
+                held.push(blob.bytes());
+            }
+            corpus.digests.push(corpus.held(number).map_or_else(|| blob.digest(), Digest::of));
+            made.fetch_add(1, Ordering::Relaxed);
+        }
+        corpus
     }
 
     /// How many blobs it holds.
@@ -121,9 +133,9 @@ impl Corpus {
         Blob { seed: self.seed, number: number as u64, size: self.size }
     }
 
-    /// The recipe of a blob that only the request with this ticket writes.
+    /// The recipe of a blob that only the request with this ticket writes, in this run and in no other.
     pub(crate) const fn fresh(&self, ticket: u64) -> Blob {
-        Blob { seed: self.seed, number: FRESH | ticket, size: self.size }
+        Blob { seed: self.fresh, number: ticket, size: self.size }
     }
 }
 
@@ -163,14 +175,21 @@ mod tests {
 
     #[test]
     fn blobs_depend_on_seed_and_number_alone() {
-        let blob = |seed, number| Corpus::new(seed, 8, 100, false).blob(number);
+        let corpus = |seed, hold| Corpus::new(seed, 8, 100, hold, &AtomicU64::default());
+        let blob = |seed, number| corpus(seed, false).blob(number);
         assert_eq!(blob(1, 3).bytes(), blob(1, 3).bytes());
         assert_ne!(blob(1, 3).bytes(), blob(1, 4).bytes());
         assert_ne!(blob(1, 3).bytes(), blob(2, 3).bytes());
-        let corpus = Corpus::new(1, 8, 100, false);
-        assert_eq!(corpus.digest(3), Digest::of(&blob(1, 3).bytes()));
-        assert_ne!(corpus.fresh(3).digest(), corpus.digest(3));
-        assert_eq!(Corpus::new(1, 8, 100, true).held(3), Some(corpus.blob(3).bytes().as_slice()));
+        let one = corpus(1, false);
+        assert_eq!(one.digest(3), Digest::of(&blob(1, 3).bytes()));
+        assert_ne!(one.fresh(3).digest(), one.digest(3));
+        assert_eq!(corpus(1, true).held(3), Some(one.blob(3).bytes().as_slice()));
+    }
+
+    #[test]
+    fn what_is_written_is_like_nothing_that_was_written_before() {
+        let fresh = |number| Corpus::new(1, 0, 100, false, &AtomicU64::default()).fresh(number).digest();
+        assert_ne!(fresh(3), fresh(3));
     }
 
     #[test]

@@ -22,12 +22,14 @@ use crate::{
     pace::{Limit, Schedule},
     report::{Context, Report},
     run::Run,
+    tally::Tally,
     target::Target,
 };
 use clap::Parser as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use std::{
+    io::Write as _,
     process::ExitCode,
     sync::{
         Arc,
@@ -37,6 +39,9 @@ use std::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// Signals that come within this time are one.
+const SAME_SIGNAL: Duration = Duration::from_millis(500);
 
 /// Why there is no report.
 enum Refusal {
@@ -58,7 +63,11 @@ fn main() -> ExitCode {
     };
     let result = args.plan().map_err(Refusal::Usage).and_then(|plan| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(512).build();
-        runtime.map_err(|error| Refusal::Broken(format!("cannot start: {error}")))?.block_on(load(plan))
+        let runtime = runtime.map_err(|error| Refusal::Broken(format!("cannot start: {error}")))?;
+        let result = runtime.block_on(load(plan));
+        // A corpus that nobody waits for any more is not waited for here either.
+        runtime.shutdown_background();
+        result
     });
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -105,29 +114,36 @@ async fn load(plan: Plan) -> Result<bool, Refusal> {
     let popularity = Popularity::new(shape.objects, shape.zipf).map_err(Refusal::Usage)?;
 
     let objects = if shape.work.reads_corpus() { shape.objects } else { 0 };
-    let corpus = Arc::new(Corpus::new(plan.seed, objects, shape.size, plan.verify == Verify::Bytes));
-    let stored = Arc::new(AtomicU64::new(0));
-    let store = prepare::store(&corpus, if stores.is_empty() { &targets } else { &stores }, plan.timeout, &stored);
-    let bar = bar("storing", objects as u64);
-    let stored = stop.run_until_cancelled(with_progress(store, &bar, || stored.load(Ordering::Relaxed))).await;
-    bar.finish_and_clear();
-    stored.unwrap_or(Ok(())).map_err(Refusal::Broken)?;
+    let corpus = make(&plan, objects, &stop).await?;
+    if let Some(corpus) = &corpus {
+        let stored = Arc::new(AtomicU64::new(0));
+        let store = prepare::store(corpus, if stores.is_empty() { &targets } else { &stores }, plan.timeout, &stored);
+        let bar = bar("storing", objects as u64);
+        let stored = stop.run_until_cancelled(with_progress(store, &bar, || stored.load(Ordering::Relaxed))).await;
+        bar.finish_and_clear();
+        stored.unwrap_or(Ok(())).map_err(Refusal::Broken)?;
+    }
 
     let before = prepare::origin_loads(&admins).await.map_err(Refusal::Broken)?;
-    let run = Arc::new(Run {
-        targets,
-        work: shape.work,
-        schedule: Schedule::new(shape.limit, shape.rate),
-        corpus,
-        popularity,
-        seed: plan.seed,
-        concurrency: shape.concurrency,
-        threads: plan.threads,
-        timeout: plan.timeout,
-        close: plan.close,
-        done: AtomicU64::new(0),
-    });
-    let tally = drive(&run, &stop).await.map_err(|error| Refusal::Broken(format!("the run broke off: {error}")))?;
+    let tally = match corpus.filter(|_| !stop.is_cancelled()) {
+        Some(corpus) => {
+            let run = Arc::new(Run {
+                targets,
+                work: shape.work,
+                schedule: Schedule::new(shape.limit, shape.rate),
+                corpus,
+                popularity,
+                seed: plan.seed,
+                concurrency: shape.concurrency,
+                threads: plan.threads,
+                timeout: plan.timeout,
+                close: plan.close,
+                done: AtomicU64::new(0),
+            });
+            drive(&run, &stop).await.map_err(|error| Refusal::Broken(format!("the run broke off: {error}")))?
+        }
+        None => Tally::default(),
+    };
     let origin_loads = match prepare::origin_loads(&admins).await {
         _ if admins.is_empty() => None,
         Ok(after) => Some(after.saturating_sub(before)),
@@ -140,15 +156,34 @@ async fn load(plan: Plan) -> Result<bool, Refusal> {
 
     let context = Context { origin_loads, scenario: plan.scenario.map(|scenario| scenario.name()), interrupted: stop.is_cancelled() };
     let report = Report::new(&tally, context);
-    if plan.json {
-        println!("{}", report.json())
+    let text = if plan.json {
+        report.json()
+            + "
+"
     } else {
-        print!("{}", report.text(&tally))
+        report.text(&tally)
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // A reader that has seen enough is no failure.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Refusal::Broken(format!("cannot print the report: {error}"))),
+        _ => Ok(tally.flawless()),
     }
-    Ok(tally.flawless())
 }
 
-async fn drive(run: &Arc<Run>, stop: &CancellationToken) -> std::io::Result<tally::Tally> {
+/// Makes the corpus, on another thread; none if the run is stopped before it is done.
+async fn make(plan: &Plan, objects: usize, stop: &CancellationToken) -> Result<Option<Arc<Corpus>>, Refusal> {
+    let (seed, size, hold) = (plan.seed, plan.shape.size, plan.verify == Verify::Bytes);
+    let made = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&made);
+    let making = tokio::task::spawn_blocking(move || Corpus::new(seed, objects, size, hold, &counter));
+    let bar = bar("making", objects as u64);
+    let corpus = stop.run_until_cancelled(with_progress(making, &bar, || made.load(Ordering::Relaxed))).await;
+    bar.finish_and_clear();
+    let corpus = corpus.transpose().map_err(|error| Refusal::Broken(format!("cannot make the corpus: {error}")))?;
+    Ok(corpus.map(Arc::new))
+}
+
+async fn drive(run: &Arc<Run>, stop: &CancellationToken) -> std::io::Result<Tally> {
     let start = Instant::now();
     let (length, clock) = match run.schedule.limit {
         Limit::Turns(turns) => (turns, false),
@@ -185,15 +220,17 @@ async fn with_progress<T>(work: impl Future<Output = T>, bar: &ProgressBar, posi
     }
 }
 
-/// Cancelled by the first SIGINT or SIGTERM, so that the report is still printed; the second ends the process at once.
+/// Cancelled by the first SIGINT or SIGTERM, so that the report is still printed; the second ends the process at once. What comes at the
+/// heels of the first is the first again: shells and `timeout` tell the process and its group.
 fn stop_on_signal() -> std::io::Result<CancellationToken> {
     let stop = CancellationToken::new();
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let token = stop.clone();
     tokio::spawn(async move {
+        let mut first: Option<Instant> = None;
         loop {
             tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-            if token.is_cancelled() {
+            if first.get_or_insert_with(Instant::now).elapsed() > SAME_SIGNAL {
                 std::process::exit(130);
             }
             token.cancel();

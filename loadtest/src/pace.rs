@@ -4,7 +4,8 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
+use tokio_util::sync::CancellationToken;
 
 /// What ends a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,6 +58,12 @@ impl Schedule {
         };
         more.then_some(Turn { ticket, intended })
     }
+
+    /// The next turn of an open loop that was due before `end` and that nobody took: the clients were all busy.
+    pub(crate) fn overdue(&self, start: Instant, end: Instant) -> Option<Turn> {
+        self.rate?;
+        self.take(start, end, 0).filter(|turn| turn.intended < end)
+    }
 }
 
 /// How long after the start a turn is due.
@@ -71,16 +78,40 @@ pub(crate) struct Pacer {
     waiting: Mutex<()>,
 }
 
+/// A turn that has not begun, so that there is time to make ready what it sends: that is not the target's time.
+pub(crate) struct Slot<'a> {
+    turn: Turn,
+    /// In an open loop, so that there is one timer.
+    first_in_line: Option<MutexGuard<'a, ()>>,
+}
+
 impl Pacer {
-    /// Waits for the next turn; none when the run is over.
-    pub(crate) async fn turn(&self, schedule: &Schedule, start: Instant, taken: u64) -> Option<Turn> {
-        if schedule.rate.is_none() {
-            return schedule.take(start, Instant::now(), taken);
+    /// Takes the next turn; none when the run is over.
+    pub(crate) async fn slot(&self, schedule: &Schedule, start: Instant, taken: u64, stop: &CancellationToken) -> Option<Slot<'_>> {
+        let first_in_line = if schedule.rate.is_some() { Some(self.waiting.lock().await) } else { None };
+        if stop.is_cancelled() {
+            return None;
         }
-        let _first_in_line = self.waiting.lock().await;
         let turn = schedule.take(start, Instant::now(), taken)?;
-        wait_until(turn.intended).await;
-        Some(turn)
+        Some(Slot { turn, first_in_line })
+    }
+}
+
+impl Slot<'_> {
+    /// The turn's number.
+    pub(crate) const fn ticket(&self) -> u64 {
+        self.turn.ticket
+    }
+
+    /// Begins the turn: now, or when it is due; none if the run is stopped before.
+    pub(crate) async fn begin(self, stop: &CancellationToken) -> Option<Turn> {
+        if self.first_in_line.is_none() {
+            return Some(Turn { intended: Instant::now(), ..self.turn });
+        }
+        if Instant::now() < self.turn.intended {
+            stop.run_until_cancelled(wait_until(self.turn.intended)).await?;
+        }
+        Some(self.turn)
     }
 }
 
@@ -135,6 +166,26 @@ mod tests {
         let time = Schedule::new(Limit::Time(Duration::from_secs(5)), None);
         assert!(time.take(start, later - Duration::from_nanos(1), 0).is_some());
         assert!(time.take(start, later, 0).is_none());
+    }
+
+    #[test]
+    fn what_was_due_before_the_end_is_overdue() {
+        let start = Instant::now();
+        let end = start + Duration::from_secs(2);
+        let schedule = Schedule::new(Limit::Time(Duration::from_secs(10)), Some(3.0));
+        assert!(schedule.take(start, start, 0).is_some());
+        assert_eq!(std::iter::from_fn(|| schedule.overdue(start, end)).count(), 5);
+        assert_eq!(Schedule::new(Limit::Turns(10), None).overdue(start, end), None, "a closed loop waits for its clients");
+    }
+
+    #[tokio::test]
+    async fn a_stop_is_not_waited_for_until_a_turn_is_due() {
+        let (start, stop) = (Instant::now(), CancellationToken::new());
+        let (schedule, pacer) = (Schedule::new(Limit::Turns(9), Some(0.001)), Pacer::default());
+        assert!(pacer.slot(&schedule, start, 0, &stop).await.unwrap().begin(&stop).await.is_some(), "the first is due at once");
+        let slot = pacer.slot(&schedule, start, 0, &stop).await.unwrap();
+        stop.cancel();
+        assert!(slot.begin(&stop).await.is_none() && pacer.slot(&schedule, start, 0, &stop).await.is_none());
     }
 
     #[tokio::test]

@@ -21,8 +21,8 @@ const QUESTION: Duration = Duration::from_secs(5);
 /// Uploads at a time while the corpus is stored: enough to keep an origin's disk busy.
 const UPLOADS: usize = 16;
 
-async fn ask(target: &Arc<Target>, method: &'static str, path: Path<'_>) -> Result<Answer, String> {
-    let request = Request { method, path, body: Body::None, content_type: None, ask_first: false };
+async fn ask(target: &Arc<Target>, op: Op, path: Path<'_>) -> Result<Answer, String> {
+    let request = Request::new(op, path, Body::None);
     let mut client = Client::new(Arc::clone(target), true);
     match timeout(QUESTION, client.exchange(&request, &Check::Keep)).await {
         Ok(answer) => answer.map_err(|failure| format!("{}: {failure}; is it running?", target.url)),
@@ -36,13 +36,13 @@ pub(crate) async fn check_target(target: &Arc<Target>, deletes: bool) -> Result<
         format!("{} is not a content-addressed store: it answered {} to {what}; is it the public port?", target.url, answer.status)
     };
     // Two questions: web servers say 404 to anything, and TLS ports say 400 to anything.
-    let malformed = ask(target, "GET", Path::Plain("/cas/not-a-digest")).await?;
+    let malformed = ask(target, Op::Get, Path::Plain("/cas/not-a-digest")).await?;
     if malformed.status != 400 {
         return Err(not("GET /cas/not-a-digest, where a store says 400", &malformed));
     }
     // The digest of something that nobody stored; the process id keeps it out of earlier runs' negative caches.
     let absent = Digest::of(format!("castier-load {} was never stored", std::process::id()).as_bytes());
-    let answer = ask(target, "HEAD", Path::Blob(&absent)).await?;
+    let answer = ask(target, Op::Head, Path::Blob(&absent)).await?;
     if answer.status >= 500 {
         return Err(format!(
             "{}: it answered {} to a blob that nobody stored, where a store says 404: is its origin up?",
@@ -53,7 +53,7 @@ pub(crate) async fn check_target(target: &Arc<Target>, deletes: bool) -> Result<
         return Err(not("a digest that nobody stored, where a store says 404", &answer));
     }
     if deletes {
-        let answer = ask(target, "DELETE", Path::Blob(&absent)).await?;
+        let answer = ask(target, Op::Delete, Path::Blob(&absent)).await?;
         if answer.status == 405 {
             return Err(format!("{} does not allow DELETE, which this run needs: set allow_delete = true at its origin", target.url));
         }
@@ -65,7 +65,7 @@ pub(crate) async fn check_target(target: &Arc<Target>, deletes: bool) -> Result<
 pub(crate) async fn origin_loads(admins: &[Arc<Target>]) -> Result<u64, String> {
     let mut sum = 0;
     for admin in admins {
-        let answer = ask(admin, "GET", Path::Plain("/stats")).await?;
+        let answer = ask(admin, Op::Get, Path::Plain("/stats")).await?;
         let stats: Option<serde_json::Value> = serde_json::from_slice(&answer.kept).ok();
         let loads = stats.and_then(|stats| stats.get("LocalLoads").and_then(serde_json::Value::as_u64));
         sum += loads.ok_or_else(|| format!("{}/stats has no LocalLoads: is it the admin port of a castier?", admin.url))?;
@@ -106,7 +106,7 @@ async fn put(client: &mut Client, corpus: &Corpus, number: usize, limit: Duratio
     let body = corpus.held(number).map_or_else(|| Body::Blob(corpus.blob(number)), Body::Bytes);
     // Asking costs a round trip, and the connection if the blob is there: worth it only for what is large.
     let ask_first = corpus.size() >= PIECE as u64;
-    let request = Request { method: Op::Put.method(), path: Path::Blob(&digest), body, content_type: None, ask_first };
+    let request = Request { ask_first, ..Request::new(Op::Put, Path::Blob(&digest), body) };
     let answer = timeout(limit, client.exchange(&request, &Check::Keep)).await;
     let answer = answer.map_err(|_| format!("no answer within {limit:?}"))?.map_err(|failure| failure.to_string())?;
     if Op::Put.succeeded(answer.status) {

@@ -188,15 +188,8 @@ impl Latencies {
 
 /// The latencies in steps of 1, 2, 5, with a bar for each, from the first step with anything in it to the last.
 fn histogram(all: &Spread) -> String {
-    let steps = (3..12).flat_map(|power| [1, 2, 5].map(|step| step * 10_u64.pow(power))).chain([u64::MAX]);
-    let mut from = 0;
-    let rows: Vec<_> = steps
-        .map(|to| {
-            let row = (to, all.between(from, to));
-            from = to.saturating_add(1);
-            row
-        })
-        .collect();
+    let bounds: Vec<_> = (3..12).flat_map(|power| [1, 2, 5].map(|step| step * 10_u64.pow(power))).chain([u64::MAX]).collect();
+    let rows: Vec<_> = bounds.iter().copied().zip(all.up_to_each(&bounds)).collect();
     let used = |row: &&(u64, u64)| row.1 > 0;
     let first = rows.iter().position(|row| used(&row)).unwrap_or(0);
     let last = rows.iter().rposition(|row| used(&row)).unwrap_or(0);
@@ -231,13 +224,13 @@ fn time(nanos: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tally::tests::outcome;
+    use crate::tally::{Outcome, tests::outcome};
 
     fn sample() -> Tally {
         let start = Instant::now();
         let mut tally = Tally::default();
         for number in 0..10 {
-            tally.record(outcome(Op::Get, start + Duration::from_millis(100 * number), 20, if number == 3 { 503 } else { 200 }));
+            tally.record(&outcome(Op::Get, start + Duration::from_millis(100 * number), 20, if number == 3 { 503 } else { 200 }));
         }
         tally
     }
@@ -297,6 +290,18 @@ mod tests {
         assert!(text.contains("1 × status 503") && text.contains("90.000 %") && text.contains("≤ 20 ms"), "{text}");
         let nothing = Tally::default();
         assert!(report(&nothing, None).text(&nothing).contains("requests      0"));
+    }
+
+    #[test]
+    fn the_histogram_has_every_request_once() {
+        let mut tally = Tally::default();
+        let start = Instant::now();
+        for micros in (1..20_000).step_by(7) {
+            tally.record(&Outcome { end: start + Duration::from_micros(micros), ..outcome(Op::Get, start, 0, 200) });
+        }
+        let histogram = histogram(&tally.all_latencies().unwrap());
+        let counts = histogram.lines().skip(1).map(|line| line.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap());
+        assert_eq!(counts.sum::<u64>(), tally.requests, "{histogram}");
     }
 
     #[test]

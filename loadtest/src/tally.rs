@@ -31,6 +31,24 @@ pub(crate) struct Outcome {
     pub(crate) corrupt: bool,
 }
 
+impl Outcome {
+    /// Of a request that came to nothing yet.
+    pub(crate) const fn of(op: Op, intended: Instant) -> Self {
+        Self {
+            op,
+            intended,
+            end: intended,
+            first_byte: None,
+            status: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+            reconnected: false,
+            error: None,
+            corrupt: false,
+        }
+    }
+}
+
 /// A distribution of durations.
 #[derive(Clone)]
 pub(crate) struct Spread {
@@ -77,9 +95,18 @@ impl Spread {
         self.histogram.value_at_quantile(share).min(self.max)
     }
 
-    /// How many durations are within `from..=to` nanoseconds.
-    pub(crate) fn between(&self, from: u64, to: u64) -> u64 {
-        self.histogram.count_between(from, to)
+    /// How many durations there are up to each of `bounds`, which rise, and above the one before.
+    pub(crate) fn up_to_each(&self, bounds: &[u64]) -> Vec<u64> {
+        let mut counts = vec![0; bounds.len()];
+        for step in self.histogram.iter_recorded() {
+            // One step of the histogram may lie on both sides of a bound, and counts on one.
+            let nanos = self.histogram.lowest_equivalent(step.value_iterated_to());
+            let row = bounds.partition_point(|bound| *bound < nanos);
+            if let Some(count) = counts.get_mut(row) {
+                *count += step.count_since_last_iteration();
+            }
+        }
+        counts
     }
 }
 
@@ -107,7 +134,7 @@ pub(crate) struct Tally {
 
 impl Tally {
     /// Counts a request.
-    pub(crate) fn record(&mut self, outcome: Outcome) {
+    pub(crate) fn record(&mut self, outcome: &Outcome) {
         let slot = &mut self.latencies[outcome.op.index()];
         if slot.is_none() {
             *slot = Spread::new();
@@ -129,9 +156,9 @@ impl Tally {
         self.bytes_in += outcome.bytes_in;
         self.bytes_out += outcome.bytes_out;
         *self.statuses.entry(outcome.status).or_default() += 1;
-        match outcome.error {
+        match &outcome.error {
             None => self.successes += 1,
-            Some(text) => self.count_error(text, 1),
+            Some(text) => self.count_error(text.clone(), 1),
         }
         let (first, last) = self.starts.unwrap_or((outcome.intended, outcome.intended));
         self.starts = Some((first.min(outcome.intended), last.max(outcome.intended)));
@@ -198,8 +225,7 @@ pub(crate) mod tests {
     pub(crate) fn outcome(op: Op, start: Instant, millis: u64, status: u16) -> Outcome {
         let end = start + Duration::from_millis(millis);
         let error = (!op.succeeded(status)).then(|| format!("status {status}"));
-        let (first_byte, bytes_in, bytes_out) = (Some(end), 100, 10);
-        Outcome { op, intended: start, end, first_byte, status, bytes_in, bytes_out, reconnected: false, error, corrupt: false }
+        Outcome { end, first_byte: Some(end), status, bytes_in: 100, bytes_out: 10, error, ..Outcome::of(op, start) }
     }
 
     #[test]
@@ -209,7 +235,7 @@ pub(crate) mod tests {
         let tally = |requests: &[(Op, u64)]| {
             let mut tally = Tally::default();
             for &(op, millis) in requests {
-                tally.record(outcome(op, start + Duration::from_millis(millis), millis, if millis == 50 { 503 } else { 200 }));
+                tally.record(&outcome(op, start + Duration::from_millis(millis), millis, if millis == 50 { 503 } else { 200 }));
             }
             tally
         };

@@ -57,8 +57,10 @@ fn every_operation_against_the_real_origin() {
         ["get", "put", "post", "head", "delete"].iter().map(|op| json["operations"][op]["requests"].as_u64().unwrap()).collect();
     assert!(counts.iter().all(|&count| count > 10), "{json}");
     assert_eq!(json["bytes_in"]["total"].as_u64().unwrap() / 70_000, counts[0], "every GET's body, and little else");
-    // The same seed again: everything is there already, and that is as good.
-    assert_eq!(report(&format!("--target {url} --requests 50 --objects 20 --size 70000")).0, Some(0));
+    // The same seed again: all that is read is there already, and that is as good; what is written never was there.
+    let (code, json) = report(&format!("--target {url} --requests 50 --objects 20 --size 70000 --mix get=1,put=1,post=1"));
+    let written = ["put", "post"].iter().map(|op| json["operations"][op]["requests"].as_u64().unwrap()).sum::<u64>();
+    assert_eq!((code, json["status_codes"]["201"].as_u64()), (Some(0), Some(written)), "{json}");
 }
 
 #[test]
@@ -119,6 +121,29 @@ fn a_stale_connection_is_replaced_and_reported() {
     let (code, json) = report(&format!("--target {} --requests 50 --concurrency 1", rogue.url()));
     // The fifth close comes after the last request, so nobody notices it.
     assert_eq!((code, json["requests"].as_u64(), json["reconnects"].as_u64()), (Some(0), Some(50), Some(4)), "{json}");
+}
+
+#[test]
+fn what_was_sent_twice_is_reported_whatever_came_of_it() {
+    let rogue = Rogue::new(Fault::Gone);
+    let (code, json) = report(&format!("--target {} --requests 20 --concurrency 1", rogue.url()));
+    assert_eq!((code, json["requests"].as_u64(), json["reconnects"].as_u64()), (Some(1), Some(20), Some(1)), "{json}");
+    assert_eq!(rogue.gets(), 21);
+}
+
+#[test]
+fn bytes_after_an_answer_are_an_error() {
+    let rogue = Rogue::new(Fault::TooMuch);
+    let (code, json) = report(&format!("--target {} --requests 50 --concurrency 1", rogue.url()));
+    // Seen with the answer, or by the next request on that connection, which was not answered yet.
+    assert!(code == Some(1) && json["requests"].as_u64() == Some(50) && json["success"].as_f64().unwrap() < 1.0, "{json}");
+}
+
+#[test]
+fn an_upload_that_is_refused_unread_has_its_answer() {
+    let rogue = Rogue::new(Fault::RefuseUnread);
+    let (code, json) = report(&format!("--target {} --requests 3 --mix put=1 --size 64MiB --timeout 20s", rogue.url()));
+    assert_eq!((code, json["status_codes"]["507"].as_u64()), (Some(1), Some(3)), "{json}");
 }
 
 #[test]
@@ -222,17 +247,60 @@ fn a_refused_store_is_one_line_and_exit_1() {
     assert!(error.contains("507") && error.contains("no room"), "{error}");
 }
 
-#[test]
-fn an_interrupt_ends_the_run_with_a_report() {
-    let rogue = Rogue::new(Fault::None);
-    let mut child = command(&format!("--target {} --duration 1h --json", rogue.url())).stdout(Stdio::piped()).spawn().unwrap();
-    wait_for(&mut child, || rogue.gets() > 100);
+/// Interrupts a run when the condition holds, and gives back its exit code and its report.
+fn interrupted(line: &str, when: impl Fn() -> bool) -> (Option<i32>, Value) {
+    let mut child = command(&format!("{line} --json")).stdout(Stdio::piped()).spawn().unwrap();
+    wait_for(&mut child, when);
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT).unwrap();
     let mut text = String::new();
     child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
     let json: Value = serde_json::from_str(&text).unwrap();
-    assert!(child.wait().unwrap().success(), "nothing failed until then");
-    assert!(json["interrupted"] == true && json["requests"].as_u64().unwrap() > 50, "{json}");
+    assert_eq!(json["interrupted"], true);
+    (child.wait().unwrap().code(), json)
+}
+
+#[test]
+fn an_interrupt_ends_the_run_with_a_report() {
+    let rogue = Rogue::new(Fault::None);
+    let (code, json) = interrupted(&format!("--target {} --duration 1h", rogue.url()), || rogue.gets() > 100);
+    assert_eq!((code, json["requests"].as_u64()), (Some(0), Some(rogue.gets())), "nothing failed, and all was answered: {json}");
+}
+
+#[test]
+fn what_hangs_when_the_run_is_interrupted_has_failed() {
+    let rogue = Rogue::new(Fault::Hang);
+    let (code, json) = interrupted(&format!("--target {} --duration 1h --concurrency 4", rogue.url()), || rogue.faults() == 4);
+    assert_eq!((code, json["requests"].as_u64(), json["status_codes"]["0"].as_u64()), (Some(1), Some(rogue.gets()), Some(4)), "{json}");
+    assert!(json["errors"][0].as_str().unwrap().contains("stopped"), "{json}");
+}
+
+#[test]
+fn what_was_due_when_the_run_is_interrupted_has_failed() {
+    let rogue = Rogue::new(Fault::Hang);
+    let since = Instant::now();
+    // The one client hangs at the tenth request, which is due after a tenth of a second, and the others are due all the same.
+    let late = || rogue.faults() == 1 && since.elapsed() > Duration::from_secs(1);
+    let (code, json) = interrupted(&format!("--target {} --duration 1h --concurrency 1 --rate 100", rogue.url()), late);
+    assert!(code == Some(1) && json["requests"].as_u64().unwrap() > rogue.gets() + 5, "{json}");
+    assert!(json["errors"].as_array().unwrap().iter().any(|error| error.as_str().unwrap().starts_with("not sent")), "{json}");
+}
+
+#[test]
+fn a_corpus_in_the_making_can_be_interrupted() {
+    let rogue = Rogue::new(Fault::None);
+    // Both questions to the target have been asked: then it is made.
+    let line = format!("--target {} --requests 1 --objects 50000 --size 10MiB", rogue.url());
+    let (code, json) = interrupted(&line, || rogue.connections() == 2);
+    assert_eq!((code, json["requests"].as_u64(), rogue.puts()), (Some(1), Some(0), 0));
+}
+
+#[test]
+fn a_report_that_cannot_be_printed_is_one_line_and_exit_1() {
+    let rogue = Rogue::new(Fault::None);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = command(&format!("--target {} --requests 1", rogue.url())).stdout(full).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && error.lines().count() == 1 && error.contains("cannot print"), "{error}");
 }
 
 /// Waits until the condition holds; a child that ends before, or half a minute without, is a failure.

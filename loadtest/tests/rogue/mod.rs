@@ -1,4 +1,4 @@
-//! A small content-addressed store over HTTP that does one thing wrong, on every tenth GET.
+//! A small content-addressed store over HTTP that does one thing wrong, on every tenth GET unless it says otherwise.
 
 use castier_blob::{Digest, wire};
 use std::{
@@ -31,6 +31,14 @@ pub(crate) enum Fault {
     CloseAfter,
     /// Sits on the tenth GET.
     StallOnce,
+    /// Never answers.
+    Hang,
+    /// From the tenth GET on, closes the connection without an answer.
+    Gone,
+    /// Sends more than it announced.
+    TooMuch,
+    /// Refuses PUTs without reading them, and keeps the connection.
+    RefuseUnread,
     /// Is no store: 404 to everything.
     WebServer,
     /// Is no store: 400 to everything.
@@ -122,6 +130,10 @@ impl Shared {
                     _ => {}
                 }
             }
+            if self.fault == Fault::RefuseUnread && method == "PUT" {
+                plain(&mut stream, "507 Insufficient Storage", b"no room")?;
+                std::thread::park();
+            }
             if expects {
                 stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
             }
@@ -136,7 +148,7 @@ impl Shared {
     /// Answers one request; whether the connection goes on.
     fn answer(&self, stream: &mut TcpStream, method: &str, path: &str, body: Vec<u8>) -> std::io::Result<bool> {
         match self.fault {
-            Fault::WebServer => return plain(stream, "404 Not Found", b"{}"),
+            Fault::WebServer => return plain(stream, "404 Not Found", b""),
             Fault::AlwaysBad => return plain(stream, "400 Bad Request", b"speak TLS"),
             _ => {}
         }
@@ -159,7 +171,8 @@ impl Shared {
     }
 
     fn get(&self, stream: &mut TcpStream, name: &str) -> std::io::Result<bool> {
-        let tenth = (self.gets.fetch_add(1, SeqCst) + 1).is_multiple_of(10);
+        let number = self.gets.fetch_add(1, SeqCst) + 1;
+        let tenth = number.is_multiple_of(10) || (self.fault == Fault::Gone && number > 10);
         let Some(mut blob) = self.blobs.lock().unwrap().get(name).cloned() else { return plain(stream, "404 Not Found", b"") };
         if !tenth || self.fault == Fault::None {
             return plain(stream, "200 OK", &blob);
@@ -187,6 +200,15 @@ impl Shared {
                 Ok(true)
             }
             Fault::CloseAfter => plain(stream, "200 OK", &blob).map(|_| false),
+            Fault::Hang => loop {
+                std::thread::park();
+            },
+            Fault::Gone => Ok(false),
+            Fault::TooMuch => {
+                plain(stream, "200 OK", &blob)?;
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")?;
+                Ok(true)
+            }
             Fault::StallOnce if earlier == 0 => {
                 std::thread::sleep(STALL);
                 plain(stream, "200 OK", &blob)
