@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import subprocess
-import tempfile
 import urllib.request
 
 import measure
@@ -35,18 +34,6 @@ class DiskCastier(Castier):
         return disk, sum(hits.values()) + self.series("castier_loads_total")[""]
 
 
-@contextlib.contextmanager
-def on_disk(bench):
-    """The same bench with its data where cargo builds: on a disk, if anything is."""
-    os.makedirs("target", exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-disk-", dir=os.path.abspath("target")) as directory:
-        before, bench.directory = bench.directory, directory
-        try:
-            yield bench
-        finally:
-            bench.directory = before
-
-
 def must_hit_the_disk(server, path):
     """Ends the benchmark unless castier says that this is a hit of its disk tier."""
     with servers.NO_PROXY.open(urllib.request.Request(server.url + path)) as answer:
@@ -60,7 +47,7 @@ def disk_hits(bench):
     with contextlib.ExitStack() as stack:
         origin = stack.enter_context(bench.origin())
         paths = {name: measure.corpus(bench, origin, f"disk-{name}", size, count) for name, (size, count) in HITS.items()}
-        stack.enter_context(on_disk(bench))
+        stack.enter_context(measure.on_disk(bench))
         castier, nginx = running = [stack.enter_context(bench.peer(kind, origin)) for kind in (DiskCastier, Nginx)]
         for file in paths.values():
             for server in running:
@@ -96,7 +83,7 @@ def download(url, cpu):
 def fill(bench):
     """One large cold blob, through a tier that keeps it on disk, beside the same blob from the origin directly. Directly, curl has
     the core that is otherwise the tier's: that is the fastest that the origin can be."""
-    with bench.origin() as origin, on_disk(bench):
+    with bench.origin() as origin, measure.on_disk(bench):
         if shutil.disk_usage(bench.directory).free < 4 * FILL:
             raise SystemExit(f"bench: {bench.directory} needs {4 * FILL >> 30} GiB of room for fills")
         rng = random.Random(FILL)

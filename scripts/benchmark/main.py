@@ -49,10 +49,12 @@ def about(bench, in_memory, load_average):
     versions = [kind.version(kind) for kind in servers.PEERS]
     wrk = subprocess.run(["wrk", "-v"], stdout=subprocess.PIPE, text=True, check=False).stdout.splitlines()[0].split(" Copyright")[0]
     place = "a file system in memory" if in_memory else "a disk"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
     return [
         f"{datetime.date.today()}; {cpu_model()}, {os.cpu_count()} cores; {platform.system()} {platform.release()}; "
-        f"load average before the run {load_average:.2f}",
-        f"{'; '.join(versions)}; {wrk}. All in front of the same castier-origin; origin and caches on {place}.",
+        f"load average before the run {load_average:.2f}; castier at {commit or 'no commit'}",
+        f"{'; '.join(versions)}; {wrk}. All in front of the same castier-origin; origin and caches on {place}, but for the "
+        "published runs and what is about disks: those are on a disk.",
         "The server under test has one core for itself, the load and the origin the other. Over loopback, so the kernel's part in "
         "the CPU time is large, and the same for all.",
         f"Hits: wrk, {measure.CONNECTIONS} connections, {bench.seconds} s a round, {bench.rounds} rounds; the rounds alternate "

@@ -22,7 +22,8 @@ TITLES |= {"fill": "fill, 1 GiB", "full": "full of 1 KiB blobs", "streaming": "s
 # Metrics of which more is better; of all others, less is.
 MORE = ("requests/s", "hit ratio, %", "blobs kept", "MB/s")
 
-# Published figure, its unit and the metric of ours that answers it.
+# Published figure, its unit and the metric of ours that answers it. The runs: two of the Sangraha object store, of a message service that names
+# messages by their SHA-256, of a form processor, of a test harness for content-addressed stores, and of a data service's cache.
 PUBLISHED = {
     "sangraha-2k": [("57.16 requests/s", "requests/s")],
     "sangraha-1m": [("7.70 requests/s", "requests/s")],
@@ -31,6 +32,17 @@ PUBLISHED = {
     "cas-harness": [("p50 2.69 ms", "50th, ms"), ("p95 113.6 ms", "95th, ms"), ("p99 505.8 ms", "99th, ms"), ("success 1", "success")],
     "data-services": [("184 backend queries", "origin loads"), ("816.7 ms in all", "total, ms")],
 }
+
+
+# What stands before the table of published runs.
+PAIR = """The commands want a castier in front of a castier-origin that allows DELETE, both fresh, with their data on a disk, as it was here: an upload is
+answered when it is synced.
+
+```sh
+CASTIER_ALLOW_DELETE=true castier-origin --listen 127.0.0.1:9000 --root ./origin &
+CASTIER_ORIGIN__URL=http://127.0.0.1:9000 castier &
+```
+"""
 
 
 class Results:
@@ -95,8 +107,8 @@ def published_table(results):
             if spread is None:
                 continue
             what = "" if metric == "success" else f" {metric.split(', ')[-1]}" if ", " in metric else f" {metric}"
-            fill = " --fill http://127.0.0.1:9000" if scenario == "data-services" else ""
-            command = f"`castier-load --target http://127.0.0.1:8080 --scenario {scenario}{fill}`"
+            more = " --fill http://127.0.0.1:9000 --stats http://127.0.0.1:8082" if scenario == "data-services" else ""
+            command = f"`castier-load --target http://127.0.0.1:8080 --scenario {scenario}{more}`"
             lines.append(f"| {scenario} | {published} | {cell(spread, False)}{what} | {command} |")
     return "\n".join(lines)
 
@@ -117,7 +129,7 @@ def markdown(results, about, images, clients):
             parts += [f"### {title}\n", table(results, experiments, DISK_ORDER if experiments is DISK else ORDER), ""]
             parts += [f"![{title}]({images}{image}.svg)\n"] if image else []
     if any(results.metrics(scenario) for scenario in PUBLISHED):
-        parts += ["### Published runs of the predecessors\n", published_table(results), ""]
+        parts += ["### Published runs of the predecessors\n", PAIR, published_table(results), ""]
     return "\n".join(parts)
 
 

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 
 SERVER_CPU, LOAD_CPU = "0", "1"
+PROGRAMS = os.path.abspath(os.path.join(os.environ.get("CARGO_TARGET_DIR", "target"), "release"))
 TICK = os.sysconf("SC_CLK_TCK")
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -140,7 +141,7 @@ class Origin(Server):
 
     name = "castier-origin"
     cpu_list = LOAD_CPU
-    program = os.path.abspath("target/release/castier-origin")
+    program = os.path.join(PROGRAMS, "castier-origin")
 
     def command(self):
         config = os.path.join(self.directory, "origin.toml")
@@ -170,7 +171,7 @@ class Origin(Server):
 
 class Castier(Server):
     name = "castier"
-    program = os.path.abspath("target/release/castier")
+    program = os.path.join(PROGRAMS, "castier")
 
     # Whole lines below [memory], and further tables.
     more = ""
