@@ -57,7 +57,8 @@ impl Default for Listen {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Origin {
-    /// `embedded:DIRECTORY`, `http://HOST:PORT` or `https://HOST:PORT`. Default `embedded:./castier-data/origin`, so that
+    /// `embedded:DIRECTORY`, `http://HOST:PORT` or `https://HOST:PORT`, with `USER:PASSWORD@` before the host if the origin wants to know
+    /// who asks. Default `embedded:./castier-data/origin`, so that
     /// the program does something useful with no arguments.
     pub url: OriginUrl,
     /// A PEM file with the certificates that an https origin may be signed by; empty: those that the system trusts. Default

@@ -1,9 +1,11 @@
 //! Sources: where blobs come from and uploads go to. The only place that sees pingora's connectors.
 
+mod access;
 mod peers;
 mod probe;
 mod put;
 
+pub use access::ca_file;
 pub use peers::{Answer, FILLING, FLIGHT, Peers};
 pub use probe::{HttpProbe, peer_options};
 pub use put::{Parcel, Put, Upload};
@@ -16,7 +18,7 @@ use crate::{
 use bytes::Bytes;
 use castier_blob::{Digest, wire};
 use castier_config as config;
-use http::{Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{
     ErrorType, RetryType,
@@ -25,10 +27,8 @@ use pingora::{
     protocols::http::v1::client::HttpSession,
     upstreams::peer::HttpPeer,
 };
-use rustls_pki_types::{CertificateDer, pem::PemObject};
 use std::{
     net::{IpAddr, SocketAddr},
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -63,6 +63,8 @@ pub struct Upstream {
     tls: bool,
     /// Host and port as they stand in `Host`.
     authority: String,
+    /// `Authorization`, from the URL's user and password.
+    credentials: Option<HeaderValue>,
     resolved: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
     connect_timeout: Duration,
     /// Longest silence, not the whole transfer.
@@ -92,6 +94,7 @@ impl Upstream {
             host,
             port,
             tls: url.scheme() == "https",
+            credentials: access::basic(url),
             resolved: Mutex::new(None),
             connect_timeout: config.connect_timeout.get(),
             read_timeout: config.read_timeout.get(),
@@ -103,6 +106,11 @@ impl Upstream {
     /// Host and port as they stand in `Host`.
     pub fn authority(&self) -> &str {
         &self.authority
+    }
+
+    /// What the source wants to see of a user, if its URL names one.
+    pub const fn credentials(&self) -> Option<&HeaderValue> {
+        self.credentials.as_ref()
     }
 
     /// Opens the blob for reading from offset `from`. `None`: the source says that it does not exist.
@@ -133,9 +141,7 @@ impl Upstream {
     /// An answer that gives bytes: those from offset `from`.
     fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64) -> Result<Incoming, Fault> {
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
-        if head.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity") {
-            return Err(self.unusable("a content coding that was not asked for"));
-        }
+        self.must_be_uncoded(&head.headers)?;
         let (size, skip) = match head.status {
             // A source that does not know ranges sends all of it again; what is known already is skipped.
             StatusCode::OK => (number(head.headers.get(header::CONTENT_LENGTH)), from),
@@ -155,6 +161,16 @@ impl Upstream {
         Ok(Incoming { upstream: self.clone(), session: Some(session), peer, size, skip, watch: None })
     }
 
+    /// Of coded bytes, neither the length nor the digest is the blob's.
+    fn must_be_uncoded(&self, headers: &HeaderMap) -> Result<(), Fault> {
+        match headers.get(header::CONTENT_ENCODING) {
+            Some(coding) if !coding.as_bytes().eq_ignore_ascii_case(b"identity") => {
+                Err(self.unusable("a content coding that was not asked for"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The size of the blob, without its bytes. `None`: the source says that it does not exist.
     ///
     /// # Errors
@@ -164,9 +180,10 @@ impl Upstream {
         let (session, peer, _place) = self.ask(&request, &[]).await?;
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         let (status, length) = (head.status, number(head.headers.get(header::CONTENT_LENGTH)));
+        let uncoded = self.must_be_uncoded(&head.headers);
         self.finish(session, &peer).await;
         match status {
-            StatusCode::OK => length.map(Some).ok_or_else(|| self.unusable("a HEAD answer without a length")),
+            StatusCode::OK => uncoded.and_then(|()| length.map(Some).ok_or_else(|| self.unusable("a HEAD answer without a length"))),
             StatusCode::NOT_FOUND | StatusCode::GONE => Ok(None),
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
             status => Err(self.unusable(format!("status {}", status.as_u16()))),
@@ -307,6 +324,9 @@ impl Upstream {
         insert(&mut request, header::HOST, &self.authority)?;
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
         insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
+        if let Some(credentials) = &self.credentials {
+            request.insert_header(header::AUTHORIZATION, credentials.clone()).map_err(|error| Fault::Internal(error.to_string()))?;
+        }
         if let Some(ties) = &self.ties {
             ties.sign(&mut request)?;
         }
@@ -345,28 +365,6 @@ impl Upstream {
             ErrorType::InvalidHTTPHeader => Fault::Unusable { source_name, why },
             _ => Fault::Unreachable { source_name, why },
         }
-    }
-}
-
-/// `origin.ca_file` as pingora takes it; none for the system's roots. Checked here, since pingora panics over a bad one.
-///
-/// # Errors
-/// A text that names the file.
-pub fn ca_file(config: &config::Origin) -> Result<Option<String>, String> {
-    if config.ca_file.as_os_str().is_empty() {
-        return Ok(None);
-    }
-    certificates("origin.ca_file", &config.ca_file)
-}
-
-/// The path of a file that holds certificates, as pingora takes it.
-fn certificates(key: &str, path: &Path) -> Result<Option<String>, String> {
-    let unusable = |why: String| format!("{key}: {}: {why}", path.display());
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
-    match certificates {
-        Ok(found) if found.is_empty() => Err(unusable("holds no PEM certificate".into())),
-        Ok(_) => path.to_str().map(|path| Some(path.to_owned())).ok_or_else(|| unusable("is not a path in UTF-8".into())),
-        Err(error) => Err(unusable(error.to_string())),
     }
 }
 

@@ -372,6 +372,7 @@ impl Peers {
                 port: member.port,
                 tls: self.tls,
                 authority: member.name.to_string(),
+                credentials: None,
                 resolved: Mutex::new(None),
                 // Before the stall, so that it is known to be no connection, and late enough for a lost packet to be sent again.
                 connect_timeout: self.stall_timeout * 3 / 4,

@@ -1,6 +1,6 @@
 //! `GET /healthz` of a peer.
 
-use super::certificates;
+use super::access::certificates;
 use crate::members::{Member, NODE, Probe};
 use async_trait::async_trait;
 use castier_config::ClusterTls;
