@@ -33,7 +33,9 @@ impl Attempts {
     /// How long to wait before going on; none if it is no use.
     pub(super) fn after(&mut self, fault: &Fault, seen: u64) -> Option<Duration> {
         match fault {
-            Fault::Unreachable { .. } | Fault::Silent { .. } | Fault::Unusable { .. } => {}
+            Fault::Unreachable { .. } | Fault::Unusable { .. } => {}
+            // Whoever waits has waited for as long as the source may think. One that has said something may go on.
+            Fault::Silent { .. } if seen > 0 => {}
             _ => return None,
         }
         if seen >= self.from + PROGRESS {

@@ -182,6 +182,7 @@ async fn silence() {
         origin.always(&mute, lie);
         get(castier.public, &mute).await.assert_problem(504);
     }
+    assert_eq!(origin.gets(&mute), 3 + 1, "one that has said nothing at all has had its time");
     let blob = origin.blob(LARGE);
     origin.always(&blob, Lie::honest().stall(LARGE / 2, &never));
     let outcome = Download::default().of(&blob, castier.public).await;
