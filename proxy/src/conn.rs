@@ -1,5 +1,7 @@
 //! A client's connection, as everything here reads and writes it: pingora's stream, a client that may take no byte for only so long,
-//! and a fence that keeps a relay's reader to its own request.
+//! and a fence that keeps a session's reader to its own request.
+
+mod chunks;
 
 use crate::{
     gate::Framing,
@@ -7,7 +9,8 @@ use crate::{
     spool::PIECE,
 };
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
+use chunks::Chunks;
 use http::{HeaderMap, StatusCode};
 use pingora::http::ResponseHeader;
 use pingora::protocols::{
@@ -46,8 +49,42 @@ pub struct Conn {
 struct Fence {
     /// Bytes read and not yet shown.
     ahead: BytesMut,
-    /// Bytes of this request's body still to be shown; none: as many as come.
-    left: Option<u64>,
+    left: Left,
+}
+
+/// What of the request is still to be shown.
+#[derive(Debug)]
+enum Left {
+    /// So many bytes of its body.
+    Bytes(u64),
+    /// The chunks of its body, from here to the last.
+    Chunks(Chunks),
+    /// Whatever comes.
+    All,
+}
+
+impl Left {
+    /// How much of what is there belongs to it.
+    fn of(&mut self, there: &mut [u8]) -> usize {
+        match self {
+            Self::Bytes(left) => {
+                let here = usize::try_from(*left).unwrap_or(usize::MAX).min(there.len());
+                *left -= here as u64;
+                here
+            }
+            Self::Chunks(chunks) => chunks.pass(there),
+            Self::All => there.len(),
+        }
+    }
+
+    /// Whether all of the request has been shown.
+    const fn is_over(&self) -> bool {
+        match self {
+            Self::Bytes(left) => *left == 0,
+            Self::Chunks(chunks) => chunks.is_over(),
+            Self::All => false,
+        }
+    }
 }
 
 impl Conn {
@@ -72,15 +109,17 @@ impl Conn {
     /// From now on shows `ahead`, and what comes, up to the end of one request body. `None`: without an end.
     pub fn fence(&mut self, ahead: BytesMut, framing: Option<Framing>) {
         let left = match framing {
-            Some(Framing::Length(length)) => Some(length),
-            Some(Framing::Chunked) | None => None,
+            Some(Framing::Length(length)) => Left::Bytes(length),
+            Some(Framing::Chunked) => Left::Chunks(Chunks::default()),
+            None => Left::All,
         };
         self.fence = Some(Fence { ahead, left });
     }
 
-    /// Takes the fence away; what was read and not shown belongs to the next request.
-    pub fn unfence(&mut self) -> BytesMut {
-        self.fence.take().map(|fence| fence.ahead).unwrap_or_default()
+    /// Takes the fence away. What was read and not shown belongs to the next request; none if there can be no other, since this one has not
+    /// been read to its end.
+    pub fn unfence(&mut self) -> Option<BytesMut> {
+        self.fence.take().filter(|fence| fence.left.is_over()).map(|fence| fence.ahead)
     }
 
     /// As pingora's sessions take it; see [`Self::from_stream`].
@@ -128,11 +167,11 @@ impl AsyncRead for Conn {
         let this = &mut *self;
         let Some(fence) = &mut this.fence else { return Pin::new(&mut this.stream).poll_read(cx, buf) };
         loop {
-            let left = fence.left.map_or(usize::MAX, |left| usize::try_from(left).unwrap_or(usize::MAX));
-            let show = fence.ahead.len().min(left).min(buf.remaining());
+            let there = fence.ahead.len().min(buf.remaining());
+            let show = fence.left.of(&mut fence.ahead[..there]);
             if show > 0 {
-                buf.put_slice(&fence.ahead.split_to(show));
-                fence.left = fence.left.map(|left| left - show as u64);
+                buf.put_slice(&fence.ahead[..show]);
+                fence.ahead.advance(show);
                 return Poll::Ready(Ok(()));
             }
             // Whoever reads past the request waits for the client to leave; what else comes belongs to the next request.

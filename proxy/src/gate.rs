@@ -6,7 +6,10 @@ use crate::secret::PEER_SECRET;
 use bytes::BytesMut;
 use castier_blob::wire::Target;
 use castier_config::Limits;
-use http::{HeaderName, Method, StatusCode, header};
+use http::{
+    HeaderName, Method, StatusCode, header,
+    uri::{Authority, PathAndQuery},
+};
 use std::{
     future::poll_fn,
     io,
@@ -37,7 +40,7 @@ pub struct Head {
     path: Range<usize>,
     /// Where scheme and authority stand, in front of the path; empty in origin form.
     authority: Range<usize>,
-    /// Asks to change the protocol.
+    /// Asks to change the protocol, and has no body.
     pub upgrade: bool,
     /// GET over HTTP/1.1 with no header that could change the answer, unless it is `If-None-Match`: the bytes of the blob, whole.
     pub plain: bool,
@@ -197,7 +200,12 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     let (authority, path) = target_of(bytes, target)?;
     let (mut plain, mut close) = (method == Method::GET && minor == 1, false);
     let framing = framing(request.headers, minor, &mut plain, &mut close)?;
-    let upgrade = request.headers.iter().any(|header| header.name.eq_ignore_ascii_case("upgrade"));
+    let named = |name: &'static str| request.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
+    let options = named("connection").flat_map(|header| header.value.split(|byte| *byte == b','));
+    let upgrade = minor == 1
+        && framing == Framing::Length(0)
+        && named("upgrade").next().is_some()
+        && options.into_iter().any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"));
     let secret = the_one(bytes, request.headers, &PEER_SECRET);
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
     Ok(Some(Head { len, method, authority, path, upgrade, plain, close, validator, framing, secret }))
@@ -212,7 +220,12 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool, close:
     for header in headers {
         let is = |name: &str| header.name.eq_ignore_ascii_case(name);
         match header.name.len() {
-            4 if is("host") => hosts += 1,
+            4 if is("host") => {
+                hosts += 1;
+                if !is_host(header.value) {
+                    return Err(bad("malformed Host"));
+                }
+            }
             14 if is("content-length") => {
                 let value = str::from_utf8(header.value).ok().map(str::trim).filter(|v| v.bytes().all(|b| b.is_ascii_digit()));
                 let value: u64 = value.and_then(|v| v.parse().ok()).ok_or_else(|| bad("malformed Content-Length"))?;
@@ -249,6 +262,12 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool, close:
     Ok(framing)
 }
 
+/// A host and perhaps a port, or nothing (RFC 9110, section 7.2).
+fn is_host(value: &[u8]) -> bool {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':');
+    value.iter().all(plain) || (Authority::try_from(value).is_ok() && !value.contains(&b'@'))
+}
+
 /// Where the value of a header that must stand alone is within the head; nowhere, which is empty, if it is repeated.
 fn the_one(bytes: &[u8], headers: &[httparse::Header<'_>], name: &HeaderName) -> Option<Range<usize>> {
     let mut found =
@@ -270,6 +289,11 @@ fn target_of(bytes: &[u8], target: &str) -> Result<(Range<usize>, Range<usize>),
         None => return Err(bad("the request target is neither a path nor a URL")),
     };
     let path = &target[skip..];
+    // Most need no closer look.
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'/' | b'.' | b'-' | b'_' | b'~' | b'%');
+    if !path.bytes().all(plain) && PathAndQuery::try_from(path).is_err() {
+        return Err(bad("the request target has characters that must be percent-encoded"));
+    }
     let end = path.find(['?', '#']).unwrap_or(path.len());
     Ok((start..start + skip, start + skip..start + skip + end))
 }

@@ -13,7 +13,7 @@ use crate::{
     conn::{Conn, response_header, write},
     fault::{Fault, Limit},
     flight::{Asker, Opened},
-    gate::{self, NoHead},
+    gate::{self, Framing, Head, NoHead},
     ladder::{Found, Ladder, TierName, Whence},
     metrics::{Listener, Metrics, Route, Served},
     purge::Purge,
@@ -28,7 +28,6 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use castier_blob::{Digest, Selection, wire, wire::Target};
 use castier_config::Limits;
-use futures::StreamExt;
 use http::{HeaderMap, Method, StatusCode, Version, header};
 use pingora::{
     apps::ServerApp,
@@ -44,8 +43,6 @@ use tokio::{io::AsyncWriteExt, time::timeout};
 
 /// After an early answer the rest of an upload is read for this long, so that the client gets to see the answer and not a reset.
 const LINGER: Duration = Duration::from_secs(10);
-/// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
-const IDLE_BODY: u64 = 64 << 10;
 /// A listener's application.
 pub struct Front {
     ladder: Arc<Ladder>,
@@ -174,21 +171,21 @@ impl Front {
                             None
                         }
                         Ok(true) => Some((conn, ahead)),
-                        Ok(false) => Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await,
+                        Ok(false) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await,
                         Err(Cut) => return,
                     }
                 }
                 Target::Blob(_) | Target::Malformed(_)
                     if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) =>
                 {
-                    Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await
+                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await
                 }
                 Target::Collection if head.method == Method::POST => {
-                    Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await
+                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await
                 }
                 _ => match &self.door {
                     Door::Clients { relay, .. } => Box::pin(relay.pass(conn, ahead, &head, &limits, shutdown)).await,
-                    Door::Peers(_) => Box::pin(self.serve_session(conn, ahead, &limits, &draining, peer)).await,
+                    Door::Peers(_) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await,
                 },
             };
             match next {
@@ -201,13 +198,21 @@ impl Front {
     /// A request about blobs, through pingora's session. Gives the connection back if it can serve another.
     async fn serve_session(
         &self,
-        conn: Conn,
-        ahead: BytesMut,
+        mut conn: Conn,
+        mut ahead: BytesMut,
+        head: &Head,
         limits: &Limits,
         draining: &ShutdownWatch,
         peer: Option<SocketAddr>,
     ) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
+        // Chunks are read through a fence, which is stricter about them than pingora.
+        let fenced = head.framing == Framing::Chunked;
+        if fenced {
+            let prefix = ahead.split_to(head.len);
+            conn.fence(ahead, Some(head.framing));
+            ahead = prefix;
+        }
         let mut session = ServerSession::new_http1(conn.into_stream());
         // Pipelining is switched on for the sake of `finish`, which then gives back what was read too much.
         session.set_pipelining_enabled(true);
@@ -216,8 +221,12 @@ impl Front {
         session.set_total_drain_timeout(Some(LINGER));
         if !matches!(session.read_request().await, Ok(true)) {
             // The gate has seen a whole and sound head, so this is where the two parsers differ: in doubt, out.
-            let _ = write(&mut session, Reply::error(StatusCode::BAD_REQUEST, "malformed request head")).await;
+            session.set_keepalive(None);
+            let reply = Reply::error(StatusCode::BAD_REQUEST, "malformed request head");
+            let code = reply.status.as_u16();
+            let _ = write(&mut session, reply).await;
             session.shutdown().await;
+            raw::refused(self.door.listener(), code, started, peer).log(&self.metrics);
             return None;
         }
         if *draining.borrow() {
@@ -245,11 +254,17 @@ impl Front {
             session.shutdown().await;
             return None;
         }
-        if !session.is_body_done() && !expects_continue(&session) {
+        if !session.is_body_done() && !upload::expects_continue(&session) {
             let _ = timeout(LINGER, async { while let Ok(Some(_)) = session.read_request_body().await {} }).await;
         }
         let (stream, ahead) = session.finish().await.ok().flatten()?.into_parts();
-        Some((Conn::from_stream(stream)?, ahead.unwrap_or_default()))
+        let (mut conn, ahead) = (Conn::from_stream(stream)?, ahead.unwrap_or_default());
+        if !fenced {
+            return Some((conn, ahead));
+        }
+        // The fence showed one request, so nothing can have been read too much.
+        let ahead = conn.unfence().filter(|_| ahead.is_empty())?;
+        Some((conn, ahead))
     }
 
     /// What to say to a request about blobs; nothing if the client has left.
@@ -284,7 +299,7 @@ impl Front {
         if castier_blob::names_this_blob(&session.req_header().headers, digest) {
             return Ok(Reply::not_modified(digest));
         }
-        no_body(session).await?;
+        upload::no_body(session).await?;
         let headers = session.req_header().headers.clone();
         let select = |size: u64| castier_blob::select(&Method::GET, &headers, digest, size);
         let found = match self.door {
@@ -310,7 +325,7 @@ impl Front {
                     Selection::Part { first, last } => (first, last + 1),
                     _ => (0, size),
                 };
-                let body = Body::Disk(self.ladder.read_disk(digest, Asker::Client, blob, first, end));
+                let body = Body::Disk(self.ladder.read_disk(digest, self.door.asker(), blob, first, end));
                 return Ok(Reply::blob(digest, Some(size), selection, Via::Tier(TierName::Disk), body));
             }
             Found::Flight { reader, collapsed } => (reader, collapsed),
@@ -345,7 +360,7 @@ impl Front {
         if castier_blob::names_this_blob(&session.req_header().headers, digest) {
             return Ok(Reply::not_modified(digest));
         }
-        no_body(session).await?;
+        upload::no_body(session).await?;
         if matches!(self.door, Door::Peers(_)) && peer::only_if_cached(&session.req_header().headers) {
             return Ok(peer::known(&self.ladder, digest).await);
         }
@@ -373,13 +388,13 @@ impl Front {
         if size.is_some_and(|size| size > max) {
             return Err(Fault::TooLarge { limit: max });
         }
-        if expects_continue(session) {
+        if upload::expects_continue(session) {
             if let Some(digest) = digest
-                && let Ok(Some(size)) = self.ladder.stored_at_origin(&digest, size).await
+                && let Ok(Some(size)) = self.ladder.stored_at_origin(&digest, size, self.door.asker()).await
             {
                 return Ok(Reply::stored(&digest, size, false, true));
             }
-            session.write_continue_response().await.map_err(|error| Fault::ClientGone(error.to_string()))?;
+            upload::go_on(session).await?;
         }
         let mut body = upload::of_session(session, max, boundary.is_some());
         if let Some(boundary) = boundary {
@@ -391,7 +406,7 @@ impl Front {
     }
 
     async fn delete(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
-        no_body(session).await?;
+        upload::no_body(session).await?;
         let deleted = self.ladder.delete(digest).await?;
         if let Door::Clients { purge, .. } = &self.door {
             purge.everywhere(digest).await;
@@ -446,20 +461,6 @@ impl Front {
         tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
         Cut
     }
-}
-
-/// Reads away the body of a request that should have none.
-async fn no_body(session: &mut ServerSession) -> Result<(), Fault> {
-    if session.is_body_done() {
-        return Ok(());
-    }
-    let mut body = upload::of_session(session, IDLE_BODY, false);
-    while body.next().await.transpose()?.is_some() {}
-    Ok(())
-}
-
-fn expects_continue(session: &ServerSession) -> bool {
-    session.req_header().headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 fn cache_status(headers: &HeaderMap) -> &str {

@@ -241,8 +241,14 @@ impl Ladder {
     ///
     /// # Errors
     /// The origin could not be asked.
-    pub async fn stored_at_origin(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
-        self.sources.origin.holds(digest, size).await
+    pub async fn stored_at_origin(&self, digest: &Digest, size: Option<u64>, asker: Asker) -> Result<Option<u64>, Fault> {
+        let size = self.sources.origin.holds(digest, size).await?;
+        if size.is_some() {
+            // To whoever remembers that it is absent this is news, as an upload would be.
+            self.flights.stored(digest);
+            self.tell_owner(digest, asker, None).await;
+        }
+        Ok(size)
     }
 
     /// Deletes the blob at the origin, then here; false if the origin did not have it.

@@ -4,7 +4,7 @@
 use crate::{
     conn::{self, Conn},
     fault::Fault,
-    gate::{Framing, Head},
+    gate::Head,
     metrics::{Listener, Metrics, Route, Served},
     record,
     serve::Reply,
@@ -13,7 +13,7 @@ use crate::{
 use async_trait::async_trait;
 use bytes::BytesMut;
 use castier_config::Limits;
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
 use pingora::{
     apps::HttpServerApp,
     http::{RequestHeader, ResponseHeader},
@@ -24,8 +24,13 @@ use pingora::{
 };
 use std::{sync::Arc, time::Instant};
 
-/// `Via` as this node writes it.
-const VIA: HeaderValue = HeaderValue::from_static("1.1 castier");
+/// `Via` as this node writes it, of a message in this version.
+const fn via(version: Version) -> HeaderValue {
+    match version {
+        Version::HTTP_10 => HeaderValue::from_static("1.0 castier"),
+        _ => HeaderValue::from_static("1.1 castier"),
+    }
+}
 
 /// Relays requests to the origin.
 pub struct Relay {
@@ -56,17 +61,16 @@ impl Relay {
         limits: &Limits,
         shutdown: &ShutdownWatch,
     ) -> Option<(Conn, BytesMut)> {
-        // An upgraded connection is no longer ours to read; where a chunked body ends only pingora knows.
-        let reusable = !head.upgrade && head.framing != Framing::Chunked;
         let prefix = ahead.split_to(head.len);
+        // An upgraded connection is no longer ours to read.
         conn.fence(ahead, (!head.upgrade).then_some(head.framing));
         let mut session = ServerSession::new_http1(conn.into_stream());
         session.set_pipelined_prefix(prefix);
         session.set_read_timeout(Some(limits.idle_timeout.get()));
         let (stream, _) = self.proxy.process_new_http(session, shutdown).await?.consume();
         let mut conn = Conn::from_stream(stream)?;
-        let ahead = conn.unfence();
-        reusable.then_some((conn, ahead))
+        let ahead = conn.unfence()?;
+        Some((conn, ahead))
     }
 }
 
@@ -87,9 +91,18 @@ impl ProxyHttp for Rules {
     fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
 
     async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Passage) -> pingora::Result<()> {
-        // Where a chunked body ends only pingora will know, so the connection is not used again, and the client is told.
-        if session.req_header().headers.contains_key(header::TRANSFER_ENCODING) {
-            session.set_keepalive(None);
+        let request = session.req_header();
+        if request.headers.contains_key(header::UPGRADE) {
+            if asks_for_upgrade(request) {
+                // Nor is this one used again, should the origin stay with HTTP.
+                session.set_keepalive(None);
+            } else {
+                session.req_header_mut().remove_header(&header::UPGRADE);
+            }
+        }
+        if session.req_header().version == Version::HTTP_10 {
+            // It knows no interim answers (RFC 9110, section 15.2).
+            session.as_downstream_mut().set_ignore_info_resp(true);
         }
         Ok(())
     }
@@ -114,14 +127,19 @@ impl ProxyHttp for Rules {
         }
         request.insert_header(header::HOST, self.origin.authority())?;
         if let Some(client) = session.client_addr().and_then(|address| address.as_inet()) {
-            let before = request.headers.get("x-forwarded-for").and_then(|value| value.to_str().ok());
-            let chain = before.map_or_else(|| client.ip().to_string(), |before| format!("{before}, {}", client.ip()));
-            request.insert_header("X-Forwarded-For", chain)?;
+            let before = request.headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
+            let chain: Vec<_> = before.map(str::to_owned).chain([client.ip().to_string()]).collect();
+            request.insert_header("X-Forwarded-For", chain.join(", "))?;
         }
         if !request.headers.contains_key("x-forwarded-proto") {
             request.insert_header("X-Forwarded-Proto", "http")?;
         }
-        request.append_header(header::VIA, VIA)?;
+        request.append_header(header::VIA, via(session.req_header().version))?;
+        if let Some(credentials) = self.origin.credentials()
+            && !request.headers.contains_key(header::AUTHORIZATION)
+        {
+            request.insert_header(header::AUTHORIZATION, credentials.clone())?;
+        }
         Ok(())
     }
 
@@ -133,7 +151,14 @@ impl ProxyHttp for Rules {
                 response.remove_header(&name);
             }
         }
-        response.append_header(header::VIA, VIA)?;
+        response.append_header(header::VIA, via(response.version))?;
+        // Each hop speaks its own version (RFC 9110, section 6.2).
+        response.set_version(Version::HTTP_11);
+        if session.req_header().version == Version::HTTP_10 && response.headers.contains_key(header::TRANSFER_ENCODING) {
+            // It knows no chunks either: the end of the connection is the end of the body.
+            response.remove_header(&header::TRANSFER_ENCODING);
+            session.set_keepalive(None);
+        }
         Ok(())
     }
 
@@ -154,6 +179,7 @@ impl ProxyHttp for Rules {
                 _ => Reply::fault(&fault),
             }
         };
+        session.set_keepalive(None);
         let error_code = reply.status.as_u16();
         if let Err(error) = conn::write(session.as_downstream_mut(), reply).await {
             tracing::debug!(%error, "client gone");
@@ -179,6 +205,15 @@ impl ProxyHttp for Rules {
         };
         done.log(&self.metrics);
     }
+}
+
+/// Whether the request is for another protocol (RFC 9110, section 7.8). With a body it is a request like any other: where the body ended
+/// and the other protocol began, nobody could tell.
+fn asks_for_upgrade(request: &RequestHeader) -> bool {
+    let named = request.headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    named.flat_map(|value| value.split(',')).any(|option| option.trim().eq_ignore_ascii_case("upgrade"))
+        && !request.headers.contains_key(header::TRANSFER_ENCODING)
+        && request.headers.get(header::CONTENT_LENGTH).is_none_or(|length| length == "0")
 }
 
 /// The headers that end here (RFC 9110, section 7.6.1): the fixed ones and those that `Connection` names.

@@ -210,9 +210,7 @@ impl Reply {
 
     /// The origin does not do this to a blob.
     fn not_allowed() -> Self {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::ALLOW, BLOB_METHODS);
-        Self::explained(StatusCode::METHOD_NOT_ALLOWED, headers, "the origin does not allow this; it takes GET, HEAD and PUT")
+        Self::error(StatusCode::METHOD_NOT_ALLOWED, "the origin does not allow this; it takes GET, HEAD and PUT")
     }
 
     /// Any fault, as the client may know it: the cause stays in the log.
@@ -222,8 +220,8 @@ impl Reply {
             Fault::BadRequest(why) => (StatusCode::BAD_REQUEST, why.clone()),
             Fault::TooLarge { limit } => (StatusCode::PAYLOAD_TOO_LARGE, format!("larger than the limit of {limit} bytes")),
             Fault::OriginRefusesSize => (StatusCode::PAYLOAD_TOO_LARGE, "larger than the origin takes".into()),
-            Fault::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the blob is not cached and its source cannot be reached".into()),
-            Fault::Unusable { .. } => (StatusCode::BAD_GATEWAY, "the blob is not cached and its source gave an unusable answer".into()),
+            Fault::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the source cannot be reached, and the request needs it".into()),
+            Fault::Unusable { .. } => (StatusCode::BAD_GATEWAY, "the source gave an unusable answer, and the request needs one".into()),
             Fault::Corrupt { .. } => (StatusCode::BAD_GATEWAY, "the source sent bytes that do not match the digest".into()),
             Fault::Silent { .. } => (StatusCode::GATEWAY_TIMEOUT, "the source was silent for too long".into()),
             Fault::Busy(Limit::Origin) => (StatusCode::SERVICE_UNAVAILABLE, "the origin is over a limit; try again".into()),
@@ -247,9 +245,11 @@ impl Reply {
         headers.insert(header::CONTENT_TYPE, wire::Problem::MEDIA_TYPE);
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
         headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            headers.insert(header::RETRY_AFTER, RETRY_AFTER);
-        }
+        match status {
+            StatusCode::SERVICE_UNAVAILABLE => headers.insert(header::RETRY_AFTER, RETRY_AFTER),
+            StatusCode::METHOD_NOT_ALLOWED => headers.insert(header::ALLOW, BLOB_METHODS),
+            _ => None,
+        };
         Self { status, headers, body: Body::Whole(body.into()), served: Served::Error, tier: None }
     }
 }

@@ -3,7 +3,7 @@
 use crate::{fault::Fault, upstream::Upload};
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
-use http::{HeaderMap, header};
+use http::{HeaderMap, Version, header};
 use multer::{Constraints, Multipart, SizeLimit};
 use pingora::{ErrorType, protocols::http::ServerSession};
 use std::{
@@ -16,6 +16,9 @@ use std::{
 
 /// How much longer than its file a form may be: its other fields and the lines between.
 const FORM_OVERHEAD: u64 = 1 << 20;
+
+/// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
+const IDLE_BODY: u64 = 64 << 10;
 
 /// The request body, as it comes. A form may be a little longer than its file, which is measured again when it is taken out.
 pub fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Upload<'_> {
@@ -34,6 +37,40 @@ pub fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Upload<'
         Ok(Some((part, (session, after))))
     })
     .boxed()
+}
+
+/// Reads away the body of a request that should have none.
+///
+/// # Errors
+/// As the body's own.
+pub async fn no_body(session: &mut ServerSession) -> Result<(), Fault> {
+    if session.is_body_done() {
+        return Ok(());
+    }
+    if expects_continue(session) {
+        go_on(session).await?;
+    }
+    let mut body = of_session(session, IDLE_BODY, false);
+    while body.next().await.transpose()?.is_some() {}
+    Ok(())
+}
+
+/// Whether the client waits to be called for its body. Over HTTP/1.0 an expectation means nothing (RFC 9110, section 10.1.1).
+pub fn expects_continue(session: &ServerSession) -> bool {
+    let request = session.req_header();
+    request.version == Version::HTTP_11
+        && request.headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// Calls for the body. That is no answer yet, so it does not cost the connection, as an answer would that comes before the body's end.
+///
+/// # Errors
+/// The client is gone.
+pub async fn go_on(session: &mut ServerSession) -> Result<(), Fault> {
+    session.set_close_on_response_before_downstream_finish(false);
+    session.write_continue_response().await.map_err(|error| Fault::ClientGone(error.to_string()))?;
+    session.set_close_on_response_before_downstream_finish(true);
+    Ok(())
 }
 
 /// The boundary of a `multipart/form-data` body; none if the body is the blob itself.

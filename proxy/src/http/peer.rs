@@ -5,7 +5,7 @@
 //!
 //! [`Asker::Peer`]: crate::flight::Asker::Peer
 
-use super::{Front, no_body, tls};
+use super::{Front, tls};
 use crate::{
     fault::Fault,
     gate::Head,
@@ -13,6 +13,7 @@ use crate::{
     members::{Members, NODE},
     secret::Secrets,
     serve::{Reply, Via},
+    upload,
     upstream::{FILLING, FLIGHT},
 };
 use castier_blob::Digest;
@@ -86,7 +87,7 @@ impl PeerDoor {
 impl Front {
     /// What nodes tell each other beside blobs.
     pub(super) async fn control(&self, door: &PeerDoor, session: &mut ServerSession, method: &Method) -> Result<Reply, Fault> {
-        no_body(session).await?;
+        upload::no_body(session).await?;
         let path = session.req_header().uri.path();
         let names = |prefix: &str| path.strip_prefix(prefix)?.parse::<Digest>().ok().filter(|_| *method == Method::POST);
         if let Some(digest) = names("/purge/") {

@@ -7,7 +7,7 @@ use crate::{
     fault::{Fault, Limit},
     gate::Head,
     ladder::{DiskReader, TierName},
-    metrics::{Route, Served},
+    metrics::{Listener, Route, Served},
     record::Record,
     serve::{Body, Reply, Via},
 };
@@ -150,10 +150,14 @@ impl Front {
     pub(super) async fn refuse_request(&self, mut conn: Conn, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
         let started = Instant::now();
         let _ = timeout(REFUSAL, write_and_close(&mut conn, &Reply::error(status, why))).await;
-        let (listener, code, took, served) = (self.door.listener(), status.as_u16(), started.elapsed(), Served::Error);
-        Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }
-            .log(&self.metrics);
+        refused(self.door.listener(), status.as_u16(), started, peer).log(&self.metrics);
     }
+}
+
+/// The record of a request that could not be read.
+pub(super) fn refused(listener: Listener, code: u16, started: Instant, peer: Option<SocketAddr>) -> Record<'static> {
+    let (took, served) = (started.elapsed(), Served::Error);
+    Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }
 }
 
 /// Up to `many` pieces; none at the end.

@@ -76,17 +76,20 @@ impl Ladder {
         drop(parcel);
         let digest = verified.digest();
         // Who owns it may be known only now.
-        let owner = self.owner(&digest, asker);
-        let foreign = owner.is_some() && failed.is_none();
+        let foreign = failed.is_none() && self.owner(&digest, asker).is_some();
         copy.into_inner().keep(verified.clone(), foreign).await;
         self.flights.stored(&digest);
-        if let Some((peers, owner)) = owner
-            && failed.is_none_or(|failed| failed != owner.name)
-            && let Err(fault) = peers.stored(&owner, &digest).await
-        {
+        self.tell_owner(&digest, asker, failed.as_deref()).await;
+        Ok((put, verified))
+    }
+
+    /// Tells the node that owns a blob, if it is another one, that the blob is stored: it may remember that it is absent. Not the one
+    /// that has just `failed`.
+    pub(super) async fn tell_owner(&self, digest: &Digest, asker: Asker, failed: Option<&str>) {
+        let Some((peers, owner)) = self.owner(digest, asker).filter(|(_, owner)| failed != Some(&*owner.name)) else { return };
+        if let Err(fault) = peers.stored(&owner, digest).await {
             tracing::debug!(%digest, peer = &*owner.name, %fault, "the owner was not told of an upload; it may call the blob absent for limits.negative_ttl");
         }
-        Ok((put, verified))
     }
 }
 

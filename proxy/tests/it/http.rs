@@ -247,6 +247,16 @@ async fn expect_100_continue() {
     assert!(interim.first.contains(" 100 "), "{interim:?}");
     conn.send(&blob.whole()).await;
     assert_eq!(conn.reply("PUT").await.status, 201);
+    // Being called for has not cost the connection.
+    conn.ask(&Request::get(blob.path())).await.assert_is(&blob);
+    // A body that means nothing is called for as well, and over HTTP/1.0 none is.
+    conn.send(&Request::get(blob.path()).header("Expect", "100-continue").body("abc").head_bytes()).await;
+    assert!(conn.head().await.unwrap().first.contains(" 100 "));
+    conn.send(b"abc").await;
+    conn.reply("GET").await.assert_is(&blob);
+    let old = Blob::new(2 * MIB);
+    let from_old = Request::new("PUT", old.path()).http10().header("Expect", "100-continue").body(old.whole());
+    assert_eq!(Conn::open(castier.public).await.ask(&from_old).await.status, 201);
     // It exists: 200 at once, and the body stays where it is.
     for known in ["to castier", "to the origin"] {
         let mut conn = Conn::open(castier.public).await;

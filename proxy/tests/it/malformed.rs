@@ -1,6 +1,6 @@
 //! Bad input: a clear answer, no crash, nothing leaked, and nothing of it reaches the origin.
 
-use crate::support::{Castier, Conn, LyingOrigin, MIB, Random, Reply, Request, assert_ledger, eventually, get, light, within};
+use crate::support::{Castier, Conn, LyingOrigin, MIB, Random, Reply, Request, assert_ledger, eventually, get, light, metrics, within};
 use std::time::{Duration, Instant};
 
 async fn world(config: &str) -> (LyingOrigin, Castier) {
@@ -51,6 +51,11 @@ async fn requests_that_are_not_http() {
         b"GET /x HTTP/1.1\r\nHost: a\r\nName: va\rlue\r\n\r\n",
         b"GET /x HTTP/1.1\r\nHost: a\r\nName: one\r\n two\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /x<y HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /x`y HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /x HTTP/1.1\r\nHost: u@a\r\n\r\n",
+        b"GET /x HTTP/1.1\r\nHost: a b/c@d\r\n\r\n",
+        b"GET /x HTTP/1.1\r\nHost: a/b\r\n\r\n",
     ];
     for request in requests {
         let text = String::from_utf8_lossy(request);
@@ -58,6 +63,8 @@ async fn requests_that_are_not_http() {
         assert!(matches!(reply.status, 400 | 505), "{text:?}: {:?}", reply.head);
         reply.assert_problem(reply.status);
     }
+    let refused = async || metrics(&castier).await.sum("castier_http_requests_total", &[("route", "refused")]);
+    eventually("each is counted", async || (refused().await == requests.len() as u64).then_some(())).await;
     assert!(origin.seen().iter().all(|seen| !seen.target.starts_with("/x") && !seen.target.starts_with("/a")), "{:?}", origin.seen());
     assert_unharmed(&origin, &castier, descriptors).await;
 }
@@ -84,6 +91,9 @@ async fn bodies_whose_length_is_not_clear() {
         "Transfer-Encoding: chunked\r\n\r\n-1\r\nabc\r\n0\r\n\r\n",
         "Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\nabc\r\n0\r\n\r\n",
         "Transfer-Encoding: chunked\r\n\r\n3\r\nabcdef\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n\r\n3\r\ndef\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\n\r\n;x\r\nabc\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\n\r\n \r\n\r\n",
     ];
     for target in [format!("/cas/{digest}"), "/x".to_owned()] {
         for framing in framings {

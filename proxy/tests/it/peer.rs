@@ -1,7 +1,10 @@
 //! The peer listener: who is let in, what it answers, and that nothing goes further from there than the origin.
 
 use crate::support::{
-    Blob, Cluster, Conn, Gate, KIB, Lie, LyingOrigin, Reply, Request, assert_ledger, cluster::Node, eventually, get, light, metrics,
+    Blob, Cluster, Conn, Gate, KIB, Lie, LyingOrigin, Reply, Request, assert_ledger,
+    cluster::Node,
+    disk::{Cache, kept, scanned},
+    eventually, get, light, metrics,
 };
 use rustix::process::Signal;
 use std::{fs, os::unix::fs::PermissionsExt};
@@ -151,6 +154,46 @@ async fn nothing_goes_further_than_the_origin() {
         }
         signed("PUT", blob.path()).body(blob.whole()).send(cluster.nodes[0].peer()).await;
         assert_eq!(origin.requests("PUT", &blob).len(), 1);
+    }
+    assert_eq!(cluster.sum("castier_source_loads_total", &[("source", "peer")]).await, 0);
+}
+
+#[tokio::test]
+async fn a_damaged_disk_sends_nothing_further_than_the_origin_either() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let cache = Cache::new();
+    let mut cluster = cluster(2, &origin, "cluster.peek_for = \"0s\"").await;
+    // Alone, a node keeps everything; then half of it belongs to the other.
+    let names = cluster.names();
+    let node = &mut cluster.nodes[0];
+    node.terminate().await;
+    node.add_config(&cache.config("1GiB", ""));
+    node.configure(&names[..1]);
+    node.start().await;
+    let blobs: Vec<_> = (0..8).map(|_| origin.blob(300 * KIB)).collect();
+    for blob in &blobs {
+        get(node.public(), blob).await.assert_is(blob);
+    }
+    kept(node.castier(), blobs.len() as u64).await;
+    node.terminate().await;
+    for file in cache.files() {
+        let mut bytes = fs::read(&file.path).unwrap();
+        bytes[200 * KIB as usize] ^= 1;
+        fs::write(&file.path, bytes).unwrap();
+    }
+    node.configure(&names);
+    node.start().await;
+    scanned(node.castier()).await;
+    cluster.wait_until_whole().await;
+    let node = &cluster.nodes[0];
+    let foreign: Vec<_> = blobs.iter().filter(|blob| cluster.owner(blob) == 1).collect();
+    assert!(!foreign.is_empty());
+    for (blob, range) in foreign.iter().zip([Some("bytes=100000-"), None].into_iter().cycle()) {
+        let request = signed("GET", blob.path());
+        let reply = range.map_or_else(|| request.clone(), |range| request.clone().header("Range", range)).send(node.peer()).await;
+        assert!(reply.complete && reply.body == blob.bytes(blob.size - reply.body.len() as u64, blob.size), "{:?}", reply.head);
+        assert_eq!(origin.gets(blob), 2);
     }
     assert_eq!(cluster.sum("castier_source_loads_total", &[("source", "peer")]).await, 0);
 }

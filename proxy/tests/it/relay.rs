@@ -1,6 +1,6 @@
 //! Everything that is not CAS goes to the origin and back, unchanged and uncached, as it comes.
 
-use crate::support::{Castier, Conn, LyingOrigin, MIB, Request, eventually, light, metrics};
+use crate::support::{Castier, Conn, LyingOrigin, MIB, Request, eventually, get, light, metrics};
 
 async fn world() -> (LyingOrigin, Castier) {
     let origin = LyingOrigin::start().await;
@@ -54,10 +54,86 @@ async fn the_origin_learns_who_asks_and_nothing_about_the_connection() {
     assert!(reply.header("x-hop").is_none() && reply.header("keep-alive").is_none(), "{:?}", reply.head);
     assert_eq!(reply.header("x-from"), Some("origin"));
 
-    let request = Request::get("/who").header("X-Forwarded-For", "10.1.1.1").header("Via", "1.1 edge");
+    let chain = |request: Request| request.header("X-Forwarded-For", "10.1.1.1").header("X-Forwarded-For", "10.2.2.2");
+    let request = chain(Request::get("/who")).header("Via", "1.1 edge");
     let text = String::from_utf8(request.send(castier.public).await.body).unwrap();
-    assert!(text.contains("x-forwarded-for: 10.1.1.1, 127.0.0.1\n"), "the chain goes on: {text}");
+    assert!(text.contains("x-forwarded-for: 10.1.1.1, 10.2.2.2, 127.0.0.1\n"), "the chain goes on: {text}");
     assert!(text.contains("1.1 edge") && text.contains("castier"), "{text}");
+}
+
+#[tokio::test]
+async fn an_old_client_gets_what_it_can_read() {
+    let _turn = light().await;
+    let (_origin, castier) = world().await;
+    let mut conn = Conn::open(castier.public).await;
+    let reply = conn.ask(&Request::get("/who").http10().header("Connection", "keep-alive")).await;
+    assert_eq!(
+        (reply.status, reply.header("transfer-encoding"), reply.header("connection")),
+        (200, None, Some("close")),
+        "{:?}",
+        reply.head
+    );
+    let text = String::from_utf8(reply.body).unwrap();
+    assert!(text.starts_with("GET /who HTTP/1.") && text.contains("via: 1.0 castier\n") && !text.contains("\r\n0"), "{text}");
+    assert!(conn.closed().await, "the end of the connection is the end of the body");
+}
+
+#[tokio::test]
+async fn what_asks_for_no_other_protocol_is_a_request_like_any_other() {
+    let _turn = light().await;
+    let (_origin, castier) = world().await;
+    // A header that Connection does not name is not for this hop, and behind a body nobody knows where another protocol would begin.
+    for connection in ["keep-alive", "upgrade"] {
+        let mut conn = Conn::open(castier.public).await;
+        let first = Request::new("POST", "/up").header("Connection", connection).header("Upgrade", "foo").body("abc");
+        conn.send(&[first.bytes(), Request::get("/who").bytes()].concat()).await;
+        let reply = conn.reply("POST").await;
+        assert_eq!((reply.status, reply.body.as_slice()), (200, b"abc".as_slice()), "{connection}");
+        let reply = conn.reply("GET").await;
+        assert!(reply.status == 200 && reply.body.starts_with(b"GET /who"), "{connection}: {:?}", reply.head);
+    }
+}
+
+#[tokio::test]
+async fn behind_its_last_chunk_the_next_request_begins() {
+    let _turn = light().await;
+    let (_origin, castier) = world().await;
+    let mut conn = Conn::open(castier.public).await;
+    for target in ["/one", "/two"] {
+        let chunked = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX-Trailer: 1\r\n\r\n".to_vec();
+        conn.send(&[chunked, Request::get(target).bytes()].concat()).await;
+        assert_eq!(conn.reply("POST").await.body, b"abc");
+        let next = conn.reply("GET").await;
+        assert!(next.status == 200 && next.body.starts_with(format!("GET {target} ").as_bytes()), "{:?}", next.head);
+    }
+}
+
+#[tokio::test]
+async fn an_error_says_that_it_ends_the_connection() {
+    let _turn = light().await;
+    let (mut origin, castier) = world().await;
+    origin.down().await;
+    let mut conn = Conn::open(castier.public).await;
+    let reply = conn.ask(&Request::get("/who")).await;
+    reply.assert_problem(502);
+    assert_eq!(reply.header("connection"), Some("close"));
+    assert!(conn.closed().await);
+}
+
+#[tokio::test]
+async fn an_origin_that_knows_its_users() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let castier = Castier::start(&origin.url().replace("http://", "http://Aladdin:open%20sesame@"), "").await;
+    let blob = origin.blob(1000);
+    get(castier.public, &blob).await.assert_is(&blob);
+    let basic = "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==";
+    assert_eq!(origin.requests("GET", &blob)[0].head.header("authorization"), Some(basic));
+    let text = |reply: crate::support::Reply| String::from_utf8(reply.body).unwrap();
+    assert!(text(Request::get("/who").send(castier.public).await).contains(&format!("authorization: {basic}\n")));
+    let own = Request::get("/who").header("Authorization", "Bearer own").send(castier.public).await;
+    assert!(text(own).contains("authorization: Bearer own\n"), "who has credentials of its own keeps them");
+    assert!(!castier.output().contains("sesame"), "{}", castier.output());
 }
 
 #[tokio::test]

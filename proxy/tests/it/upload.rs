@@ -1,7 +1,7 @@
 //! What is written through castier: acknowledged when the origin has it, known to the cache at once, never believed unchecked.
 
 use crate::support::{
-    Blob, Castier, Conn, Gate, KIB, Lie, LyingOrigin, MIB, RealOrigin, Request, assert_ledger, eventually, get, light, metrics,
+    Blob, Castier, Cluster, Conn, Gate, KIB, Lie, LyingOrigin, MIB, RealOrigin, Request, assert_ledger, eventually, get, light, metrics,
 };
 use castier_blob::Digest;
 use std::sync::{
@@ -191,6 +191,25 @@ async fn an_absence_is_remembered_until_something_is_stored() {
     let books = assert_ledger(&castier).await;
     assert_eq!(books.source_loads(), [0, 2, 0]);
     assert_eq!(books.total("castier_gets_total"), 14);
+}
+
+#[tokio::test]
+async fn an_upload_that_need_not_be_sent_ends_an_absence_too() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let cluster = Cluster::start(3, &origin.url(), "limits.negative_ttl = \"1h\"").await;
+    for asked in &cluster.nodes {
+        let blob = Blob::new(1000);
+        for node in &cluster.nodes {
+            get(node.public(), &blob).await.assert_problem(404);
+        }
+        origin.add(&blob);
+        let reply = put(&blob).header("Expect", "100-continue").send(asked.public()).await;
+        assert_eq!(reply.status, 200, "it is at the origin, past castier");
+        for node in &cluster.nodes {
+            get(node.public(), &blob).await.assert_is(&blob);
+        }
+    }
 }
 
 #[tokio::test]
