@@ -55,7 +55,7 @@ def about(bench, in_memory, load_average):
         f"load average before the run {load_average:.2f}; castier at {commit or 'no commit'}",
         f"{'; '.join(versions)}; {wrk}. All in front of the same castier-origin; origin and caches on {place}, but for the "
         "published runs and what is about disks: those are on a disk.",
-        "The server under test has one core for itself, the load and the origin the other. Over loopback, so the kernel's part in "
+        "The server under test has one core for itself, the load and the origin the other, but in the published runs, which share both. Over loopback, so the kernel's part in "
         "the CPU time is large, and the same for all.",
         f"Hits: wrk, {measure.CONNECTIONS} connections, {bench.seconds} s a round, {bench.rounds} rounds; the rounds alternate "
         "between the servers. Every body was checked against its digest beforehand. CPU is that of all the server's processes.",

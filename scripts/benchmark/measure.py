@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 
 import servers
-from servers import LOAD_CPU, PEERS, PROGRAMS, Castier, Nginx, Origin
+from servers import LOAD_CPU, PEERS, PROGRAMS, SERVER_CPU, Castier, Nginx, Origin
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOADER = os.path.join(PROGRAMS, "castier-load")
@@ -36,8 +36,8 @@ class Bench:
         """A path that does not exist yet."""
         return tempfile.mkdtemp(prefix=f"{name}-", dir=self.directory) + "/data"
 
-    def origin(self):
-        return Origin(self.place("origin"))
+    def origin(self, **settings):
+        return Origin(self.place("origin"), **settings)
 
     def peer(self, kind, origin, **settings):
         return kind(self.place(kind.name), origin, **settings)
@@ -45,7 +45,8 @@ class Bench:
 
 @contextlib.contextmanager
 def on_disk(bench):
-    """The same bench with its data where cargo builds: on a disk, if anything is."""
+    """The same bench with its data where cargo builds: on a disk, if anything is, that is done with what came before."""
+    os.sync()
     os.makedirs(os.path.dirname(PROGRAMS), exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-disk-", dir=os.path.dirname(PROGRAMS)) as directory:
         before, bench.directory = bench.directory, directory
@@ -55,9 +56,9 @@ def on_disk(bench):
             bench.directory = before
 
 
-def load(*arguments):
+def load(*arguments, cpu_list=LOAD_CPU):
     """A run of castier-load on the load's core. Its word that every byte was right is what the figures rest on."""
-    done = subprocess.run(["taskset", "-c", LOAD_CPU, LOADER, "--json", *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(["taskset", "-c", cpu_list, LOADER, "--json", *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if not done.stdout:
         raise SystemExit(f"bench: castier-load exited with {done.returncode} and no report; its arguments were {arguments}")
     report = json.loads(done.stdout)
@@ -198,14 +199,16 @@ SCENARIOS = ("sangraha-2k", "sangraha-1m", "messages", "forms", "cas-harness", "
 
 
 def published(bench):
-    """The published runs of the predecessors, on one castier. On a disk: what is stored is synced, which in memory costs nothing."""
+    """The published runs of the predecessors, on one castier. On a disk: what is stored is synced, which in memory costs nothing. There is nobody
+    to be compared with on equal cores, so all of them share both, as where those runs were made."""
+    both = f"{SERVER_CPU},{LOAD_CPU}"
     for round in range(bench.published_rounds):
         for scenario in SCENARIOS:
-            with on_disk(bench), bench.origin() as origin, bench.peer(Castier, origin) as server:
+            with on_disk(bench), bench.origin(cpu_list=both) as origin, bench.peer(Castier, origin, cpu_list=both) as server:
                 stats = f"http://127.0.0.1:{server.admin}"
                 # The run over few keys counts the loads of a cold cache, so its corpus goes past the tier.
                 fill = ["--fill", origin.url] if scenario == "data-services" else []
-                report = load("--target", server.url, "--scenario", scenario, "--stats", stats, *fill, "--seed", round)
+                report = load("--target", server.url, "--scenario", scenario, "--stats", stats, *fill, "--seed", round, cpu_list=both)
                 took = (report["duration"] + report["wait"]) / 1e9
                 yield scenario, "castier", round, "requests/s", report["requests"] / took
                 yield scenario, "castier", round, "total, ms", took * 1e3

@@ -34,8 +34,9 @@ class Server:
     name = "?"
     cpu_list = SERVER_CPU
 
-    def __init__(self, directory, origin=None, memory="1024m"):
+    def __init__(self, directory, origin=None, memory="1024m", cpu_list=None):
         self.directory, self.origin, self.memory = directory, origin, memory
+        self.cpu_list = cpu_list or self.cpu_list
         self.port, self.admin = free_port(), free_port()
         self.process = None
         # When it was run, by time.monotonic().
