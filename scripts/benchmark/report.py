@@ -157,16 +157,21 @@ def panels(path, title, panels):
     plt.close(figure)
 
 
+def way(metric):
+    """A metric, and which way is better."""
+    return f"{metric} {'↑' if metric in MORE else '↓'}"
+
+
 def plot(results, directory, clients):
     of = results.of
     name = lambda experiment: TITLES.get(experiment, experiment)  # noqa: E731
     hits = [(f"{name(experiment)}\nµs of CPU per request", of(experiment, "µs CPU/request")) for experiment in HITS]
     hits += [(f"{name(experiment)}\nrequests/s from one core", of(experiment, "requests/s")) for experiment in HITS]
     panels(os.path.join(directory, "hits"), "Hits: the server's CPU (less is better) and throughput (more is better)", hits)
-    disk = [(f"{name(experiment)}\n{metric}", of(experiment, metric)) for experiment in DISK for metric in results.metrics(experiment)]
-    panels(os.path.join(directory, "disk"), "The disk tier", [panel for panel in disk if not panel[0].endswith("busy")])
+    disk = [(f"{name(experiment)}\n{way(metric)}", of(experiment, metric)) for experiment in DISK for metric in results.metrics(experiment)]
+    panels(os.path.join(directory, "disk"), "The disk tier (arrow: which way is better)", [panel for panel in disk if "busy" not in panel[0]])
     herd = [(metric, of("herd", metric)) for metric in results.metrics("herd")]
     panels(os.path.join(directory, "herd"), f"{clients} clients ask for one cold blob of 64 MiB (less is better)", herd)
-    rest = [(f"Zipf: {metric}", of("zipf", metric)) for metric in results.metrics("zipf")]
-    rest += [(f"idle: {metric}", of("idle", metric)) for metric in results.metrics("idle")]
-    panels(os.path.join(directory, "zipf"), "A corpus ten times the cache; idle connections", rest)
+    rest = [(f"Zipf: {way(metric)}", of("zipf", metric)) for metric in results.metrics("zipf")]
+    rest += [(f"idle: {way(metric)}", of("idle", metric)) for metric in results.metrics("idle")]
+    panels(os.path.join(directory, "zipf"), "A corpus ten times the cache; idle connections (arrow: which way is better)", rest)
