@@ -171,7 +171,7 @@ async fn a_damaged_disk_sends_nothing_further_than_the_origin_either() {
     node.add_config(&cache.config("1GiB", ""));
     node.configure(&names[..1]);
     node.start().await;
-    let blobs: Vec<_> = (0..8).map(|_| origin.blob(300 * KIB)).collect();
+    let blobs: Vec<_> = (0..30).map(|_| origin.blob(300 * KIB)).collect();
     for blob in &blobs {
         get(node.public(), blob).await.assert_is(blob);
     }
