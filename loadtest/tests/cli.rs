@@ -140,6 +140,13 @@ fn bytes_after_an_answer_are_an_error() {
 }
 
 #[test]
+fn a_head_may_leave_the_length_out() {
+    let rogue = Rogue::new(Fault::NoLength);
+    let (code, json) = report(&format!("--target {} --requests 10 --mix head=1", rogue.url()));
+    assert_eq!((code, json["corrupt"].as_u64(), json["status_codes"]["200"].as_u64()), (Some(0), Some(0), Some(10)), "{json}");
+}
+
+#[test]
 fn an_upload_that_is_refused_unread_has_its_answer() {
     let rogue = Rogue::new(Fault::RefuseUnread);
     let (code, json) = report(&format!("--target {} --requests 3 --mix put=1 --size 64MiB --timeout 20s", rogue.url()));

@@ -201,11 +201,10 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     let (mut plain, mut close) = (method == Method::GET && minor == 1, false);
     let framing = framing(request.headers, minor, &mut plain, &mut close)?;
     let named = |name: &'static str| request.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
-    let options = named("connection").flat_map(|header| header.value.split(|byte| *byte == b','));
     let upgrade = minor == 1
         && framing == Framing::Length(0)
         && named("upgrade").next().is_some()
-        && options.into_iter().any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"));
+        && names_upgrade(named("connection").map(|header| header.value));
     let secret = the_one(bytes, request.headers, &PEER_SECRET);
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
     Ok(Some(Head { len, method, authority, path, upgrade, plain, close, validator, framing, secret }))
@@ -260,6 +259,11 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool, close:
     let framing = if chunked { Framing::Chunked } else { Framing::Length(length.unwrap_or(0)) };
     *plain &= framing == Framing::Length(0);
     Ok(framing)
+}
+
+/// Whether the values of `Connection` name `Upgrade`: without that it is not meant for this hop (RFC 9110, section 7.8).
+pub fn names_upgrade<'a>(connection: impl Iterator<Item = &'a [u8]>) -> bool {
+    connection.flat_map(|value| value.split(|byte| *byte == b',')).any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
 }
 
 /// A host and perhaps a port, or nothing (RFC 9110, section 7.2).

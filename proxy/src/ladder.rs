@@ -237,14 +237,14 @@ impl Ladder {
         Some((peers, peers.owner(digest)?))
     }
 
-    /// The blob's size, if the origin has it for good: an upload that has not been sent yet may then stay where it is.
+    /// The blob's size, if the origin has it for good: an upload that has not been sent yet may then stay where it is, and ends an absence
+    /// that is remembered, as if it had been sent.
     ///
     /// # Errors
     /// The origin could not be asked.
     pub async fn stored_at_origin(&self, digest: &Digest, size: Option<u64>, asker: Asker) -> Result<Option<u64>, Fault> {
         let size = self.sources.origin.holds(digest, size).await?;
         if size.is_some() {
-            // To whoever remembers that it is absent this is news, as an upload would be.
             self.flights.stored(digest);
             self.tell_owner(digest, asker, None).await;
         }

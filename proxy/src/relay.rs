@@ -4,7 +4,7 @@
 use crate::{
     conn::{self, Conn},
     fault::Fault,
-    gate::Head,
+    gate::{Head, names_upgrade},
     metrics::{Listener, Metrics, Route, Served},
     record,
     serve::Reply,
@@ -94,7 +94,7 @@ impl ProxyHttp for Rules {
         let request = session.req_header();
         if request.headers.contains_key(header::UPGRADE) {
             if asks_for_upgrade(request) {
-                // Nor is this one used again, should the origin stay with HTTP.
+                // Not used again, should the origin stay with HTTP: what follows may be of the other protocol already.
                 session.set_keepalive(None);
             } else {
                 session.req_header_mut().remove_header(&header::UPGRADE);
@@ -210,10 +210,10 @@ impl ProxyHttp for Rules {
 /// Whether the request is for another protocol (RFC 9110, section 7.8). With a body it is a request like any other: where the body ended
 /// and the other protocol began, nobody could tell.
 fn asks_for_upgrade(request: &RequestHeader) -> bool {
-    let named = request.headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
-    named.flat_map(|value| value.split(',')).any(|option| option.trim().eq_ignore_ascii_case("upgrade"))
+    let no_body = |length: &HeaderValue| length.as_bytes().trim_ascii().iter().all(|digit| *digit == b'0');
+    names_upgrade(request.headers.get_all(header::CONNECTION).iter().map(HeaderValue::as_bytes))
         && !request.headers.contains_key(header::TRANSFER_ENCODING)
-        && request.headers.get(header::CONTENT_LENGTH).is_none_or(|length| length == "0")
+        && request.headers.get(header::CONTENT_LENGTH).is_none_or(no_body)
 }
 
 /// The headers that end here (RFC 9110, section 7.6.1): the fixed ones and those that `Connection` names.

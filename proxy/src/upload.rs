@@ -1,4 +1,5 @@
-//! The bytes of an upload as a stream: straight from the session, or out of a multipart form. Cut off at `limits.max_blob`.
+//! Request bodies: the bytes of an upload as a stream, straight from the session or out of a multipart form, cut off at `limits.max_blob`;
+//! and those that mean nothing and are read away.
 
 use crate::{fault::Fault, upstream::Upload};
 use bytes::Bytes;

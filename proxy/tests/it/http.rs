@@ -1,6 +1,6 @@
 //! The request table of the contract, as clients see it; on castier, and where both promise the same, on the origin too.
 
-use crate::support::{Blob, Castier, Conn, KIB, LyingOrigin, MIB, RealOrigin, Reply, Request, assert_ledger, get, light};
+use crate::support::{Blob, Castier, Conn, KIB, Lie, LyingOrigin, MIB, RealOrigin, Reply, Request, assert_ledger, get, light};
 use std::net::SocketAddr;
 
 const YEAR: &str = "public, max-age=31536000, immutable";
@@ -178,6 +178,12 @@ async fn a_head_never_downloads() {
     let asked = origin.requests("HEAD", &blob).len();
     assert_eq!(Request::new("HEAD", blob.path()).send(castier.public).await.status, 200);
     assert_eq!(origin.requests("HEAD", &blob).len(), asked, "what is kept needs no question");
+    // Of coded bytes the length is not the blob's.
+    for (lines, status) in [("Content-Encoding: gzip\r\n", 502), ("Content-Encoding: Identity\r\n", 200)] {
+        let blob = origin.blob(7);
+        origin.always(&blob, Lie { lines, ..Lie::honest().status(200) });
+        assert_eq!(Request::new("HEAD", blob.path()).send(castier.public).await.status, status, "{lines}");
+    }
     assert_ledger(&castier).await;
 }
 

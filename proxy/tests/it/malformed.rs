@@ -70,6 +70,15 @@ async fn requests_that_are_not_http() {
 }
 
 #[tokio::test]
+async fn castier_is_no_forward_proxy() {
+    let _turn = light().await;
+    let (_origin, castier) = world("").await;
+    let reply = raw(&castier, b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n").await;
+    reply.assert_problem(405);
+    assert_eq!(reply.header("allow"), Some("GET, HEAD, PUT"), "{:?}", reply.head);
+}
+
+#[tokio::test]
 async fn bodies_whose_length_is_not_clear() {
     let _turn = light().await;
     let (origin, castier) = world("").await;

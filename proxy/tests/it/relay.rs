@@ -2,10 +2,47 @@
 
 use crate::support::{Castier, Conn, LyingOrigin, MIB, Request, eventually, get, light, metrics};
 
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+};
+
 async fn world() -> (LyingOrigin, Castier) {
     let origin = LyingOrigin::start().await;
     let castier = Castier::start(&origin.url(), "").await;
     (origin, castier)
+}
+
+/// An origin that says these very bytes to whatever it is asked.
+async fn saying(answer: &'static [u8]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") && stream.read_buf(&mut head).await.is_ok_and(|read| read > 0) {}
+            // Whether castier wants to hear it is castier's business.
+            let _ = stream.write_all(answer).await;
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn each_hop_speaks_its_own_version() {
+    let _turn = light().await;
+    let old = Castier::start(&saying(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok").await, "").await;
+    let reply = Request::get("/who").send(old.public).await;
+    assert!(reply.head.first.starts_with("HTTP/1.1 200 "), "{:?}", reply.head);
+    assert_eq!((reply.body.as_slice(), reply.header("via")), (b"ok".as_slice(), Some("1.0 castier")));
+    let hint = b"HTTP/1.1 103 Early Hints\r\nLink: </style>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    let hinting = Castier::start(&saying(hint).await, "").await;
+    for (request, interim) in [(Request::get("/who"), true), (Request::get("/who").http10(), false)] {
+        let mut conn = Conn::open(hinting.public).await;
+        conn.send(&request.bytes()).await;
+        let first = conn.head().await.unwrap();
+        assert_eq!(first.first.contains(" 103 "), interim, "an old client knows no interim answers: {first:?}");
+    }
 }
 
 #[tokio::test]
