@@ -1,4 +1,4 @@
-//! The house rules that no compiler checks: what must be documented, who may use whom, how long things get, and which words
+//! The house rules that no compiler checks: what must be documented, who may use whom, and which words
 //! have no place here. Every failure says what to do. Works on the files as they lie there, without git.
 
 use castier_config::{Castier, Config, OriginServer};
@@ -9,8 +9,6 @@ use std::{
 };
 
 const OPERATIONS: &str = "docs/operations.md";
-const MAX_FILE: usize = 500;
-const MAX_FUNCTION: usize = 70;
 
 /// Who uses whom in `proxy/src`, exactly, tests in files of their own aside. `main` uses everything and `lib` nothing.
 const USES: &[(&str, &[&str])] = &[
@@ -301,51 +299,6 @@ fn path_tree<'a>(rest: &'a str, prefix: &str, found: &mut Vec<String>) -> &'a st
     group
 }
 
-// ---- 4: sizes ----
-
-#[test]
-fn files_and_functions_stay_short() {
-    let mut wrong = Vec::new();
-    for path in files().into_iter().filter(|path| path.ends_with(".rs")) {
-        let code = code_of(&path);
-        let lines = code.lines().count();
-        if lines > MAX_FILE {
-            wrong.push(format!("{path} has {lines} lines, more than {MAX_FILE}; split it where it does two things"));
-        }
-        for (name, line, length) in functions(&code).into_iter().filter(|(_, _, length)| *length > MAX_FUNCTION) {
-            wrong.push(format!("{path}:{line}: {name} has {length} lines, more than {MAX_FUNCTION}; take a step out of it and name it"));
-        }
-    }
-    verdict(&wrong);
-}
-
-/// Every function with a body: its name, its first line, and how many lines it has.
-fn functions(code: &str) -> Vec<(String, usize, usize)> {
-    let mut found = Vec::new();
-    let line_of = |at: usize| code[..at].matches('\n').count() + 1;
-    for (at, _) in code.match_indices("fn ").filter(|(at, _)| !code[..*at].ends_with(is_word)) {
-        let name: String = code[at + 3..].chars().take_while(|c| is_word(*c)).collect();
-        let mut open = Vec::new();
-        for (offset, c) in code[at..].char_indices() {
-            match c {
-                '(' | '[' | '{' => open.push(c),
-                ')' | ']' | '}' => {
-                    let closed = open.pop();
-                    if open.is_empty() && closed == Some('{') {
-                        let (first, last) = (line_of(at), line_of(at + offset));
-                        found.push((name, first, last - first + 1));
-                        break;
-                    }
-                }
-                // A declaration, or a function's type.
-                ';' | ',' if open.is_empty() => break,
-                _ => {}
-            }
-        }
-    }
-    found
-}
-
 /// A source file with its comments, texts and characters blanked, so that what is left of braces and names is code.
 fn code_of(path: &str) -> String {
     blank(&read(path))
@@ -399,7 +352,7 @@ fn inert(rest: &str, after_word: bool) -> Option<usize> {
     }
 }
 
-// ---- 5: words ----
+// ---- 4: words ----
 
 #[test]
 fn nothing_tells_of_a_machine_or_of_unfinished_work() {
@@ -480,7 +433,6 @@ fn the_tools_see_what_they_should() {
         assert!(paths.iter().any(|found| found == path), "{path} is not in {paths:?}");
     }
     assert!(!paths.iter().any(|path| path.ends_with("::f")), "{paths:?}");
-    assert_eq!(functions(&blanked), [("x".to_owned(), 2, 4)]);
     assert_eq!(names("`castier_a_total` castier_origin::x"), ["castier_a_total", "castier_origin"].map(str::to_owned).into());
     assert_eq!(registered("x(\"castier_a_total\", \"see castier_b\", \"castier_c: d\")"), ["castier_a_total".to_owned()].into());
 }
