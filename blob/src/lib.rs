@@ -6,9 +6,11 @@
 //! - [`Digest`]: the name of a blob.
 //! - [`Verifier`] → [`Verified`]: the only proof that bytes are the blob they claim to be.
 //! - [`Selection`]: what part of a blob a request asks for, given its headers.
+//! - [`entry`]: names of what is stored under a key.
 //! - [`wire`]: paths, headers and error bodies as they stand on the wire.
 
 mod digest;
+pub mod entry;
 mod select;
 mod verify;
 pub mod wire;

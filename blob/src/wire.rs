@@ -20,10 +20,25 @@ pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 /// A blob never changes: a year is the longest age that caches commonly honour, and `immutable` (RFC 8246) stops revalidation on reload.
 pub const CACHE_FOREVER: HeaderValue = HeaderValue::from_static("public, max-age=31536000, immutable");
 
+/// First parts of a path that name no instance: they have a meaning of their own. `v2` is the registry protocol's.
+const NO_INSTANCE: [&str; 4] = ["ac", "cas", "kv", "v2"];
+/// The longest name of an instance.
+const MAX_INSTANCE: usize = 128;
+
+/// The instance in front of a path, and the rest of the path, from its slash on: `/team/cas/x` is `team` and `/cas/x`. None: there is no
+/// instance. It is one part of a path, made of unreserved characters (RFC 3986), so that it has one spelling.
+pub fn split_instance(path: &str) -> Option<(&str, &str)> {
+    let path = path.strip_prefix('/')?;
+    let (instance, rest) = path.split_at(path.find('/')?);
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~');
+    let sound = (1..=MAX_INSTANCE).contains(&instance.len()) && instance.bytes().all(plain) && !matches!(instance, "." | "..");
+    (sound && !NO_INSTANCE.contains(&instance)).then_some((instance, rest))
+}
+
 /// What a request path asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target<'a> {
-    /// `/cas/<digest>`.
+    /// `/cas/<digest>`, or `/<instance>/cas/<digest>`: all instances share the blobs.
     Blob(Digest),
     /// `/cas`: the collection that POST adds to.
     Collection,
@@ -42,8 +57,17 @@ impl<'a> Target<'a> {
                 Some(name) => Digest::parse(name.as_bytes()).map_or(Self::Malformed(name), Self::Blob),
                 None => Self::Other,
             },
-            None => Self::Other,
+            None => Self::of_instance(path).map_or(Self::Other, Self::Blob),
         }
+    }
+
+    /// A blob as an instance names it. What only looks like it is somebody else's path, and not a malformed one of ours.
+    fn of_instance(path: &str) -> Option<Digest> {
+        // The cheap question first: hardly any other path is so long and has the name there.
+        let at = path.len().checked_sub(CAS.len() + 1 + Digest::TEXT_LEN)?;
+        let name = path.get(at..)?.strip_prefix(CAS)?.strip_prefix('/')?;
+        let (instance, _) = split_instance(path)?;
+        (instance.len() + 1 == at).then(|| Digest::parse(name.as_bytes()).ok())?
     }
 }
 
@@ -75,6 +99,15 @@ pub fn blob_head(digest: &Digest, size: Option<u64>, selection: Selection) -> (S
     };
     if let Some(length) = length {
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    (status, headers)
+}
+
+/// As [`blob_head`], for a mutable entry whose bytes have this digest now: whoever keeps the answer must ask whether it still holds.
+pub fn entry_head(digest: &Digest, size: u64, selection: Selection) -> (StatusCode, HeaderMap) {
+    let (status, mut headers) = blob_head(digest, Some(size), selection);
+    if let Some(value) = headers.get_mut(header::CACHE_CONTROL) {
+        *value = HeaderValue::from_static("no-cache");
     }
     (status, headers)
 }
@@ -134,6 +167,47 @@ mod tests {
         assert_eq!(Target::of("/casual"), Target::Other);
         assert_eq!(Target::of("/"), Target::Other);
         assert_eq!(Target::of("*"), Target::Other);
+    }
+
+    #[test]
+    fn instances_share_the_blobs() {
+        let digest = Digest::of(b"x");
+        for instance in ["team", "a", "v2.1", "A-b_c~d", &"i".repeat(128)] {
+            assert_eq!(Target::of(&format!("/{instance}/cas/{digest}")), Target::Blob(digest), "{instance}");
+        }
+        for path in [
+            format!("/v2/cas/{digest}"),
+            format!("/kv/cas/{digest}"),
+            format!("/ac/cas/{digest}"),
+            format!("//cas/{digest}"),
+            format!("/./cas/{digest}"),
+            format!("/../cas/{digest}"),
+            format!("/a/b/cas/{digest}"),
+            format!("/a%20b/cas/{digest}"),
+            format!("/team/cas/{digest}/"),
+            format!("/team/cas/{digest}x"),
+            format!("/team/cas/x{digest}"),
+            format!("/team/casx/{digest}"),
+            format!("/{}/cas/{digest}", "i".repeat(129)),
+            "/team/cas/abc".to_owned(),
+            "/team/cas".to_owned(),
+        ] {
+            assert_eq!(Target::of(&path), Target::Other, "{path}");
+        }
+        assert_eq!(Target::of(&format!("/cas/cas/{digest}")), Target::Malformed(&format!("cas/{digest}")));
+    }
+
+    #[test]
+    fn entries_are_asked_about_again() {
+        let digest = Digest::of(b"x");
+        for selection in [Selection::Whole, Selection::Part { first: 0, last: 0 }, Selection::NotModified] {
+            let (_, headers) = entry_head(&digest, 1, selection);
+            assert_eq!(
+                (&headers[header::CACHE_CONTROL], &headers[header::ETAG]),
+                (&"no-cache".parse().unwrap(), &digest.etag().parse().unwrap())
+            );
+        }
+        assert!(!entry_head(&digest, 1, Selection::Unsatisfiable).1.contains_key(header::CACHE_CONTROL));
     }
 
     #[test]

@@ -11,6 +11,9 @@ pub struct Castier {
     /// Whether clients may delete blobs of the embedded origin, true or false; a remote origin decides for itself. Default false:
     /// immutable content needs no deletion, and one wrong script would empty the store.
     pub allow_delete: bool,
+    /// Whether the embedded origin answers 404 for an entry below `/ac/` that names a blob which it does not have, true or false; a
+    /// remote origin decides for itself. Default false: ccache keeps other things there.
+    pub ac_validation: bool,
     /// Where the program listens.
     pub listen: Listen,
     /// The source of truth.
@@ -221,6 +224,9 @@ pub struct Limits {
     /// The largest blob that is taken or fetched; a size over 0. Default `16GiB`: above any disk image or model that is
     /// commonly stored, and an endless body still ends.
     pub max_blob: Size,
+    /// The largest entry below `/ac/` and `/kv/` that the embedded origin takes; a size over 0. Default `16MiB`: an action's result or a
+    /// compressed object file has far less.
+    pub max_entry: Size,
     /// How many client connections may be open, 1 or more. Default 20000: what a process may hold open with common limits of
     /// open files, and a gigabyte at most.
     pub max_connections: usize,
@@ -249,6 +255,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_blob: Size::gib(16),
+            max_entry: Size::mib(16),
             max_connections: 20_000,
             header_timeout: Span::secs(10),
             max_header_bytes: Size::kib(32),

@@ -10,7 +10,8 @@ impl Config for Castier {
     }
 
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, listen, origin, memory, disk, cluster, verify, fill, limits, log, shutdown: _ } = self;
+        let Self { allow_delete: _, ac_validation: _, listen, origin, memory, disk, cluster, verify, fill, limits, log, shutdown: _ } =
+            self;
         check_addresses(&listen.public, &listen.admin, problems);
         let peer = check_address("listen.peer", &listen.peer, problems);
         // Whether the peer address is free of the others matters only once it is opened.
@@ -38,7 +39,7 @@ impl Config for Castier {
 
 impl Config for OriginServer {
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, listen, store, limits, log, shutdown: _ } = self;
+        let Self { allow_delete: _, ac_validation: _, listen, store, limits, log, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
         if store.root.as_os_str().is_empty() {
             problems.add("store.root", "names no directory; write one, such as \"./castier-data/origin\"");
@@ -155,6 +156,7 @@ fn check_fill(fill: &Fill, problems: &mut Problems) {
 /// The limits of both programs; what castier has beyond these may have any value.
 fn check_limits(limits: &OriginLimits, problems: &mut Problems) {
     check_size("limits.max_blob", limits.max_blob, problems);
+    check_size("limits.max_entry", limits.max_entry, problems);
     check_count("limits.max_connections", limits.max_connections, problems);
     check_span("limits.header_timeout", limits.header_timeout, problems);
     check_span("limits.idle_timeout", limits.idle_timeout, problems);

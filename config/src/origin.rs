@@ -11,6 +11,9 @@ pub struct OriginServer {
     /// Whether clients may delete blobs, true or false. Default false: this is the source of truth, and what is deleted here
     /// is gone.
     pub allow_delete: bool,
+    /// Whether an entry below `/ac/` that names a blob which is not stored is answered with 404, true or false. Default false: ccache
+    /// keeps other things there, and each GET of an entry then looks for all its blobs.
+    pub ac_validation: bool,
     /// Where the program listens.
     pub listen: OriginListen,
     /// Where the blobs are.
@@ -61,6 +64,8 @@ impl Default for Store {
 pub struct OriginLimits {
     /// The largest blob that is taken; a size over 0. Default `16GiB`, as castier has it.
     pub max_blob: Size,
+    /// The largest entry below `/ac/` and `/kv/` that is taken; a size over 0. Default `16MiB`, as castier has it.
+    pub max_entry: Size,
     /// How many client connections may be open, 1 or more. Default 20000, as castier has it.
     pub max_connections: usize,
     /// How long a client may take to send the whole head of a request; a duration over 0. Default `10s`, as castier has it.
@@ -80,6 +85,7 @@ impl From<&Limits> for OriginLimits {
     fn from(limits: &Limits) -> Self {
         Self {
             max_blob: limits.max_blob,
+            max_entry: limits.max_entry,
             max_connections: limits.max_connections,
             header_timeout: limits.header_timeout,
             max_header_bytes: limits.max_header_bytes,

@@ -48,7 +48,7 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 55);
+    assert_eq!(keys.len(), 57);
     assert_eq!(&keys[..4], ["allow_delete", "listen.public", "listen.admin", "listen.peer"]);
     assert_eq!(keys.last().unwrap(), "shutdown.grace");
 }

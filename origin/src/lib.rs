@@ -1,5 +1,8 @@
 //! The simple file origin: a durable content-addressed store over HTTP.
 //!
+//! Beside blobs it keeps entries, bytes under a key that the client chose: `entries`, with `action` and `webdav` for what their
+//! clients need.
+//!
 //! The binary `castier-origin` and the embedded origin of `castier` are this very server. An upload goes through the
 //! house as `server` (a connection) → `service` (which request does what) → `intake` (its body) → `store` (temp file,
 //! verified, synced, renamed, synced again) and is answered; a download as `service` → `store` → `reply` (read and hashed
@@ -10,6 +13,7 @@
 
 use arc_swap::ArcSwap;
 use castier_config::{OriginLimits, OriginServer};
+use entries::Entries;
 use std::{
     io,
     path::Path,
@@ -21,9 +25,11 @@ use std::{
     time::Duration,
 };
 use store::{Fault, Store};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Semaphore};
 
+mod action;
 mod admin;
+mod entries;
 mod intake;
 pub mod log;
 mod metrics;
@@ -33,12 +39,18 @@ mod reply;
 mod server;
 mod service;
 mod store;
+mod webdav;
+
+/// Entries of the action cache that are validated at once: each is held in memory meanwhile, and so may be a tree that it names.
+const VALIDATIONS: usize = 8;
 
 /// What an origin may do, and how much of it.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Whether clients may delete blobs.
     pub allow_delete: bool,
+    /// Whether an entry of the action cache that names a missing blob is told to be absent.
+    pub ac_validation: bool,
     /// What clients may do; can be changed later with [`Origin::set_limits`].
     pub limits: OriginLimits,
     /// How long what is in flight at the end may take to finish.
@@ -47,7 +59,12 @@ pub struct Options {
 
 impl From<&OriginServer> for Options {
     fn from(config: &OriginServer) -> Self {
-        Self { allow_delete: config.allow_delete, limits: config.limits.clone(), grace: config.shutdown.grace.get() }
+        Self {
+            allow_delete: config.allow_delete,
+            ac_validation: config.ac_validation,
+            limits: config.limits.clone(),
+            grace: config.shutdown.grace.get(),
+        }
     }
 }
 
@@ -58,8 +75,11 @@ pub struct Origin(Arc<Shared>);
 /// What all connections share.
 pub(crate) struct Shared {
     store: Arc<Store>,
+    entries: Arc<Entries>,
     metrics: metrics::Metrics,
     allow_delete: bool,
+    ac_validation: bool,
+    validations: Arc<Semaphore>,
     limits: ArcSwap<OriginLimits>,
     grace: Duration,
     phase: AtomicU8,
@@ -96,6 +116,14 @@ impl Shared {
                 self.metrics.count_corrupt();
                 tracing::error!(%digest, "a blob's stored bytes were damaged; they are in the quarantine below the store root; store the blob again");
             }
+            Fault::RottenEntry { name, found: false } => tracing::debug!(entry = name, "a reader of a damaged entry was cut off"),
+            Fault::RottenEntry { name, found: true } => {
+                self.metrics.count_corrupt();
+                tracing::error!(
+                    entry = name,
+                    "an entry's stored bytes were damaged; they are in the quarantine below the store root, and clients get a 404 until it is stored again"
+                );
+            }
             Fault::Io(error) => tracing::error!(%error, "the file system below the store root failed"),
         }
     }
@@ -108,6 +136,9 @@ impl Origin {
     /// When `root` cannot be written to, or another process is using it. The text names `root` and says what to do.
     pub fn open(root: impl AsRef<Path>, options: Options) -> io::Result<Self> {
         let store = Arc::new(Store::open(root.as_ref())?);
+        let entries = Entries::open(root.as_ref())
+            .map_err(|e| io::Error::new(e.kind(), format!("store root {}: entries/ cannot be made: {e}", root.as_ref().display())))?;
+        let entries = Arc::new(entries);
         let counted = Arc::clone(&store);
         thread::Builder::new().name("count".to_owned()).spawn(move || {
             if let Err(error) = counted.count() {
@@ -116,8 +147,11 @@ impl Origin {
         })?;
         Ok(Self(Arc::new(Shared {
             store,
+            entries,
             metrics: metrics::Metrics::new().map_err(io::Error::other)?,
             allow_delete: options.allow_delete,
+            ac_validation: options.ac_validation,
+            validations: Arc::new(Semaphore::new(VALIDATIONS)),
             limits: ArcSwap::from_pointee(options.limits),
             grace: options.grace,
             phase: AtomicU8::new(Phase::Starting as u8),

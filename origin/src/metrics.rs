@@ -52,6 +52,7 @@ impl Metrics {
         // Clients may invent methods; labels must stay few.
         let method = match *method {
             Method::GET | Method::HEAD | Method::PUT | Method::POST | Method::DELETE | Method::OPTIONS | Method::PATCH => method.as_str(),
+            _ if matches!(method.as_str(), "PROPFIND" | "MKCOL") => method.as_str(),
             _ => "OTHER",
         };
         let mut digits = [0; 3];

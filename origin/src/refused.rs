@@ -4,7 +4,7 @@ use crate::{
     intake::{Broken, FormBroken},
     store::Fault,
 };
-use castier_blob::{Mismatch, wire::Problem};
+use castier_blob::{Mismatch, entry::Malformed, wire::Problem};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 /// A refusal. Its text is for the log; [`Refused::tell`] is for the client.
@@ -13,6 +13,27 @@ pub(crate) enum Refused {
     /// The path has a name below `/cas/` that is no digest.
     #[error("not a digest")]
     NotADigest,
+    /// The path stands where entries are, and names none.
+    #[error(transparent)]
+    NotAnEntry(#[from] Malformed),
+    /// There is no entry of this name, and no collection.
+    #[error("no entry")]
+    NoEntry,
+    /// The entry is larger than this.
+    #[error("an entry larger than {0} bytes")]
+    EntryTooLarge(u64),
+    /// `If-Match` or `If-None-Match` of a PUT or DELETE does not hold.
+    #[error("precondition failed")]
+    Condition,
+    /// PROPFIND without a depth of 0 or 1.
+    #[error("no finite depth")]
+    Depth,
+    /// MKCOL with a body.
+    #[error("a collection with a body")]
+    CollectionBody,
+    /// MKCOL of what is there.
+    #[error("the collection exists")]
+    CollectionExists,
     /// There is nothing at this path, whatever the method.
     #[error("no such path")]
     NoSuchPath,
@@ -60,7 +81,20 @@ impl Refused {
                 S::BAD_REQUEST,
                 "the path of a blob is /cas/ and then the SHA-256 of its bytes as 64 lowercase hexadecimal characters".to_owned(),
             ),
-            Self::NoSuchPath => (S::NOT_FOUND, "there is nothing here; blobs are at /cas/<digest>, and POST /cas stores one".to_owned()),
+            Self::NoSuchPath => (
+                S::NOT_FOUND,
+                "there is nothing here; blobs are at /cas/<digest>, entries at /ac/<key> and /kv/<path>, and POST /cas stores a blob"
+                    .to_owned(),
+            ),
+            Self::NotAnEntry(malformed) => (S::BAD_REQUEST, malformed.to_string()),
+            Self::NoEntry => (S::NOT_FOUND, "nothing is stored under this name".to_owned()),
+            Self::EntryTooLarge(most) => (S::PAYLOAD_TOO_LARGE, format!("the largest entry that is stored has {most} bytes")),
+            Self::Condition => {
+                (S::PRECONDITION_FAILED, "the stored version is not the one that the request expects; nothing changed".to_owned())
+            }
+            Self::Depth => (S::FORBIDDEN, "PROPFIND is answered with Depth: 0 or Depth: 1 alone".to_owned()),
+            Self::CollectionBody => (S::UNSUPPORTED_MEDIA_TYPE, "MKCOL takes no body".to_owned()),
+            Self::CollectionExists => (S::METHOD_NOT_ALLOWED, "there is something of this name already".to_owned()),
             Self::Method(allowed) => (S::METHOD_NOT_ALLOWED, format!("allowed here: {allowed}")),
             Self::Absent => (S::NOT_FOUND, "no blob of this digest is stored".to_owned()),
             Self::Range(_) => {
@@ -80,6 +114,9 @@ impl Refused {
             Self::Store(Fault::Rotten { .. }) => {
                 (S::INTERNAL_SERVER_ERROR, "the stored bytes of this blob are damaged and were set aside; store it again".to_owned())
             }
+            Self::Store(Fault::RottenEntry { .. }) => {
+                (S::INTERNAL_SERVER_ERROR, "the stored bytes of this entry are damaged and were set aside; store it again".to_owned())
+            }
             Self::Store(Fault::Io(_)) => (S::INTERNAL_SERVER_ERROR, ours.to_owned()),
         };
         let mut headers = match self {
@@ -90,6 +127,7 @@ impl Refused {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         match self {
+            Self::CollectionExists => drop(headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, PUT, DELETE, PROPFIND"))),
             Self::Method(allowed) => drop(headers.insert(header::ALLOW, HeaderValue::from_static(allowed))),
             // What would still come could not be told from the next request.
             Self::Body(_) => drop(headers.insert(header::CONNECTION, HeaderValue::from_static("close"))),

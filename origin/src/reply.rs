@@ -41,11 +41,29 @@ pub(crate) enum Content {
     Empty,
     /// Bytes at hand.
     Bytes(Bytes),
-    /// A blob, as it is read.
+    /// A blob or the like, as it is read.
     Blob(Streaming),
 }
 
-/// A blob being read: at most one chunk ahead of the client.
+/// What an answer too long to be held is made from, a chunk at a time. Blocks.
+pub(crate) trait Source: Send + 'static {
+    /// The next chunk, of about `most` bytes.
+    fn next(&mut self, most: usize) -> Result<Bytes, Fault>;
+    /// Whether everything has been handed out.
+    fn is_done(&self) -> bool;
+}
+
+impl Source for Reader {
+    fn next(&mut self, most: usize) -> Result<Bytes, Fault> {
+        self.next(most)
+    }
+
+    fn is_done(&self) -> bool {
+        self.is_done()
+    }
+}
+
+/// A blob, an entry or a list being read: at most one chunk ahead of the client.
 pub(crate) struct Streaming {
     next: Next,
     chunk: usize,
@@ -54,16 +72,16 @@ pub(crate) struct Streaming {
 
 enum Next {
     /// Read, not yet sent; and the reader, which may have more.
-    Chunk(Bytes, Box<Reader>),
+    Chunk(Bytes, Box<dyn Source>),
     /// A chunk is being read.
-    Reading(JoinHandle<(Result<Bytes, Fault>, Box<Reader>)>),
+    Reading(JoinHandle<(Result<Bytes, Fault>, Box<dyn Source>)>),
     /// All was sent, or nothing more will be.
     End,
 }
 
 impl Streaming {
     /// Goes on where `reader` is after `first`.
-    pub(crate) fn new(first: Bytes, reader: Reader, chunk: usize, seat: Seat) -> Self {
+    pub(crate) fn new(first: Bytes, reader: impl Source, chunk: usize, seat: Seat) -> Self {
         Self { next: Next::Chunk(first, Box::new(reader)), chunk, _seat: seat }
     }
 

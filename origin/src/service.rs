@@ -1,18 +1,22 @@
 //! The HTTP service: which request does what to the store.
 
 use crate::{
-    Shared,
+    Shared, action,
+    entries::{self, Condition, Found, Put, Removed},
     intake::{Intake, Rationed},
     patience::Activity,
     refused::Refused,
-    reply::{Content, Record, Reply, Streaming, chunk_for},
+    reply::{Content, Record, Reply, Source, Streaming, chunk_for},
     server::{Handler, Seat},
-    store::{Fault, Kept, Upload},
+    store::{Fault, Kept, Store, Upload},
+    webdav::{self, Depth, Listing},
 };
 use bytes::Bytes;
 use castier_blob::{
-    Digest, Selection, Verifier, names_this_blob, select,
-    wire::{Stored, Target, blob_head, blob_path},
+    Digest, Selection, Verifier,
+    entry::{Entry, Name},
+    names_this_blob, select,
+    wire::{Stored, Target, blob_head, blob_path, entry_head, split_instance},
 };
 use castier_config::OriginLimits;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
@@ -80,8 +84,120 @@ impl Clients {
             (Target::Collection, &Method::POST) => self.post(&head.headers, intake).await,
             (Target::Collection, _) => Err(Refused::Method("POST")),
             (Target::Malformed(_), _) => Err(Refused::NotADigest),
-            (Target::Other, _) => Err(Refused::NoSuchPath),
+            (Target::Other, _) => match Entry::of(head.uri.path()) {
+                Some(Ok(entry)) => self.entry(entry, head, intake).await,
+                Some(Err(malformed)) => Err(Refused::NotAnEntry(malformed)),
+                None if split_instance(head.uri.path()).is_some_and(|(_, rest)| rest.starts_with("/cas/")) => Err(Refused::NotADigest),
+                None => Err(Refused::NoSuchPath),
+            },
         }
+    }
+
+    async fn entry(&self, entry: Entry, head: request::Parts, intake: Intake) -> Result<Answer, Refused> {
+        let method = head.method.as_str();
+        match (entry, method) {
+            (Entry::Action(name), "GET" | "HEAD") => self.get_entry(name, head, self.0.ac_validation).await,
+            (Entry::Value(name), "GET" | "HEAD") => self.get_entry(name, head, false).await,
+            (Entry::Action(name) | Entry::Value(name), "PUT") => self.put_entry(name, &head.headers, intake).await,
+            (Entry::Action(name) | Entry::Value(name), "DELETE") => self.delete_entry(name, &head.headers).await,
+            (Entry::Value(name) | Entry::Collection(name), "PROPFIND") => self.list(name, &head.headers).await,
+            (Entry::Value(name) | Entry::Collection(name), "MKCOL") => self.make_collection(name, &intake).await,
+            (Entry::Action(_), _) => Err(Refused::Method("GET, HEAD, PUT, DELETE")),
+            (Entry::Value(_), _) => Err(Refused::Method("GET, HEAD, PUT, DELETE, PROPFIND, MKCOL")),
+            (Entry::Collection(_), _) => Err(Refused::Method("PROPFIND, MKCOL")),
+        }
+    }
+
+    async fn get_entry(&self, name: Name, head: request::Parts, validate: bool) -> Result<Answer, Refused> {
+        let most = self.0.limits.load().max_entry.get();
+        let (seat, transfers) = Seat::take(&self.0.transfers);
+        let chunk = chunk_for(transfers);
+        let (entries, store) = (Arc::clone(&self.0.entries), Arc::clone(&self.0.store));
+        // An entry is read as a whole to be validated, so few are at once.
+        let permit = if validate { Arc::clone(&self.0.validations).acquire_owned().await.ok() } else { None };
+        blocking(move || {
+            let Some(found) = entries.find(&name)? else { return Err(Refused::NoEntry) };
+            if validate && !is_usable(&found, &store, most)? {
+                return Err(Refused::NoEntry);
+            }
+            drop(permit);
+            let (digest, size) = (found.digest(), found.size());
+            let selection = select(&head.method, &head.headers, &digest, size);
+            let (status, headers) = entry_head(&digest, size, selection);
+            let range: Range<u64> = match selection {
+                Selection::Whole => 0..size,
+                Selection::Part { first, last } => first..last + 1,
+                Selection::NotModified => 0..0,
+                Selection::Unsatisfiable => return Err(Refused::Range(headers)),
+            };
+            if head.method != Method::GET || selection == Selection::NotModified {
+                return Ok((status, headers, Content::Empty));
+            }
+            Ok((status, headers, stream(found.read(range), chunk, seat)?))
+        })
+        .await
+    }
+
+    async fn put_entry(&self, name: Name, headers: &HeaderMap, mut intake: Intake) -> Result<Answer, Refused> {
+        let most = self.0.limits.load().max_entry.get();
+        if intake.declared().is_some_and(|length| length > most) {
+            return Err(Refused::EntryTooLarge(most));
+        }
+        let (entries, condition) = (Arc::clone(&self.0.entries), condition(headers));
+        let chunks = (&mut intake).map_err(Refused::from);
+        let put = self.receive(move || entries.begin(name), |upload| upload.finish(condition), most, chunks).await;
+        let (status, digest) = match put {
+            Ok(Put::Created(digest)) => (StatusCode::CREATED, digest),
+            Ok(Put::Replaced(digest)) => (StatusCode::OK, digest),
+            Ok(Put::Refused) => return Err(Refused::Condition),
+            Err(Refused::TooLarge(most)) => return Err(Refused::EntryTooLarge(most)),
+            Err(refused) => return Err(refused),
+        };
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ETAG, HeaderValue::try_from(digest.etag()).unwrap_or_else(|_| HeaderValue::from_static("")));
+        Ok((status, headers, Content::Empty))
+    }
+
+    async fn delete_entry(&self, name: Name, headers: &HeaderMap) -> Result<Answer, Refused> {
+        let (entries, condition) = (Arc::clone(&self.0.entries), condition(headers));
+        match blocking(move || Ok(entries.remove(&name, condition)?)).await? {
+            Removed::Removed => Ok((StatusCode::NO_CONTENT, HeaderMap::new(), Content::Empty)),
+            Removed::Absent => Err(Refused::NoEntry),
+            Removed::Refused => Err(Refused::Condition),
+        }
+    }
+
+    /// Tells of an entry or a collection. Where both have the name, a path without a slash at its end means the entry.
+    async fn list(&self, name: Name, headers: &HeaderMap) -> Result<Answer, Refused> {
+        let depth = Depth::of(headers).ok_or(Refused::Depth)?;
+        let (seat, transfers) = Seat::take(&self.0.transfers);
+        let (chunk, entries) = (chunk_for(transfers), Arc::clone(&self.0.entries));
+        blocking(move || {
+            let entry = if name.is_collection() { None } else { entries.find(&name)? };
+            let listing = match entry {
+                Some(found) => Listing::new(&found.member(), None)?,
+                None => {
+                    let name = name.to_collection();
+                    let Some(collection) = entries.collection(&name)? else { return Err(Refused::NoEntry) };
+                    let members = if depth == Depth::Members { Some(entries.members(&name)?) } else { None };
+                    Listing::new(&collection, members)?
+                }
+            };
+            Ok((StatusCode::MULTI_STATUS, webdav::headers(), stream(listing, chunk, seat)?))
+        })
+        .await
+    }
+
+    async fn make_collection(&self, name: Name, intake: &Intake) -> Result<Answer, Refused> {
+        if intake.declared() != Some(0) {
+            return Err(Refused::CollectionBody);
+        }
+        let entries = Arc::clone(&self.0.entries);
+        let new = blocking(move || {
+            let is_free = name.is_collection() || entries.find(&name)?.is_none();
+            Ok(is_free && entries.make_collection(&name.to_collection())?)
+        });
+        if new.await? { Ok((StatusCode::CREATED, HeaderMap::new(), Content::Empty)) } else { Err(Refused::CollectionExists) }
     }
 
     async fn get(&self, digest: Digest, head: request::Parts) -> Result<Answer, Refused> {
@@ -106,11 +222,7 @@ impl Clients {
             if !is_get || selection == Selection::NotModified {
                 return Ok((status, headers, Content::Empty));
             }
-            // The first chunk is read before the head leaves, so that damage in a small blob is told in so many words.
-            let mut reader = blob.read(range);
-            let first = reader.next(chunk)?;
-            let content = if reader.is_done() { Content::Bytes(first) } else { Content::Blob(Streaming::new(first, reader, chunk, seat)) };
-            Ok((status, headers, content))
+            Ok((status, headers, stream(blob.read(range), chunk, seat)?))
         })
         .await
     }
@@ -131,7 +243,7 @@ impl Clients {
             }
         }
         let chunks = (&mut intake).map_err(Refused::from);
-        let kept = self.receive(Verifier::of(digest), most, chunks).await?;
+        let kept = self.receive_blob(Verifier::of(digest), most, chunks).await?;
         Ok((if kept.new { StatusCode::CREATED } else { StatusCode::OK }, headers, Content::Empty))
     }
 
@@ -147,7 +259,7 @@ impl Clients {
             self.receive_form(content_type, most, intake).await?
         } else {
             let chunks = (&mut intake).map_err(Refused::from);
-            self.receive(Verifier::any(), most, chunks).await?
+            self.receive_blob(Verifier::any(), most, chunks).await?
         };
         let mut headers = HeaderMap::new();
         headers.insert(header::LOCATION, location(&kept.digest));
@@ -165,22 +277,34 @@ impl Clients {
             if part.file_name().is_some() {
                 // From here on `receive` counts.
                 ration.store(u64::MAX, Relaxed);
-                return self.receive(Verifier::any(), most, part.map_err(Refused::from)).await;
+                return self.receive_blob(Verifier::any(), most, part.map_err(Refused::from)).await;
             }
         }
         Err(Refused::Form("none of its parts is a file".to_owned()))
     }
 
-    /// Body → temp file → verified → durable. Bytes are written a batch at a time, while the next batch comes in.
-    async fn receive(
+    /// Body → temp file → verified → durable.
+    async fn receive_blob(
         &self,
         claim: Verifier,
         most: u64,
-        mut chunks: impl Stream<Item = Result<Bytes, Refused>> + Unpin,
+        chunks: impl Stream<Item = Result<Bytes, Refused>> + Unpin,
     ) -> Result<Kept, Refused> {
+        let store = Arc::clone(&self.0.store);
+        self.receive(move || store.begin(claim), Upload::finish, most, chunks).await
+    }
+
+    /// Body → temp file → what `finish` makes of it. Bytes are written a batch at a time, while the next batch comes in.
+    async fn receive<U: Intaken, T: Send + 'static>(
+        &self,
+        begin: impl FnOnce() -> Result<U, Fault> + Send + 'static,
+        finish: impl FnOnce(U) -> Result<T, Fault> + Send + 'static,
+        most: u64,
+        mut chunks: impl Stream<Item = Result<Bytes, Refused>> + Unpin,
+    ) -> Result<T, Refused> {
         let (_seat, transfers) = Seat::take(&self.0.transfers);
         let chunk = chunk_for(transfers);
-        let mut work = Work::Claimed(claim);
+        let mut work = Work::Claimed(begin);
         let (mut batch, mut held, mut total) = (Vec::new(), 0, 0);
         while let Some(bytes) = chunks.next().await {
             let bytes = bytes?;
@@ -192,12 +316,12 @@ impl Clients {
             batch.push(bytes);
             if held >= chunk || batch.len() >= MOST_PIECES {
                 held = 0;
-                let (store, batch, before) = (Arc::clone(&self.0.store), mem::take(&mut batch), work.settle().await?);
-                work = Work::Writing(spawn_blocking(move || before.go_on(&store, &batch)));
+                let (batch, before) = (mem::take(&mut batch), work.settle().await?);
+                work = Work::Writing(spawn_blocking(move || before.go_on(&batch)));
             }
         }
-        let (store, before) = (Arc::clone(&self.0.store), work.settle().await?);
-        blocking(move || Ok(before.go_on(&store, &batch)?.finish()?)).await
+        let before = work.settle().await?;
+        blocking(move || Ok(finish(before.go_on(&batch)?)?)).await
     }
 
     async fn delete(&self, digest: Digest) -> Result<Answer, Refused> {
@@ -210,39 +334,93 @@ impl Clients {
     }
 }
 
+/// What an upload's bytes are written to.
+trait Intaken: Send + 'static {
+    /// Blocks.
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault>;
+}
+
+impl Intaken for Upload {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+        self.write(bytes)
+    }
+}
+
+impl Intaken for entries::Upload {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+        self.write(bytes)
+    }
+}
+
 /// How far an upload has come.
-enum Work {
+enum Work<B, U> {
     /// Nothing is written yet.
-    Claimed(Verifier),
+    Claimed(B),
     /// A batch is being written.
-    Writing(JoinHandle<Result<Upload, Fault>>),
+    Writing(JoinHandle<Result<U, Fault>>),
 }
 
 /// An upload that nobody is writing to.
-enum Settled {
-    Claimed(Verifier),
-    Begun(Upload),
+enum Settled<B, U> {
+    Claimed(B),
+    Begun(U),
 }
 
-impl Work {
-    async fn settle(self) -> Result<Settled, Fault> {
+impl<B, U> Work<B, U> {
+    async fn settle(self) -> Result<Settled<B, U>, Fault> {
         match self {
-            Self::Claimed(claim) => Ok(Settled::Claimed(claim)),
+            Self::Claimed(begin) => Ok(Settled::Claimed(begin)),
             Self::Writing(job) => job.await.unwrap_or_else(|stopped| Err(Fault::Io(stopped.into()))).map(Settled::Begun),
         }
     }
 }
 
-impl Settled {
+impl<B: FnOnce() -> Result<U, Fault>, U: Intaken> Settled<B, U> {
     /// Blocks.
-    fn go_on(self, store: &Arc<crate::store::Store>, batch: &[Bytes]) -> Result<Upload, Fault> {
+    fn go_on(self, batch: &[Bytes]) -> Result<U, Fault> {
         let mut upload = match self {
-            Self::Claimed(claim) => store.begin(claim)?,
+            Self::Claimed(begin) => begin()?,
             Self::Begun(upload) => upload,
         };
         batch.iter().try_for_each(|bytes| upload.write(bytes))?;
         Ok(upload)
     }
+}
+
+/// The first chunk is read before the head leaves, so that damage in something small is told in so many words. Blocks.
+fn stream(mut source: impl Source, chunk: usize, seat: Seat) -> Result<Content, Fault> {
+    let first = source.next(chunk)?;
+    Ok(if source.is_done() { Content::Bytes(first) } else { Content::Blob(Streaming::new(first, source, chunk, seat)) })
+}
+
+/// Whether the blobs that an entry of the action cache names are here, as far as that can be told. Blocks.
+fn is_usable(found: &Found, store: &Arc<Store>, most: u64) -> Result<bool, Fault> {
+    // It was put there when more was allowed; reading it now would take more memory than is planned for.
+    Ok(found.size() > most || action::is_complete(&found.read_all()?, store, most)?)
+}
+
+/// What `If-Match` and `If-None-Match` ask of the version that is there before it is replaced or removed (RFC 9110, section 13).
+fn condition(headers: &HeaderMap) -> Option<Condition> {
+    let mut asked = HeaderMap::new();
+    for name in [header::IF_MATCH, header::IF_NONE_MATCH] {
+        for value in headers.get_all(&name) {
+            asked.append(&name, value.clone());
+        }
+    }
+    let tags = |headers: &HeaderMap, name| -> Vec<Vec<u8>> {
+        let values = headers.get_all(name).iter();
+        values.flat_map(|value| value.as_bytes().split(|&b| b == b',')).map(|tag| tag.trim_ascii().to_vec()).collect()
+    };
+    let (wanted, unwanted) = (tags(&asked, header::IF_MATCH), tags(&asked, header::IF_NONE_MATCH));
+    if asked.is_empty() {
+        return None;
+    }
+    Some(Box::new(move |current| {
+        let any = |tags: &[Vec<u8>]| current.is_some() && tags.iter().any(|tag| tag == b"*");
+        let matches = any(&wanted) || current.is_some_and(|digest| wanted.iter().any(|tag| tag == digest.etag().as_bytes()));
+        let excluded = any(&unwanted) || current.is_some_and(|digest| names_this_blob(&asked, digest));
+        (wanted.is_empty() || matches) && !excluded
+    }))
 }
 
 /// Runs what blocks off the async threads.

@@ -50,6 +50,14 @@ pub(crate) enum Fault {
         /// Nobody noticed before: of many who read a rotten blob at the same time, one.
         found: bool,
     },
+    /// The same of an entry.
+    #[error("the stored bytes of {name} are damaged")]
+    RottenEntry {
+        /// Its name.
+        name: String,
+        /// As above.
+        found: bool,
+    },
     /// Anything else that the file system says.
     #[error(transparent)]
     Io(io::Error),

@@ -309,7 +309,8 @@ type Embedded = (SocketAddr, PathBuf, Origin);
 /// Starts the real origin server on a loopback port of its own choosing. It is reached over HTTP like any other.
 async fn embedded_origin(root: &Path, config: &Castier, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Embedded), String> {
     let grace = config.shutdown.grace.get();
-    let options = castier_origin::Options { allow_delete: config.allow_delete, limits: (&config.limits).into(), grace };
+    let (allow_delete, ac_validation) = (config.allow_delete, config.ac_validation);
+    let options = castier_origin::Options { allow_delete, ac_validation, limits: (&config.limits).into(), grace };
     let origin = Origin::open(root, options).map_err(|error| format!("origin.url: {}: {error}", root.display()))?;
     let listener = bind("origin.url (embedded)", "127.0.0.1:0").await?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;

@@ -1,17 +1,23 @@
 //! Reading a blob in chunks, verified where that is possible.
 
 use super::{Blob, Fault, Store};
+use crate::entries::Entries;
 use bytes::Bytes;
-use castier_blob::{Digest, Verifier};
+use castier_blob::{Digest, Verifier, entry::Name};
 use std::{fs::File, io::ErrorKind, ops::Range, os::unix::fs::FileExt as _, sync::Arc};
 
-/// Reads part or all of a blob, front to back.
+/// Whose bytes are read, and who sets them aside when they are damaged.
+enum Owner {
+    Blob(Arc<Store>, Digest),
+    Entry(Arc<Entries>, Name),
+}
+
+/// Reads part or all of a blob or an entry, front to back.
 ///
 /// Invariant: when all of it is read, the last chunk is handed out only if the digest matches. A part cannot be judged
 /// by a digest of the whole, so parts are handed out as they lie on disk; whoever put them together knows the digest.
 pub(crate) struct Reader {
-    store: Arc<Store>,
-    digest: Digest,
+    owner: Owner,
     file: File,
     /// What is still to be read.
     left: Range<u64>,
@@ -22,12 +28,21 @@ pub(crate) struct Reader {
 impl Blob {
     /// Reads the bytes in `range`, which must lie within the blob.
     pub(crate) fn read(self, range: Range<u64>) -> Reader {
-        let whole = range == (0..self.size);
-        Reader { verifier: whole.then(|| Verifier::of(self.digest)), store: self.store, digest: self.digest, file: self.file, left: range }
+        Reader::new(Owner::Blob(self.store, self.digest), self.file, self.digest, self.size, range)
     }
 }
 
 impl Reader {
+    /// Reads the bytes in `range` of an entry of `size` bytes with this digest, which stand at the front of `file`.
+    pub(crate) fn of_entry(entries: Arc<Entries>, name: Name, file: File, digest: Digest, size: u64, range: Range<u64>) -> Self {
+        Self::new(Owner::Entry(entries, name), file, digest, size, range)
+    }
+
+    fn new(owner: Owner, file: File, digest: Digest, size: u64, range: Range<u64>) -> Self {
+        let whole = range == (0..size);
+        Self { owner, file, left: range, verifier: whole.then(|| Verifier::of(digest)) }
+    }
+
     /// Whether everything has been handed out.
     pub(crate) const fn is_done(&self) -> bool {
         self.left.start >= self.left.end
@@ -53,10 +68,14 @@ impl Reader {
     }
 
     fn rotten(&self) -> Fault {
-        let found = self.store.set_aside(&self.digest, &self.file).unwrap_or_else(|error| {
-            tracing::error!(digest = %self.digest, %error, "a damaged blob could not be moved to the quarantine; remove it by hand");
+        let (store, digest) = match &self.owner {
+            Owner::Blob(store, digest) => (store, *digest),
+            Owner::Entry(entries, name) => return entries.rotten(name, Some(&self.file)),
+        };
+        let found = store.set_aside(&digest, &self.file).unwrap_or_else(|error| {
+            tracing::error!(%digest, %error, "a damaged blob could not be moved to the quarantine; remove it by hand");
             true
         });
-        Fault::Rotten { digest: self.digest, found }
+        Fault::Rotten { digest, found }
     }
 }

@@ -3,6 +3,7 @@
 
 mod contract;
 mod durability;
+mod entries;
 mod process;
 mod support;
 mod uploads;

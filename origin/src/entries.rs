@@ -1,0 +1,528 @@
+//! The store of entries: bytes under a key that the client chose, of which the last PUT wins. No HTTP.
+//!
+//! ```text
+//! <root>/entries/ac/ab/<hash of name>                         an entry of the action cache
+//! <root>/entries/kv/ab/<hash of collection>/<hash of name>    any other entry, in the directory of its collection
+//! <root>/entries/kv/ab/<hash of collection>/<hash>.collection a marker: this collection has a collection of that name
+//! ```
+//!
+//! Names are hashed, so that they can be of any length and any characters, differ where case differs, and never leave the
+//! directory. The name itself stands in the file, behind the bytes, which is how a collection can be listed.
+//!
+//! An entry appears under its name by a rename, after its bytes reached the disk, so a reader has all of one version. It is
+//! acknowledged after the rename reached the disk too. A collection is made before anything is put into it, and its marker
+//! before it, so every collection can be reached from the root. Collections are never removed.
+//!
+//! Everything here blocks: call it off the async threads.
+
+use crate::store::{Fault, Reader};
+use castier_blob::{Digest, Verifier, entry::Name};
+use parking_lot::Mutex;
+use rustix::fs::{Mode, OFlags};
+use std::{
+    collections::HashSet,
+    fs::{self, File, Metadata, ReadDir},
+    io::{self, ErrorKind, Write as _},
+    ops::Range,
+    os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+use tempfile::NamedTempFile;
+
+/// Locks, and directories at the first level: one for each value of a byte.
+const FAN_OUT: usize = 256;
+/// Directories that are remembered as durable: some 4 MiB. Beyond it all are forgotten, and cost a sync or two when they are next used.
+const MOST_DURABLE: usize = 65_536;
+/// What a file ends with.
+const MAGIC: [u8; 8] = *b"CASTENT1";
+/// The length of the name, the size, the digest in text, the magic.
+const FIXED: usize = 2 + 8 + Digest::TEXT_LEN + 8;
+/// A trailer is never longer: a name has at most some 2 KiB.
+const LONGEST: u64 = 4096;
+
+/// The entries of a store, owned by this process while it holds the store's lock.
+pub(crate) struct Entries {
+    root: PathBuf,
+    tmp: PathBuf,
+    quarantine: PathBuf,
+    /// By the first byte of a name's hash. A lock orders the renames and removals of the entries there, so that "was it there
+    /// before" is exact; it is never held while bytes are written.
+    locks: Box<[Mutex<()>]>,
+    /// Directories whose names, and those of all directories above, are known to be on disk. Asked anew in each run: a directory
+    /// that exists may have been made by a run that was killed before it could sync it.
+    durable: Mutex<HashSet<Digest>>,
+}
+
+/// What stands behind the bytes of an entry: `name, length of name, size, digest, magic`.
+struct Trailer {
+    name: String,
+    size: u64,
+    digest: Digest,
+}
+
+/// An entry opened for reading: one version of it, whatever is put there meanwhile.
+pub(crate) struct Found {
+    entries: Arc<Entries>,
+    name: Name,
+    file: File,
+    trailer: Trailer,
+    modified: SystemTime,
+}
+
+/// An entry or a collection, as a list shows it.
+pub(crate) struct Member {
+    pub(crate) name: Name,
+    /// Size and digest; a collection has none.
+    pub(crate) content: Option<(u64, Digest)>,
+    pub(crate) modified: SystemTime,
+}
+
+/// What a PUT or a DELETE expects to find: given the digest of what is there.
+pub(crate) type Condition = Box<dyn FnOnce(Option<&Digest>) -> bool + Send>;
+
+/// How a PUT ended well.
+pub(crate) enum Put {
+    /// There was nothing under the name.
+    Created(Digest),
+    /// It took the place of another version.
+    Replaced(Digest),
+    /// The condition did not hold, and nothing changed.
+    Refused,
+}
+
+/// How a DELETE ended well.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Removed {
+    Removed,
+    Absent,
+    /// The condition did not hold, and nothing changed.
+    Refused,
+}
+
+/// What lies at a path.
+enum At {
+    Nothing,
+    File(File, Metadata),
+    /// A directory, a link or another thing that no store put there.
+    Foreign,
+}
+
+impl Entries {
+    /// The entries below the store's `root`, whose lock this process holds.
+    ///
+    /// # Errors
+    /// When directories there cannot be made or synced.
+    pub(crate) fn open(root: &Path) -> io::Result<Self> {
+        let own = root.join("entries");
+        for dir in [&own, &own.join("ac"), &own.join("kv")] {
+            make_dir(dir)?;
+        }
+        sync_dir(&own)?;
+        sync_dir(root)?;
+        Ok(Self {
+            root: own,
+            tmp: root.join("tmp"),
+            quarantine: root.join("quarantine"),
+            locks: (0..FAN_OUT).map(|_| Mutex::new(())).collect(),
+            durable: Mutex::default(),
+        })
+    }
+
+    /// Opens an entry; none if there is none of this name.
+    pub(crate) fn find(self: &Arc<Self>, name: &Name) -> Result<Option<Found>, Fault> {
+        let (file, metadata) = match look(&self.path(name))? {
+            At::Nothing => return Ok(None),
+            At::File(file, metadata) => (file, metadata),
+            At::Foreign => return Err(self.rotten(name, None)),
+        };
+        match Trailer::read(&file, metadata.len())? {
+            Some(trailer) if trailer.name == name.as_str() => {
+                Ok(Some(Found { entries: Arc::clone(self), name: name.clone(), file, trailer, modified: metadata.modified()? }))
+            }
+            _ => Err(self.rotten(name, Some(&file))),
+        }
+    }
+
+    /// Begins a PUT. Dropped before [`Upload::finish`], it leaves nothing behind.
+    pub(crate) fn begin(self: &Arc<Self>, name: Name) -> Result<Upload, Fault> {
+        let temp = tempfile::Builder::new().prefix("entry-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp)?;
+        Ok(Upload { entries: Arc::clone(self), name, temp, verifier: Verifier::any() })
+    }
+
+    /// Removes an entry.
+    pub(crate) fn remove(&self, name: &Name, condition: Option<Condition>) -> Result<Removed, Fault> {
+        let path = self.path(name);
+        {
+            let _order = self.lock(name);
+            if let Some(condition) = condition
+                && !condition(self.digest_at(&path)?.as_ref())
+            {
+                return Ok(Removed::Refused);
+            }
+            match fs::remove_file(&path) {
+                Ok(()) => {}
+                Err(e) if is_absent(&e) => return Ok(Removed::Absent),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        path.parent().map_or(Ok(()), sync_dir)?;
+        Ok(Removed::Removed)
+    }
+
+    /// Whether a collection exists, as a list shows it. The root always does.
+    pub(crate) fn collection(&self, name: &Name) -> Result<Option<Member>, Fault> {
+        let modified = match fs::symlink_metadata(self.dir(name)) {
+            Ok(metadata) if metadata.is_dir() => metadata.modified()?,
+            Ok(_) => return Ok(None),
+            Err(e) if is_absent(&e) && *name == Name::root() => fs::metadata(&self.root)?.modified()?,
+            Err(e) if is_absent(&e) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        Ok(Some(Member { name: name.clone(), content: None, modified }))
+    }
+
+    /// What is in a collection, in no order. What comes or goes meanwhile may be in it or not.
+    pub(crate) fn members(self: &Arc<Self>, collection: &Name) -> Result<Members, Fault> {
+        let dir = match fs::read_dir(self.dir(collection)) {
+            Ok(dir) => Some(dir),
+            Err(e) if is_absent(&e) => None,
+            Err(e) => return Err(e.into()),
+        };
+        Ok(Members { entries: Arc::clone(self), collection: collection.clone(), dir })
+    }
+
+    /// Makes a collection, and those it is in; false if it was there.
+    pub(crate) fn make_collection(&self, name: &Name) -> Result<bool, Fault> {
+        let mut chain = vec![name.clone()];
+        while let Some(parent) = chain.last().and_then(Name::parent) {
+            chain.push(parent);
+        }
+        let mut new = false;
+        for collection in chain.iter().rev() {
+            new = self.make_one(collection)?;
+        }
+        Ok(new)
+    }
+
+    /// Makes a collection whose parent is there and durable.
+    fn make_one(&self, collection: &Name) -> Result<bool, Fault> {
+        let id = collection.hash();
+        if self.durable.lock().contains(&id) {
+            return Ok(false);
+        }
+        // The marker comes first: what can be put into a collection must be found from above.
+        if collection.parent().is_some() {
+            let marker = self.path(collection);
+            if matches!(look(&marker)?, At::Nothing) {
+                let temp = Trailer::of(collection, 0, Digest::of(b"")).append_to(NamedTempFile::new_in(&self.tmp)?)?;
+                temp.persist(&marker).map_err(|e| e.error)?;
+            }
+            marker.parent().map_or(Ok(()), sync_dir)?;
+        }
+        let dir = self.dir(collection);
+        dir.parent().map_or(Ok(()), fs::create_dir_all)?;
+        let new = make_dir(&dir)?;
+        for above in dir.ancestors().skip(1).take(2) {
+            sync_dir(above)?;
+        }
+        self.remember(id);
+        Ok(new)
+    }
+
+    /// Makes the directory that an entry goes to.
+    fn make_dir_of(&self, name: &Name) -> Result<(), Fault> {
+        if let Some(collection) = name.parent() {
+            return self.make_collection(&collection).map(drop);
+        }
+        let dir = self.path(name);
+        let Some(dir) = dir.parent() else { return Ok(()) };
+        let id = Digest::of(dir.as_os_str().as_encoded_bytes());
+        if !self.durable.lock().contains(&id) {
+            fs::create_dir_all(dir)?;
+            dir.parent().map_or(Ok(()), sync_dir)?;
+            self.remember(id);
+        }
+        Ok(())
+    }
+
+    fn remember(&self, id: Digest) {
+        let mut durable = self.durable.lock();
+        if durable.len() >= MOST_DURABLE {
+            durable.clear();
+        }
+        durable.insert(id);
+    }
+
+    /// Gives a synced file its name.
+    fn place(&self, name: &Name, digest: Digest, mut temp: NamedTempFile, mut condition: Option<Condition>) -> Result<Put, Fault> {
+        let path = self.path(name);
+        let mut again = true;
+        let existed = loop {
+            match self.make_dir_of(name) {
+                Err(Fault::Io(e)) if is_absent(&e) && again => {
+                    again = false;
+                    self.durable.lock().clear();
+                    continue;
+                }
+                made => made?,
+            }
+            let order = self.lock(name);
+            if let Some(condition) = condition.take()
+                && !condition(self.digest_at(&path)?.as_ref())
+            {
+                return Ok(Put::Refused);
+            }
+            let existed = match look(&path)? {
+                At::Nothing => false,
+                At::File(..) => true,
+                At::Foreign => {
+                    drop(order);
+                    self.set_aside(name, None)?;
+                    continue;
+                }
+            };
+            match temp.persist(&path) {
+                Ok(_) => break existed,
+                // Somebody removed directories under the running store. All that is remembered of them may be wrong.
+                Err(e) if is_absent(&e.error) && again => {
+                    again = false;
+                    self.durable.lock().clear();
+                    temp = e.file;
+                }
+                Err(e) => return Err(e.error.into()),
+            }
+        };
+        path.parent().map_or(Ok(()), sync_dir)?;
+        Ok(if existed { Put::Replaced(digest) } else { Put::Created(digest) })
+    }
+
+    /// The digest of the version at a path. Damaged ones have none.
+    fn digest_at(&self, path: &Path) -> Result<Option<Digest>, Fault> {
+        Ok(match look(path)? {
+            At::File(file, metadata) => Trailer::read(&file, metadata.len())?.map(|trailer| trailer.digest),
+            At::Nothing | At::Foreign => None,
+        })
+    }
+
+    /// What was read of an entry is not what was put there. Sets it aside, so that the next GET is a plain 404 and the next PUT
+    /// heals it.
+    pub(crate) fn rotten(&self, name: &Name, file: Option<&File>) -> Fault {
+        let found = self.set_aside(name, file).unwrap_or_else(|error| {
+            tracing::error!(entry = %name, %error, "a damaged entry could not be moved to the quarantine; remove it by hand");
+            true
+        });
+        Fault::RottenEntry { name: name.to_string(), found }
+    }
+
+    /// Moves what lies at an entry's path to the quarantine; false if it is gone, or is no longer what `file` is.
+    fn set_aside(&self, name: &Name, file: Option<&File>) -> io::Result<bool> {
+        let path = self.path(name);
+        let _order = self.lock(name);
+        let there = match fs::symlink_metadata(&path) {
+            Ok(there) => there,
+            Err(e) if is_absent(&e) => return Ok(false),
+            Err(e) => return Err(e),
+        };
+        let same = match file.map(File::metadata).transpose()? {
+            Some(read) => (there.dev(), there.ino()) == (read.dev(), read.ino()),
+            None => !there.is_file(),
+        };
+        if same {
+            // A directory cannot take the place of a file, nor the other way round.
+            let kind = if there.is_dir() { "directory" } else { "entry" };
+            let to = self.quarantine.join(format!("{kind}-{}", name.hash()));
+            if there.is_dir() && to.exists() {
+                fs::remove_dir_all(&to)?;
+            }
+            fs::rename(&path, to)?;
+        }
+        Ok(same)
+    }
+
+    fn lock(&self, name: &Name) -> parking_lot::MutexGuard<'_, ()> {
+        let [first, ..] = *name.hash().as_bytes();
+        self.locks[usize::from(first)].lock()
+    }
+
+    /// The file of an entry, or the marker of a collection.
+    fn path(&self, name: &Name) -> PathBuf {
+        let hash = name.hash();
+        match name.parent() {
+            // Operators may delete old entries. A marker looks like none.
+            Some(collection) if name.is_collection() => self.dir(&collection).join(format!("{hash}.collection")),
+            Some(collection) => self.dir(&collection).join(hash.to_string()),
+            None => self.root.join(format!("ac/{:02x}/{hash}", hash.as_bytes()[0])),
+        }
+    }
+
+    /// The directory of a collection.
+    fn dir(&self, collection: &Name) -> PathBuf {
+        let hash = collection.hash();
+        self.root.join(format!("kv/{:02x}/{hash}", hash.as_bytes()[0]))
+    }
+}
+
+impl Found {
+    pub(crate) const fn size(&self) -> u64 {
+        self.trailer.size
+    }
+
+    pub(crate) const fn digest(&self) -> Digest {
+        self.trailer.digest
+    }
+
+    pub(crate) fn member(&self) -> Member {
+        Member { name: self.name.clone(), content: Some((self.trailer.size, self.trailer.digest)), modified: self.modified }
+    }
+
+    /// Reads the bytes in `range`, which must lie within the entry.
+    pub(crate) fn read(self, range: Range<u64>) -> Reader {
+        Reader::of_entry(self.entries, self.name, self.file, self.trailer.digest, self.trailer.size, range)
+    }
+
+    /// Reads all of it, and leaves it open.
+    pub(crate) fn read_all(&self) -> Result<bytes::Bytes, Fault> {
+        let (file, size) = (self.file.try_clone()?, self.trailer.size);
+        let mut reader = Reader::of_entry(Arc::clone(&self.entries), self.name.clone(), file, self.trailer.digest, size, 0..size);
+        reader.next(usize::try_from(size).unwrap_or(usize::MAX))
+    }
+}
+
+/// A PUT in progress: a file in `tmp/` that vanishes with this value.
+pub(crate) struct Upload {
+    entries: Arc<Entries>,
+    name: Name,
+    temp: NamedTempFile,
+    verifier: Verifier,
+}
+
+impl Upload {
+    /// Takes the next bytes.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+        self.verifier.update(bytes);
+        Ok(self.temp.write_all(bytes)?)
+    }
+
+    /// Makes the bytes durable under their name, if the condition holds.
+    pub(crate) fn finish(self, condition: Option<Condition>) -> Result<Put, Fault> {
+        let bytes = self.verifier.finish(self.temp)?;
+        let digest = bytes.digest();
+        let temp = Trailer::of(&self.name, bytes.size(), digest).append_to(bytes.into_content())?;
+        self.entries.place(&self.name, digest, temp, condition)
+    }
+}
+
+/// Goes through a collection.
+pub(crate) struct Members {
+    entries: Arc<Entries>,
+    collection: Name,
+    dir: Option<ReadDir>,
+}
+
+impl Members {
+    /// The member that a file stands for; none if it stands for none, or went meanwhile.
+    fn member(&self, path: &Path) -> io::Result<Option<Member>> {
+        let At::File(file, metadata) = look(path)? else { return Ok(None) };
+        let Some(trailer) = Trailer::read(&file, metadata.len())? else { return Ok(None) };
+        let Some(name) = Name::from_stored(&trailer.name).filter(|name| name.parent().as_ref() == Some(&self.collection)) else {
+            return Ok(None);
+        };
+        if name.is_collection() {
+            return self.entries.collection(&name).map_err(|fault| io::Error::other(fault.to_string()));
+        }
+        Ok(Some(Member { name, content: Some((trailer.size, trailer.digest)), modified: metadata.modified()? }))
+    }
+}
+
+impl Iterator for Members {
+    type Item = io::Result<Member>;
+
+    fn next(&mut self) -> Option<io::Result<Member>> {
+        loop {
+            let entry = match self.dir.as_mut()?.next()? {
+                Ok(entry) => entry,
+                Err(error) => return Some(Err(error)),
+            };
+            match self.member(&entry.path()) {
+                Ok(None) => {}
+                Ok(Some(member)) => return Some(Ok(member)),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
+
+impl Trailer {
+    fn of(name: &Name, size: u64, digest: Digest) -> Self {
+        Self { name: name.as_str().to_owned(), size, digest }
+    }
+
+    /// Writes it behind the bytes, and sees to it that all of the file is on disk.
+    fn append_to(&self, mut file: NamedTempFile) -> Result<NamedTempFile, Fault> {
+        let length = u16::try_from(self.name.len()).map_err(|e| Fault::Io(io::Error::other(e)))?;
+        let mut tail = self.name.as_bytes().to_vec();
+        tail.extend_from_slice(&length.to_le_bytes());
+        tail.extend_from_slice(&self.size.to_le_bytes());
+        tail.extend_from_slice(self.digest.to_string().as_bytes());
+        tail.extend_from_slice(&MAGIC);
+        file.write_all(&tail)?;
+        file.as_file().sync_all()?;
+        Ok(file)
+    }
+
+    /// Reads it off the end of a file of `len` bytes; none if that is no whole entry.
+    fn read(file: &File, len: u64) -> io::Result<Option<Self>> {
+        let tail_len = len.min(LONGEST);
+        let mut tail = vec![0; usize::try_from(tail_len).unwrap_or_default()];
+        match file.read_exact_at(&mut tail, len - tail_len) {
+            Ok(()) => Ok(Self::parse(&tail, len)),
+            // It became shorter since it was opened.
+            Err(e) if e.kind() == ErrorKind::UnexpectedEof => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn parse(tail: &[u8], len: u64) -> Option<Self> {
+        let (rest, fixed) = tail.split_at_checked(tail.len().checked_sub(FIXED)?)?;
+        let (length, fixed) = fixed.split_first_chunk::<2>()?;
+        let (size, fixed) = fixed.split_first_chunk::<8>()?;
+        let (digest, magic) = fixed.split_at_checked(Digest::TEXT_LEN)?;
+        let (length, size) = (u16::from_le_bytes(*length), u64::from_le_bytes(*size));
+        let (_, name) = rest.split_at_checked(rest.len().checked_sub(usize::from(length))?)?;
+        let whole = magic == MAGIC && size.checked_add(u64::from(length) + FIXED as u64) == Some(len);
+        whole.then(|| Some(Self { name: str::from_utf8(name).ok()?.to_owned(), size, digest: Digest::parse(digest).ok()? }))?
+    }
+}
+
+/// Opens what lies at a path, if that is a file. Never waits: a FIFO has no reader here.
+fn look(path: &Path) -> io::Result<At> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(rustix::io::Errno::LOOP | rustix::io::Errno::NXIO) => return Ok(At::Foreign),
+        Err(e) if is_absent(&e.into()) => return Ok(At::Nothing),
+        Err(e) => return Err(e.into()),
+    };
+    let metadata = file.metadata()?;
+    Ok(if metadata.is_file() { At::File(file, metadata) } else { At::Foreign })
+}
+
+/// Makes a directory; false if it was there.
+fn make_dir(dir: &Path) -> io::Result<bool> {
+    match fs::create_dir(dir) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Makes renames, creations and removals in a directory outlive a power cut.
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
