@@ -12,6 +12,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::BytesMut;
+use castier_blob::wire;
 use castier_config::Limits;
 use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
 use pingora::{
@@ -152,6 +153,9 @@ impl ProxyHttp for Rules {
             }
         }
         response.append_header(header::VIA, via(response.version))?;
+        if !response.status.is_informational() {
+            response.append_header(wire::CACHE_STATUS, "castier; fwd=bypass")?;
+        }
         // Each hop speaks its own version (RFC 9110, section 6.2).
         response.set_version(Version::HTTP_11);
         if session.req_header().version == Version::HTTP_10 && response.headers.contains_key(header::TRANSFER_ENCODING) {

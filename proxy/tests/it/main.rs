@@ -13,6 +13,7 @@ mod curl;
 mod disk;
 mod disk_crash;
 mod disk_faults;
+mod entries;
 mod flight;
 mod herd;
 mod http;
