@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
 
 mod admin;
+mod build_caches;
 mod chance;
 mod cluster;
 mod cluster_change;
