@@ -17,6 +17,12 @@ impl Digest {
     /// How many characters a digest has in text.
     pub const TEXT_LEN: usize = 64;
 
+    /// The digest of the empty blob, which is there even if nobody stored it: whoever knows its name has its bytes.
+    pub const EMPTY: Self = Self([
+        0xe3, 0xb0, 0xc4, 0x42, 0x98, 0xfc, 0x1c, 0x14, 0x9a, 0xfb, 0xf4, 0xc8, 0x99, 0x6f, 0xb9, 0x24, 0x27, 0xae, 0x41, 0xe4, 0x64, 0x9b,
+        0x93, 0x4c, 0xa4, 0x95, 0x99, 0x1b, 0x78, 0x52, 0xb8, 0x55,
+    ]);
+
     /// The digest of bytes at hand.
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
@@ -94,6 +100,7 @@ mod tests {
     #[test]
     fn empty_blob_has_its_well_known_name() {
         let digest = Digest::of(b"");
+        assert_eq!(digest, Digest::EMPTY);
         assert_eq!(digest.to_string(), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
         assert_eq!(digest.repr_digest(), "sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:");
     }

@@ -96,10 +96,8 @@ fn read(named: &[Named]) -> Option<Vec<(Digest, u64)>> {
 }
 
 fn are_here(blobs: &[(Digest, u64)], store: &Arc<Store>) -> Result<bool, Fault> {
-    let empty = Digest::of(b"");
     for (digest, size) in blobs {
-        // The empty blob is there even if nobody stored it.
-        if *digest != empty && store.open_blob(digest)?.is_none_or(|blob| blob.size() != *size) {
+        if *digest != Digest::EMPTY && store.open_blob(digest)?.is_none_or(|blob| blob.size() != *size) {
             return Ok(false);
         }
     }

@@ -8,7 +8,7 @@ use crate::{
     refused::Refused,
     reply::{Content, Record, Reply, Source, Streaming, chunk_for},
     server::{Handler, Seat},
-    store::{Fault, Kept, Store, Upload},
+    store::{Blob, Fault, Kept, Store, Upload},
     webdav::{self, Depth, Listing},
 };
 use bytes::Bytes;
@@ -209,8 +209,8 @@ impl Clients {
         let chunk = chunk_for(transfers);
         blocking(move || {
             let is_get = head.method == Method::GET;
-            let Some(blob) = store.open_blob(&digest)? else { return Err(Refused::Absent) };
-            let size = blob.size();
+            let blob = store.open_blob(&digest)?;
+            let Some(size) = blob.as_ref().map(Blob::size).or((digest == Digest::EMPTY).then_some(0)) else { return Err(Refused::Absent) };
             let selection = select(&head.method, &head.headers, &digest, size);
             let (status, headers) = blob_head(&digest, Some(size), selection);
             let range: Range<u64> = match selection {
@@ -219,10 +219,10 @@ impl Clients {
                 Selection::NotModified => 0..0,
                 Selection::Unsatisfiable => return Err(Refused::Range(headers)),
             };
-            if !is_get || selection == Selection::NotModified {
-                return Ok((status, headers, Content::Empty));
+            match blob.filter(|_| is_get && selection != Selection::NotModified) {
+                Some(blob) => Ok((status, headers, stream(blob.read(range), chunk, seat)?)),
+                None => Ok((status, headers, Content::Empty)),
             }
-            Ok((status, headers, stream(blob.read(range), chunk, seat)?))
         })
         .await
     }

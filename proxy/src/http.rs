@@ -352,6 +352,7 @@ impl Front {
                 let via = Via::Flight { peer, collapsed, stored: self.ladder.keeps(size, foreign) };
                 Reply::blob(digest, size, selection, via, Body::Flight(reader))
             }
+            Opened::Absent if *digest == Digest::EMPTY => empty(select(0)),
             Opened::Absent => Reply::absent(digest),
         })
     }
@@ -372,6 +373,9 @@ impl Front {
                 };
                 let selection = castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
                 Reply::blob(digest, size, selection, via, Body::Empty)
+            }
+            (Opened::Absent, _) if *digest == Digest::EMPTY => {
+                empty(castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, 0))
             }
             (Opened::Absent, _) => Reply::absent(digest),
         })
@@ -461,6 +465,11 @@ impl Front {
         tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
         Cut
     }
+}
+
+/// The empty blob is there even if the origin does not have it.
+fn empty(selection: Selection) -> Reply {
+    Reply::blob(&Digest::EMPTY, Some(0), selection, Via::Flight { peer: false, collapsed: false, stored: false }, Body::Empty)
 }
 
 fn cache_status(headers: &HeaderMap) -> &str {

@@ -3,6 +3,7 @@
 
 mod contract;
 mod durability;
+mod empty;
 mod entries;
 mod process;
 mod support;

@@ -14,6 +14,7 @@ mod curl;
 mod disk;
 mod disk_crash;
 mod disk_faults;
+mod empty;
 mod entries;
 mod flight;
 mod herd;
