@@ -94,8 +94,9 @@ pub(crate) enum Put {
 
 /// How a DELETE ended well.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Removed {
-    Removed,
+pub(crate) enum Delete {
+    /// It is gone.
+    Done,
     Absent,
     /// The condition did not hold, and nothing changed.
     Refused,
@@ -152,23 +153,23 @@ impl Entries {
     }
 
     /// Removes an entry.
-    pub(crate) fn remove(&self, name: &Name, condition: Option<Condition>) -> Result<Removed, Fault> {
+    pub(crate) fn remove(&self, name: &Name, condition: Option<Condition>) -> Result<Delete, Fault> {
         let path = self.path(name);
         {
             let _order = self.lock(name);
             if let Some(condition) = condition
                 && !condition(self.digest_at(&path)?.as_ref())
             {
-                return Ok(Removed::Refused);
+                return Ok(Delete::Refused);
             }
             match fs::remove_file(&path) {
                 Ok(()) => {}
-                Err(e) if is_absent(&e) => return Ok(Removed::Absent),
+                Err(e) if is_absent(&e) => return Ok(Delete::Absent),
                 Err(e) => return Err(e.into()),
             }
         }
         path.parent().map_or(Ok(()), sync_dir)?;
-        Ok(Removed::Removed)
+        Ok(Delete::Done)
     }
 
     /// Whether a collection exists, as a list shows it. The root always does.

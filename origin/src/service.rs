@@ -2,7 +2,7 @@
 
 use crate::{
     Shared, action,
-    entries::{self, Condition, Found, Put, Removed},
+    entries::{self, Condition, Delete, Found, Put},
     intake::{Intake, Rationed},
     patience::Activity,
     refused::Refused,
@@ -161,9 +161,9 @@ impl Clients {
     async fn delete_entry(&self, name: Name, headers: &HeaderMap) -> Result<Answer, Refused> {
         let (entries, condition) = (Arc::clone(&self.0.entries), condition(headers));
         match blocking(move || Ok(entries.remove(&name, condition)?)).await? {
-            Removed::Removed => Ok((StatusCode::NO_CONTENT, HeaderMap::new(), Content::Empty)),
-            Removed::Absent => Err(Refused::NoEntry),
-            Removed::Refused => Err(Refused::Condition),
+            Delete::Done => Ok((StatusCode::NO_CONTENT, HeaderMap::new(), Content::Empty)),
+            Delete::Absent => Err(Refused::NoEntry),
+            Delete::Refused => Err(Refused::Condition),
         }
     }
 

@@ -21,7 +21,7 @@ const BUILD_SECONDS: &str = "300";
 fn tool(name: &str, version: &[&str]) -> Option<PathBuf> {
     let works = Command::new(name).args(version).output().is_ok_and(|output| output.status.success());
     if !works {
-        writeln!(std::io::stderr(), "SKIPPED: {name} is not installed").unwrap();
+        std::io::stderr().write_all(format!("SKIPPED: {name} is not installed\n").as_bytes()).unwrap();
     }
     works.then(|| name.into())
 }
