@@ -24,6 +24,7 @@ use store::{Fault, Store};
 use tokio::net::TcpListener;
 
 mod admin;
+pub mod health;
 mod intake;
 pub mod log;
 mod metrics;
@@ -32,6 +33,7 @@ mod refused;
 mod reply;
 mod server;
 mod service;
+pub mod signals;
 mod store;
 
 /// What an origin may do, and how much of it.
@@ -43,11 +45,18 @@ pub struct Options {
     pub limits: OriginLimits,
     /// How long what is in flight at the end may take to finish.
     pub grace: Duration,
+    /// What names the root to whoever runs this: the key, and the option if there is one. For errors.
+    pub root_key: &'static str,
 }
 
 impl From<&OriginServer> for Options {
     fn from(config: &OriginServer) -> Self {
-        Self { allow_delete: config.allow_delete, limits: config.limits.clone(), grace: config.shutdown.grace.get() }
+        Self {
+            allow_delete: config.allow_delete,
+            limits: config.limits.clone(),
+            grace: config.shutdown.grace.get(),
+            root_key: "store.root (--root)",
+        }
     }
 }
 
@@ -107,7 +116,7 @@ impl Origin {
     /// # Errors
     /// When `root` cannot be written to, or another process is using it. The text names `root` and says what to do.
     pub fn open(root: impl AsRef<Path>, options: Options) -> io::Result<Self> {
-        let store = Arc::new(Store::open(root.as_ref())?);
+        let store = Arc::new(Store::open(root.as_ref(), options.root_key)?);
         let counted = Arc::clone(&store);
         thread::Builder::new().name("count".to_owned()).spawn(move || {
             if let Err(error) = counted.count() {

@@ -3,6 +3,7 @@
 
 mod contract;
 mod durability;
+mod loki;
 mod process;
 mod support;
 mod uploads;
