@@ -1,12 +1,19 @@
 //! What can be read and still makes no sense.
 
-use crate::{Castier, Cluster, Config, Disk, Fill, Log, Origin, OriginLimits, OriginServer, Problems, Size, Span, cluster::check_cluster};
-use std::{fs::File, io::Read, net::IpAddr, path::Path};
+use crate::{
+    Castier, Cluster, Config, Disk, Fill, Log, Loki, Memory, Origin, OriginLimits, OriginServer, Problems, Size, Span,
+    cluster::check_cluster, file::first_byte,
+};
+use std::net::IpAddr;
 use url::{Host, Url};
 
 impl Config for Castier {
     fn complete() -> Self {
         Self { disk: Some(Disk::default()), cluster: Some(Cluster::example()), ..Self::default() }
+    }
+
+    fn log(&self) -> &Log {
+        &self.log
     }
 
     fn check(&self, problems: &mut Problems) {
@@ -23,7 +30,7 @@ impl Config for Castier {
         check_origin(origin, problems);
         check_size("memory.capacity", memory.capacity, problems);
         check_size("memory.max_blob", memory.max_blob, problems);
-        check_order(("memory.max_blob", memory.max_blob), ("memory.capacity", memory.capacity), problems);
+        check_memory(memory, cluster.as_ref(), problems);
         if let Some(disk) = disk {
             check_disk(disk, problems);
         }
@@ -32,12 +39,22 @@ impl Config for Castier {
         }
         check_fill(fill, problems);
         check_order(("verify.buffer_up_to", verify.buffer_up_to), ("fill.memory", fill.memory), problems);
+        // A flight that cannot hold a blob in memory spools it, and then memory never gets it.
+        check_order(("memory.max_blob", memory.max_blob), ("fill.memory", fill.memory), problems);
         check_limits(&limits.into(), problems);
+        // What memory does not take passes through spool files, the disk tier's or others: fill.spool bounds both kinds.
+        if limits.max_blob > memory.max_blob && problems.are_sound(&["memory.max_blob"]) {
+            check_order(("limits.max_blob", limits.max_blob), ("fill.spool", fill.spool), problems);
+        }
         check_log(log, problems);
     }
 }
 
 impl Config for OriginServer {
+    fn log(&self) -> &Log {
+        &self.log
+    }
+
     fn check(&self, problems: &mut Problems) {
         let Self { allow_delete: _, ac_validation: _, listen, store, limits, log, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
@@ -105,6 +122,7 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
     }
     check_connections("origin.max_requests", origin.max_requests, problems);
     if !origin.ca_file.as_os_str().is_empty()
+        && problems.ask_machine()
         && let Err(error) = first_byte(&origin.ca_file)
     {
         let path = origin.ca_file.display();
@@ -115,9 +133,23 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
     }
 }
 
-/// Opening a directory works; reading from it does not.
-pub(crate) fn first_byte(path: &Path) -> std::io::Result<()> {
-    File::open(path)?.read_exact(&mut [0])
+/// What memory needs beside the bytes of a blob, rounded up: a blob as large as all of it never fits.
+const BOOKKEEPING: u64 = 512;
+
+/// The largest blob must fit into what this node keeps of its own: `memory.capacity` without the mirror's part.
+fn check_memory(memory: &Memory, cluster: Option<&Cluster>, problems: &mut Problems) {
+    let mirror = cluster.map_or(0, |cluster| cluster.mirror_share.of(memory.capacity).get());
+    let own = memory.capacity.get() - mirror;
+    let most = own.saturating_sub(BOOKKEEPING);
+    if memory.max_blob.get() > most && problems.are_sound(&["memory.max_blob", "memory.capacity"]) {
+        let without =
+            if mirror > 0 { format!(" without cluster.mirror_share is {}", Size::new(own)) } else { format!(" is {}", memory.capacity) };
+        let (largest, max_blob) = (Size::new(most), memory.max_blob);
+        problems.add(
+            "memory.max_blob",
+            format!("{max_blob} never fits: memory.capacity{without}, and each blob needs some bytes beside its own; write {largest} or less, or raise memory.capacity"),
+        );
+    }
 }
 
 fn check_disk(disk: &Disk, problems: &mut Problems) {
@@ -147,7 +179,7 @@ fn check_fill(fill: &Fill, problems: &mut Problems) {
     check_connections("fill.max_in_flight", fill.max_in_flight, problems);
     check_size("fill.memory", fill.memory, problems);
     check_size("fill.spool", fill.spool, problems);
-    if !fill.spool_dir.as_os_str().is_empty() && !fill.spool_dir.is_dir() {
+    if !fill.spool_dir.as_os_str().is_empty() && problems.ask_machine() && !fill.spool_dir.is_dir() {
         let path = fill.spool_dir.display();
         problems.add("fill.spool_dir", format!("{path} is not a directory; create it, or write \"\" for the system's temporary directory"));
     }
@@ -175,7 +207,7 @@ fn check_log(log: &Log, problems: &mut Problems) {
     if let Err(part) = check_level(&log.level) {
         problems.add(
             "log.level",
-            format!("{part:?} is no level; write off, error, warn, info, debug or trace, or a list such as \"info,castier=debug\""),
+            format!("{part:?} is no level; write off, error, warn, info, debug or trace, or a list such as \"info,access=off\""),
         );
     }
     // The text is not repeated: it may hold a password.
@@ -183,6 +215,31 @@ fn check_log(log: &Log, problems: &mut Problems) {
     if !log.loki_url.is_empty() && !Url::parse(&log.loki_url).is_ok_and(|url| is_http(&url)) {
         problems.add("log.loki_url", "is not a URL of Loki; write \"http://HOST:3100\" or \"https://HOST\", or \"\" for none");
     }
+    check_loki(&log.loki, problems);
+}
+
+fn check_loki(loki: &Loki, problems: &mut Problems) {
+    let Loki { tenant, labels, batch, wait, buffer, timeout } = loki;
+    if !tenant.bytes().all(|byte| byte.is_ascii_graphic()) {
+        problems.add("log.loki.tenant", "has characters that no header can hold; write visible ASCII without spaces, or \"\" for none");
+    }
+    for name in labels.0.keys() {
+        // As Prometheus and Loki have it.
+        let is_name = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+            && !name.is_empty()
+            && !name.starts_with(|c: char| c.is_ascii_digit());
+        if !is_name {
+            problems.add("log.loki.labels", format!("{name:?} is no name of a label; write letters, digits and _, such as \"env=prod\""));
+        } else if name == "level" {
+            problems.add("log.loki.labels", "level is each record's own; write another name");
+        }
+    }
+    if !(Size::kib(1)..=Size::mib(4)).contains(batch) {
+        problems.add("log.loki.batch", format!("{batch} is out of range; write 1KiB to 4MiB"));
+    }
+    check_order(("log.loki.batch", *batch), ("log.loki.buffer", *buffer), problems);
+    check_span("log.loki.wait", *wait, problems);
+    check_span("log.loki.timeout", *timeout, problems);
 }
 
 /// The part that is wrong, if one is. No spaces and no dots in targets: what passes here must also pass the log library.

@@ -3,7 +3,8 @@
 use crate::{
     Listen, Malformed, Problems, Share, Span,
     castier::path_text,
-    check::{check_span, first_byte},
+    check::check_span,
+    file::{first_byte, read_text},
     value::Text,
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -195,7 +196,7 @@ const MAX_SECRET: usize = 1024;
 /// A text that says what is wrong with the file, and never what is in it.
 pub fn peer_secrets(file: &Path) -> Result<Vec<String>, String> {
     let name = file.display();
-    let text = std::fs::read_to_string(file).map_err(|error| {
+    let text = read_text(file).map_err(|error| {
         format!("{name} cannot be read as text ({error}); name a file with a secret, for example the output of `openssl rand -hex 32`")
     })?;
     let secrets: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
@@ -242,7 +243,9 @@ pub(crate) fn check_cluster(cluster: &Cluster, listen: &Listen, problems: &mut P
     for (key, file) in tls.files().into_iter().filter(|_| tls.is_on()) {
         if file.as_os_str().is_empty() {
             problems.add(key, "is missing; mutual TLS needs cert_file, key_file and ca_file, and plain HTTP none of them");
-        } else if let Err(error) = first_byte(file) {
+        } else if problems.ask_machine()
+            && let Err(error) = first_byte(file)
+        {
             problems.add(key, format!("{} cannot be read ({error}); name a PEM file that this user may read", file.display()));
         }
     }
@@ -276,6 +279,12 @@ fn check_source(node: Option<&Peer>, peers: &[Peer], dns: &str, problems: &mut P
         (false, false) => problems.add("cluster.dns", "stands beside cluster.peers; the nodes come from one of them, leave the other out"),
         _ => {}
     }
+    for (i, peer) in peers.iter().enumerate() {
+        if let Some(first) = peers[..i].iter().find(|first| first.name() == peer.name() && first.weight != peer.weight) {
+            let (name, one, other) = (peer.name(), first.weight, peer.weight);
+            problems.add("cluster.peers", format!("{name} is listed with the weights {one} and {other}; list each node once"));
+        }
+    }
     if dns.is_empty() {
     } else if dns.starts_with('_') {
         if dns.contains(':') {
@@ -299,7 +308,9 @@ fn check_source(node: Option<&Peer>, peers: &[Peer], dns: &str, problems: &mut P
 /// Whoever can reach the peer listener without a secret is taken for a peer, so then nobody else must be able to.
 fn check_secret(secret_file: &Path, listen: &Listen, problems: &mut Problems) {
     if !secret_file.as_os_str().is_empty() {
-        if let Err(why) = peer_secrets(secret_file) {
+        if problems.ask_machine()
+            && let Err(why) = peer_secrets(secret_file)
+        {
             problems.add("cluster.secret_file", why);
         }
     } else if !is_loopback(&listen.peer) && problems.are_sound(&["listen.peer"]) {

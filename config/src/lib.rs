@@ -9,6 +9,7 @@
 mod castier;
 mod check;
 mod cluster;
+mod file;
 mod load;
 mod origin;
 mod problems;
@@ -17,8 +18,8 @@ mod value;
 
 pub use castier::{Castier, Disk, Fill, Limits, Listen, Memory, Origin, Verify};
 pub use cluster::{Cluster, ClusterTls, Peer, peer_secrets};
-pub use load::{Config, Loaded, environment, load};
+pub use load::{Config, Loaded, environment, load, load_offline};
 pub use origin::{OriginLimits, OriginListen, OriginServer, Store};
 pub use problems::Problems;
 pub use shape::{changed, keys, print};
-pub use value::{Log, LogFormat, Malformed, OriginUrl, Policy, Share, Shutdown, Size, Span};
+pub use value::{Labels, Log, LogFormat, Loki, Malformed, OriginUrl, Policy, Share, Shutdown, Size, Span};

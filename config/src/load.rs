@@ -1,12 +1,15 @@
 //! File → environment → types → sense: each step notes what is wrong and goes on, so that one run names every problem.
 
-use crate::{Problems, shape};
+use crate::{Log, Problems, file::read_text, problems::Source, shape};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
 };
-use toml::{Table, Value};
+use toml::{
+    Table, Value,
+    de::{DeTable, DeValue},
+};
 
 /// The configuration of one program. Its `Default` is the documented default of every key.
 pub trait Config: Clone + Default + PartialEq + Serialize + DeserializeOwned {
@@ -14,6 +17,9 @@ pub trait Config: Clone + Default + PartialEq + Serialize + DeserializeOwned {
     fn complete() -> Self {
         Self::default()
     }
+
+    /// What it says of records.
+    fn log(&self) -> &Log;
 
     /// Notes every value that can be read, but makes no sense.
     fn check(&self, problems: &mut Problems);
@@ -43,46 +49,97 @@ pub fn environment() -> impl Iterator<Item = (String, String)> {
 }
 
 /// Reads a configuration: defaults, overridden by the file, overridden by the environment, of which a later pair overrides an
-/// earlier one.
+/// earlier one. A variable that is empty counts as not set.
 ///
 /// # Errors
 /// [`Problems`]: everything that is wrong with it.
 pub fn load<C: Config>(file: Option<&Path>, env: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
-    let mut problems = Problems::default();
-    let mut table = file.map(|file| parse(file, &mut problems)).unwrap_or_default();
+    load_noting(Problems::default(), file, env)
+}
+
+/// The same for a configuration of another machine: no file, directory or secret that it names is looked for.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_offline<C: Config>(file: Option<&Path>, env: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
+    load_noting(Problems::offline(), file, env)
+}
+
+fn load_noting<C: Config>(
+    mut problems: Problems,
+    file: Option<&Path>,
+    env: impl Iterator<Item = (String, String)>,
+) -> Result<Loaded<C>, Problems> {
+    let (mut table, lines) = file.map(|file| parse(file, &mut problems)).unwrap_or_default();
     let file_is_sound = problems.is_empty();
-    let variables = merge::<C>(&mut table, env, &mut problems);
+    let variables = merge::<C>(&mut table, env.filter(|(_, text)| !text.is_empty()), &mut problems);
     let known: BTreeSet<_> = shape::keys::<C>().into_iter().collect();
     let explicit = shape::leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(key)).collect();
     let config = read::<C>(table, &mut problems);
+    if let Some(config) = &config {
+        problems.set_format(config.log().format);
+    }
     // Half of a file is no base for comparing values.
     if let Some(config) = config.as_ref().filter(|_| file_is_sound) {
         config.check(&mut problems);
     }
-    problems.blame(|key| variables.get(key).cloned());
+    problems.blame(|key| match (variables.get(key), file) {
+        (Some(variable), _) => Source::Variable(variable.clone()),
+        (None, Some(file)) => line_of(&lines, key).map_or(Source::Unknown, |line| Source::File(format!("{}:{line}", file.display()))),
+        (None, None) => Source::Unknown,
+    });
     match config {
         Some(config) if problems.is_empty() => Ok(Loaded { config, explicit }),
         _ => Err(problems),
     }
 }
 
-fn parse(file: &Path, problems: &mut Problems) -> Table {
+/// The line on which each dotted key, or section, of a file stands.
+type Lines = BTreeMap<String, usize>;
+
+/// The line of a key; for one that is missing, that of its section.
+fn line_of(lines: &Lines, key: &str) -> Option<usize> {
+    let mut key = Some(key);
+    std::iter::from_fn(|| {
+        let this = key?;
+        key = this.rsplit_once('.').map(|(section, _)| section);
+        Some(this)
+    })
+    .find_map(|key| lines.get(key).copied())
+}
+
+fn parse(file: &Path, problems: &mut Problems) -> (Table, Lines) {
     let name = file.display();
-    let text = match std::fs::read_to_string(file) {
+    let text = match read_text(file) {
         Ok(text) => text,
         Err(error) => {
             problems.add(name.to_string(), format!("cannot be read ({error}); name a TOML file that this user may read"));
-            return Table::new();
+            return Default::default();
         }
     };
-    text.parse().unwrap_or_else(|error: toml::de::Error| {
-        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
-        let line = before.matches('\n').count() + 1;
-        let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+    let line_at = |at: usize| text.get(..at).unwrap_or_default().matches('\n').count() + 1;
+    let mut lines = Lines::new();
+    if let Ok(table) = DeTable::parse(&text) {
+        note_lines(table.get_ref(), "", &line_at, &mut lines);
+    }
+    let table = text.parse().unwrap_or_else(|error: toml::de::Error| {
+        let at = error.span().map_or(0, |span| span.start);
+        let column = text.get(..at).unwrap_or_default().chars().rev().take_while(|c| *c != '\n').count() + 1;
         // The message alone: the full text would quote the line, and with it whatever secret stands there.
-        problems.add(format!("{name}:{line}:{column}"), error.message());
+        problems.add(format!("{name}:{}:{column}", line_at(at)), error.message());
         Table::new()
-    })
+    });
+    (table, lines)
+}
+
+fn note_lines(table: &DeTable<'_>, section: &str, line_at: &impl Fn(usize) -> usize, lines: &mut Lines) {
+    for (name, value) in table {
+        let key = if section.is_empty() { name.get_ref().to_string() } else { format!("{section}.{}", name.get_ref()) };
+        if let DeValue::Table(below) = value.get_ref() {
+            note_lines(below, &key, line_at, lines);
+        }
+        lines.insert(key, line_at(name.span().start));
+    }
 }
 
 const PREFIX: &str = "CASTIER_";
@@ -104,14 +161,36 @@ fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String
                 Ok(value) => insert(table, key, value),
                 Err(wanted) => problems.add(key.clone(), format!("{text:?} is not {wanted}")),
             }
-        } else if name.strip_prefix(PREFIX).is_some_and(|path| path.contains("__")) {
+        } else if name.contains("__") {
             let text = unknown("variable", suggestion(&name, known.keys().map(String::as_str), "__"));
             problems.add(name, text);
+        } else if !is_of_kubernetes(&name)
+            && let Some(meant) = resembling(&name, known.keys().map(String::as_str))
+        {
+            // Anything else with this prefix is somebody else's, and not meant for us.
+            problems.add(name, unknown("variable", Some(meant)));
         }
-        // Kubernetes gives every container CASTIER_PORT, CASTIER_SERVICE_HOST and more of the kind for a service named castier:
-        // a variable without `__` that is no key is not meant for us.
     }
     variables
+}
+
+/// Kubernetes gives every container such variables for a service named castier, or castier-something: `CASTIER_PORT`,
+/// `CASTIER_SERVICE_HOST`, `CASTIER_SERVICE_PORT_HTTP`, `CASTIER_PORT_8080_TCP_ADDR`.
+fn is_of_kubernetes(name: &str) -> bool {
+    let protocol = |rest: &str| ["_TCP", "_UDP", "_SCTP"].iter().any(|protocol| rest.starts_with(protocol));
+    let numbered =
+        |rest: &str| rest.starts_with(|c: char| c.is_ascii_digit()) && protocol(rest.trim_start_matches(|c: char| c.is_ascii_digit()));
+    name.ends_with("_PORT")
+        || name.ends_with("_SERVICE_HOST")
+        || name.contains("_SERVICE_PORT")
+        || name.split("_PORT_").skip(1).any(numbered)
+}
+
+/// The variable that a name without `__` was probably meant for: one that is the same but for the number of underscores and a slip or two.
+fn resembling<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let distance = |candidate: &str| strsim::damerau_levenshtein(name, &candidate.replace("__", "_"));
+    let (slips, meant) = known.map(|candidate| (distance(candidate), candidate)).min_by_key(|(slips, _)| *slips)?;
+    (slips <= 2 && name.len() > PREFIX.len() + 4).then_some(meant)
 }
 
 fn typed(text: &str, default: &Value) -> Result<Value, &'static str> {
@@ -209,13 +288,18 @@ fn unknown(kind: &str, suggestion: Option<&str>) -> String {
 
 /// The known name that was probably meant: one that is spelt much the same, or whose last part is, in another section.
 fn suggestion<'a>(name: &str, known: impl Iterator<Item = &'a str>, separator: &str) -> Option<&'a str> {
-    let last = |name: &str| name.rsplit(separator).next().unwrap_or_default().to_owned();
-    let wanted = last(name);
+    fn split<'n>(name: &'n str, separator: &str) -> (&'n str, &'n str) {
+        name.rsplit_once(separator).unwrap_or(("", name))
+    }
+    let (section, wanted) = split(name, separator);
     let distance = |candidate: &str| {
-        let elsewhere = strsim::damerau_levenshtein(&wanted, &last(candidate)) + 1;
-        strsim::damerau_levenshtein(name, candidate).min(elsewhere)
+        let (candidates_section, last) = split(candidate, separator);
+        let elsewhere = strsim::damerau_levenshtein(section, candidates_section);
+        // However wrong the section is, it counts as two slips; of several such the nearest section is meant.
+        let slips = strsim::damerau_levenshtein(wanted, last) + elsewhere.min(2);
+        (slips, if section.is_empty() { 0 } else { elsewhere })
     };
-    let (slips, candidate) = known.map(|candidate| (distance(candidate), candidate)).min_by_key(|(slips, _)| *slips)?;
+    let ((slips, _), candidate) = known.map(|candidate| (distance(candidate), candidate)).min_by_key(|(distance, _)| *distance)?;
     (slips <= 1 + wanted.len() / 4).then_some(candidate)
 }
 
@@ -231,6 +315,7 @@ mod tests {
         share: f64,
         count: u32,
         ring: Ring,
+        log: Log,
     }
 
     #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -240,6 +325,10 @@ mod tests {
     }
 
     impl Config for Sample {
+        fn log(&self) -> &Log {
+            &self.log
+        }
+
         fn check(&self, _: &mut Problems) {}
     }
 
@@ -251,7 +340,10 @@ mod tests {
     #[test]
     fn variables_take_the_type_of_their_default() {
         let sample = from_env(&[("CASTIER_SHARE", "0.125"), ("CASTIER_COUNT", "7"), ("CASTIER_RING__PEERS", "a:1, b:2,")]);
-        assert_eq!(sample, Ok(Sample { share: 0.125, count: 7, ring: Ring { peers: vec!["a:1".into(), "b:2".into()] } }));
+        assert_eq!(
+            sample,
+            Ok(Sample { share: 0.125, count: 7, ring: Ring { peers: vec!["a:1".into(), "b:2".into()] }, ..Sample::default() })
+        );
         assert_eq!(from_env(&[("CASTIER_RING__PEERS", "")]), Ok(Sample::default()));
         assert_eq!(from_env(&[("CASTIER_SHARE", "half")]).unwrap_err(), "share (set by CASTIER_SHARE): \"half\" is not a number");
         assert_eq!(
@@ -262,11 +354,13 @@ mod tests {
 
     #[test]
     fn suggestions_are_near_or_absent() {
-        let known = ["memory.capacity", "limits.max_blob", "listen.public", "memory"];
+        let known = ["disk.capacity", "memory.capacity", "limits.max_blob", "listen.public", "memory"];
         let suggest = |name| suggestion(name, known.into_iter(), ".");
         assert_eq!(suggest("memory.capasity"), Some("memory.capacity"));
-        assert_eq!(suggest("capacity"), Some("memory.capacity"));
+        assert_eq!(suggest("capacity"), Some("disk.capacity"));
         assert_eq!(suggest("memry"), Some("memory"));
+        assert_eq!(suggest("memroy.capacity"), Some("memory.capacity"));
+        assert_eq!(suggest("limts.max_blub"), Some("limits.max_blob"));
         assert_eq!(suggest("origin.public"), Some("listen.public"));
         assert_eq!(suggest("frobnicate"), None);
         assert_eq!(suggest("x"), None);

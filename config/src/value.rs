@@ -1,7 +1,7 @@
 //! The types of single values, and the two sections that both programs share.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use std::{fmt, marker::PhantomData, path::PathBuf, str::FromStr, time::Duration};
+use std::{collections::BTreeMap, fmt, marker::PhantomData, path::PathBuf, str::FromStr, time::Duration};
 use url::Url;
 
 /// The text of a value cannot be read. Says what would be right; never repeats the text of a URL, which may hold a password.
@@ -308,11 +308,12 @@ pub enum LogFormat {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Log {
-    /// What is worth a record: `off`, `error`, `warn`, `info`, `debug` or `trace`, or a comma list of `target=level` with at
-    /// most one bare level, such as `info,castier::flight=debug`. Default `info`: starts, stops, what an operator must
-    /// act on, and one record per request; `info,castier::access=warn` leaves those out.
+    /// What is worth a record: `off`, `error`, `warn`, `info`, `debug` or `trace`, or a comma list of `part=level` with at
+    /// most one bare level, such as `info,access=off` or `info,flight=debug`. A part is the last word of a record's `target`
+    /// (`access`, `stats`, `disk`), or a whole target (`castier::flight`). Default `info`: starts, stops, what an operator must
+    /// act on, and one record per request; `info,access=off` leaves those out.
     pub level: String,
-    /// How a record looks on stderr: `text` or `json`. Default `text`, as the first reader is a person at a terminal.
+    /// How a record looks: `text` (logfmt) or `json`, with the same names. Default `text`, as the first reader is a person at a terminal.
     pub format: LogFormat,
     /// The Loki that is sent the same records, `http://HOST:PORT` or `https://…`; empty: none. Default empty, since nobody
     /// wants surprise connections.
@@ -320,11 +321,97 @@ pub struct Log {
     /// How often the figures of `/stats` go to the log, a duration over 0. Default `60s`: a day is 1440 lines, and a minute
     /// is the resolution at which people look back.
     pub stats_interval: Span,
+    /// How records get to Loki. Means nothing without `log.loki_url`.
+    pub loki: Loki,
 }
 
 impl Default for Log {
     fn default() -> Self {
-        Self { level: "info".into(), format: LogFormat::Text, loki_url: String::new(), stats_interval: Span::secs(60) }
+        Self {
+            level: "info".into(),
+            format: LogFormat::Text,
+            loki_url: String::new(),
+            stats_interval: Span::secs(60),
+            loki: Loki::default(),
+        }
+    }
+}
+
+/// `[log.loki]`: how records get to Loki. They have the labels `job`, `instance` and `level`; the rest is in the line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Loki {
+    /// The tenant that the records belong to (`X-Scope-OrgID`); empty: none is named. Default empty, as a Loki with one tenant wants it.
+    pub tenant: String,
+    /// More labels, each `NAME=VALUE`, or a table `{ NAME = "VALUE" }`. `job` (else `castier` or `castier-origin`) and `instance` (else
+    /// `cluster.advertise`, or the host and its public port) may be among them, `level` may not. Default none: each label multiplies
+    /// the streams that Loki keeps.
+    pub labels: Labels,
+    /// A batch leaves when its records are so large together; a size from `1KiB` to `4MiB`. Default `1MiB`: a quarter of what Loki takes
+    /// in one piece.
+    pub batch: Size,
+    /// A batch leaves at the latest so long after its first record; a duration over 0. Default `1s`: soon enough to watch, and few requests.
+    pub wait: Span,
+    /// Bytes of records that may wait while Loki is away, the batch under way included; a size, at least `log.loki.batch`. Further records
+    /// are counted and go to stderr alone. Default `16MiB`: some 40,000 requests.
+    pub buffer: Size,
+    /// How long Loki may take for a batch before it is sent again; a duration over 0. Default `5s`: longer than a healthy Loki ever needs.
+    pub timeout: Span,
+}
+
+impl Default for Loki {
+    fn default() -> Self {
+        Self {
+            tenant: String::new(),
+            labels: Labels::default(),
+            batch: Size::mib(1),
+            wait: Span::secs(1),
+            buffer: Size::mib(16),
+            timeout: Span::secs(5),
+        }
+    }
+}
+
+/// Labels of Loki's, in the order of their names. Read from a table, or from a list of `NAME=VALUE`, as which they are printed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Labels(pub BTreeMap<String, String>);
+
+impl Serialize for Labels {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(|(name, value)| format!("{name}={value}")))
+    }
+}
+
+impl<'de> Deserialize<'de> for Labels {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Labels;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list such as [\"env=prod\"], or a table such as { env = \"prod\" }")
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<Labels, A::Error> {
+                let mut labels = BTreeMap::new();
+                while let Some(item) = items.next_element::<String>()? {
+                    let Some((name, value)) = item.split_once('=') else {
+                        return Err(de::Error::custom(format!("{item:?} has no =; write NAME=VALUE, such as \"env=prod\"")));
+                    };
+                    labels.insert(name.trim().to_owned(), value.trim().to_owned());
+                }
+                Ok(Labels(labels))
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut items: A) -> Result<Labels, A::Error> {
+                let mut labels = BTreeMap::new();
+                while let Some((name, value)) = items.next_entry()? {
+                    labels.insert(name, value);
+                }
+                Ok(Labels(labels))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
     }
 }
 
@@ -335,6 +422,7 @@ impl fmt::Debug for Log {
             .field("format", &self.format)
             .field("loki_url", &masked(&self.loki_url))
             .field("stats_interval", &self.stats_interval)
+            .field("loki", &self.loki)
             .finish()
     }
 }

@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn every_blob_that_is_named_must_be_here() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Arc::new(Store::open(dir.path()).unwrap());
+        let store = Arc::new(Store::open(dir.path(), "store.root").unwrap());
         let put = |bytes: &[u8]| {
             let mut upload = store.begin(Verifier::any()).unwrap();
             upload.write(bytes).unwrap();

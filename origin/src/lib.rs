@@ -30,6 +30,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 mod action;
 mod admin;
 mod entries;
+pub mod health;
 mod intake;
 pub mod log;
 mod metrics;
@@ -38,6 +39,7 @@ mod refused;
 mod reply;
 mod server;
 mod service;
+pub mod signals;
 mod store;
 mod webdav;
 
@@ -55,6 +57,8 @@ pub struct Options {
     pub limits: OriginLimits,
     /// How long what is in flight at the end may take to finish.
     pub grace: Duration,
+    /// What names the root to whoever runs this: the key, and the option if there is one. For errors.
+    pub root_key: &'static str,
 }
 
 impl From<&OriginServer> for Options {
@@ -64,6 +68,7 @@ impl From<&OriginServer> for Options {
             ac_validation: config.ac_validation,
             limits: config.limits.clone(),
             grace: config.shutdown.grace.get(),
+            root_key: "store.root (--root)",
         }
     }
 }
@@ -135,9 +140,9 @@ impl Origin {
     /// # Errors
     /// When `root` cannot be written to, or another process is using it. The text names `root` and says what to do.
     pub fn open(root: impl AsRef<Path>, options: Options) -> io::Result<Self> {
-        let store = Arc::new(Store::open(root.as_ref())?);
+        let store = Arc::new(Store::open(root.as_ref(), options.root_key)?);
         let entries = Entries::open(root.as_ref())
-            .map_err(|e| io::Error::new(e.kind(), format!("store root {}: entries/ cannot be made: {e}", root.as_ref().display())))?;
+            .map_err(|e| io::Error::new(e.kind(), format!("{}: {}: entries/ cannot be made: {e}", options.root_key, root.as_ref().display())))?;
         let entries = Arc::new(entries);
         let counted = Arc::clone(&store);
         thread::Builder::new().name("count".to_owned()).spawn(move || {

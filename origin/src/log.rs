@@ -1,76 +1,128 @@
 //! Where log records go: stderr, and if wanted the same records to Loki. Used by every program of the project.
 //!
-//! Nothing here can hold up or fail a request. Records are handed to a writer thread and to Loki's own task through
-//! bounded queues; when those are full, records are dropped, and requests go on.
+//! Nothing here can hold up or fail a request. Records are handed to a writer thread and to Loki's own task through queues that are
+//! bounded in bytes; when those are full, records are dropped and counted, and requests go on.
 
 use castier_config::{Log, LogFormat};
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use std::{
+    cell::RefCell,
+    io,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::SystemTime,
+};
+use tracing::{Event, Level, Subscriber};
+use tracing_log::NormalizeEvent as _;
 use tracing_subscriber::{
     Layer, Registry,
     filter::{LevelFilter, ParseError, Targets},
-    layer::SubscriberExt as _,
+    layer::{Context, SubscriberExt as _},
     reload,
     util::SubscriberInitExt as _,
 };
 
+mod line;
 mod loki;
+mod stderr;
 
-/// Records waiting for stderr: some ten MiB at most.
-const WAITING_LINES: usize = 65_536;
+use line::Line;
+
+/// The crates whose targets have parts, as `log.level` names them.
+const CRATES: [&str; 2] = ["castier", "castier_origin"];
 
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The level cannot be read.
-    #[error("log.level: {0}; write a level such as info, or a list such as info,castier_origin=debug")]
+    #[error("log.level: {0}; write a level such as info, or a list such as info,access=off")]
     Level(#[from] ParseError),
     /// Loki's address cannot be used.
     #[error("log.loki_url: {0}; write http://HOST:PORT or https://HOST")]
     Loki(String),
+    /// No thread to write with.
+    #[error("the log has no thread: {0}")]
+    Thread(io::Error),
     /// Somebody was first.
     #[error("this process logs already")]
     Twice,
 }
 
-/// Keeps the log going. Dropping it writes out what waits for stderr; [`Guard::close`] does so for Loki too.
-pub struct Guard {
-    level: reload::Handle<Targets, Registry>,
-    loki: Option<loki::Shipper>,
-    _writer: WorkerGuard,
+/// Where records go, as `castier_log_dropped_total` has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sink {
+    Stderr,
+    Loki,
 }
 
-/// Begins to log as `log` says. `program` names this process in Loki, as the label of that name.
+static DROPPED: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
+
+fn dropped(sink: Sink, records: u64) {
+    DROPPED[sink as usize].fetch_add(records, Relaxed);
+}
+
+/// How many records each sink did not take since the start: the label `sink`, and the count.
+pub fn drops() -> [(&'static str, u64); 2] {
+    [("stderr", DROPPED[Sink::Stderr as usize].load(Relaxed)), ("loki", DROPPED[Sink::Loki as usize].load(Relaxed))]
+}
+
+/// Keeps the log going. [`Guard::close`] writes out what waits; dropping it does so for stderr alone.
+pub struct Guard {
+    level: reload::Handle<Targets, Registry>,
+    format: LogFormat,
+    program: &'static str,
+    loki: Option<loki::Shipper>,
+    stderr: stderr::Stderr,
+}
+
+/// Begins to log as `log` says. `program` is the `target` of what the program says of itself, and the label `job` in Loki.
 ///
 /// With a `loki_url` this must be called within a tokio runtime, where the shipping then runs.
 ///
 /// # Errors
 /// [`LogError`], which names the key that is wrong.
-pub fn init(log: &Log, program: &str) -> Result<Guard, LogError> {
+pub fn init(log: &Log, program: &'static str) -> Result<Guard, LogError> {
     let (filter, level) = reload::Layer::new(targets(&log.level)?);
-    let (writer, guard) =
-        NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).lossy(true).thread_name("log").finish(std::io::stderr());
-    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
-    let lines = match log.format {
-        LogFormat::Text => lines.with_ansi(false).boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).boxed(),
-    };
-    let (loki_layer, loki) = match log.loki_url.as_str() {
+    let stderr = stderr::Stderr::start().map_err(LogError::Thread)?;
+    let (queue, loki) = match log.loki_url.as_str() {
         "" => (None, None),
-        url => loki::ship(url, program).map(|(layer, shipper)| (Some(layer), Some(shipper))).map_err(LogError::Loki)?,
+        url => {
+            loki::Shipper::start(url, &log.loki, program).map(|(queue, shipper)| (Some(queue), Some(shipper))).map_err(LogError::Loki)?
+        }
     };
-    tracing_subscriber::registry().with(filter).with(lines).with(loki_layer).try_init().map_err(|_| LogError::Twice)?;
-    Ok(Guard { level, loki, _writer: guard })
+    let records = Records { format: log.format, stderr: stderr.clone(), loki: queue };
+    tracing_subscriber::registry().with(filter).with(records).try_init().map_err(|_| LogError::Twice)?;
+    log_panics();
+    Ok(Guard { level, format: log.format, program, loki, stderr })
+}
+
+/// A panic is a record like any other.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let payload = panic.payload();
+        let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned()).or_else(|| payload.downcast_ref::<String>().cloned());
+        let at = panic.location().map(tracing::field::display);
+        tracing::error!(target: "panic", at, thread = std::thread::current().name(), cause = text, "a part of the program stopped: this is a bug; please report it");
+    }));
 }
 
 /// `log.level`, with pingora held to what an operator can act on: its connection pool calls it an error when two tasks reach for
-/// the same kept-alive connection, and its shutdown repeats what castier says. Naming pingora in the level overrides this.
+/// the same kept-alive connection, its shutdown repeats what castier says, and so does its proxy when a relay fails. Naming pingora in
+/// the level overrides this.
+///
+/// A part without `::` is the last word of a target: `access=off` is meant for `castier::access` and `castier_origin::access`.
 fn targets(level: &str) -> Result<Targets, ParseError> {
-    let targets: Targets = level.parse()?;
-    if level.contains("pingora") {
-        return Ok(targets);
+    let mut all: Targets = level.parse()?;
+    if !level.contains("pingora") {
+        let most = all.default_level().unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
+        all = all.with_target("pingora_core", most).with_target("pingora_proxy", LevelFilter::OFF);
+        all = all.with_target("pingora_core::connectors", LevelFilter::OFF);
     }
-    let most = targets.default_level().unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
-    Ok(targets.with_target("pingora_core", most).with_target("pingora_core::connectors", LevelFilter::OFF))
+    let named: Targets = level.parse()?;
+    let parts = || named.iter().filter(|(part, _)| !part.contains("::"));
+    for (part, level) in parts() {
+        all = all.with_targets(CRATES.map(|name| (format!("{name}::{part}"), level)));
+    }
+    // A whole target says more than its last word.
+    Ok(all.with_targets(named.iter().filter(|(part, _)| part.contains("::")).map(|(part, level)| (part.to_owned(), level))))
 }
 
 impl Guard {
@@ -85,10 +137,109 @@ impl Guard {
         Ok(())
     }
 
+    /// Says which instance this is: the label in Loki, unless `log.loki.labels` has one.
+    pub fn name_instance(&self, name: String) {
+        if let Some(loki) = &self.loki {
+            loki.name_instance(name);
+        }
+    }
+
+    /// A record on stdout, whatever the level: what the program says to whoever started it.
+    pub fn say(&self, text: &str) {
+        write_record(&mut io::stdout(), self.format, Level::INFO, self.program, text);
+    }
+
     /// The last thing a program does: gives Loki a moment to take what was logged last, then stderr.
-    pub async fn close(self) {
-        if let Some(loki) = self.loki {
+    pub async fn close(mut self) {
+        if let Some(loki) = self.loki.take() {
             loki.close().await;
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.stderr.flush();
+    }
+}
+
+/// A record on stderr from outside the log: why a program did not start. Waits until it is written.
+pub fn fail(format: LogFormat, program: &str, text: &str) {
+    write_record(&mut io::stderr(), format, Level::ERROR, program, text);
+}
+
+fn write_record(to: &mut impl io::Write, format: LogFormat, level: Level, target: &str, text: &str) {
+    let (mut out, mut scratch) = (String::new(), String::new());
+    let mut line = Line::begin(&mut out, &mut scratch, format, SystemTime::now(), level, target);
+    line.text("message", text);
+    line.end();
+    // Nobody there to read it is no reason to stop.
+    to.write_all(out.as_bytes()).and_then(|()| to.flush()).ok();
+}
+
+/// This machine's name, as others tell it apart.
+pub fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Makes a line of each record, and hands it on.
+struct Records {
+    format: LogFormat,
+    stderr: stderr::Stderr,
+    loki: Option<loki::Queue>,
+}
+
+thread_local! {
+    /// A line, and room for a value of it.
+    static BUFFERS: RefCell<(String, String)> = const { RefCell::new((String::new(), String::new())) };
+}
+
+/// What a thread's buffers may keep between records.
+const KEPT: usize = 16 << 10;
+
+impl<S: Subscriber> Layer<S> for Records {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        BUFFERS.with(|buffers| {
+            // A value that logs while it is being written is not written.
+            let Ok(mut buffers) = buffers.try_borrow_mut() else { return };
+            let (out, scratch) = &mut *buffers;
+            let (at, normalized) = (SystemTime::now(), event.normalized_metadata());
+            let metadata = normalized.as_ref().unwrap_or_else(|| event.metadata());
+            let mut line = Line::begin(out, scratch, self.format, at, *metadata.level(), metadata.target());
+            event.record(&mut line);
+            line.end();
+            self.stderr.send(out);
+            if let Some(loki) = &self.loki {
+                loki.send(at, *metadata.level(), metadata.target(), out);
+            }
+            out.shrink_to(KEPT);
+            scratch.shrink_to(KEPT);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_the_last_words_of_targets() {
+        let enabled = |level: &str, target: &str| targets(level).unwrap().would_enable(target, &Level::INFO);
+        for (level, target, wanted) in [
+            ("info", "castier::access", true),
+            ("info,access=off", "castier::access", false),
+            ("info,access=off", "castier_origin::access", false),
+            ("info,access=off", "castier::disk", true),
+            ("info,castier_origin::access=off", "castier_origin::access", false),
+            ("info,castier_origin::access=off", "castier::access", true),
+            ("off,castier_origin::access=info,access=off", "castier_origin::access", true),
+            ("warn,access=info", "castier::access", true),
+            ("warn,access=info", "castier::disk", false),
+            ("info,stats=off", "stats", false),
+            ("info", "pingora_proxy::proxy_common", false),
+            ("info,pingora_proxy=info", "pingora_proxy::proxy_common", true),
+        ] {
+            assert_eq!(enabled(level, target), wanted, "{level} {target}");
         }
     }
 }

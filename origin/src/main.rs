@@ -1,7 +1,12 @@
 //! `castier-origin`: the simple file origin as a program.
 
-use castier_config::{Loaded, OriginServer, changed, environment, load, print};
-use castier_origin::{Options, Origin, log};
+use castier_config::{Loaded, LogFormat, OriginServer, changed, environment, load, load_offline, print};
+use castier_origin::{
+    Options, Origin,
+    health::health,
+    log,
+    signals::{Reading, Signals, Told, told},
+};
 use clap::Parser;
 use std::{
     ffi::OsString,
@@ -10,17 +15,16 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
-use tokio::{
-    net::TcpListener,
-    signal::unix::{Signal, SignalKind, signal},
-    sync::oneshot,
-};
+use tokio::{net::TcpListener, sync::oneshot};
+
+/// This program's name, in records and in Loki.
+const PROGRAM: &str = "castier-origin";
 
 /// A durable content-addressed store over HTTP, one file per blob.
 ///
 /// Every key of the configuration can also be set from the environment: CASTIER_ and the key with __ for the dot, as in
 /// CASTIER_LIMITS__MAX_BLOB=1GiB. Options win over the environment, and the environment over the file.
-#[derive(Parser)]
+#[derive(Clone, Parser)]
 #[command(name = "castier-origin", version)]
 struct Arguments {
     /// Where clients connect, HOST:PORT (listen.public)
@@ -35,6 +39,12 @@ struct Arguments {
     /// Check the configuration, name everything that is wrong with it, and exit
     #[arg(long)]
     check_config: bool,
+    /// With --check-config: look at no directory or file of this machine
+    #[arg(long, requires = "check_config")]
+    offline: bool,
+    /// Ask this URL, such as http://127.0.0.1:9001/healthz, and exit: 0 if it answers with 2xx, 1 if not
+    #[arg(long, value_name = "URL")]
+    health: Option<String>,
     /// Print the effective configuration, secrets masked, and exit
     #[arg(long)]
     print_config: bool,
@@ -45,16 +55,24 @@ impl Arguments {
         let listen = self.listen.clone().map(|listen| ("CASTIER_LISTEN__PUBLIC".to_owned(), listen));
         let root = self.root.as_ref().map(|root| ("CASTIER_STORE__ROOT".to_owned(), root.to_string_lossy().into_owned()));
         // A later pair overrides an earlier one.
-        load(self.config.as_deref(), environment().chain(listen).chain(root))
+        let (file, env) = (self.config.as_deref(), environment().chain(listen).chain(root));
+        if self.offline { load_offline(file, env) } else { load(file, env) }
     }
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(url) = &arguments.health {
+        return health(url).map_or_else(|why| fail(LogFormat::Text, &why), |()| ExitCode::SUCCESS);
+    }
     let loaded = match arguments.load() {
         Ok(loaded) => loaded,
-        Err(problems) => {
+        Err(problems) if arguments.check_config || arguments.print_config => {
             eprintln!("{problems}");
+            return ExitCode::from(2);
+        }
+        Err(problems) => {
+            problems.to_string().lines().for_each(|problem| log::fail(problems.format(), PROGRAM, problem));
             return ExitCode::from(2);
         }
     };
@@ -66,17 +84,19 @@ fn main() -> ExitCode {
         say("the configuration is sound\n");
         return ExitCode::SUCCESS;
     }
-    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => match runtime.block_on(run(&arguments, loaded)) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&error),
-        },
-        Err(error) => fail(&error),
-    }
+    let format = loaded.config.log.format;
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(format, &error.to_string()),
+    };
+    let ended = runtime.block_on(run(&arguments, loaded.config));
+    // Whatever has not ended within shutdown.grace is not waited for.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    ended.map_or_else(|error| fail(format, &error.to_string()), |()| ExitCode::SUCCESS)
 }
 
-fn fail(error: &io::Error) -> ExitCode {
-    eprintln!("castier-origin: {error}");
+fn fail(format: LogFormat, why: &str) -> ExitCode {
+    log::fail(format, PROGRAM, why);
     ExitCode::FAILURE
 }
 
@@ -85,15 +105,17 @@ fn say(text: &str) {
     io::stdout().write_all(text.as_bytes()).ok();
 }
 
-async fn run(arguments: &Arguments, loaded: Loaded<OriginServer>) -> io::Result<()> {
-    let config = &loaded.config;
+async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
     let mut signals = Signals::new()?;
-    let log = log::init(&config.log, "castier-origin").map_err(io::Error::other)?;
+    let log = log::init(&config.log, PROGRAM).map_err(io::Error::other)?;
     let public = bind("listen.public", &config.listen.public).await?;
-    let admin = bind_admin(&loaded).await?;
-    let origin = Origin::open(&config.store.root, Options::from(config))?;
-    say(&format!("castier-origin: clients on http://{}, blobs in {}\n", public.local_addr()?, config.store.root.display()));
-    say(&format!("castier-origin: admin on http://{}/metrics\n", admin.local_addr()?));
+    let admin = bind("listen.admin", &config.listen.admin).await?;
+    let origin = Origin::open(&config.store.root, Options::from(&config))?;
+    let (public_address, admin_address) = (public.local_addr()?, admin.local_addr()?);
+    log.name_instance(format!("{}:{}", log::host(), public_address.port()));
+    log.say(&format!("listening public {public_address} (blobs in {})", config.store.root.display()));
+    log.say(&format!("listening admin {admin_address}"));
+    log.say(&format!("try: curl -F file=@README.md http://{public_address}/cas"));
 
     let (stop, stopped) = oneshot::channel::<()>();
     let admin = {
@@ -101,13 +123,36 @@ async fn run(arguments: &Arguments, loaded: Loaded<OriginServer>) -> io::Result<
         tokio::spawn(async move { origin.serve_admin(admin, async { drop(stopped.await) }).await })
     };
     tokio::spawn(log_figures(origin.clone(), config.log.stats_interval.get()));
-    let shutdown = signals.attend(|running| reload(arguments, running, &origin, &log), loaded.config.clone());
-    origin.serve(public, shutdown).await;
-    // Probes may see that the program is draining until it is done.
-    drop(stop);
-    admin.await.ok();
-    tracing::info!("finished");
-    log.close().await;
+    // The listener has a task of its own, so that nothing here holds up clients.
+    let (drain, draining) = oneshot::channel::<()>();
+    let serving = {
+        let origin = origin.clone();
+        tokio::spawn(async move { origin.serve(public, async { drop(draining.await) }).await })
+    };
+    let mut reading = {
+        let arguments = arguments.clone();
+        Reading::new(move || arguments.load())
+    };
+    let mut running = config;
+    while let Told::Reload(loaded) = signals.next(&mut reading).await {
+        if let Some(wanted) = told(loaded) {
+            running = reload(running, &wanted, &origin, &log);
+        }
+    }
+    tracing::info!("finishing what is in flight, then ending");
+    let ending = async {
+        drop(drain);
+        serving.await.ok();
+        // Probes may see that the program is draining until it is done.
+        drop(stop);
+        admin.await.ok();
+        tracing::info!("finished");
+        log.close().await;
+    };
+    tokio::select! {
+        () = ending => {}
+        () = signals.end() => tracing::warn!("told to end once more: what is in flight is cut"),
+    }
     Ok(())
 }
 
@@ -136,58 +181,8 @@ async fn bind(key: &str, address: &str) -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-/// The admin listener's default port is a convenience: with two origins on one machine the second takes any other. A port that
-/// somebody chose is a promise.
-async fn bind_admin(loaded: &Loaded<OriginServer>) -> io::Result<TcpListener> {
-    let address = &loaded.config.listen.admin;
-    match bind("listen.admin", address).await {
-        Err(error) if error.kind() == ErrorKind::AddrInUse && !loaded.is_set("listen.admin") => {
-            let other = bind("listen.admin", "127.0.0.1:0").await?;
-            let port = other.local_addr()?.port();
-            tracing::warn!(
-                "the default of listen.admin, {address}, is taken by another program; using port {port} this time. Set listen.admin to choose one"
-            );
-            Ok(other)
-        }
-        bound => bound,
-    }
-}
-
-/// What the world can tell the process.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hang_up: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        let [terminate, interrupt, hang_up] = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
-        Ok(Self { terminate: terminate?, interrupt: interrupt?, hang_up: hang_up? })
-    }
-
-    /// Re-reads the configuration on SIGHUP, until the process shall end.
-    async fn attend(&mut self, reload: impl Fn(OriginServer) -> OriginServer, mut running: OriginServer) {
-        loop {
-            tokio::select! {
-                _ = self.terminate.recv() => break,
-                _ = self.interrupt.recv() => break,
-                _ = self.hang_up.recv() => running = reload(running),
-            }
-        }
-        tracing::info!("finishing what is in flight, then ending");
-    }
-}
-
 /// Takes over from the configuration what can change while running, and returns what holds from now on.
-fn reload(arguments: &Arguments, mut running: OriginServer, origin: &Origin, log: &log::Guard) -> OriginServer {
-    let wanted = match arguments.load() {
-        Ok(loaded) => loaded.config,
-        Err(problems) => {
-            tracing::error!("the configuration was not re-read, and nothing changes: {}", problems.to_string().replace('\n', "; "));
-            return running;
-        }
-    };
+fn reload(mut running: OriginServer, wanted: &OriginServer, origin: &Origin, log: &log::Guard) -> OriginServer {
     if let Err(error) = log.set_level(&wanted.log.level) {
         tracing::error!(%error, "the log level stays as it was");
     } else {
@@ -196,7 +191,7 @@ fn reload(arguments: &Arguments, mut running: OriginServer, origin: &Origin, log
     origin.set_limits(wanted.limits.clone());
     running.limits = wanted.limits.clone();
     tracing::info!("the configuration was re-read; limits and log level are in force");
-    let rest = changed(&running, &wanted);
+    let rest = changed(&running, wanted);
     if !rest.is_empty() {
         tracing::warn!("changed in the configuration, but only a restart brings it into force: {}", rest.join(", "));
     }

@@ -7,7 +7,7 @@ use crate::{
     store::{Fault, Reader},
 };
 use bytes::Bytes;
-use http::{Method, StatusCode};
+use http::{Method, StatusCode, Version, header, request};
 use http_body::{Body, Frame, SizeHint};
 use std::{
     mem,
@@ -15,7 +15,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -142,6 +142,7 @@ impl Body for Reply {
             Some(Err(fault)) => {
                 this.content = Content::Empty;
                 this.record.shared.note(&fault);
+                this.record.error = Some(format!("cut: {fault}"));
                 Some(Err(Cut))
             }
         })
@@ -165,8 +166,15 @@ impl Body for Reply {
     }
 }
 
-/// How much of a path is logged: any blob's, and not all of what somebody may have made up.
-const LOGGED_PATH: usize = 200;
+/// How much of a path is logged: any that means something here, and not all of what somebody may have made up.
+const LOGGED_PATH: usize = 600;
+/// How much of a client's name for itself is logged.
+const LOGGED_AGENT: usize = 200;
+
+/// As records have durations.
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
 
 /// What is known of a request; logged and counted when it is over, however it ends.
 pub(crate) struct Record {
@@ -175,26 +183,44 @@ pub(crate) struct Record {
     peer: SocketAddr,
     method: Method,
     path: String,
+    proto: Version,
+    user_agent: Option<String>,
     begun: Instant,
+    /// When the head of the answer was ready.
+    answered: Option<Duration>,
+    /// Why the answer was cut, or failed.
+    error: Option<String>,
     /// None until there is an answer.
-    pub(crate) status: Option<StatusCode>,
+    status: Option<StatusCode>,
     /// Bytes of the body that were handed to the connection.
     bytes: u64,
 }
 
 impl Record {
-    pub(crate) fn begin(shared: &Arc<Shared>, activity: Arc<Activity>, peer: SocketAddr, method: &Method, path: &str) -> Self {
+    pub(crate) fn begin(shared: &Arc<Shared>, activity: Arc<Activity>, peer: SocketAddr, head: &request::Parts) -> Self {
+        let agent = head.headers.get(header::USER_AGENT).map(|agent| String::from_utf8_lossy(agent.as_bytes()));
         activity.begin();
         Self {
             shared: Arc::clone(shared),
             activity,
             peer,
-            method: method.clone(),
-            path: path.chars().take(LOGGED_PATH).collect(),
+            method: head.method.clone(),
+            path: head.uri.path().chars().take(LOGGED_PATH).collect(),
+            proto: head.version,
+            user_agent: agent.map(|agent| agent.chars().take(LOGGED_AGENT).collect()),
             begun: Instant::now(),
+            answered: None,
+            error: None,
             status: None,
             bytes: 0,
         }
+    }
+
+    /// There is an answer; and why it is not the one that was wanted.
+    pub(crate) fn answer(&mut self, status: StatusCode, error: Option<String>) {
+        self.status = Some(status);
+        self.answered = Some(self.begun.elapsed());
+        self.error = error;
     }
 }
 
@@ -211,9 +237,12 @@ impl Drop for Record {
             path = self.path,
             status,
             bytes = self.bytes,
-            duration = duration.as_secs_f64(),
-            peer = %self.peer,
-            "request"
+            duration_ms = milliseconds(duration),
+            first_byte_ms = self.answered.map(milliseconds),
+            client = %self.peer.ip(),
+            proto = ?self.proto,
+            user_agent = self.user_agent,
+            error = self.error,
         );
     }
 }

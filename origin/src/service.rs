@@ -55,16 +55,19 @@ impl Handler for Clients {
 
     async fn answer(&self, request: Request<Incoming>, peer: SocketAddr, activity: Arc<Activity>) -> Response<Reply> {
         let (head, body) = request.into_parts();
-        let mut record = Record::begin(&self.0, activity, peer, &head.method, head.uri.path());
+        let mut record = Record::begin(&self.0, activity, peer, &head);
         let intake = Intake::new(&head, body, self.0.limits.load().idle_timeout.get());
+        let mut error = None;
         let (status, headers, content) = self.dispatch(head, intake).await.unwrap_or_else(|refused| {
+            // An absent blob is an answer like any other.
+            error = (!matches!(refused, Refused::Absent)).then(|| refused.to_string());
             if let Refused::Store(fault) = &refused {
                 self.0.note(fault);
             }
             let (status, headers, body) = refused.tell();
             (status, headers, Content::Bytes(body.into()))
         });
-        record.status = Some(status);
+        record.answer(status, error);
         let mut response = Response::new(Reply { content, record });
         *response.status_mut() = status;
         *response.headers_mut() = headers;

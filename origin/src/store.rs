@@ -127,19 +127,16 @@ impl Store {
     ///
     /// # Errors
     /// When `root` cannot be written to, or another process has it. The text names `root` and says what to do.
-    pub(crate) fn open(root: &Path) -> io::Result<Self> {
-        let say = |what: &str, error: &io::Error| io::Error::new(error.kind(), format!("store root {}: {what}: {error}", root.display()));
+    pub(crate) fn open(root: &Path, key: &str) -> io::Result<Self> {
+        let say = |what: &str, error: &io::Error| io::Error::new(error.kind(), format!("{key}: {}: {what}: {error}", root.display()));
         let (tmp, quarantine) = (root.join("tmp"), root.join("quarantine"));
-        fs::create_dir_all(root).map_err(|e| say("cannot be made; make it, or name another with --root or store.root", &e))?;
-        let unwritable = |e: io::Error| say("is not writable; give this user the right to, or name another with --root or store.root", &e);
+        fs::create_dir_all(root).map_err(|e| say("cannot be made; make it, or name another", &e))?;
+        let unwritable = |e: io::Error| say("is not writable; give this user the right to, or name another", &e);
         let lock = File::options().create(true).truncate(false).write(true).open(root.join("lock")).map_err(unwritable)?;
         lock.try_lock().map_err(|e| match e {
             TryLockError::WouldBlock => io::Error::new(
                 ErrorKind::WouldBlock,
-                format!(
-                    "store root {}: another process is using it; stop that one, or name another with --root or store.root",
-                    root.display()
-                ),
+                format!("{key}: {}: another process is using it; stop that one, or name another", root.display()),
             ),
             TryLockError::Error(e) => say("cannot be locked", &e),
         })?;

@@ -59,7 +59,7 @@ impl Shares {
         if wanted > self.most() {
             let open_files = config.disk.as_ref().map_or(0, |disk| disk.open_files);
             let needed = wanted as u64 + REFUSALS + open_files + fills(config) + OWN;
-            tracing::warn!(
+            tracing::info!(
                 granted = self.granted,
                 needed,
                 connections = self.connections,

@@ -50,6 +50,8 @@ pub struct Head {
     validator: Option<Range<usize>>,
     /// How the request's body is framed.
     pub framing: Framing,
+    /// Where `User-Agent` stands, if there is one.
+    user_agent: Option<Range<usize>>,
     /// Where the peer secret stands, if there is one. Of two none counts: then it is empty, which no secret is.
     secret: Option<Range<usize>>,
 }
@@ -86,6 +88,11 @@ impl Head {
     /// The entity tag, or tags, that the client has already.
     pub fn validator<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
         bytes.get(self.validator.clone()?)
+    }
+
+    /// What the client calls itself, for the record.
+    pub fn user_agent<'a>(&self, bytes: &'a [u8]) -> Option<&'a str> {
+        str::from_utf8(bytes.get(self.user_agent.clone()?)?).ok()
     }
 
     /// What the request is for.
@@ -207,7 +214,8 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         && names_upgrade(named("connection").map(|header| header.value));
     let secret = the_one(bytes, request.headers, &PEER_SECRET);
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
-    Ok(Some(Head { len, method, authority, path, upgrade, plain, close, validator, framing, secret }))
+    let user_agent = the_one(bytes, request.headers, &header::USER_AGENT);
+    Ok(Some(Head { user_agent, len, method, authority, path, upgrade, plain, close, validator, framing, secret }))
 }
 
 /// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer. Sets `close` at the one

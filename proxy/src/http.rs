@@ -17,7 +17,7 @@ use crate::{
     ladder::{Found, Ladder, TierName, Whence},
     metrics::{Listener, Metrics, Route, Served},
     purge::Purge,
-    record::{CLIENT_GONE, Record},
+    record::{self, CLIENT_GONE, More, Record},
     relay::Relay,
     serve::{Body, Reply, Via},
     upload,
@@ -235,7 +235,9 @@ impl Front {
         let method = session.req_header().method.clone();
         let path = session.req_header().uri.path().to_owned();
         let target = Target::of(&path);
-        let (code, served, cache, whole) = match self.answer(&mut session, &method, target, limits).await {
+        let (reply, mut error) = self.answer(&mut session, &method, target, limits).await;
+        let first_byte = reply.is_some().then(|| started.elapsed());
+        let (code, served, cache, whole) = match reply {
             Some(reply) => {
                 let (code, served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
                 let whole = self.write_reply(&mut session, reply).await.is_ok();
@@ -249,7 +251,13 @@ impl Front {
             Target::Other => Route::Control,
         };
         let (listener, bytes, took) = (self.door.listener(), session.body_bytes_sent() as u64, started.elapsed());
-        Record { listener, route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer }.log(&self.metrics);
+        if !whole && code != CLIENT_GONE {
+            error.get_or_insert_with(|| "cut before its end".to_owned());
+        }
+        let (proto, user_agent) = (Some(session.req_header().version), record::user_agent(&session.req_header().headers));
+        let more = More { first_byte, proto, user_agent, error: error.as_deref() };
+        Record { listener, route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer, more }
+            .log(&self.metrics);
         if !whole {
             session.shutdown().await;
             return None;
@@ -267,8 +275,14 @@ impl Front {
         Some((conn, ahead))
     }
 
-    /// What to say to a request about blobs; nothing if the client has left.
-    async fn answer(&self, session: &mut ServerSession, method: &Method, target: Target<'_>, limits: &Limits) -> Option<Reply> {
+    /// What to say to a request about blobs, nothing if the client has left; and what went wrong, for the record.
+    async fn answer(
+        &self,
+        session: &mut ServerSession,
+        method: &Method,
+        target: Target<'_>,
+        limits: &Limits,
+    ) -> (Option<Reply>, Option<String>) {
         let answered = match (target, &self.door) {
             (Target::Blob(digest), _) if *method == Method::GET => self.get(session, &digest).await,
             (Target::Blob(digest), _) if *method == Method::HEAD => self.head(session, &digest).await,
@@ -281,8 +295,8 @@ impl Front {
             (Target::Blob(_) | Target::Other, Door::Clients { .. }) => Err(Fault::Internal("a request for the relay".into())),
         };
         match answered {
-            Ok(reply) => Some(reply),
-            Err(Fault::ClientGone(_)) => None,
+            Ok(reply) => (Some(reply), None),
+            Err(fault @ Fault::ClientGone(_)) => (None, Some(fault.to_string())),
             Err(fault) => {
                 match fault {
                     Fault::Busy(limit) => self.metrics.shed(limit),
@@ -290,7 +304,7 @@ impl Front {
                     Fault::BadRequest(_) | Fault::ClientSilent | Fault::TooLarge { .. } => session.set_keepalive(None),
                     _ => {}
                 }
-                Some(Reply::fault(&fault))
+                (Some(Reply::fault(&fault)), Some(fault.to_string()))
             }
         }
     }
@@ -405,7 +419,7 @@ impl Front {
             body = upload::first_file(body, boundary, max);
         }
         let (put, stored, size) =
-            self.ladder.put(digest, size, body, self.door.asker()).await.inspect_err(|fault| tracing::info!(%fault, "upload refused"))?;
+            self.ladder.put(digest, size, body, self.door.asker()).await.inspect_err(|fault| not_stored(digest.as_ref(), fault))?;
         Ok(Reply::stored(&stored, size, put == Put::Created, digest.is_some()))
     }
 
@@ -470,6 +484,22 @@ impl Front {
 /// The empty blob is there even if the origin does not have it.
 fn empty(selection: Selection) -> Reply {
     Reply::blob(&Digest::EMPTY, Some(0), selection, Via::Flight { peer: false, collapsed: false, stored: false }, Body::Empty)
+}
+
+/// An upload failed. What the client did wrong stands in its access record; what the origin or a peer failed to do is for an operator.
+fn not_stored(digest: Option<&Digest>, fault: &Fault) {
+    let digest = digest.map(tracing::field::display);
+    match fault {
+        Fault::Unreachable { .. }
+        | Fault::Silent { .. }
+        | Fault::Unusable { .. }
+        | Fault::Corrupt { .. }
+        | Fault::OriginFull
+        | Fault::Internal(_) => {
+            tracing::warn!(digest, %fault, "an upload was not stored; its client was told so");
+        }
+        _ => tracing::debug!(digest, %fault, "an upload was refused"),
+    }
 }
 
 fn cache_status(headers: &HeaderMap) -> &str {

@@ -19,7 +19,12 @@ use castier::{
 };
 use castier_blob::Digest;
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
-use castier_origin::{Origin, log::Guard};
+use castier_origin::{
+    Origin,
+    health::health,
+    log::{self, Guard},
+    signals::{Reading, Signals, Told, told},
+};
 use clap::Parser;
 use parking_lot::Mutex;
 use pingora::{
@@ -29,7 +34,7 @@ use pingora::{
     services::{Service as _, listening::Service},
 };
 use std::{
-    io::Write,
+    io::Write as _,
     net::SocketAddr,
     os::fd::IntoRawFd,
     path::{Path, PathBuf},
@@ -42,13 +47,14 @@ use std::{
 };
 use tokio::{
     net::TcpListener,
-    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
     task::JoinHandle,
 };
 
 /// Rotten blobs that may wait to be fetched anew; the rest is fetched when somebody asks.
 const REFETCHES: usize = 1024;
+/// This program's name, in records and in Loki.
+const PROGRAM: &str = "castier";
 /// How long the blobs that wait to be written may hold up the end.
 const FLUSH: Duration = Duration::from_secs(10);
 
@@ -67,6 +73,12 @@ struct Args {
     /// Check the config, name every problem, and exit: 0 if it is sound, 2 if not.
     #[arg(long)]
     check_config: bool,
+    /// With --check-config: look at no directory, file or secret of this machine.
+    #[arg(long, requires = "check_config")]
+    offline: bool,
+    /// Ask this URL, such as http://127.0.0.1:8082/healthz, and exit: 0 if it answers with 2xx, 1 if not.
+    #[arg(long, value_name = "URL")]
+    health: Option<String>,
     /// Print the effective config, secrets masked, and exit.
     #[arg(long, conflicts_with = "check_config")]
     print_config: bool,
@@ -74,10 +86,25 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let config = match config::load::<Castier>(args.config.as_deref(), config::environment()) {
+    if let Some(url) = &args.health {
+        return match health(url) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(why) => {
+                log::fail(config::LogFormat::Text, PROGRAM, &why);
+                ExitCode::from(1)
+            }
+        };
+    }
+    let (file, env) = (args.config.as_deref(), config::environment());
+    let loaded = if args.offline { config::load_offline::<Castier>(file, env) } else { config::load::<Castier>(file, env) };
+    let config = match loaded {
         Ok(loaded) => loaded.config,
-        Err(problems) => {
+        Err(problems) if args.check_config || args.print_config => {
             eprintln!("{problems}");
+            return ExitCode::from(2);
+        }
+        Err(problems) => {
+            problems.to_string().lines().for_each(|problem| log::fail(problems.format(), PROGRAM, problem));
             return ExitCode::from(2);
         }
     };
@@ -92,25 +119,26 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("castier: no threads to run on: {error}");
+            log::fail(config.log.format, PROGRAM, &format!("no threads to run on: {error}"));
             return ExitCode::from(1);
         }
     };
-    let ended = runtime.block_on(run(config, args.config.as_deref()));
+    let format = config.log.format;
+    let ended = runtime.block_on(run(config, args.config));
     // Whatever has not ended within shutdown.grace is not waited for.
     runtime.shutdown_timeout(Duration::from_millis(100));
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
-            eprintln!("castier: {why}");
+            log::fail(format, PROGRAM, &why);
             ExitCode::from(1)
         }
     }
 }
 
 /// Starts everything, and ends when told to. An error is one line that names what could not be had.
-async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
-    let log = castier_origin::log::init(&config.log, "castier").map_err(|error| error.to_string())?;
+async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
+    let log = log::init(&config.log, PROGRAM).map_err(|error| error.to_string())?;
     let mut signals = Signals::new().map_err(|error| format!("signals cannot be received: {error}"))?;
     let public = bind("listen.public", &config.listen.public).await?;
     let peer = match &config.cluster {
@@ -125,6 +153,7 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     };
 
     let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
+    metrics.follow_log(log::drops);
     let shares = Shares::of(descriptors::raise(), &config);
     let limits = Arc::new(ArcSwap::from_pointee(shares.within(&config.limits)));
     let nodes = Nodes::of(&config, &metrics)?;
@@ -141,6 +170,8 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let name = shown(&public);
     let own_name = config.cluster.as_ref().map_or_else(|| name.clone(), |cluster| cluster.advertise.clone());
+    let port = name.rsplit(':').next().unwrap_or_default();
+    log.name_instance(config.cluster.as_ref().map_or_else(|| format!("{}:{port}", log::host()), |cluster| cluster.advertise.clone()));
     let purge = Purge::new(ladder.clone(), peers, own_name);
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
     let (ready, door) = (AtomicBool::new(false), Door::Clients { relay, purge: purge.clone() });
@@ -148,14 +179,15 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let refusals = usize::try_from(shares.refusals).unwrap_or(usize::MAX);
     let front = |door| Front::new(ladder.clone(), door, limits.clone(), refusals, metrics.clone());
 
-    say(&format!("listening public {name}\nlistening admin {}", shown(&admin_listener)));
+    log.say(&format!("listening public {name}"));
+    log.say(&format!("listening admin {}", shown(&admin_listener)));
     if let Some(peer) = &peer {
-        say(&format!("listening peer {}", shown(peer)));
+        log.say(&format!("listening peer {}", shown(peer)));
     }
     if let Some((address, root, _)) = &embedded {
-        say(&format!("listening origin {address} (embedded, {})", root.display()));
+        log.say(&format!("listening origin {address} (embedded, {})", root.display()));
     }
-    say(&format!("try: curl -F file=@README.md http://{name}/cas"));
+    log.say(&format!("try: curl -F file=@README.md http://{name}/cas"));
 
     let admin_server = tokio::spawn(axum::serve(admin_listener, admin::router(admin.clone())).into_future());
     // Peers first: a node that asks them is one that they can ask.
@@ -166,7 +198,10 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let public = Listening::open("public", front(door), public)?;
     tokio::spawn(refetch(ladder.clone(), rotten));
     tokio::spawn(log_stats(admin.clone(), config.log.stats_interval.get()));
-    tokio::spawn(ask_origin(origin, config.origin.url.to_string()));
+    // The embedded one is here.
+    if embedded.is_none() {
+        tokio::spawn(ask_origin(origin, config.origin.url.to_string()));
+    }
     if let Some(nodes) = &nodes {
         nodes.wait_for_members().await;
     }
@@ -174,50 +209,44 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     shares.tell(&config);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
-    let mut live = Live { config, file, limits: limits.clone(), shares, embedded: embedded.map(|(.., origin)| origin), nodes, log };
-    loop {
-        tokio::select! {
-            _ = signals.hangup.recv() => live.reload(),
-            _ = signals.terminate.recv() => break,
-            _ = signals.interrupt.recv() => break,
+    let secrets = nodes.as_ref().map(|nodes| nodes.secrets.clone());
+    let mut reading = Reading::new(move || {
+        let loaded = config::load::<Castier>(file.as_deref(), config::environment());
+        // With a config that is refused nothing changes.
+        let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
+        (loaded, secrets)
+    });
+    let mut live = Live { config, limits: limits.clone(), shares, embedded: embedded.map(|(.., origin)| origin), nodes, log };
+    while let Told::Reload((loaded, secrets)) = signals.next(&mut reading).await {
+        if let Some(new) = told(loaded) {
+            live.reload(new, secrets);
         }
     }
 
     admin.ready.store(false, Ordering::Relaxed);
     let Live { config, nodes, log, .. } = live;
-    drain(&config, &metrics, nodes.as_ref(), public, peer).await;
-    if let Some(disk) = tiers.disk
-        && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
-    {
-        tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
+    let ending = async {
+        drain(&config, &metrics, nodes.as_ref(), public, peer).await;
+        if let Some(disk) = tiers.disk
+            && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
+        {
+            tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
+        }
+        stop_origin.send_replace(true);
+        admin_server.abort();
+        tracing::info!("bye");
+        log.close().await;
+    };
+    tokio::select! {
+        () = ending => {}
+        () = signals.end() => tracing::warn!("told to end once more: what is in flight is cut, and blobs that wait to be written are not kept"),
     }
-    stop_origin.send_replace(true);
-    admin_server.abort();
-    tracing::info!("bye");
-    log.close().await;
     Ok(())
 }
 
 /// One or more lines on stdout. Nobody listening there is no reason to stop.
 fn say(lines: &str) {
     let _ = writeln!(std::io::stdout(), "{lines}");
-}
-
-/// The signals that mean something.
-struct Signals {
-    hangup: Signal,
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            hangup: signal(SignalKind::hangup())?,
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
 }
 
 async fn bind(key: &str, address: &str) -> Result<TcpListener, String> {
@@ -309,9 +338,10 @@ type Embedded = (SocketAddr, PathBuf, Origin);
 /// Starts the real origin server on a loopback port of its own choosing. It is reached over HTTP like any other.
 async fn embedded_origin(root: &Path, config: &Castier, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Embedded), String> {
     let grace = config.shutdown.grace.get();
+    let root_key = "origin.url (embedded)";
     let (allow_delete, ac_validation) = (config.allow_delete, config.ac_validation);
-    let options = castier_origin::Options { allow_delete, ac_validation, limits: (&config.limits).into(), grace };
-    let origin = Origin::open(root, options).map_err(|error| format!("origin.url: {}: {error}", root.display()))?;
+    let options = castier_origin::Options { allow_delete, ac_validation, limits: (&config.limits).into(), grace, root_key };
+    let origin = Origin::open(root, options).map_err(|error| error.to_string())?;
     let listener = bind("origin.url (embedded)", "127.0.0.1:0").await?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;
     let url = format!("http://{address}").parse().map_err(|error| format!("origin.url: {error}"))?;
@@ -396,10 +426,9 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
 }
 
 /// What a SIGHUP can change.
-struct Live<'a> {
+struct Live {
     /// As it is in force.
     config: Castier,
-    file: Option<&'a Path>,
     limits: Arc<ArcSwap<Limits>>,
     shares: Shares,
     embedded: Option<Origin>,
@@ -407,13 +436,9 @@ struct Live<'a> {
     log: Guard,
 }
 
-impl Live<'_> {
-    /// Re-reads the config: limits, log level, members and secrets change at once, the rest is named in a warning.
-    fn reload(&mut self) {
-        let new = match config::load::<Castier>(self.file, config::environment()) {
-            Ok(loaded) => loaded.config,
-            Err(problems) => return tracing::error!("the config was not reloaded:\n{problems}"),
-        };
+impl Live {
+    /// Takes over what was read: limits, log level and members change at once, as the secrets have, the rest is named in a warning.
+    fn reload(&mut self, new: Castier, secrets: Result<(), String>) {
         let members = self.listed_members(&new);
         let is_live = |key: &String| key.starts_with("limits.") || key == "log.level" || (key == "cluster.peers" && members.is_some());
         let (live, later): (Vec<_>, Vec<_>) = config::changed(&self.config, &new).into_iter().partition(is_live);
@@ -425,8 +450,8 @@ impl Live<'_> {
         }
         self.limits.store(Arc::new(self.shares.within(&new.limits)));
         if let Some(nodes) = &self.nodes {
-            if let Err(why) = nodes.secrets.reload() {
-                tracing::error!("{why}; the secrets stay as they are");
+            if let Err(why) = secrets {
+                tracing::error!(why, "the secrets stay as they are");
             }
             if let (Some(members), Some(cluster)) = (members, &mut self.config.cluster) {
                 nodes.members.set_peers(&members);

@@ -163,6 +163,9 @@ impl Skip {
     }
 }
 
+/// Tells how many log records each sink has dropped so far.
+pub type LogDrops = fn() -> [(&'static str, u64); 2];
+
 /// The series.
 pub struct Metrics {
     registry: Registry,
@@ -216,6 +219,9 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Connections that other nodes have opened to this one.
     pub peer_connections: IntGauge,
+    log_dropped: IntCounterVec,
+    /// How many records each sink has dropped so far.
+    log_drops: OnceLock<LogDrops>,
 }
 
 impl Metrics {
@@ -287,6 +293,8 @@ impl Metrics {
             peer_errors: counter(&r, "castier_peer_errors_total", "Attempts at other nodes of the cluster that failed")?,
             connections: gauge(&r, "castier_connections", "Client connections open")?,
             peer_connections: gauge(&r, "castier_peer_connections", "Connections open from other nodes of the cluster")?,
+            log_dropped: counters(&r, "castier_log_dropped_total", "Log records that a sink did not take in time", &["sink"])?,
+            log_drops: OnceLock::new(),
             registry: r,
         };
         metrics.begin_at_zero();
@@ -321,10 +329,15 @@ impl Metrics {
         }
     }
 
+    /// From now on tells what these have dropped.
+    pub fn follow_log(&self, drops: LogDrops) {
+        self.log_drops.get_or_init(|| drops);
+    }
+
     /// A request was answered. `method` must come from a finite set.
     pub fn request(&self, listener: Listener, method: &str, route: Route, code: u16, served: Served, took: Duration) {
         self.durations[route as usize][served as usize].observe(took.as_secs_f64());
-        let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), code_text(code).as_str()]);
+        let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), code_label(code)]);
         if code == 200 && method == "GET" && route == Route::Blob {
             self.hit_requests[listener as usize].get_or_init(series).inc();
         } else {
@@ -421,8 +434,22 @@ impl Metrics {
             let _alone = self.following.lock();
             evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
         }
+        if let Some(drops) = self.log_drops.get() {
+            let _alone = self.following.lock();
+            for (sink, count) in drops() {
+                let dropped = self.log_dropped.with_label_values(&[sink]);
+                dropped.inc_by(count.saturating_sub(dropped.get()));
+            }
+        }
+        let mut families = self.registry.gather();
+        // The collector knows whole seconds alone.
+        if let Some(cpu) = families.iter_mut().find(|family| family.name() == "process_cpu_seconds_total") {
+            let mut seconds = prometheus::proto::Counter::default();
+            seconds.set_value(cpu_seconds());
+            cpu.mut_metric().iter_mut().for_each(|metric| metric.set_counter(seconds.clone()));
+        }
         let mut text = Vec::new();
-        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+        if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
             tracing::error!(%error, "metrics could not be written");
         }
         String::from_utf8(text).unwrap_or_default()
@@ -450,7 +477,61 @@ fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prome
     add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
 }
 
-/// A status code in text, without an allocation.
-fn code_text(code: u16) -> http::StatusCode {
-    http::StatusCode::from_u16(code).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR)
+/// The processor time that this process has used.
+fn cpu_seconds() -> f64 {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
+}
+
+/// The label of a status: a code that RFC 9110 registers, else its class. An origin may invent hundreds of codes; series must be few.
+fn code_label(code: u16) -> &'static str {
+    const REGISTERED: [(u16, &str); 44] = [
+        (100, "100"),
+        (101, "101"),
+        (200, "200"),
+        (201, "201"),
+        (202, "202"),
+        (203, "203"),
+        (204, "204"),
+        (205, "205"),
+        (206, "206"),
+        (300, "300"),
+        (301, "301"),
+        (302, "302"),
+        (303, "303"),
+        (304, "304"),
+        (305, "305"),
+        (307, "307"),
+        (308, "308"),
+        (400, "400"),
+        (401, "401"),
+        (402, "402"),
+        (403, "403"),
+        (404, "404"),
+        (405, "405"),
+        (406, "406"),
+        (407, "407"),
+        (408, "408"),
+        (409, "409"),
+        (410, "410"),
+        (411, "411"),
+        (412, "412"),
+        (413, "413"),
+        (414, "414"),
+        (415, "415"),
+        (416, "416"),
+        (417, "417"),
+        (421, "421"),
+        (422, "422"),
+        (426, "426"),
+        (500, "500"),
+        (501, "501"),
+        (502, "502"),
+        (503, "503"),
+        (504, "504"),
+        (505, "505"),
+    ];
+    const CLASSES: [&str; 10] = ["0xx", "1xx", "2xx", "3xx", "4xx", "5xx", "6xx", "7xx", "8xx", "9xx"];
+    let registered = REGISTERED.iter().find(|(registered, _)| *registered == code).map(|(_, text)| *text);
+    registered.unwrap_or_else(|| CLASSES.get(usize::from(code / 100)).copied().unwrap_or(CLASSES[0]))
 }

@@ -1,6 +1,7 @@
 //! One access record per request, and the same facts to the metrics.
 
 use crate::metrics::{Listener, Metrics, Route, Served};
+use http::{HeaderMap, Version, header};
 use std::{net::SocketAddr, time::Duration};
 
 /// Stands for a status where the client left before there was one, as in nginx.
@@ -28,20 +29,88 @@ pub struct Record<'a> {
     pub served: Served,
     /// The client.
     pub peer: Option<SocketAddr>,
+    /// What is not known of every request.
+    pub more: More<'a>,
+}
+
+/// What is not known of every request.
+#[derive(Clone, Copy, Default)]
+pub struct More<'a> {
+    /// From the head's arrival to the first byte of the answer.
+    pub first_byte: Option<Duration>,
+    /// The version of HTTP that the client speaks.
+    pub proto: Option<Version>,
+    /// What the client calls itself.
+    pub user_agent: Option<&'a str>,
+    /// Why the response was cut, or failed.
+    pub error: Option<&'a str>,
+}
+
+/// `User-Agent`, if it is text.
+pub fn user_agent(headers: &HeaderMap) -> Option<&str> {
+    str::from_utf8(headers.get(header::USER_AGENT)?.as_bytes()).ok()
+}
+
+/// How much of a path is logged: any that means something to an origin of ours, and not all of what somebody may have made up.
+const LOGGED_PATH: usize = 600;
+/// How much of a client's name for itself is logged.
+const LOGGED_AGENT: usize = 200;
+
+/// The beginning of a text.
+fn beginning(text: &str, most: usize) -> &str {
+    match text.char_indices().nth(most) {
+        Some((end, _)) if text.len() > most => &text[..end],
+        _ => text,
+    }
+}
+
+/// A `Cache-Status` of ours in the words of a record: `cache`, `tier`, `source`.
+fn words(cache_status: &str) -> (Option<&'static str>, Option<&'static str>, Option<&'static str>) {
+    let (mut cache, mut tier, mut source) = (None, None, None);
+    for part in cache_status.split("; ").skip(1) {
+        match part {
+            "hit" => cache = Some("hit"),
+            "fwd=bypass" => cache = Some("bypass"),
+            "collapsed" => cache = Some("collapsed"),
+            "fwd=uri-miss" | "fwd=request" => cache = Some("miss"),
+            "detail=memory" => tier = Some("memory"),
+            "detail=mirror" => tier = Some("mirror"),
+            "detail=disk" => tier = Some("disk"),
+            "detail=origin" => source = Some("origin"),
+            "detail=peer" => source = Some("peer"),
+            _ => {}
+        }
+    }
+    (cache, tier, source)
 }
 
 impl Record<'_> {
     /// Counts it, and writes the record if anybody listens.
     pub fn log(&self, metrics: &Metrics) {
         metrics.request(self.listener, method_label(self.method), self.route, self.code, self.served, self.took);
-        let duration_ms = self.took.as_micros() as f64 / 1000.0;
-        let (method, path, status, bytes, cache) = (self.method, self.path, self.code, self.bytes, self.cache);
-        let peer = self.peer.map(tracing::field::display);
         // Every node asks every other each second how it is.
-        if self.route == Route::Control {
-            tracing::debug!(target: "castier::access", method, path, status, bytes, duration_ms, cache, peer);
+        let control = self.route == Route::Control;
+        if (control && tracing::enabled!(target: "castier::access", tracing::Level::DEBUG))
+            || (!control && tracing::enabled!(target: "castier::access", tracing::Level::INFO))
+        {
+            self.write(control);
+        }
+    }
+
+    fn write(&self, control: bool) {
+        let milliseconds = |duration: Duration| duration.as_micros() as f64 / 1000.0;
+        let (duration_ms, first_byte_ms) = (milliseconds(self.took), self.more.first_byte.map(milliseconds));
+        let (method, path, status, bytes) = (self.method, beginning(self.path, LOGGED_PATH), self.code, self.bytes);
+        let (cache, tier, source) = words(self.cache);
+        // The origin alone answers what goes past the cache.
+        let source = if cache == Some("bypass") { Some("origin") } else { source };
+        let client = self.peer.map(|peer| tracing::field::display(peer.ip()));
+        let (proto, error) = (self.more.proto.map(tracing::field::debug), self.more.error);
+        let user_agent = self.more.user_agent.map(|agent| beginning(agent, LOGGED_AGENT));
+        if control {
+            tracing::debug!(target: "castier::access", method, path, status, bytes, duration_ms, first_byte_ms, cache, tier, source, client, proto, user_agent, error);
         } else {
-            tracing::info!(target: "castier::access", method, path, status, bytes, duration_ms, cache, peer);
+            tracing::info!(target: "castier::access", method, path, status, bytes, duration_ms, first_byte_ms, cache, tier, source, client, proto, user_agent, error);
         }
     }
 }
@@ -50,4 +119,24 @@ impl Record<'_> {
 fn method_label(method: &str) -> &'static str {
     const KNOWN: [&str; 7] = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH"];
     KNOWN.into_iter().find(|known| *known == method).unwrap_or("OTHER")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cache_status_in_words() {
+        for (status, expected) in [
+            ("castier; hit; detail=memory", (Some("hit"), Some("memory"), None)),
+            ("castier; hit; detail=validator", (Some("hit"), None, None)),
+            ("castier; fwd=uri-miss; stored; detail=origin", (Some("miss"), None, Some("origin"))),
+            ("castier; fwd=uri-miss; stored; collapsed; detail=peer", (Some("collapsed"), None, Some("peer"))),
+            ("castier; fwd=bypass", (Some("bypass"), None, None)),
+            ("", (None, None, None)),
+        ] {
+            assert_eq!(words(status), expected, "{status}");
+        }
+        assert_eq!((beginning("äöü", 2), beginning("äöü", 3), beginning("ab", 9)), ("äö", "äöü", "ab"));
+    }
 }

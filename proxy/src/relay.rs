@@ -79,6 +79,8 @@ impl Relay {
 struct Passage {
     started: Instant,
     failed: bool,
+    /// Why, for the record.
+    error: Option<String>,
 }
 
 #[async_trait]
@@ -86,7 +88,7 @@ impl ProxyHttp for Rules {
     type CTX = Passage;
 
     fn new_ctx(&self) -> Passage {
-        Passage { started: Instant::now(), failed: false }
+        Passage { started: Instant::now(), failed: false, error: None }
     }
 
     fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
@@ -171,13 +173,14 @@ impl ProxyHttp for Rules {
         let fault = self.origin.fault(error);
         use pingora::ErrorType::{ConnectionClosed, ReadError, WriteError};
         let downstream = error.esource == pingora::ErrorSource::Downstream;
+        ctx.error = Some(if downstream { "the client left, or sent a malformed body".to_owned() } else { fault.to_string() });
         if session.response_written().is_some() || (downstream && matches!(error.etype, ConnectionClosed | ReadError | WriteError)) {
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
         }
         let reply = if downstream {
             Reply::error(http::StatusCode::BAD_REQUEST, "malformed request body")
         } else {
-            tracing::warn!(%fault, "relay failed");
+            tracing::warn!(%fault, "a request could not be relayed to the origin; its client was told so");
             match fault {
                 Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
                 _ => Reply::fault(&fault),
@@ -206,6 +209,12 @@ impl ProxyHttp for Rules {
             cache: "castier; fwd=bypass",
             served: if failed || code >= 400 { Served::Error } else { Served::Miss },
             peer: session.client_addr().and_then(|address| address.as_inet()).copied(),
+            more: record::More {
+                proto: Some(request.version),
+                user_agent: record::user_agent(&request.headers),
+                error: ctx.error.as_deref().or_else(|| failed.then_some("cut before its end")),
+                ..record::More::default()
+            },
         };
         done.log(&self.metrics);
     }

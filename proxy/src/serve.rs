@@ -220,10 +220,16 @@ impl Reply {
             Fault::BadRequest(why) => (StatusCode::BAD_REQUEST, why.clone()),
             Fault::TooLarge { limit } => (StatusCode::PAYLOAD_TOO_LARGE, format!("larger than the limit of {limit} bytes")),
             Fault::OriginRefusesSize => (StatusCode::PAYLOAD_TOO_LARGE, "larger than the origin takes".into()),
-            Fault::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the source cannot be reached, and the request needs it".into()),
-            Fault::Unusable { .. } => (StatusCode::BAD_GATEWAY, "the source gave an unusable answer, and the request needs one".into()),
-            Fault::Corrupt { .. } => (StatusCode::BAD_GATEWAY, "the source sent bytes that do not match the digest".into()),
-            Fault::Silent { .. } => (StatusCode::GATEWAY_TIMEOUT, "the source was silent for too long".into()),
+            Fault::Unreachable { source_name, .. } => {
+                (StatusCode::BAD_GATEWAY, format!("the {source_name} cannot be reached, and the request needs it"))
+            }
+            Fault::Unusable { source_name, .. } => {
+                (StatusCode::BAD_GATEWAY, format!("the {source_name} gave an unusable answer, and the request needs one"))
+            }
+            Fault::Corrupt { source_name, .. } => {
+                (StatusCode::BAD_GATEWAY, format!("the {source_name} sent bytes that do not match the digest"))
+            }
+            Fault::Silent { source_name, .. } => (StatusCode::GATEWAY_TIMEOUT, format!("the {source_name} was silent for too long")),
             Fault::Busy(Limit::Origin) => (StatusCode::SERVICE_UNAVAILABLE, "the origin is over a limit; try again".into()),
             Fault::Busy(limit) => (StatusCode::SERVICE_UNAVAILABLE, format!("over the limit on {limit}; try again")),
             Fault::OriginFull => (StatusCode::INSUFFICIENT_STORAGE, "the origin has no room for the blob".into()),

@@ -51,7 +51,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("moka", &["disk", "memory"]),
     ("crc_fast", &["disk"]),
     ("crossbeam_channel", &["disk"]),
-    ("rustix", &["buffer", "descriptors", "disk", "main"]),
+    ("rustix", &["buffer", "descriptors", "disk", "main", "metrics"]),
     // The last two in their tests alone.
     ("tempfile", &["buffer", "disk", "spool", "secret", "upstream"]),
     ("axum", &["admin", "main"]),

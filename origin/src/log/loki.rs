@@ -1,133 +1,347 @@
-//! Shipping records to Loki within a bound.
+//! Shipping records to Loki: batches over HTTP, sent again until Loki has them or refuses them, out of a queue bounded in bytes.
 //!
-//! `tracing-loki` keeps what it could not send, without limit, and waits without limit for an answer. So it is used in
-//! short lives: one layer and its task take at most [`LIFE`] records; then fresh ones take over, and the old task gets
-//! [`PATIENCE`] to send what it still has. With Loki away that makes two lives' worth of records, and then records drop.
+//! Who does what:
+//! 1. A thread with a record calls [`Queue::send`]: it takes its bytes out of `log.loki.buffer`, or counts the record as dropped.
+//! 2. The task collects a batch, until `log.loki.batch` is reached or `log.loki.wait` is over, and encodes it once.
+//! 3. It sends the batch. Taken, or refused for good: the bytes go back to the buffer, and the next batch is collected.
+//!    429, 5xx, silence or no connection: the same batch again after a pause. Meanwhile records wait in the queue.
 
-use parking_lot::RwLock;
+use super::{Sink, dropped, line::level_name};
+use castier_config::Loki;
+use loki_api::{
+    logproto::{EntryAdapter, PushRequest, StreamAdapter},
+    prost::Message as _,
+    prost_types::Timestamp,
+};
+use reqwest::{Client, StatusCode, Url, header, redirect};
 use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tokio::{
-    sync::{Notify, oneshot},
+    sync::{
+        mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+        watch,
+    },
     task::JoinHandle,
+    time::{Instant, sleep, sleep_until, timeout},
 };
-use tracing::{
-    Event, Subscriber,
-    span::{Attributes, Id, Record},
-};
-use tracing_loki::{BackgroundTask, url::Url};
-use tracing_subscriber::{layer::Context, registry::LookupSpan};
+use tokio_util::sync::CancellationToken;
+use tracing::Level;
 
-/// Records that one life may take: some 16 MiB.
-const LIFE: usize = 16_384;
-/// How long an outgoing task may go on sending.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The first pause after a batch that did not arrive; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// The longest.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// The pause once the program is ending.
+const LAST_PAUSE: Duration = Duration::from_millis(100);
 /// How long the end of the program may wait for Loki.
-const LAST_PATIENCE: Duration = Duration::from_secs(2);
+const LAST: Duration = Duration::from_secs(2);
+/// How long the first batch waits for the name of this instance, which is known when the listeners are.
+const NAMED_WITHIN: Duration = Duration::from_secs(5);
+/// What a record takes in the queue beside its line.
+const RECORD: usize = 64;
+/// What a record takes in a batch beside its line: timestamp, tags and lengths.
+const FRAMING: usize = 24;
+/// How much of Loki's explanation is logged.
+const EXPLANATION: usize = 300;
+/// The client's own libraries. What they say while a batch is sent would be the next batch.
+const OWN_CLIENT: [&str; 5] = ["hyper", "reqwest", "rustls", "h2", "tower"];
 
-/// What the layer and the shipper share.
-struct Desk {
-    /// Dropping a layer tells its task to finish. None once the program ends.
-    current: RwLock<Option<tracing_loki::Layer>>,
-    /// Records that the current life may still take.
-    left: AtomicUsize,
-    /// Rung when none is left.
-    used_up: Notify,
+/// A record.
+struct Entry {
+    at: SystemTime,
+    level: Level,
+    line: Box<str>,
 }
 
-/// Hands records to the current life.
-pub(super) struct Layer(Arc<Desk>);
-
-/// The task that looks after the lives.
-pub(super) struct Shipper {
-    stop: oneshot::Sender<()>,
-    task: JoinHandle<()>,
+/// How much waits.
+struct Waiting {
+    bytes: AtomicUsize,
+    records: AtomicU64,
 }
 
-/// Starts shipping to the Loki at `url`.
-pub(super) fn ship(url: &str, program: &str) -> Result<(Layer, Shipper), String> {
-    let url = Url::parse(url).map_err(|e| e.to_string())?;
-    let program = program.to_owned();
-    let live = move || {
-        tracing_loki::builder().label("program", &program).and_then(|builder| builder.build_url(url.clone())).map_err(|e| e.to_string())
-    };
-    let (layer, task) = live()?;
-    let desk = Arc::new(Desk { current: RwLock::new(Some(layer)), left: AtomicUsize::new(LIFE), used_up: Notify::new() });
-    let (stop, stopped) = oneshot::channel();
-    let task = tokio::spawn(look_after(Arc::clone(&desk), task, live, stopped));
-    Ok((Layer(desk), Shipper { stop, task }))
+/// Takes records. Never waits.
+pub(super) struct Queue {
+    sender: UnboundedSender<Entry>,
+    waiting: Arc<Waiting>,
+    most: usize,
 }
 
-async fn look_after(
-    desk: Arc<Desk>,
-    mut task: BackgroundTask,
-    live: impl Fn() -> Result<(tracing_loki::Layer, BackgroundTask), String>,
-    mut stopped: oneshot::Receiver<()>,
-) {
-    loop {
-        tokio::select! {
-            () = &mut task => {}
-            () = desk.used_up.notified() => {}
-            _ = &mut stopped => {
-                desk.current.write().take();
-                tokio::time::timeout(LAST_PATIENCE, task).await.ok();
-                return;
-            }
+impl Queue {
+    /// Takes a record, or counts it as dropped.
+    pub(super) fn send(&self, at: SystemTime, level: Level, target: &str, line: &str) {
+        if OWN_CLIENT.iter().any(|library| target.starts_with(library)) {
+            return;
         }
-        // What could be built once can be built again; if not, there is no more shipping, and stderr has everything.
-        let Ok((layer, next)) = live() else { return };
-        *desk.current.write() = Some(layer);
-        desk.left.store(LIFE, Relaxed);
-        let old = std::mem::replace(&mut task, next);
-        let sent = tokio::time::timeout(PATIENCE, old);
-        tokio::pin!(sent);
-        // The new task runs beside the old one; its layer's own queue is short.
-        tokio::select! {
-            _ = &mut sent => {}
-            () = &mut task => {}
-            _ = &mut stopped => {
-                desk.current.write().take();
-                tokio::time::timeout(LAST_PATIENCE, async { tokio::join!(sent, task) }).await.ok();
-                return;
-            }
+        let line = line.trim_end();
+        let size = line.len() + RECORD;
+        if self.waiting.bytes.fetch_add(size, Relaxed) + size > self.most {
+            self.waiting.bytes.fetch_sub(size, Relaxed);
+            return dropped(Sink::Loki, 1);
+        }
+        self.waiting.records.fetch_add(1, Relaxed);
+        if self.sender.send(Entry { at, level, line: line.into() }).is_err() {
+            self.waiting.done(size, 1);
+            dropped(Sink::Loki, 1);
         }
     }
+}
+
+impl Waiting {
+    fn done(&self, bytes: usize, records: u64) {
+        self.bytes.fetch_sub(bytes, Relaxed);
+        self.records.fetch_sub(records, Relaxed);
+    }
+}
+
+/// The task that sends, and how to end it.
+pub(super) struct Shipper {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+    waiting: Arc<Waiting>,
+    instance: watch::Sender<Option<String>>,
 }
 
 impl Shipper {
-    /// Sends what there is, within a moment.
-    pub(super) async fn close(self) {
-        self.stop.send(()).ok();
-        self.task.await.ok();
+    /// Starts shipping to the Loki at `url`.
+    pub(super) fn start(url: &str, settings: &Loki, program: &str) -> Result<(Queue, Self), String> {
+        let mut url = Url::parse(url).map_err(|error| error.to_string())?;
+        let path = url.path().trim_end_matches('/').trim_end_matches("/loki/api/v1/push");
+        let path = format!("{path}/loki/api/v1/push");
+        url.set_path(&path);
+        let client = Client::builder().redirect(redirect::Policy::none()).timeout(settings.timeout.get()).build();
+        let (sender, receiver) = unbounded_channel();
+        let waiting = Arc::new(Waiting { bytes: AtomicUsize::new(0), records: AtomicU64::new(0) });
+        let (stop, (instance, named)) = (CancellationToken::new(), watch::channel(None));
+        let task = Task {
+            client: client.map_err(|error| error.to_string())?,
+            url,
+            settings: settings.clone(),
+            job: program.to_owned(),
+            named,
+            stop: stop.clone(),
+            waiting: Arc::clone(&waiting),
+            away: false,
+        };
+        let most = usize::try_from(settings.buffer.get()).unwrap_or(usize::MAX);
+        let queue = Queue { sender, waiting: Arc::clone(&waiting), most };
+        Ok((queue, Self { stop, task: tokio::spawn(task.run(receiver)), waiting, instance }))
+    }
+
+    /// Says which instance this is.
+    pub(super) fn name_instance(&self, name: String) {
+        self.instance.send_replace(Some(name));
+    }
+
+    /// Sends what waits, within a moment; with nothing waiting, at once.
+    pub(super) async fn close(mut self) {
+        self.stop.cancel();
+        if timeout(LAST, &mut self.task).await.is_err() {
+            self.task.abort();
+            let lost = self.waiting.records.load(Relaxed);
+            dropped(Sink::Loki, lost);
+            tracing::warn!(lost, "Loki did not take the last records in time; they are on stderr alone");
+        }
     }
 }
 
-impl<S: Subscriber + for<'a> LookupSpan<'a>> tracing_subscriber::Layer<S> for Layer {
-    fn on_new_span(&self, attrs: &Attributes<'_>, id: &Id, ctx: Context<'_, S>) {
-        if let Some(layer) = self.0.current.read().as_ref() {
-            layer.on_new_span(attrs, id, ctx);
+/// Records that leave together.
+#[derive(Default)]
+struct Batch {
+    streams: BTreeMap<Level, Vec<EntryAdapter>>,
+    records: u64,
+    /// Bytes of the batch, before they are compressed.
+    size: usize,
+    /// Bytes of the queue.
+    weight: usize,
+}
+
+impl Batch {
+    fn add(&mut self, Entry { at, level, line }: Entry) {
+        self.records += 1;
+        self.size += line.len() + FRAMING;
+        self.weight += line.len() + RECORD;
+        let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (seconds, nanos) = (i64::try_from(since.as_secs()).unwrap_or(i64::MAX), i32::try_from(since.subsec_nanos()).unwrap_or(0));
+        self.streams.entry(level).or_default().push(EntryAdapter { timestamp: Some(Timestamp { seconds, nanos }), line: line.into() });
+    }
+}
+
+/// How a batch fared.
+enum Sent {
+    Taken,
+    /// It will never be taken.
+    Refused(String),
+    /// It may be taken later.
+    Later(String),
+}
+
+struct Task {
+    client: Client,
+    url: Url,
+    settings: Loki,
+    job: String,
+    named: watch::Receiver<Option<String>>,
+    stop: CancellationToken,
+    waiting: Arc<Waiting>,
+    /// Loki did not take the last batch.
+    away: bool,
+}
+
+impl Task {
+    async fn run(mut self, mut receiver: UnboundedReceiver<Entry>) {
+        let most = usize::try_from(self.settings.batch.get()).unwrap_or(usize::MAX);
+        // The first record of the next batch, where it did not fit into the last.
+        let mut left_over = None;
+        loop {
+            let first = match left_over.take() {
+                Some(entry) => Some(entry),
+                None => self.next(&mut receiver, None).await,
+            };
+            // Nothing comes, and nothing is left: the program ends.
+            let Some(first) = first else { return };
+            let mut batch = Batch::default();
+            batch.add(first);
+            let leave = Instant::now() + self.settings.wait.get();
+            while let Some(entry) = self.next(&mut receiver, Some(leave)).await {
+                if batch.size + entry.line.len() + FRAMING > most {
+                    left_over = Some(entry);
+                    break;
+                }
+                batch.add(entry);
+            }
+            self.deliver(batch).await;
         }
     }
 
-    fn on_record(&self, id: &Id, values: &Record<'_>, ctx: Context<'_, S>) {
-        if let Some(layer) = self.0.current.read().as_ref() {
-            layer.on_record(id, values, ctx);
+    /// The next record; none if it does not come by `leave`, or if the program ends and there is none.
+    async fn next(&self, receiver: &mut UnboundedReceiver<Entry>, leave: Option<Instant>) -> Option<Entry> {
+        let late = async {
+            match leave {
+                Some(leave) => sleep_until(leave).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            entry = receiver.recv() => entry,
+            () = self.stop.cancelled() => None,
+            () = late => None,
         }
     }
 
-    fn on_event(&self, event: &Event<'_>, ctx: Context<'_, S>) {
-        match self.0.left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)) {
-            Ok(1) => self.0.used_up.notify_one(),
-            Ok(_) => {}
-            Err(_) => return,
+    /// Sends a batch until Loki has it or refuses it for good.
+    async fn deliver(&mut self, batch: Batch) {
+        let Batch { streams, records, weight, .. } = batch;
+        let body = self.encode(streams).await;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.send(body.clone()).await {
+                Sent::Taken => {
+                    if std::mem::take(&mut self.away) {
+                        tracing::info!("Loki takes records again");
+                    }
+                    break;
+                }
+                Sent::Refused(why) => {
+                    dropped(Sink::Loki, records);
+                    tracing::warn!(records, why, "Loki refused a batch of records for good; they are on stderr alone");
+                    break;
+                }
+                Sent::Later(why) => {
+                    if !std::mem::replace(&mut self.away, true) {
+                        tracing::warn!(why, "Loki takes no records; they wait, up to log.loki.buffer, until it does");
+                    }
+                }
+            }
+            if self.stop.is_cancelled() {
+                // `close` says when to give up.
+                sleep(LAST_PAUSE).await;
+                continue;
+            }
+            tokio::select! {
+                () = sleep(spread(pause)) => {}
+                () = self.stop.cancelled() => {}
+            }
+            pause = (2 * pause).min(LONGEST_PAUSE);
         }
-        if let Some(layer) = self.0.current.read().as_ref() {
-            layer.on_event(event, ctx);
-        }
+        self.waiting.done(weight, records);
     }
+
+    /// A push request, compressed. Waits for this instance to have its name.
+    async fn encode(&mut self, streams: BTreeMap<Level, Vec<EntryAdapter>>) -> bytes::Bytes {
+        tokio::select! {
+            _ = timeout(NAMED_WITHIN, self.named.wait_for(Option::is_some)) => {}
+            () = self.stop.cancelled() => {}
+        }
+        let instance = self.named.borrow().clone().unwrap_or_else(super::host);
+        let streams = streams.into_iter().map(|(level, entries)| StreamAdapter { labels: self.labels(&instance, level), entries, hash: 0 });
+        let encoded = PushRequest { streams: streams.collect() }.encode_to_vec();
+        // Only more than 4 GiB cannot be compressed.
+        snap::raw::Encoder::new().compress_vec(&encoded).unwrap_or_default().into()
+    }
+
+    /// `{job="castier",instance="…",level="info"}`, and what is configured.
+    fn labels(&self, instance: &str, level: Level) -> String {
+        let mut labels = BTreeMap::from([("job", &*self.job), ("instance", instance)]);
+        labels.extend(self.settings.labels.0.iter().map(|(name, value)| (&**name, &**value)));
+        labels.insert("level", level_name(level));
+        let mut text = String::from("{");
+        for (name, value) in labels {
+            let comma = if text.len() > 1 { "," } else { "" };
+            // As Go quotes, which for these characters is as Rust does.
+            let value: String = value.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+            write!(text, "{comma}{name}=\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\"")).ok();
+        }
+        text.push('}');
+        text
+    }
+
+    async fn send(&self, body: bytes::Bytes) -> Sent {
+        let mut request = self
+            .client
+            .post(self.url.clone())
+            .header(header::CONTENT_TYPE, "application/x-protobuf")
+            .header(header::CONTENT_ENCODING, "snappy")
+            .body(body);
+        if !self.settings.tenant.is_empty() {
+            request = request.header("X-Scope-OrgID", &self.settings.tenant);
+        }
+        let mut response = match request.send().await {
+            Ok(response) => response,
+            Err(error) => return Sent::Later(explain(error)),
+        };
+        let status = response.status();
+        if status.is_success() {
+            return Sent::Taken;
+        }
+        let mut explanation = Vec::new();
+        while explanation.len() < EXPLANATION
+            && let Ok(Some(part)) = response.chunk().await
+        {
+            explanation.extend_from_slice(&part);
+        }
+        explanation.truncate(EXPLANATION);
+        let why = format!("{status}: {}", String::from_utf8_lossy(&explanation).trim());
+        if status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error() { Sent::Later(why) } else { Sent::Refused(why) }
+    }
+}
+
+/// An error with its causes, without the address, which may hold a password.
+fn explain(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+/// A pause that is not the same on every node.
+fn spread(pause: Duration) -> Duration {
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().subsec_nanos();
+    pause.mul_f64(0.8 + 0.2 * f64::from(nanos % 1000) / 1000.0)
 }

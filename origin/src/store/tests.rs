@@ -3,7 +3,7 @@ use std::{ops::Range, thread};
 
 fn store() -> (tempfile::TempDir, Arc<Store>) {
     let dir = tempfile::tempdir().unwrap();
-    let store = Arc::new(Store::open(dir.path()).unwrap());
+    let store = Arc::new(Store::open(dir.path(), "store.root").unwrap());
     store.count().unwrap();
     (dir, store)
 }
@@ -124,11 +124,11 @@ fn many_writers_of_one_blob_make_it_once() {
 fn counting_beside_traffic_is_exact() {
     let dir = tempfile::tempdir().unwrap();
     {
-        let store = Arc::new(Store::open(dir.path()).unwrap());
+        let store = Arc::new(Store::open(dir.path(), "store.root").unwrap());
         (0..100u32).for_each(|i| assert!(put(&store, Verifier::any(), &i.to_be_bytes()).unwrap().new));
         assert_eq!(totals(&store), (0, 0), "nothing is known before the count");
     }
-    let store = Arc::new(Store::open(dir.path()).unwrap());
+    let store = Arc::new(Store::open(dir.path(), "store.root").unwrap());
     thread::scope(|scope| {
         scope.spawn(|| store.count().unwrap());
         scope.spawn(|| (50..200u32).for_each(|i| assert_eq!(put(&store, Verifier::any(), &i.to_be_bytes()).unwrap().new, i >= 100)));
@@ -142,14 +142,14 @@ fn one_process_per_root_and_no_left_overs() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("tmp")).unwrap();
     fs::write(dir.path().join("tmp/upload-abc"), "half").unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = Store::open(dir.path(), "store.root").unwrap();
     assert_eq!(temp_files(&store), 0);
     fs::write(dir.path().join("tmp/upload-def"), "half").unwrap();
-    let refused = Store::open(dir.path()).map(drop).unwrap_err().to_string();
+    let refused = Store::open(dir.path(), "store.root").map(drop).unwrap_err().to_string();
     assert!(refused.contains("another process is using it") && refused.contains(dir.path().to_str().unwrap()), "{refused}");
     assert_eq!(temp_files(&store), 1, "a refused start must not touch the uploads of the one who holds the root");
     drop(store);
-    Store::open(dir.path()).unwrap();
+    Store::open(dir.path(), "store.root").unwrap();
 }
 
 #[test]

@@ -96,10 +96,11 @@ fn a_full_disk_is_told_and_survived() {
 #[test]
 fn one_process_per_root() {
     let node = Node::start();
-    let second = binary().args(["--listen", "127.0.0.1:0", "--root"]).arg(&node.root).output().unwrap();
+    let second =
+        binary().args(["--listen", "127.0.0.1:0", "--root"]).arg(&node.root).env("CASTIER_LISTEN__ADMIN", "127.0.0.1:0").output().unwrap();
     let text = String::from_utf8(second.stderr).unwrap();
     assert_eq!(second.status.code(), Some(1), "{text}");
-    let told: Vec<_> = text.lines().filter(|line| line.starts_with("castier-origin:")).collect();
+    let told: Vec<_> = text.lines().filter(|line| line.contains(" level=error ")).collect();
     assert!(told.len() == 1 && told[0].contains("another process") && told[0].contains(node.root.to_str().unwrap()), "{text}");
     assert_eq!(node.put(b"still works"), 201);
 }

@@ -5,6 +5,7 @@ mod contract;
 mod durability;
 mod empty;
 mod entries;
+mod loki;
 mod process;
 mod support;
 mod uploads;

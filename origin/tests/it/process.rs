@@ -58,16 +58,13 @@ fn what_prevents_a_start_is_named_in_one_line() {
 }
 
 #[test]
-fn a_default_admin_port_that_is_taken_is_no_obstacle() {
+fn a_default_admin_port_that_is_taken_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     // Whoever has the port, this test or another program: it is taken.
     let _taken = TcpListener::bind("127.0.0.1:9001");
-    let mut command = binary();
-    command.args(["--listen", "127.0.0.1:0", "--root"]).arg(dir.path());
-    let node = Node::run(command, dir.path());
-    assert_ne!(node.admin.port(), 9001);
-    assert_eq!(ask(node.admin, "GET", "/healthz", &[], b"").status, 200);
-    wait_for("a warning", || node.log().contains("listen.admin").then_some(()));
+    let (code, out, err) = run(&["--listen", "127.0.0.1:0", "--root", dir.path().to_str().unwrap()], &[]);
+    assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+    assert!(err.lines().count() == 1 && err.contains("listen.admin 127.0.0.1:9001 is taken"), "{err}");
 }
 
 #[test]
@@ -138,7 +135,7 @@ fn sighup_changes_what_can_change_and_names_the_rest() {
     // A broken file changes nothing. Its complaint is written after the record of the request above would have been.
     fs::write(&file, "nonsense").unwrap();
     node.signal("HUP");
-    let log = wait_for("a complaint", || Some(node.log()).filter(|log| log.contains("was not re-read")));
+    let log = wait_for("a complaint", || Some(node.log()).filter(|log| log.contains("was not read again")));
     assert_eq!(records(&log), before, "the level is warn");
     assert_eq!(node.put(&blob(2000, 33)), 413);
 }
@@ -183,25 +180,104 @@ fn every_request_leaves_one_record() {
         (&record["method"], &record["path"], &record["status"], &record["bytes"]),
         (&"GET".into(), &path.into(), &200.into(), &1000.into())
     );
-    assert!(record["duration"].is_f64() && record["peer"].as_str().unwrap().starts_with("127.0.0.1:"), "{record}");
+    let (took, first) = (record["duration_ms"].as_f64().unwrap(), record["first_byte_ms"].as_f64().unwrap());
+    assert!(first > 0.0 && first <= took, "{record}");
+    assert_eq!((&record["client"], &record["proto"]), (&"127.0.0.1".into(), &"HTTP/1.1".into()));
 }
 
 #[test]
-fn loki_gets_the_records_and_its_absence_harms_nobody() {
-    let loki = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", loki.local_addr().unwrap());
-    let mut node = Node::with(&[("CASTIER_LOG__LOKI_URL", &url)]);
-    assert_eq!(node.put(b"for loki"), 201);
-    let (stream, _) = loki.accept().unwrap();
-    stream.set_read_timeout(Some(DEADLINE)).unwrap();
-    let mut request = String::new();
-    BufReader::new(&stream).read_line(&mut request).unwrap();
-    assert!(request.starts_with("POST /loki/api/v1/push "), "{request}");
-    // Now it is gone, and the rest is as ever.
-    drop((stream, loki));
-    for _ in 0..100 {
-        assert_eq!(node.put(b"for loki"), 200);
+fn every_line_is_a_record_and_says_what_it_says_safely() {
+    let node = Node::with(&[("CASTIER_LOG__LEVEL", "info,access=off")]);
+    assert_eq!(node.ask("GET", "/", &[], b"").status, 404);
+    node.signal("HUP");
+    wait_for("a record", || node.log().contains("was re-read").then_some(()));
+    assert!(!node.log().contains("path="), "access=off: {}", node.log());
+    drop(node);
+
+    let node = Node::start();
+    let agent = "User-Agent: a \"b\" c=d\u{9b}2J\u{202e}";
+    assert_eq!(node.ask("GET", "/x=1", &[agent], b"").status, 404);
+    let log = wait_for("the record", || Some(node.log()).filter(|log| log.contains("user_agent")));
+    for line in log.lines() {
+        assert!(line.starts_with("ts=") && line.contains(" level=") && line.contains(" target="), "{line}");
     }
+    let record = log.lines().find(|line| line.contains("user_agent")).unwrap();
+    for part in
+        [" path=\"/x=1\" ", " status=404 ", " proto=HTTP/1.1 ", " user_agent=\"a \\\"b\\\" c=d\\u009b2J\\u202e\"", " client=127.0.0.1 "]
+    {
+        assert!(record.contains(part), "{part} in {record}");
+    }
+
+    for (args, code) in [(["--root", "/proc/none"], 1), (["--config", "/proc"], 2)] {
+        let (ended, _, err) = run(
+            &args,
+            &[("CASTIER_LOG__FORMAT", "json"), ("CASTIER_LISTEN__ADMIN", "127.0.0.1:0"), ("CASTIER_LISTEN__PUBLIC", "127.0.0.1:0")],
+        );
+        assert_eq!(ended, Some(code), "{err}");
+        let record: serde_json::Value = serde_json::from_str(err.trim()).unwrap();
+        assert_eq!((&record["level"], &record["target"]), (&"error".into(), &"castier-origin".into()), "{err}");
+    }
+}
+
+#[test]
+fn a_second_signal_ends_at_once_and_others_do_nothing() {
+    let mut node = Node::with(&[("CASTIER_SHUTDOWN__GRACE", "60s")]);
+    for signal in ["USR1", "USR2"] {
+        node.signal(signal);
+    }
+    // Under way for as long as the grace allows.
+    let mut stream = connect(node.clients);
+    stream.write_all(&head("PUT", &blob_path(&Digest::of(b"")), &[], Some(1000))).unwrap();
+    wait_for("the request to be under way", || (ask(node.clients, "GET", "/", &[], b"").status == 404).then_some(()));
+    node.signal("TERM");
+    wait_for("unready", || (ask(node.admin, "GET", "/readyz", &[], b"").status == 503).then_some(()));
+    assert!(node.child.try_wait().unwrap().is_none(), "{}", node.log());
+    let start = std::time::Instant::now();
+    node.signal("INT");
+    assert_eq!(node.exit().code(), Some(0));
+    assert!(start.elapsed().as_secs() < 10, "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_configuration_that_is_a_pipe_holds_up_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, root) = (dir.path().join("origin.toml"), dir.path().join("root"));
+    fs::write(&file, "").unwrap();
+    let mut command = binary();
+    command
+        .arg("--config")
+        .arg(&file)
+        .arg("--root")
+        .arg(&root)
+        .args(["--listen", "127.0.0.1:0"])
+        .env("CASTIER_LISTEN__ADMIN", "127.0.0.1:0");
+    let mut node = Node::run(command, &root);
+    fs::remove_file(&file).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
+    node.signal("HUP");
+    wait_for("a complaint", || node.log().contains("it is not a regular file").then_some(()));
+    assert_eq!(node.put(b"still here"), 201);
     node.signal("TERM");
     assert_eq!(node.exit().code(), Some(0));
+    let (code, _, err) = run(&["--check-config", "--config", file.to_str().unwrap()], &[]);
+    assert!(code == Some(2) && err.contains("it is not a regular file"), "{err}");
+}
+
+#[test]
+fn health_is_an_exit_code() {
+    let node = Node::start();
+    let ask = |url: &str| run(&["--health", url], &[]).0;
+    assert_eq!(ask(&format!("http://{}/healthz", node.admin)), Some(0));
+    assert_eq!(ask(&format!("http://{}", node.admin)), Some(0));
+    assert_eq!(ask(&format!("http://{}/nothing", node.admin)), Some(1));
+    assert_eq!(ask("http://127.0.0.1:1/healthz"), Some(1));
+    assert_eq!(ask("nonsense"), Some(1));
+}
+
+#[test]
+fn labels_and_processor_time_are_as_promised() {
+    let node = Node::start();
+    node.ask("GET", &format!("/cas/{}", "0".repeat(64)), &["Range: bytes=1-"], b"");
+    assert!(node.metric("process_cpu_seconds_total").fract() > 0.0);
+    assert_eq!(node.metric("castier_origin_log_dropped_total{sink=\"stderr\"}"), 0.0);
 }

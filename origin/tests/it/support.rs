@@ -76,10 +76,10 @@ impl Node {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut address = |what: &str| -> SocketAddr {
             let line = lines.next().and_then(Result::ok).unwrap_or_else(|| panic!("{}", fs::read_to_string(&log).unwrap()));
-            assert!(line.contains(what), "{line}");
-            line.split("http://").nth(1).unwrap().split(['/', ',']).next().unwrap().parse().unwrap()
+            let behind = line.split(what).nth(1).unwrap_or_else(|| panic!("{line}"));
+            behind.split([' ', '"']).next().unwrap().parse().unwrap()
         };
-        let (clients, admin) = (address("clients on"), address("admin on"));
+        let (clients, admin) = (address("listening public "), address("listening admin "));
         Self { child, clients, admin, root: root.to_owned(), log, _dir: None }
     }
 

@@ -8,12 +8,12 @@ use crate::{
     gate::Head,
     ladder::{DiskReader, TierName},
     metrics::{Listener, Route, Served},
-    record::Record,
+    record::{More, Record},
     serve::{Body, Reply, Via},
 };
 use bytes::{Buf, Bytes, BytesMut};
 use castier_blob::{Digest, Selection};
-use http::StatusCode;
+use http::{StatusCode, Version};
 use pingora::protocols::http::date::get_cached_date;
 use std::{
     net::SocketAddr,
@@ -48,8 +48,9 @@ impl Front {
                 return Ok(false);
             }
             let reply = Reply::not_modified(digest);
+            let ready = started.elapsed();
             let (_, whole) = send(conn, &mut reply.head(&get_cached_date(), !head.close, 0)).await;
-            let done = self.fast_hit_done(&reply, head.path(ahead), (0, whole), started, peer);
+            let done = self.fast_hit_done(&reply, head, ahead, (0, whole), (started, ready), peer);
             ahead.advance(head.len);
             return done;
         }
@@ -58,8 +59,9 @@ impl Front {
             return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, peer)).await;
         };
         let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
+        let ready = started.elapsed();
         let sent = self.send_memory(conn, &reply, !head.close, tier, blob).await;
-        let done = self.fast_hit_done(&reply, head.path(ahead), sent, started, peer);
+        let done = self.fast_hit_done(&reply, head, ahead, sent, (started, ready), peer);
         ahead.advance(head.len);
         done
     }
@@ -80,8 +82,9 @@ impl Front {
         // Nothing has been said yet: where not even a beginning can be had, the session says why.
         let Ok(first) = rest.next().await else { return Ok(false) };
         let reply = Reply::blob(digest, Some(size), Selection::Whole, Via::Tier(TierName::Disk), Body::Empty);
+        let ready = started.elapsed();
         let sent = self.send_disk(conn, &reply, !head.close, first.unwrap_or_default(), rest).await;
-        let done = self.fast_hit_done(&reply, head.path(ahead), sent, started, peer);
+        let done = self.fast_hit_done(&reply, head, ahead, sent, (started, ready), peer);
         ahead.advance(head.len);
         done
     }
@@ -89,15 +92,22 @@ impl Front {
     fn fast_hit_done(
         &self,
         reply: &Reply,
-        path: &str,
+        head: &Head,
+        ahead: &[u8],
         (bytes, whole): (u64, bool),
-        started: Instant,
+        (started, ready): (Instant, Duration),
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let served = if whole { reply.served } else { Served::Error };
         let (cache, took, code) = (cache_status(&reply.headers), started.elapsed(), reply.status.as_u16());
-        let listener = self.door.listener();
-        Record { listener, route: Route::Blob, method: "GET", path, code, bytes, took, cache, served, peer }.log(&self.metrics);
+        let (listener, path) = (self.door.listener(), head.path(ahead));
+        let more = More {
+            first_byte: Some(ready),
+            proto: Some(Version::HTTP_11),
+            user_agent: head.user_agent(ahead),
+            error: (!whole).then_some("cut before its end"),
+        };
+        Record { listener, route: Route::Blob, method: "GET", path, code, bytes, took, cache, served, peer, more }.log(&self.metrics);
         if whole { Ok(true) } else { Err(Cut) }
     }
 
@@ -157,7 +167,8 @@ impl Front {
 /// The record of a request that could not be read.
 pub(super) fn refused(listener: Listener, code: u16, started: Instant, peer: Option<SocketAddr>) -> Record<'static> {
     let (took, served) = (started.elapsed(), Served::Error);
-    Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer }
+    let more = More { first_byte: Some(took), error: Some("the request head was refused"), ..More::default() };
+    Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer, more }
 }
 
 /// Up to `many` pieces; none at the end.

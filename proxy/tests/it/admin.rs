@@ -141,7 +141,7 @@ async fn assert_access_record(castier: &Castier, blob: &Blob, status: &str) {
         castier.output().lines().find(|line| line.contains(&blob.path()) && line.contains(status)).map(str::to_owned)
     })
     .await;
-    for part in ["GET", "127.0.0.1:", &blob.size.to_string()] {
+    for part in ["GET", "127.0.0.1", &blob.size.to_string()] {
         assert!(record.contains(part), "{part:?} is missing: {record}");
     }
 }
@@ -153,7 +153,7 @@ async fn one_access_record_per_request() {
         let (origin, castier) = world(&format!("log.format = \"{format}\"")).await;
         let blob = origin.blob(12_321);
         get(castier.public, &blob).await.assert_is(&blob);
-        assert_access_record(&castier, &blob, "uri-miss").await;
+        assert_access_record(&castier, &blob, "miss").await;
         get(castier.public, &blob).await.assert_is(&blob);
         assert_access_record(&castier, &blob, "hit").await;
         assert_eq!(castier.output().lines().filter(|line| line.contains(&blob.path())).count(), 2, "{}", castier.output());

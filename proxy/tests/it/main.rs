@@ -24,6 +24,7 @@ mod lifecycle;
 mod limits;
 mod malformed;
 mod memory;
+mod operate;
 mod outage;
 mod peer;
 mod peer_tls;

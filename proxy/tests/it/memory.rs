@@ -160,7 +160,7 @@ async fn the_cache_stays_within_its_capacity() {
 async fn more_flights_than_memory_for_them() {
     let _turn = light().await;
     let origin = LyingOrigin::start().await;
-    let castier = Castier::start(&origin.url(), "fill.memory = \"4MiB\"").await;
+    let castier = Castier::start(&origin.url(), "fill.memory = \"4MiB\"\nmemory.max_blob = \"4MiB\"").await;
     let gate = Gate::new();
     let blobs: Vec<_> = (0..32).map(|_| origin.blob_with(MIB + 500 * KIB, [Lie::honest().stall(MIB + 400 * KIB, &gate)])).collect();
     let mut clients = JoinSet::new();
@@ -182,13 +182,24 @@ async fn more_flights_than_memory_for_them() {
 async fn a_blob_that_fits_nowhere() {
     let _turn = light().await;
     let origin = LyingOrigin::start().await;
-    let castier = Castier::start(&origin.url(), "fill.memory = \"2MiB\"\nfill.spool = \"4MiB\"").await;
+    let config = "fill.memory = \"2MiB\"\nmemory.max_blob = \"2MiB\"\nfill.spool = \"24MiB\"\nlimits.max_blob = \"24MiB\"";
+    let castier = Castier::start(&origin.url(), config).await;
+    // One has most of fill.spool, and waits.
+    let gate = Gate::new();
+    let first = origin.blob_with(20 * MIB, [Lie::honest().stall(19 * MIB, &gate)]);
+    let client = tokio::spawn({
+        let (first, from) = (first.clone(), castier.public);
+        async move { Download::default().of(&first, from).await }
+    });
+    eventually("it has its part", async || (gate.arrived() == 1).then_some(())).await;
     let blob = origin.blob(20 * MIB);
     let outcome = Download::default().of(&blob, castier.public).await;
     assert!(outcome.status == 503 || (outcome.status == 200 && !outcome.complete), "{outcome:?}");
     assert!(outcome.wrong_at.is_none(), "{outcome:?}");
+    gate.open();
+    client.await.unwrap().assert_is(&first);
     let books = assert_ledger(&castier).await;
-    assert_eq!((books.source_loads(), books.total("castier_shed_requests_total")), ([0, 0, 1], 1));
+    assert_eq!((books.source_loads(), books.total("castier_shed_requests_total")), ([1, 0, 1], 1));
     // What it took is given back.
     for _ in 0..3 {
         let fits = origin.blob(3 * MIB);

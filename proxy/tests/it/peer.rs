@@ -386,6 +386,6 @@ async fn members_change_while_castier_runs() {
     let config = fs::read_to_string(node.path("castier.toml")).unwrap();
     fs::write(node.path("castier.toml"), config + "cluster.stall_timeout = \"3s\"\n").unwrap();
     node.signal(Signal::HUP);
-    let warned = |line: &str| line.contains("WARN") && line.contains("cluster.stall_timeout") && !line.contains("cluster.peers");
+    let warned = |line: &str| line.contains("level=warn") && line.contains("cluster.stall_timeout") && !line.contains("cluster.peers");
     eventually("what needs a restart is named", async || node.castier().output().lines().any(warned).then_some(())).await;
 }

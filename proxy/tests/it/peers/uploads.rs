@@ -117,7 +117,7 @@ async fn an_owner_that_fails_is_stood_in_for() {
 async fn an_upload_is_held_no_longer_than_its_owner_needs() {
     let _turn = light().await;
     // Room for the copy of one.
-    let world = World::with("cluster.peek_for = \"0s\"\nfill.memory = \"6MiB\"").await;
+    let world = World::with("cluster.peek_for = \"0s\"\nfill.memory = \"6MiB\"\nmemory.max_blob = \"6MiB\"").await;
     for _ in 0..4 {
         let blob = world.blob_of(false, LARGE);
         assert_eq!(put(&blob).send(world.node.public()).await.status, 201);

@@ -48,8 +48,8 @@ impl Process {
             }
             // The last one, since a process that was restarted in the same directory says it again.
             let output = fs::read_to_string(self.dir.path().join("stdout")).unwrap();
-            let line = output.lines().rev().find_map(|line| line.strip_prefix(prefix))?;
-            output.ends_with('\n').then(|| line.split([' ', ',']).next()?.parse().ok())?
+            let behind = output.lines().rev().find_map(|line| line.split(prefix).nth(1))?;
+            output.ends_with('\n').then(|| behind.split([' ', '"']).next()?.parse().ok())?
         })
         .await
     }
@@ -187,7 +187,7 @@ impl RealOrigin {
         let mut command = Command::new(Path::new(Castier::program()).with_file_name("castier-origin"));
         command.arg("--listen").arg(listen).arg("--root").arg(root).env("CASTIER_LISTEN__ADMIN", "127.0.0.1:0");
         let mut process = Process::spawn(command, TempDir::new().unwrap());
-        let addr = process.listener("castier-origin: clients on http://").await;
+        let addr = process.listener("listening public ").await;
         (process, addr)
     }
 

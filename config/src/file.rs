@@ -1,0 +1,43 @@
+//! Reading the files that a configuration names. A program re-reads them while it serves, so nothing here waits for a writer that may
+//! never come, and nothing takes more memory than a configuration may need.
+
+use rustix::fs::OFlags;
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+};
+
+/// The largest file that is read: far above any configuration or list of certificates.
+const MOST: u64 = 1 << 20;
+
+/// Opens a regular file; a symbolic link to one is followed, as Kubernetes mounts files so.
+fn open(path: &Path) -> io::Result<File> {
+    // Without O_NONBLOCK the opening of a FIFO waits for somebody to write to it.
+    let flags = i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0);
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_dir() {
+        return Err(io::Error::other("it is a directory"));
+    }
+    if !kind.is_file() {
+        return Err(io::Error::other("it is not a regular file, but a pipe, a socket or a device"));
+    }
+    Ok(file)
+}
+
+/// The whole text of a file.
+pub(crate) fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let read = open(path)?.take(MOST + 1).read_to_string(&mut text)?;
+    if read as u64 > MOST {
+        return Err(io::Error::other(format!("it is larger than {} MiB", MOST >> 20)));
+    }
+    Ok(text)
+}
+
+/// Whether there is something to read.
+pub(crate) fn first_byte(path: &Path) -> io::Result<()> {
+    open(path)?.read_exact(&mut [0])
+}

@@ -1,0 +1,57 @@
+//! `--health URL`: one question to an admin listener, for the health checks of containers that have no other client in them.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpStream, ToSocketAddrs as _},
+    time::{Duration, Instant},
+};
+
+/// How long the answer may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether a GET of this `http://` URL is answered with 2xx.
+///
+/// # Errors
+/// A text that says what was answered instead.
+pub fn health(url: &str) -> Result<(), String> {
+    let rest = url.strip_prefix("http://").ok_or_else(|| format!("{url}: write http://HOST:PORT/healthz"))?;
+    let (authority, path) = rest.find('/').map_or((rest, "/healthz"), |slash| rest.split_at(slash));
+    let with_port = if authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) {
+        authority.to_owned()
+    } else {
+        format!("{authority}:80")
+    };
+    let end = Instant::now() + PATIENCE;
+    let left = || end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    let ask = || -> std::io::Result<Vec<u8>> {
+        let mut failed = std::io::Error::other("it has no address");
+        for address in with_port.to_socket_addrs()? {
+            match TcpStream::connect_timeout(&address, left()) {
+                Ok(mut stream) => {
+                    stream.set_write_timeout(Some(left()))?;
+                    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n").as_bytes())?;
+                    let mut line = Vec::new();
+                    // The status alone matters.
+                    while line.len() < 12 {
+                        stream.set_read_timeout(Some(left()))?;
+                        let mut part = [0; 64];
+                        let read = stream.read(&mut part)?;
+                        if read == 0 {
+                            break;
+                        }
+                        line.extend_from_slice(&part[..read]);
+                    }
+                    return Ok(line);
+                }
+                Err(error) => failed = error,
+            }
+        }
+        Err(failed)
+    };
+    let line = ask().map_err(|error| format!("{url}: {error}"))?;
+    match line.get(9..12) {
+        Some(status) if line.starts_with(b"HTTP/1.") && status[0] == b'2' => Ok(()),
+        Some(status) if line.starts_with(b"HTTP/1.") => Err(format!("{url}: answered {}", String::from_utf8_lossy(status))),
+        _ => Err(format!("{url}: answered with something that is not HTTP")),
+    }
+}
