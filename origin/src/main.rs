@@ -162,6 +162,8 @@ struct Signals {
 
 impl Signals {
     fn new() -> io::Result<Self> {
+        // Without a handler, a file that reaches the process's limit ends the process. With one, the write fails.
+        drop(signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?);
         let [terminate, interrupt, hang_up] = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
         Ok(Self { terminate: terminate?, interrupt: interrupt?, hang_up: hang_up? })
     }

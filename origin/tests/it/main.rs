@@ -3,6 +3,7 @@
 
 mod contract;
 mod durability;
+mod obstacles;
 mod process;
 mod support;
 mod uploads;
