@@ -131,8 +131,8 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
     let tiers = tiers(&config, &shares, &metrics, tell_rotten)?;
     let fill_memory = Budget::new(config.fill.memory.get());
-    let room = Room::new(&config, fill_memory.clone());
-    room.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.dir.display()))?;
+    let room = Room::new(&config, fill_memory.clone(), metrics.clone());
+    room.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.files.dir().display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin)?;
     let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
     let sources = Sources { origin: origin.clone(), peers: peers.clone() };
@@ -212,6 +212,8 @@ struct Signals {
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
+        // Without a handler, a file that reaches the process's limit ends the process. With one, the write fails.
+        drop(signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?);
         Ok(Self {
             hangup: signal(SignalKind::hangup())?,
             terminate: signal(SignalKind::terminate())?,

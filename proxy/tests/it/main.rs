@@ -13,6 +13,8 @@ mod curl;
 mod disk;
 mod disk_crash;
 mod disk_faults;
+mod disk_hang;
+mod disk_paths;
 mod flight;
 mod herd;
 mod http;
