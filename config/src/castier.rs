@@ -143,9 +143,15 @@ pub struct Disk {
     /// What damaged files that were set aside for inspection may take; a size, 0 deletes them at once. Default `256MiB`:
     /// enough to tell a bad cable from a bad disk.
     pub quarantine: Size,
-    /// How long the tier takes no new blobs after a write failed; a duration over 0. Default `30s`: a full disk is not asked with
-    /// every blob, and one that has room again is used soon.
+    /// How long the tier takes no new blobs after its file system failed to write, and does nothing after it failed to answer; a duration
+    /// over 0. Default `30s`: a full disk is not asked with every blob, and one that has room again is used soon.
     pub cooldown: Span,
+    /// How long a request waits for the file system of `disk.path` to answer, before it gets its blob from elsewhere; a duration over 0.
+    /// Default `5s`: a healthy disk takes milliseconds and a busy one a second or two, and few clients wait for half a minute.
+    pub timeout: Span,
+    /// How many threads may read from `disk.path` at once; a quarter as many may write. 1 or more. Default 64: enough to keep any
+    /// disk busy, and what can be lost to a file system that hangs.
+    pub threads: usize,
 }
 
 impl Default for Disk {
@@ -159,6 +165,8 @@ impl Default for Disk {
             scrub_rate: Size::mib(8),
             quarantine: Size::mib(256),
             cooldown: Span::secs(30),
+            timeout: Span::secs(5),
+            threads: 64,
         }
     }
 }
@@ -202,6 +210,12 @@ pub struct Fill {
     /// With nobody left reading, a fill goes on only if fewer bytes than this remain; a size. Default `8MiB`: work nearly
     /// done is kept, and a client that gave up on something huge costs the origin no more.
     pub finish_under: Size,
+    /// How long a fill waits for the file system of `fill.spool_dir` to answer, before its clients get 503; a duration over 0. Default
+    /// `5s`, as for `disk.timeout`.
+    pub spool_timeout: Span,
+    /// How many threads may work on files in `fill.spool_dir` at once; 1 or more. Default 32: what is written there goes to the page cache
+    /// first, and what can be lost to a file system that hangs.
+    pub spool_threads: usize,
 }
 
 impl Default for Fill {
@@ -213,6 +227,8 @@ impl Default for Fill {
             spool_dir: PathBuf::new(),
             spool: Size::gib(64),
             finish_under: Size::mib(8),
+            spool_timeout: Span::secs(5),
+            spool_threads: 32,
         }
     }
 }

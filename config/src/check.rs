@@ -165,6 +165,8 @@ fn check_disk(disk: &Disk, problems: &mut Problems) {
         problems.add("disk.open_files", "must be 1 or more");
     }
     check_span("disk.cooldown", disk.cooldown, problems);
+    check_span("disk.timeout", disk.timeout, problems);
+    check_count("disk.threads", disk.threads, problems);
 }
 
 /// What is a connection to the origin each, of which one address has no more ports than this.
@@ -179,6 +181,8 @@ fn check_fill(fill: &Fill, problems: &mut Problems) {
     check_connections("fill.max_in_flight", fill.max_in_flight, problems);
     check_size("fill.memory", fill.memory, problems);
     check_size("fill.spool", fill.spool, problems);
+    check_span("fill.spool_timeout", fill.spool_timeout, problems);
+    check_count("fill.spool_threads", fill.spool_threads, problems);
     if !fill.spool_dir.as_os_str().is_empty() && problems.ask_machine() && !fill.spool_dir.is_dir() {
         let path = fill.spool_dir.display();
         problems.add("fill.spool_dir", format!("{path} is not a directory; create it, or write \"\" for the system's temporary directory"));

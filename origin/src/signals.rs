@@ -11,13 +11,16 @@ use tokio::{
 /// How long the configuration may take to be read again: a disk that does not answer must not be waited for.
 const READING: Duration = Duration::from_secs(10);
 
+/// SIGXFSZ: without a handler, a file that reaches the limit on file sizes ends the program. With one, the write fails.
+const XFSZ: i32 = rustix::process::Signal::XFSZ.as_raw();
+
 /// SIGTERM and SIGINT end the program, SIGHUP has the configuration read again. SIGUSR1 and SIGUSR2 would end a program that does not
 /// know them; here they do nothing.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hang_up: Signal,
-    _ignored: [Signal; 2],
+    _ignored: [Signal; 3],
 }
 
 /// What there is to do.
@@ -79,7 +82,7 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hang_up: signal(SignalKind::hangup())?,
-            _ignored: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?],
+            _ignored: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?, signal(SignalKind::from_raw(XFSZ))?],
         })
     }
 

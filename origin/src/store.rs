@@ -4,8 +4,10 @@
 //! <root>/lock            held exclusively: one process per root
 //! <root>/ab/cd/abcd…     a blob, under its whole digest
 //! <root>/tmp/            uploads in progress; whatever is left here by a crash is removed at the next start
-//! <root>/quarantine/     blobs whose bytes rotted, kept for whoever wants to know why
+//! <root>/quarantine/     blobs whose bytes rotted, and directories that stood at a blob's path
 //! ```
+//!
+//! What is no regular file at a blob's path (a directory, a link, a pipe) is no blob: it is absent, and an upload moves it out of the way.
 //!
 //! A blob appears under its name by a rename, after its bytes were verified and reached the disk, so a name either has
 //! all of its bytes or does not exist. It is acknowledged after the rename reached the disk too.
@@ -15,7 +17,7 @@
 use castier_blob::{Digest, Mismatch, Verified, Verifier};
 use parking_lot::Mutex;
 use std::{
-    fs::{self, File, TryLockError},
+    fs::{self, File},
     io::{self, ErrorKind, Write as _},
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -29,6 +31,9 @@ use tempfile::NamedTempFile;
 pub(crate) use reader::Reader;
 
 mod reader;
+mod root;
+
+use root::Root;
 
 /// Directories at each level of the fan-out: one per value of a byte.
 const FAN_OUT: usize = 256;
@@ -66,7 +71,8 @@ pub(crate) enum Fault {
 impl From<io::Error> for Fault {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::Full(error),
+            // The last is a limit on the size of files, most often of this process: there is no room for this one.
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Self::Full(error),
             _ => Self::Io(error),
         }
     }
@@ -74,15 +80,14 @@ impl From<io::Error> for Fault {
 
 /// A directory of blobs, owned by this process while this value lives.
 pub(crate) struct Store {
-    root: PathBuf,
+    /// Held for as long as this value lives.
+    root: Root,
     tmp: PathBuf,
     quarantine: PathBuf,
     /// What is known of the directories below `<root>/ab`, by `ab`. The lock orders renames and removals of the blobs
     /// there, so that "was it there before" and the totals are exact; it is never held while bytes are written.
     shards: Box<[Mutex<Shard>]>,
     totals: Totals,
-    /// Dropping it releases the root.
-    _lock: File,
 }
 
 /// What is known of `<root>/ab/cd`, by `cd`.
@@ -130,16 +135,8 @@ impl Store {
     pub(crate) fn open(root: &Path, key: &str) -> io::Result<Self> {
         let say = |what: &str, error: &io::Error| io::Error::new(error.kind(), format!("{key}: {}: {what}: {error}", root.display()));
         let (tmp, quarantine) = (root.join("tmp"), root.join("quarantine"));
-        fs::create_dir_all(root).map_err(|e| say("cannot be made; make it, or name another", &e))?;
         let unwritable = |e: io::Error| say("is not writable; give this user the right to, or name another", &e);
-        let lock = File::options().create(true).truncate(false).write(true).open(root.join("lock")).map_err(unwritable)?;
-        lock.try_lock().map_err(|e| match e {
-            TryLockError::WouldBlock => io::Error::new(
-                ErrorKind::WouldBlock,
-                format!("{key}: {}: another process is using it; stop that one, or name another", root.display()),
-            ),
-            TryLockError::Error(e) => say("cannot be locked", &e),
-        })?;
+        let held = Root::take(root, key)?;
         // Only now, with the lock held, is everything in tmp/ known to belong to nobody.
         for dir in [&tmp, &quarantine] {
             fs::create_dir_all(dir).map_err(unwritable)?;
@@ -148,9 +145,9 @@ impl Store {
             fs::remove_file(left_over?.path()).map_err(|e| say("a left-over upload in tmp/ cannot be removed", &e))?;
         }
         NamedTempFile::new_in(&tmp).map_err(unwritable)?.close().map_err(unwritable)?;
-        sync_dir(root).map_err(|e| say("cannot be synced to disk", &e))?;
+        held.sync().map_err(|e| say("cannot be synced to disk", &e))?;
         let shards = (0..FAN_OUT).map(|_| Mutex::new(Shard { durable: [false; FAN_OUT], counted: [false; FAN_OUT] })).collect();
-        Ok(Self { root: root.to_owned(), tmp, quarantine, shards, totals: Totals::default(), _lock: lock })
+        Ok(Self { root: held, tmp, quarantine, shards, totals: Totals::default() })
     }
 
     pub(crate) const fn totals(&self) -> &Totals {
@@ -165,13 +162,14 @@ impl Store {
         for (a, shard) in self.shards.iter().enumerate() {
             for b in 0..FAN_OUT {
                 let mut shard = shard.lock();
-                let dir = self.root.join(format!("{a:02x}/{b:02x}"));
+                let dir = self.root.path().join(format!("{a:02x}/{b:02x}"));
                 match fs::read_dir(&dir) {
                     Ok(entries) => {
                         for entry in entries {
                             let entry = entry?;
-                            if entry.file_name().to_str().is_some_and(|name| name.parse::<Digest>().is_ok()) {
-                                self.totals.add(entry.metadata()?.len());
+                            let metadata = entry.metadata()?;
+                            if metadata.is_file() && entry.file_name().to_str().is_some_and(|name| name.parse::<Digest>().is_ok()) {
+                                self.totals.add(metadata.len());
                             }
                         }
                     }
@@ -186,13 +184,9 @@ impl Store {
 
     /// Opens a blob for reading; none if it is not here.
     pub(crate) fn open_blob(self: &Arc<Self>, digest: &Digest) -> Result<Option<Blob>, Fault> {
-        let file = match File::open(self.path(digest)) {
-            Ok(file) => file,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e.into()),
-        };
-        let size = file.metadata()?.len();
-        Ok(Some(Blob { store: Arc::clone(self), digest: *digest, file, size }))
+        let Some(file) = root::open_file(&self.path(digest))? else { return Ok(None) };
+        let metadata = file.metadata()?;
+        Ok(metadata.is_file().then(|| Blob { store: Arc::clone(self), digest: *digest, file, size: metadata.len() }))
     }
 
     /// Whether a blob is here *and* would outlive a power cut: what an upload that need not be sent is acknowledged with.
@@ -211,7 +205,14 @@ impl Store {
 
     /// Begins an upload that `claim` will judge. Dropped before [`Upload::finish`], it leaves nothing behind.
     pub(crate) fn begin(self: &Arc<Self>, claim: Verifier) -> Result<Upload, Fault> {
-        let temp = tempfile::Builder::new().prefix("upload-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp)?;
+        let make = || tempfile::Builder::new().prefix("upload-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp);
+        let temp = make().or_else(|error| match error.kind() {
+            ErrorKind::NotFound => {
+                self.make_again()?;
+                make()
+            }
+            _ => Err(error),
+        })?;
         Ok(Upload { store: Arc::clone(self), temp, verifier: claim })
     }
 
@@ -222,6 +223,7 @@ impl Store {
         {
             let shard = self.shards[usize::from(a)].lock();
             let Some(size) = size_of(&path)? else { return Ok(false) };
+            self.root.hold()?;
             fs::remove_file(&path)?;
             if shard.counted[usize::from(b)] {
                 self.totals.subtract(size);
@@ -238,9 +240,15 @@ impl Store {
         let (path, dir) = (self.path(&digest), self.dir(a, b));
         let before = {
             let mut shard = self.shards[usize::from(a)].lock();
+            if !self.root.hold()? {
+                self.make_again()?;
+            }
             self.make_durable(&dir, &mut shard.durable[usize::from(b)])?;
             let before = size_of(&path)?;
-            blob.into_content().persist(&path).map_err(|e| e.error)?;
+            blob.into_content().persist(&path).or_else(|failed| {
+                self.make_way(&digest, &path)?;
+                failed.file.persist(&path).map_err(|e| e.error)
+            })?;
             if shard.counted[usize::from(b)] {
                 before.inspect(|size| self.totals.subtract(*size));
                 self.totals.add(size);
@@ -265,9 +273,36 @@ impl Store {
         }
         if !*durable {
             dir.parent().map_or(Ok(()), sync_dir)?;
-            sync_dir(&self.root)?;
+            sync_dir(self.root.path())?;
             *durable = true;
         }
+        Ok(())
+    }
+
+    /// Makes the directories anew that somebody has deleted under this store.
+    fn make_again(&self) -> io::Result<()> {
+        self.root.hold()?;
+        for dir in [&self.tmp, &self.quarantine] {
+            fs::create_dir_all(dir)?;
+        }
+        self.root.sync()
+    }
+
+    /// Moves out of a blob's way what no file can replace: a directory.
+    fn make_way(&self, digest: &Digest, path: &Path) -> io::Result<()> {
+        if !fs::symlink_metadata(path)?.is_dir() || fs::remove_dir(path).is_ok() {
+            return Ok(());
+        }
+        let aside = (0..100).map(|n| self.quarantine.join(format!("{digest}.directory-{n}")));
+        let moved = aside.filter(|aside| fs::symlink_metadata(aside).is_err()).find(|aside| fs::rename(path, aside).is_ok());
+        let Some(moved) = moved else {
+            let why = format!("{} is a directory, and cannot be moved to {}; move it away", path.display(), self.quarantine.display());
+            return Err(io::Error::new(ErrorKind::IsADirectory, why));
+        };
+        tracing::warn!(
+            path = %path.display(), moved = %moved.display(),
+            "a directory stood where a blob belongs, and was moved away for an upload; delete it if nobody misses it"
+        );
         Ok(())
     }
 
@@ -277,7 +312,7 @@ impl Store {
         let [a, b, ..] = *digest.as_bytes();
         let shard = self.shards[usize::from(a)].lock();
         let read = file.metadata()?;
-        let there = match fs::metadata(&path) {
+        let there = match fs::symlink_metadata(&path) {
             Ok(there) => there,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
             Err(e) => return Err(e),
@@ -285,6 +320,7 @@ impl Store {
         if (there.dev(), there.ino()) != (read.dev(), read.ino()) {
             return Ok(false);
         }
+        self.root.hold()?;
         fs::rename(&path, self.quarantine.join(digest.to_string()))?;
         if shard.counted[usize::from(b)] {
             self.totals.subtract(there.len());
@@ -293,12 +329,12 @@ impl Store {
     }
 
     fn dir(&self, a: u8, b: u8) -> PathBuf {
-        self.root.join(format!("{a:02x}/{b:02x}"))
+        self.root.path().join(format!("{a:02x}/{b:02x}"))
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {
         let [a, b, ..] = *digest.as_bytes();
-        self.root.join(format!("{a:02x}/{b:02x}/{digest}"))
+        self.root.path().join(format!("{a:02x}/{b:02x}/{digest}"))
     }
 }
 
@@ -344,9 +380,10 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// The size of the file at the path; none if there is none, or if it is no file.
 fn size_of(path: &Path) -> io::Result<Option<u64>> {
-    match fs::metadata(path) {
-        Ok(metadata) => Ok(Some(metadata.len())),
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => Ok(metadata.is_file().then(|| metadata.len())),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
     }

@@ -11,9 +11,11 @@
 //! [`Damaged`]: crate::tier::Damaged
 
 mod blob;
+mod copy;
 mod file;
 mod format;
 mod health;
+mod owner;
 mod store;
 mod walk;
 
@@ -21,25 +23,28 @@ mod walk;
 mod tests;
 
 pub use blob::DiskBlob;
+pub use copy::DiskCopy;
 pub use file::DiskFile;
 
 use crate::{
-    metrics::{Metrics, Skip},
+    metrics::{DiskOp, Metrics, Skip},
+    pool,
     tier::{Tier, TierStats},
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
 use castier_config as config;
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use parking_lot::Mutex;
 use std::{
     convert::Infallible,
     io,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 use store::{Accepted, Store};
 use tokio::sync::mpsc;
@@ -47,6 +52,9 @@ use walk::Stop;
 
 /// What a blob that waits to be written costs beside its bytes; bounds the number of empty ones too.
 const WAITS: u64 = 256;
+
+/// How long the end waits for the tier's threads: for what still waits to be written.
+const FLUSH: Duration = Duration::from_secs(10);
 
 /// Blobs on disk. Dropping it closes it; see [`Self::close`].
 pub struct Disk {
@@ -70,14 +78,23 @@ struct WriteBehind {
     used: Arc<AtomicU64>,
 }
 
+impl WriteBehind {
+    /// Takes so much of `disk.write_behind`; false if that is not there.
+    fn take(&self, bytes: u64) -> bool {
+        let within = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.capacity);
+        self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok()
+    }
+}
+
 impl Disk {
-    /// Takes the directory and serves at once, while the index fills in the background. Whatever the scrub finds rotten is told to
+    /// Takes the directory and serves at once, while the index fills in the background. Blocks, but not for longer than `disk.timeout` if
+    /// the file system does not answer. Whatever the scrub finds rotten is told to
     /// `rotten`: it is gone from here by then, and may be fetched anew. With `rotten` full it is not told, and the next get fetches it.
     ///
     /// # Errors
-    /// The directory cannot be used, or another process uses it. The text names it.
+    /// The directory cannot be used, or another process uses it, or its file system hangs. The text names it.
     pub fn open(config: &config::Disk, metrics: Arc<Metrics>, rotten: mpsc::Sender<Digest>) -> io::Result<Arc<Self>> {
-        let store = Arc::new(Store::new(config, metrics)?);
+        let store = Arc::new(begin(config, metrics)?);
         let (stop, stopped) = crossbeam_channel::bounded(0);
         let (queue, waiting) = crossbeam_channel::unbounded();
         let used = Arc::new(AtomicU64::new(0));
@@ -112,8 +129,22 @@ impl Disk {
         if let Some(blob) = self.store.opened(digest) {
             return Some(blob);
         }
+        if !self.store.may_read() {
+            return None;
+        }
         let (store, digest) = (self.store.clone(), *digest);
-        off_thread(move || store.open(&digest)).await.flatten()
+        let opened = self.store.reads.run(move || store.open(&digest)).await;
+        opened.inspect_err(|undone| self.store.undone(DiskOp::Open, *undone)).ok().flatten()
+    }
+
+    /// Whether the file system answers, as far as is known. That it does not has been told.
+    pub fn answers(&self) -> bool {
+        self.store.may_read()
+    }
+
+    /// Whether [`Self::find`] would look for the blob on the disk and should find it there. Touches no file.
+    pub fn offers(&self, digest: &Digest) -> bool {
+        self.store.has(digest) && self.store.may_read()
     }
 
     /// The blob's size, if the index has it. Touches no file, so it may still prove to be gone.
@@ -134,29 +165,36 @@ impl Disk {
         self.store.takes(size)
     }
 
-    /// A file in the tier's directory for a blob that is on its way. Blocks.
-    ///
-    /// # Errors
-    /// The disk's, after which the tier takes nothing for a while.
-    pub fn temp(&self) -> io::Result<DiskFile> {
+    /// As [`Self::takes`], and counts what is turned away for the disk's sake: ask it of a blob that is on its way here.
+    pub fn admits(&self, size: u64) -> bool {
+        self.store.admits(size)
+    }
+
+    /// A new file in the tier's directory for a blob that is on its way, holding `parts`; none if it could not be written.
+    pub async fn file(&self, parts: Vec<Bytes>) -> Option<DiskFile> {
+        let store = self.store.clone();
+        let made = self.store.writes.run(move || store.temp()).await;
+        match made.inspect_err(|undone| self.store.undone(DiskOp::Write, *undone)).ok().and_then(Result::ok) {
+            Some(file) => file.grow(parts).await,
+            None => {
+                self.store.metrics.disk_skipped(Skip::Failed);
+                None
+            }
+        }
+    }
+
+    #[cfg(test)]
+    fn temp(&self) -> io::Result<DiskFile> {
         self.store.temp()
     }
 
     /// Keeps a blob that was spooled into a file of this tier: a rename. What is forgotten between this call and the end of the
-    /// future is not kept, so call it where nothing can come between the decision to keep and the call.
+    /// future is not kept, so call it where nothing can come between the decision to keep and the call. Ends within `disk.timeout`.
     ///
     /// Invariant: `blob` proves the very bytes that were appended to its file.
     pub fn keep_file(&self, blob: Verified<DiskFile>) -> impl Future<Output = ()> + Send + use<> {
-        let (digest, size) = (blob.digest(), blob.size());
-        let (store, accepted) = (self.store.clone(), self.store.accept(&digest));
-        async move {
-            let file = blob.into_content();
-            if file.size() != size {
-                tracing::error!(%digest, size, written = file.size(), "a spooled blob is not as long as what was verified, and is not kept");
-                return;
-            }
-            off_thread(move || store.place(&digest, file, accepted)).await;
-        }
+        let (store, accepted) = (self.store.clone(), self.store.accept(&blob.digest()));
+        place(store, blob, accepted)
     }
 
     /// Keeps a blob from memory, later: the caller waits for nothing. With `disk.write_behind` full it is not kept.
@@ -164,9 +202,7 @@ impl Disk {
         if self.store.has(&blob.digest()) || !self.store.admits(blob.size()) {
             return;
         }
-        let cost = cost(&blob);
-        let within = |used: u64| used.checked_add(cost).filter(|sum| *sum <= self.behind.capacity);
-        if self.behind.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_err() {
+        if !self.behind.take(cost(&blob)) {
             return self.store.metrics.disk_skipped(Skip::Queue);
         }
         if let Some(queue) = &*self.behind.queue.lock() {
@@ -175,21 +211,51 @@ impl Disk {
         }
     }
 
-    /// Drops a blob, also if it waits to be written.
+    /// Drops a blob, also if it waits to be written. It is not found any more when this ends. Its file is gone, unless the file system
+    /// does not answer: then it goes when that does.
     pub async fn forget(&self, digest: &Digest) {
         let (store, digest) = (self.store.clone(), *digest);
-        off_thread(move || store.forget(&digest)).await;
+        store.disown(&digest);
+        let forgotten = Arc::new(AtomicBool::new(false));
+        let forget = {
+            let (store, forgotten) = (store.clone(), forgotten.clone());
+            move || {
+                store.forget(&digest);
+                forgotten.store(true, Ordering::Release);
+            }
+        };
+        if let Err(undone) = self.store.writes.run(forget.clone()).await {
+            store.undone(DiskOp::Remove, undone);
+            // A purge is not a thing to give up. If it is done by now, to do it again costs a neighbour at most.
+            if !forgotten.load(Ordering::Acquire) {
+                store.writes.insist(forget);
+            }
+        }
     }
 
     /// Writes what still waits to be written, which is at most `disk.write_behind`, and ends the tier's threads. What is kept is still
-    /// found after that, but nothing is kept behind the client's back any more. Blocks.
+    /// found after that, but nothing is kept behind the client's back any more. Blocks, for a while at most: a thread that the file
+    /// system keeps is left to it.
     pub fn close(&self) {
         drop(self.stop.lock().take());
         drop(self.behind.queue.lock().take());
-        for thread in self.threads.lock().drain(..) {
+        let threads: Vec<_> = self.threads.lock().drain(..).collect();
+        let end = Instant::now() + FLUSH;
+        for thread in threads {
+            while !thread.is_finished() {
+                if Instant::now() >= end {
+                    tracing::warn!("the disk does not answer, and what still waited to be written there is not kept");
+                    return;
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
             if thread.join().is_err() {
                 tracing::error!("a thread of the disk tier panicked");
             }
+        }
+        // Copies of uploads that are on their way.
+        while self.behind.used.load(Ordering::Relaxed) > 0 && Instant::now() < end {
+            thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -208,7 +274,8 @@ impl Tier for Disk {
 
     async fn keep(&self, blob: Verified<Bytes>) {
         let (store, accepted) = (self.store.clone(), self.store.accept(&blob.digest()));
-        off_thread(move || store.keep(&blob, accepted)).await;
+        let kept = self.store.writes.run(move || store.keep(&blob, accepted)).await;
+        kept.inspect_err(|undone| self.store.undone(DiskOp::Write, *undone)).ok();
     }
 
     async fn forget(&self, digest: &Digest) {
@@ -222,13 +289,51 @@ impl Drop for Disk {
     }
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    thread::Builder::new().name(name.to_owned()).spawn(work)
+/// Gives a file that holds all of a blob its place, within `disk.timeout`.
+async fn place(store: Arc<Store>, blob: Verified<DiskFile>, accepted: Accepted) {
+    let (digest, size) = (blob.digest(), blob.size());
+    let file = blob.into_content();
+    if file.size() != size {
+        tracing::error!(%digest, size, written = file.size(), "a spooled blob is not as long as what was verified, and is not kept");
+        return;
+    }
+    let placing = store.clone();
+    if let Err(undone) = store.writes.run(move || placing.place(&digest, file, accepted)).await {
+        store.undone(DiskOp::Write, undone);
+        store.metrics.disk_skipped(Skip::Timeout);
+    }
 }
 
-/// None if the work panicked.
-async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    tokio::task::spawn_blocking(work).await.inspect_err(|error| tracing::error!(%error, "work on the disk tier failed")).ok()
+/// Takes the directory, on a thread that may be lost to it. However long that takes, there must be progress within each `disk.timeout`.
+fn begin(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Store> {
+    let timeout = config.timeout.get();
+    let (progress, begun) = (Arc::new(AtomicU64::new(0)), config.clone());
+    let (answer, end) = crossbeam_channel::bounded(1);
+    spawn("disk-start", {
+        let progress = progress.clone();
+        move || drop(answer.send(Store::new(&begun, metrics, &progress)))
+    })?;
+    let mut seen = 0;
+    loop {
+        match end.recv_timeout(timeout) {
+            Ok(store) => return store,
+            Err(RecvTimeoutError::Timeout) if progress.load(Ordering::Relaxed) > seen => seen = progress.load(Ordering::Relaxed),
+            Err(_) => {
+                let path = config.path.display();
+                let why = format!(
+                    "disk.path: {path}: the file system does not answer within disk.timeout ({timeout:?}); look at what it is mounted from"
+                );
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            }
+        }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    thread::Builder::new().name(name.to_owned()).spawn(move || {
+        pool::may_wait_here();
+        work();
+    })
 }
 
 /// The janitor: deletes the files of evicted blobs.
@@ -247,7 +352,7 @@ fn sweep_until(store: &Store, stop: &Receiver<Infallible>) {
 /// Writes what waits, until the tier closes and nothing waits any more.
 fn write_behind(store: &Arc<Store>, waiting: &Receiver<Waiting>, used: &AtomicU64) {
     for (blob, accepted) in waiting {
-        store.keep(&blob, accepted);
+        store.writes.watch(|| store.keep(&blob, accepted));
         let cost = cost(&blob);
         drop(blob);
         used.fetch_sub(cost, Ordering::Relaxed);

@@ -19,7 +19,6 @@ mod writer;
 
 pub use reader::{Opened, Reader};
 pub use tiers::Tiers;
-pub use writer::{grow, tier_file};
 
 use crate::{
     disk::DiskFile,
@@ -160,13 +159,13 @@ impl Flights {
             if asker == Asker::Peer {
                 flight.turn_home();
             }
-            return Joined::Followed(Reader::new(self, flight.clone(), true));
+            return Joined::Followed(Reader::new(self, flight.clone(), asker, true));
         }
         // Since the first look-up a flight may have come and gone.
         if let Some((bytes, tier)) = self.tiers.in_memory(digest) {
             return Joined::Kept(bytes, tier);
         }
-        if !sure && self.tiers.disk.as_ref().is_some_and(|disk| disk.knows(digest).is_some()) {
+        if !sure && self.tiers.disk.as_ref().is_some_and(|disk| disk.offers(digest)) {
             return Joined::OnDisk;
         }
         let flight = Arc::new(Flight {
@@ -177,7 +176,7 @@ impl Flights {
             nudge: Notify::new(),
         });
         map.insert(*digest, flight.clone());
-        let reader = Reader::new(self, flight.clone(), false);
+        let reader = Reader::new(self, flight.clone(), asker, false);
         drop(map);
         tokio::spawn(self.clone().fly(flight));
         Joined::Led(reader)
@@ -245,7 +244,7 @@ impl Flights {
         // What a peer has heard from the origin is the peer's to remember: an upload that comes there ends it for all.
         let own_absence = matches!(phase, Phase::Absent) && source == Leg::Origin.source();
         let remember = own_absence && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
-        let on_disk = self.tiers.disk.as_ref().is_some_and(|disk| disk.knows(&flight.digest).is_some());
+        let on_disk = self.tiers.disk.as_ref().is_some_and(|disk| disk.offers(&flight.digest));
         let passing = matches!(phase, Phase::Verified) && !on_disk && flight.state.lock().spool.parts().is_none();
         flight.update(|state| state.phase = phase);
         if passing {
@@ -263,6 +262,11 @@ impl Flights {
         take_out(&mut self.map.lock(), &flight);
     }
 
+    /// The flight's file cannot be read any more, so nobody shall join it.
+    fn give_up_file(&self, flight: &Arc<Flight>) {
+        take_out(&mut self.map.lock(), flight);
+    }
+
     /// Takes the flight out of the map if nobody reads it. Nobody joins while the map is locked.
     fn remove_if_deserted(&self, flight: &Arc<Flight>) -> bool {
         let mut map = self.map.lock();
@@ -274,7 +278,15 @@ impl Flights {
     }
 
     /// Takes all that comes.
-    async fn pour(&self, flight: &Arc<Flight>, mut incoming: Incoming, verifier: &mut Verifier, writer: &mut Writer) -> Result<End, Fault> {
+    /// `before` has seen what was handed out already, if that is fetched once more.
+    async fn pour(
+        &self,
+        flight: &Arc<Flight>,
+        mut incoming: Incoming,
+        verifier: &mut Verifier,
+        before: Option<&Verifier>,
+        writer: &mut Writer,
+    ) -> Result<End, Fault> {
         let source_name = incoming.source_name();
         let size = self.begin(flight, &incoming)?;
         loop {
@@ -309,6 +321,14 @@ impl Flights {
                     why: format!("more bytes than the {} announced or allowed", size.unwrap_or(limit)),
                 });
             }
+            if let Some(before) = before.filter(|before| (verifier.seen()..=seen).contains(&before.seen())) {
+                // Here the bytes end that were handed out before they were lost. These must be the same.
+                let mut again = verifier.clone();
+                again.update(&chunk[..(before.seen() - verifier.seen()) as usize]);
+                if hash(&again) != hash(before) {
+                    return Err(Fault::Unusable { source_name, why: "other bytes than the first time".into() });
+                }
+            }
             verifier.update(&chunk);
             writer.append(self, flight, chunk).await?;
         }
@@ -323,8 +343,11 @@ impl Flights {
         }
         flight.update(|state| {
             if state.spool.length() == 0 {
-                // Whatever was announced before, nothing came of it.
-                (state.phase, state.size, state.spool) = (Phase::Filling, incoming.size, Spool::new(&self.room, incoming.size));
+                (state.phase, state.spool) = (Phase::Filling, Spool::new(&self.room, incoming.size));
+                if !state.released {
+                    // Whatever was announced before, nothing came of it.
+                    state.size = incoming.size;
+                }
             }
             if let (Some(before), Some(now)) = (state.size, incoming.size)
                 && before != now
@@ -370,6 +393,11 @@ impl Flights {
     }
 }
 
+/// The digest of what a verifier has seen so far.
+fn hash(verifier: &Verifier) -> Digest {
+    verifier.clone().finish(()).map_or_else(|mismatch| mismatch.actual, |verified| verified.digest())
+}
+
 /// Once detached, another flight may stand in its place.
 fn take_out(map: &mut HashMap<Digest, Arc<Flight>>, flight: &Arc<Flight>) {
     if map.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight)) {
@@ -397,6 +425,11 @@ impl Flight {
         let result = change(&mut self.state.lock());
         self.tick.send_replace(());
         result
+    }
+
+    /// Back to byte 0, though readers were given something. They wait until their next byte has come once more.
+    fn fetch_again(&self) {
+        self.update(|state| state.spool = Spool::default());
     }
 
     /// Back to byte 0, if no reader has been given anything.

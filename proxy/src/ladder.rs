@@ -320,7 +320,9 @@ impl DiskReader {
     }
 
     async fn elsewhere(&self) -> Result<Rest, Fault> {
-        tracing::warn!(digest = %self.digest, at = self.at, "the disk failed; going on from elsewhere");
+        if self.ladder.tiers.disk.as_ref().is_some_and(|disk| disk.answers()) {
+            tracing::warn!(digest = %self.digest, at = self.at, "the disk failed; going on from elsewhere");
+        }
         Ok(match self.ladder.climb(&self.digest, self.asker, None).await {
             Found::Memory(bytes, _) => Rest::Memory(bytes),
             Found::Disk(blob) => Rest::Disk(blob),

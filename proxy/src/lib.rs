@@ -19,6 +19,7 @@ pub mod ladder;
 pub mod members;
 pub mod memory;
 pub mod metrics;
+pub mod pool;
 pub mod purge;
 pub mod record;
 pub mod relay;

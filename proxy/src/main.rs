@@ -160,8 +160,8 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
     let tiers = tiers(&config, &shares, &metrics, tell_rotten)?;
     let fill_memory = Budget::new(config.fill.memory.get());
-    let room = Room::new(&config, fill_memory.clone());
-    room.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.dir.display()))?;
+    let room = Room::new(&config, fill_memory.clone(), metrics.clone());
+    room.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.files.dir().display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin)?;
     let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
     let sources = Sources { origin: origin.clone(), peers: peers.clone() };

@@ -104,25 +104,77 @@ impl Served {
     const ALL: [&'static str; 4] = ["hit", "miss", "collapsed", "error"];
 }
 
-/// Why the disk tier could not write: the `reason` label of `castier_disk_write_errors_total`.
+/// What was done on the disk: the `op` label of `castier_disk_errors_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WriteError {
-    /// No space left.
+pub enum DiskOp {
+    /// A kept file was opened, or a directory listed.
+    Open,
+    /// A kept file was read.
+    Read,
+    /// A blob was written, or given its name.
+    Write,
+    /// A file was deleted or set aside.
+    Remove,
+    /// A spool file of `fill.spool_dir` was made, written or read.
+    Spool,
+}
+
+impl DiskOp {
+    const ALL: [Self; 5] = [Self::Open, Self::Read, Self::Write, Self::Remove, Self::Spool];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Remove => "remove",
+            Self::Spool => "spool",
+        }
+    }
+}
+
+/// What went wrong on the disk: the `kind` label of `castier_disk_errors_total`, and the `reason` label of
+/// `castier_disk_write_errors_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskError {
+    /// The file system is full.
     Full,
-    /// A quota is used up.
+    /// The user's quota is used up.
     Quota,
-    /// The file system is mounted, or has turned itself, read-only.
+    /// The file system is read-only.
     ReadOnly,
     /// The device failed.
     Io,
-    /// No more files may be opened.
+    /// No more files may be open.
     Files,
+    /// The file would be larger than the process or the file system allows.
+    TooLarge,
+    /// This user may not.
+    Denied,
+    /// Something else is at the path, or on the way to it.
+    Path,
+    /// No answer within `disk.timeout`, or `fill.spool_timeout`.
+    Timeout,
+    /// Not tried, as the file system did not answer lately, or too much waits for it.
+    Busy,
     /// Anything else.
     Other,
 }
 
-impl WriteError {
-    const ALL: [Self; 6] = [Self::Full, Self::Quota, Self::ReadOnly, Self::Io, Self::Files, Self::Other];
+impl DiskError {
+    const ALL: [Self; 11] = [
+        Self::Full,
+        Self::Quota,
+        Self::ReadOnly,
+        Self::Io,
+        Self::Files,
+        Self::TooLarge,
+        Self::Denied,
+        Self::Path,
+        Self::Timeout,
+        Self::Busy,
+        Self::Other,
+    ];
 
     const fn as_str(self) -> &'static str {
         match self {
@@ -131,6 +183,11 @@ impl WriteError {
             Self::ReadOnly => "read_only",
             Self::Io => "io",
             Self::Files => "files",
+            Self::TooLarge => "too_large",
+            Self::Denied => "denied",
+            Self::Path => "path",
+            Self::Timeout => "timeout",
+            Self::Busy => "busy",
             Self::Other => "other",
         }
     }
@@ -147,11 +204,13 @@ pub enum Skip {
     Purged,
     /// The write failed.
     Failed,
+    /// The file system had not answered in time less than `disk.cooldown` ago.
+    Timeout,
 }
 
 impl Skip {
     /// Every reason, for making the series exist from the start.
-    pub const ALL: [Self; 4] = [Self::Queue, Self::ReadOnly, Self::Purged, Self::Failed];
+    pub const ALL: [Self; 5] = [Self::Queue, Self::ReadOnly, Self::Purged, Self::Failed, Self::Timeout];
 
     const fn as_str(self) -> &'static str {
         match self {
@@ -159,6 +218,7 @@ impl Skip {
             Self::ReadOnly => "read_only",
             Self::Purged => "purged",
             Self::Failed => "failed",
+            Self::Timeout => "timeout",
         }
     }
 }
@@ -207,6 +267,8 @@ pub struct Metrics {
     pub disk_scrub_last_pass: IntGauge,
     /// Blobs read back and hashed.
     pub disk_scrubbed: IntCounter,
+    disk_errors: IntCounterVec,
+    disk_io: [Histogram; 2],
     disk_write_errors: IntCounterVec,
     disk_skipped_writes: IntCounterVec,
     cluster_peers: IntGaugeVec,
@@ -244,6 +306,14 @@ impl Metrics {
         let durations = routes.map(|route| Served::ALL.map(|result| duration_vec.with_label_values(&[route.as_str(), result])));
         let response_bytes = counters(&r, "castier_http_response_bytes_total", "Bytes of blobs sent to clients", &["from"])?;
         let hits = counters(&r, "castier_hits_total", "Gets answered by a tier", &["tier"])?;
+        let disk_io = add(
+            &r,
+            HistogramVec::new(
+                HistogramOpts::new("castier_disk_io_seconds", "Time of a read or write of the disk tier that had to wait for the disk")
+                    .buckets(SECONDS.to_vec()),
+                &["op"],
+            )?,
+        )?;
         let info = gauges(&r, "castier_build_info", "The version that runs", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
@@ -285,6 +355,8 @@ impl Metrics {
                 "When the disk tier was last read back from end to end",
             )?,
             disk_scrubbed: counter(&r, "castier_disk_scrubbed_blobs_total", "Blobs of the disk tier read back and hashed")?,
+            disk_errors: counters(&r, "castier_disk_errors_total", "Work on the disk that failed", &["op", "kind"])?,
+            disk_io: ["read", "write"].map(|op| disk_io.with_label_values(&[op])),
             disk_write_errors: counters(&r, "castier_disk_write_errors_total", "Writes to the disk tier that failed", &["reason"])?,
             disk_skipped_writes: counters(&r, "castier_disk_skipped_writes_total", "Blobs not written to the disk tier", &["reason"])?,
             cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
@@ -321,8 +393,11 @@ impl Metrics {
         for limit in Limit::ALL {
             self.shed.with_label_values(&[limit.as_str()]);
         }
-        for error in WriteError::ALL {
+        for error in DiskError::ALL {
             self.disk_write_errors.with_label_values(&[error.as_str()]);
+            for op in DiskOp::ALL {
+                self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]);
+            }
         }
         for skip in Skip::ALL {
             self.disk_skipped_writes.with_label_values(&[skip.as_str()]);
@@ -386,9 +461,22 @@ impl Metrics {
         self.corrupt.with_label_values(&[source]).get()
     }
 
-    /// The disk tier could not write.
-    pub fn disk_write_error(&self, error: WriteError) {
-        self.disk_write_errors.with_label_values(&[error.as_str()]).inc();
+    /// Work on the disk failed.
+    pub fn disk_error(&self, op: DiskOp, error: DiskError) {
+        self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).inc();
+        if op == DiskOp::Write {
+            self.disk_write_errors.with_label_values(&[error.as_str()]).inc();
+        }
+    }
+
+    /// How often work on the disk failed so.
+    pub fn disk_errors(&self, op: DiskOp, error: DiskError) -> u64 {
+        self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).get()
+    }
+
+    /// The disk was waited for.
+    pub fn disk_io(&self, op: DiskOp, took: Duration) {
+        self.disk_io[usize::from(op == DiskOp::Write)].observe(took.as_secs_f64());
     }
 
     /// The disk tier did not write a blob.

@@ -9,18 +9,17 @@
 
 mod file;
 
-pub use file::{copy_file, make_file, read_file, write_file};
+pub use file::Files;
 
 use crate::{
     buffer,
     fault::{Fault, Limit},
+    metrics::Metrics,
+    pool::SharedFile,
 };
 use bytes::{Bytes, BytesMut};
 use std::{
     collections::VecDeque,
-    fs::File,
-    io,
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -95,30 +94,21 @@ pub struct Room {
     pub memory: Arc<Budget>,
     /// `fill.spool`.
     pub disk: Arc<Budget>,
-    /// `fill.spool_dir`.
-    pub dir: PathBuf,
+    /// In `fill.spool_dir`.
+    pub files: Files,
     /// `memory.max_blob`: what is larger has no business in memory.
     pub max_in_memory: u64,
 }
 
 impl Room {
     /// Room as configured, with `memory` shared with whoever else holds unverified bytes.
-    pub fn new(config: &castier_config::Castier, memory: Arc<Budget>) -> Self {
-        let dir = &config.fill.spool_dir;
+    pub fn new(config: &castier_config::Castier, memory: Arc<Budget>, metrics: Arc<Metrics>) -> Self {
         Self {
             memory,
             disk: Budget::new(config.fill.spool.get()),
-            dir: if dir.as_os_str().is_empty() { std::env::temp_dir() } else { dir.clone() },
+            files: Files::new(&config.fill, metrics),
             max_in_memory: config.memory.max_blob.get(),
         }
-    }
-
-    /// Makes a file as fills will, to find out at the start whether they can.
-    ///
-    /// # Errors
-    /// What kept the file from being made.
-    pub fn check(&self) -> io::Result<()> {
-        tempfile::tempfile_in(&self.dir).map(drop)
     }
 }
 
@@ -132,7 +122,7 @@ pub struct Spool {
     /// Bytes held altogether.
     len: u64,
     /// The first `written` bytes, once they are too many for memory.
-    file: Option<Arc<File>>,
+    file: Option<Arc<SharedFile>>,
     written: u64,
     /// The memory that `segments` may take. None with a file: no window then.
     memory: Option<Lease>,
@@ -144,8 +134,8 @@ pub struct Spool {
 pub enum Piece {
     /// Bytes shared with the spool.
     Memory(Bytes),
-    /// To be read from the file with [`read_file`], off the lock.
-    File(Arc<File>, usize),
+    /// To be read from the file with [`Files::read`], off the lock.
+    File(Arc<SharedFile>, usize),
 }
 
 /// A step that the writer must take off the lock before it can append.
@@ -194,7 +184,7 @@ impl Spool {
     }
 
     /// From now on bytes go to `file`, which holds all that came so far; or, if it takes the place of another, what that one had.
-    pub fn move_to_file(&mut self, room: &Room, file: Arc<File>) -> Result<(), Fault> {
+    pub fn move_to_file(&mut self, room: &Room, file: Arc<SharedFile>) -> Result<(), Fault> {
         if self.file.replace(file).is_some() {
             return Ok(());
         }
@@ -209,7 +199,7 @@ impl Spool {
 
     /// What the file does not have yet of the first `to` bytes: the file, the offset from which on, and the bytes. None if it has them all,
     /// or there is no file.
-    pub fn unwritten(&self, to: u64) -> Option<(Arc<File>, u64, Vec<Bytes>)> {
+    pub fn unwritten(&self, to: u64) -> Option<(Arc<SharedFile>, u64, Vec<Bytes>)> {
         let file = self.file.as_ref().filter(|_| self.written < to)?;
         let mut start = self.start;
         let parts = self.segments.iter().map(|segment| {
@@ -222,7 +212,7 @@ impl Spool {
     }
 
     /// Where the bytes are that are not in memory alone.
-    pub fn file(&self) -> Option<Arc<File>> {
+    pub fn file(&self) -> Option<Arc<SharedFile>> {
         self.file.clone()
     }
 
@@ -285,7 +275,8 @@ impl Spool {
             end = start;
         }
         match &self.file {
-            Some(file) => Piece::File(file.clone(), want),
+            // The file has what is not in memory, and of what is in memory perhaps nothing yet: promise no byte of that.
+            Some(file) => Piece::File(file.clone(), want.min(usize::try_from(self.start - at).unwrap_or(want))),
             None => Piece::Memory(Bytes::new()),
         }
     }
@@ -316,9 +307,11 @@ pub fn join(mut parts: Vec<Bytes>) -> Bytes {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::FileExt;
 
     fn room(memory: u64, disk: u64, max_in_memory: u64) -> Room {
-        Room { memory: Budget::new(memory), disk: Budget::new(disk), dir: std::env::temp_dir(), max_in_memory }
+        let files = Files::new(&castier_config::Fill::default(), Arc::new(Metrics::new().unwrap()));
+        Room { memory: Budget::new(memory), disk: Budget::new(disk), files, max_in_memory }
     }
 
     async fn append(spool: &mut Spool, room: &Room, bytes: Bytes) -> Result<(), Fault> {
@@ -326,7 +319,7 @@ mod tests {
             match spool.admit(room, bytes.len() as u64)? {
                 Admit::Memory | Admit::File { .. } => break,
                 Admit::NeedsFile => {
-                    let file = make_file(room.dir.clone(), spool.in_memory()).await?;
+                    let file = room.files.make(spool.in_memory()).await?;
                     spool.move_to_file(room, file)?;
                 }
             }
@@ -336,20 +329,26 @@ mod tests {
     }
 
     /// Has the file catch up, but for the last `lag` bytes.
-    async fn catch_up(spool: &mut Spool, lag: u64) {
+    async fn catch_up(spool: &mut Spool, room: &Room, lag: u64) {
         let to = spool.length() - lag;
         let Some((file, at, parts)) = spool.unwritten(to) else { return };
         assert_eq!(at + parts.iter().map(|part| part.len() as u64).sum::<u64>(), to);
-        write_file(file, parts, at).await.unwrap();
+        room.files.write(&file, parts, at).await.unwrap();
         spool.wrote(to);
     }
 
+    /// As it is where nobody can tell what the page cache has: every byte that is promised of the file must be in it.
     async fn read_all(spool: &Spool, mut at: u64) -> Vec<u8> {
         let mut all = Vec::new();
         while at < spool.length() {
             let piece = match spool.read(at, spool.length() - at) {
                 Piece::Memory(bytes) => bytes,
-                Piece::File(file, len) => read_file(file, at, len).await.unwrap(),
+                Piece::File(file, len) => {
+                    assert!(at + len as u64 <= spool.written(), "{len} bytes at {at} of {}", spool.written());
+                    let mut piece = vec![0; len];
+                    file.get().unwrap().read_exact_at(&mut piece, at).unwrap();
+                    piece.into()
+                }
             };
             assert!(!piece.is_empty() && piece.len() <= PIECE);
             at += piece.len() as u64;
@@ -363,7 +362,7 @@ mod tests {
         /// Whatever the arrivals and the room, what is read from any offset is what was written.
         #[test]
         fn reads_what_was_written(parts in prop::collection::vec(1usize..90_000, 1..40), max in 0u64..600_000, memory in 0u64..3_000_000, lag in 0u64..700_000, known: bool, from: prop::sample::Index) {
-            tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+            tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
                 let total: usize = parts.iter().sum();
                 let bytes: Vec<u8> = (0..total).map(|i| (i * 31 / 7) as u8).collect();
                 let room = room(memory, 1 << 30, max);
@@ -373,7 +372,7 @@ mod tests {
                     append(&mut spool, &room, Bytes::copy_from_slice(&bytes[at..at + part])).await.unwrap();
                     at += part;
                     if spool.length() - spool.written() > 2 * lag {
-                        catch_up(&mut spool, lag).await;
+                        catch_up(&mut spool, &room, lag).await;
                     }
                 }
                 let from = from.index(total);

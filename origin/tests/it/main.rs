@@ -6,6 +6,7 @@ mod durability;
 mod empty;
 mod entries;
 mod loki;
+mod obstacles;
 mod process;
 mod support;
 mod uploads;

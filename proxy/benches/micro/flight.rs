@@ -83,10 +83,10 @@ fn tier(origin: SocketAddr) -> (Arc<Flights>, Arc<Memory>) {
     let mut config = Castier::default();
     config.verify.buffer_up_to = Size::new(64 << 10);
     let memory = Arc::new(Memory::new(&config.memory));
-    let room = Room::new(&config, Budget::new(config.fill.memory.get()));
+    let metrics = Arc::new(Metrics::new().unwrap());
+    let room = Room::new(&config, Budget::new(config.fill.memory.get()), metrics.clone());
     let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin).unwrap();
     let limits = Arc::new(arc_swap::ArcSwap::from_pointee(config.limits.clone()));
-    let metrics = Arc::new(Metrics::new().unwrap());
     let tiers = Tiers { memory: memory.clone(), mirror: None, disk: None };
     (Flights::new(&config, limits, tiers, Sources { origin, peers: None }, room, metrics), memory)
 }

@@ -6,22 +6,28 @@ use super::{
 };
 use crate::{
     buffer::Buffer,
+    metrics::{DiskOp, Metrics},
+    pool::{Pool, SharedFile},
     tier::{Damaged, Kept},
 };
 use bytes::Bytes;
 use castier_blob::Digest;
-use rustix::fs::Advice;
+use rustix::{
+    fs::{Advice, OFlags},
+    io::Errno,
+};
 use std::{
     fs::File,
     io,
     num::NonZeroU64,
     ops::Range,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::Path,
     sync::{
         Arc, Weak,
         atomic::{AtomicU32, Ordering},
     },
+    time::Instant,
 };
 
 /// How much of the file the kernel is told to fetch beyond a read that had to wait for the disk: what hides a seek.
@@ -33,7 +39,7 @@ pub struct DiskBlob {
     /// Where to report damage. Weak, since the tier holds its open blobs.
     store: Weak<Store>,
     digest: Digest,
-    file: File,
+    file: SharedFile,
     size: u64,
     table: Table,
     /// Gets that found it since it was opened.
@@ -48,18 +54,31 @@ pub(super) enum Unopened {
     Unfinished,
     /// It is damaged; this is its file, if it could be opened at all.
     Damaged(File),
+    /// What has its name is no file: a directory, a link, a pipe, a device.
+    NoFile,
     /// Nothing is known of its state.
     Unknown(io::Error),
 }
 
+/// Opens a file to be read, if it is one. Waits for no other end of a pipe, follows no link.
+fn open_file(path: &Path) -> Result<(File, u64), Unopened> {
+    let flags = OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path).map_err(|error| {
+        match Errno::from_io_error(&error) {
+            Some(Errno::NOENT) => Unopened::Vanished,
+            // A link; a socket, or a device that is not there.
+            Some(Errno::LOOP | Errno::NXIO | Errno::NODEV) => Unopened::NoFile,
+            _ => Unopened::Unknown(error),
+        }
+    })?;
+    let metadata = file.metadata().map_err(Unopened::Unknown)?;
+    if metadata.is_file() { Ok((file, metadata.len())) } else { Err(Unopened::NoFile) }
+}
+
 impl DiskBlob {
     /// Opens the file of a blob and checks its trailer. Blocks.
-    pub(super) fn open(store: Weak<Store>, digest: Digest, path: &Path) -> Result<Self, Unopened> {
-        let file = File::open(path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => Unopened::Vanished,
-            _ => Unopened::Unknown(error),
-        })?;
-        let len = file.metadata().map_err(Unopened::Unknown)?.len();
+    pub(super) fn open(store: Weak<Store>, pool: Pool, digest: Digest, path: &Path) -> Result<Self, Unopened> {
+        let (file, len) = open_file(path)?;
         let Some(size) = format::blob_size(len) else { return Err(Unopened::Unfinished) };
         // The blob's size is known from the file's, so this is the length of a trailer, 4 bytes per block, and not the file's whim.
         let Ok(trailer_len) = usize::try_from(len - size) else { return Err(Unopened::Unfinished) };
@@ -68,7 +87,7 @@ impl DiskBlob {
             return Err(Unopened::Damaged(file));
         }
         match Table::parse(&digest, size, &trailer) {
-            Ok(table) => Ok(Self { store, digest, file, size, table, hits: AtomicU32::new(0) }),
+            Ok(table) => Ok(Self { store, digest, file: SharedFile::new(file, pool), size, table, hits: AtomicU32::new(0) }),
             Err(Unsound::Unfinished) => Err(Unopened::Unfinished),
             Err(Unsound::Rotten) => Err(Unopened::Damaged(file)),
         }
@@ -92,7 +111,7 @@ impl DiskBlob {
     /// Send them and let them go; what is to stay must be copied.
     ///
     /// # Errors
-    /// [`Damaged`]: the file has been set aside.
+    /// [`Damaged`]: the file has been set aside, or the disk does not answer. The bytes must come from elsewhere.
     pub async fn read(self: &Arc<Self>, at: u64, max: usize) -> Result<Bytes, Damaged> {
         let Some(part) = Part::of(at, max, self.size) else { return Ok(Bytes::new()) };
         if let Some(bytes) = self.read_cached(&part) {
@@ -100,13 +119,18 @@ impl DiskBlob {
         }
         let blob = self.clone();
         // A block that was found bad above is read once more here, before it costs the file its place.
-        tokio::task::spawn_blocking(move || blob.read_waiting(&part)).await.map_err(|_| Damaged)?
+        self.file.pool().run(move || blob.read_waiting(&part)).await.map_err(|undone| {
+            if let Some(store) = self.store.upgrade() {
+                store.undone(DiskOp::Read, undone);
+            }
+            Damaged
+        })?
     }
 
     /// The part, if the page cache has all of it and it is sound. Never waits for the disk.
     fn read_cached(&self, part: &Part) -> Option<Bytes> {
         let mut buffer = Buffer::new(part.len());
-        if buffer.read_cached(&self.file, part.start) < buffer.len() {
+        if buffer.read_cached(self.file.get().ok()?, self.file.is_in_memory(), part.start) < buffer.len() {
             return None;
         }
         self.table.agrees(part.start / BLOCK, &buffer).then(|| buffer.share(part.wanted()))
@@ -114,37 +138,46 @@ impl DiskBlob {
 
     /// The part, however long it takes.
     fn read_waiting(&self, part: &Part) -> Result<Bytes, Damaged> {
+        let store = self.store.upgrade();
+        let Ok(file) = self.file.get() else { return Err(Damaged) };
         let mut buffer = Buffer::new(part.len());
-        let why = match self.file.read_exact_at(&mut buffer, part.start) {
+        let read = timed(store.as_ref().map(|store| &*store.metrics), || file.read_exact_at(&mut buffer, part.start));
+        let why = match read {
             Ok(()) if self.table.agrees(part.start / BLOCK, &buffer) => {
-                self.read_ahead(part.end);
+                self.read_ahead(file, part.end);
                 return Ok(buffer.share(part.wanted()));
             }
             Ok(()) => "a block does not match its checksum".to_owned(),
-            Err(error) => error.to_string(),
+            Err(error) => {
+                if let Some(store) = &store {
+                    store.health.failed(DiskOp::Read, &store.path(&self.digest), &error);
+                }
+                error.to_string()
+            }
         };
-        if let Some(store) = self.store.upgrade() {
-            store.quarantine(&self.digest, &self.file, &why);
+        if let Some(store) = store {
+            store.quarantine(&self.digest, file, &why);
         }
         Err(Damaged)
     }
 
     /// Tells the kernel what comes next, so that the reads to come find it in memory. Only advice: nothing depends on it.
-    fn read_ahead(&self, from: u64) {
+    fn read_ahead(&self, file: &File, from: u64) {
         if let Some(len) = NonZeroU64::new(self.size.saturating_sub(from).min(READ_AHEAD)) {
-            rustix::fs::fadvise(&self.file, from, Some(len), Advice::WillNeed).ok();
+            rustix::fs::fadvise(file, from, Some(len), Advice::WillNeed).ok();
         }
     }
 
     /// Hands the whole blob to `take`, piece by piece, each checked; stops when `take` says so with `false`. Blocks.
     pub(super) fn read_through(&self, mut take: impl FnMut(&[u8]) -> bool) -> Result<bool, String> {
+        let file = self.file.get().map_err(|error| error.to_string())?;
         // The pages that only this pass wants should not push out those that clients want.
-        rustix::fs::fadvise(&self.file, 0, None, Advice::NoReuse).ok();
+        rustix::fs::fadvise(file, 0, None, Advice::NoReuse).ok();
         let mut buffer = vec![0; self.size.min(4 * BLOCK) as usize];
         let mut at = 0;
         while at < self.size {
             let piece = &mut buffer[..(self.size - at).min(4 * BLOCK) as usize];
-            self.file.read_exact_at(piece, at).map_err(|error| error.to_string())?;
+            file.read_exact_at(piece, at).map_err(|error| error.to_string())?;
             if !self.table.agrees(at / BLOCK, piece) {
                 return Err("a block does not match its checksum".into());
             }
@@ -156,8 +189,8 @@ impl DiskBlob {
         Ok(true)
     }
 
-    pub(super) fn into_file(self) -> File {
-        self.file
+    pub(super) const fn file(&self) -> &SharedFile {
+        &self.file
     }
 
     /// What it costs to hold this open, in files: a large blob's checksums count as further ones, so that `disk.open_files` bounds
@@ -175,6 +208,16 @@ impl Kept for Arc<DiskBlob> {
     async fn read(&self, at: u64, max: usize) -> Result<Bytes, Damaged> {
         DiskBlob::read(self, at, max).await
     }
+}
+
+/// Does work and takes its time.
+fn timed<T>(metrics: Option<&Metrics>, work: impl FnOnce() -> T) -> T {
+    let started = Instant::now();
+    let done = work();
+    if let Some(metrics) = metrics {
+        metrics.disk_io(DiskOp::Read, started.elapsed());
+    }
+    done
 }
 
 /// Whether this is the file that `path` names now.

@@ -4,16 +4,19 @@
 //! - A blob's file comes, goes and is looked at only under the lock of its shelf (its directory), together with its entry in the
 //!   index. So a blob that was evicted and is kept anew before its old file went cannot lose the new one.
 //! - Under `ab/` there are only finished files. What is being written is in `tmp/`.
-//! - Only blocking threads take a shelf's lock or touch a file.
+//! - Only threads that may wait take a shelf's lock or touch a file: those of the pools `reads` and `writes`, and the tier's own. A file
+//!   system that hangs may keep all of them, and the locks that they have. Whoever waits for them has a deadline.
 
 use super::{
     blob::{DiskBlob, Unopened, stands_at},
     file::DiskFile,
     format,
-    health::Health,
+    health::{self, Health},
+    owner::{self, Owner},
 };
 use crate::{
-    metrics::{Metrics, Skip},
+    metrics::{DiskError, DiskOp, Metrics, Skip},
+    pool::{Pool, Turn, Undone},
     tier::TierStats,
 };
 use bytes::Bytes;
@@ -56,8 +59,13 @@ pub(super) struct Store {
     scanning: AtomicBool,
     pub(super) health: Health,
     pub(super) metrics: Arc<Metrics>,
+    /// Where files are opened and read.
+    pub(super) reads: Pool,
+    /// Where files are written, named and deleted. Apart from `reads`, since a file system can refuse the one and do the other: while a
+    /// snapshot is taken, for instance.
+    pub(super) writes: Pool,
     /// Keeps other processes out for as long as anything here may still write.
-    _lock: File,
+    owner: Owner,
 }
 
 #[derive(Default)]
@@ -83,9 +91,12 @@ pub(super) enum Scanned {
 
 impl Store {
     /// Takes the directory, which must be nobody else's.
-    pub(super) fn new(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Self> {
+    ///
+    /// `progress` grows with each step that the file system takes.
+    pub(super) fn new(config: &config::Disk, metrics: Arc<Metrics>, progress: &AtomicU64) -> io::Result<Self> {
         let root = config.path.clone();
-        let lock = take(&root)?;
+        let owner = Owner::take(&root)?;
+        make_ready(&root, progress)?;
         let capacity = capacity(&root, config.capacity.get());
         let (evict, evicted) = crossbeam_channel::unbounded();
         let evictions = Arc::new(AtomicU64::new(0));
@@ -110,7 +121,21 @@ impl Store {
             .weigher(|_, blob: &Arc<DiskBlob>| blob.cost())
             .eviction_policy(EvictionPolicy::lru())
             .build();
+        let pool = |name: &'static str, does: &'static str, most: usize| {
+            let root = root.clone();
+            let (timeout, cooldown) = (config.timeout.get(), config.cooldown.get());
+            Pool::new(name, most, timeout, cooldown, move |turn| match turn {
+                Turn::Hangs => tracing::warn!(
+                    path = %root.display(), ?timeout, ?cooldown,
+                    "the disk tier's file system does not answer: nothing is {does} it for disk.cooldown, clients get their blobs from                      elsewhere. Look at the kernel's log and at what it is mounted from"
+                ),
+                Turn::Well => tracing::info!(path = %root.display(), "the disk tier's file system answers again"),
+            })
+        };
+        let threads = config.threads;
         Ok(Self {
+            reads: pool("disk-read", "read from", threads),
+            writes: pool("disk-file", "written to", threads.div_ceil(4)),
             capacity,
             quarantine_capacity: config.quarantine.get(),
             index,
@@ -121,8 +146,8 @@ impl Store {
             scanning: AtomicBool::new(true),
             health: Health::new(root.clone(), config.cooldown.get(), metrics.clone()),
             metrics,
+            owner,
             root,
-            _lock: lock,
         })
     }
 
@@ -134,6 +159,27 @@ impl Store {
     /// The blob, if it is open already.
     pub(super) fn opened(&self, digest: &Digest) -> Option<Arc<DiskBlob>> {
         self.open.get(digest)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Work was not done in time.
+    pub(super) fn undone(&self, op: DiskOp, undone: Undone) {
+        self.metrics.disk_error(
+            op,
+            match undone {
+                Undone::Busy => DiskError::Busy,
+                Undone::Late => DiskError::Timeout,
+                Undone::Panicked => DiskError::Other,
+            },
+        );
+    }
+
+    /// Whether files may be read now.
+    pub(super) fn may_read(&self) -> bool {
+        self.reads.is_usable() && !self.owner.is_lost()
     }
 
     pub(super) fn is_scanning(&self) -> bool {
@@ -154,7 +200,7 @@ impl Store {
             return Some(blob);
         }
         let path = self.path(digest);
-        match DiskBlob::open(Arc::downgrade(self), *digest, &path) {
+        match DiskBlob::open(Arc::downgrade(self), self.reads.clone(), *digest, &path) {
             Ok(blob) => {
                 if !self.index.contains_key(digest) {
                     // Evicted, and its file is about to go; or the scan has not come here yet.
@@ -176,7 +222,18 @@ impl Store {
                 drop(shelf);
                 self.quarantine(digest, &file, "the trailer cannot be read or does not match its checksum");
             }
-            Err(Unopened::Unknown(error)) => self.health.could_not_open(&error),
+            Err(Unopened::NoFile) => {
+                // The next blob of this name takes its place.
+                self.index.remove(digest);
+                self.health.failed(DiskOp::Open, &path, &rustix::io::Errno::NXIO.into());
+            }
+            Err(Unopened::Unknown(error)) => {
+                // Without a descriptor nothing is known of the file. Anything else is the file's own trouble: it gives way to a new one.
+                if health::kind(&error) != DiskError::Files {
+                    self.index.remove(digest);
+                }
+                self.health.failed(DiskOp::Open, &path, &error);
+            }
         }
         None
     }
@@ -188,10 +245,11 @@ impl Store {
         let make = || tempfile::Builder::new().prefix("").make_in(self.root.join(TMP), open);
         let made = make().or_else(|error| match error.kind() {
             // Somebody emptied the directory under a running tier.
-            io::ErrorKind::NotFound => make_directories(&self.root).and_then(|()| make()),
+            io::ErrorKind::NotFound => self.remake_directories().and_then(|()| make()),
             _ => Err(error),
         });
-        let (file, path) = made.inspect_err(|error| self.health.failed(error))?.into_parts();
+        let failed = |error: &io::Error| self.health.failed(DiskOp::Write, &self.root.join(TMP), error);
+        let (file, path) = made.inspect_err(failed)?.into_parts();
         Ok(DiskFile::new(self.clone(), file, path))
     }
 
@@ -218,16 +276,15 @@ impl Store {
         if self.has(digest) || !self.admits(size) {
             return;
         }
+        if !self.owner.holds() {
+            return self.metrics.disk_skipped(Skip::Failed);
+        }
         let shelf = self.lock(digest);
         if self.accept(digest).0 != accepted.0 {
             return self.metrics.disk_skipped(Skip::Purged);
         }
-        if let Err(error) = file.place(digest, &self.path(digest)) {
-            drop(shelf);
-            if error.kind() == io::ErrorKind::NotFound {
-                make_directories(&self.root).ok();
-            }
-            self.health.failed(&error);
+        let path = self.path(digest);
+        if file.place(digest, &path, |error| self.make_way(&path, error)).is_err() {
             return self.metrics.disk_skipped(Skip::Failed);
         }
         self.open.invalidate(digest);
@@ -236,6 +293,39 @@ impl Store {
         self.health.worked();
         self.index.run_pending_tasks();
         self.sweep();
+    }
+
+    /// Whether a blob can get its place at `path` after all.
+    fn make_way(&self, path: &Path, error: &io::Error) -> bool {
+        match health::kind(error) {
+            // A directory, which no file can replace. It is set aside as it is: it may be somebody's.
+            DiskError::Path if fs::symlink_metadata(path).is_ok_and(|there| there.is_dir()) => {
+                let aside = (0..100).map(|n| self.root.join(QUARANTINE).join(format!("{}.directory-{n}", file_name(path))));
+                let moved = aside.filter(|aside| fs::symlink_metadata(aside).is_err()).find(|aside| fs::rename(path, aside).is_ok());
+                if let Some(moved) = &moved {
+                    tracing::warn!(
+                        path = %path.display(), moved = %moved.display(),
+                        "a directory stood where the disk tier keeps a blob, and was set aside; delete it if nobody misses it"
+                    );
+                }
+                moved.is_some()
+            }
+            _ => error.kind() == io::ErrorKind::NotFound && self.remake_directories().is_ok(),
+        }
+    }
+
+    /// Makes the tier's directories anew, where somebody has deleted them.
+    fn remake_directories(&self) -> io::Result<()> {
+        if !self.owner.may_remake() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        make_directories(&self.root)
+    }
+
+    /// As far as that takes no file: the index does not know the blob from now on, and none that was accepted before is placed.
+    pub(super) fn disown(&self, digest: &Digest) {
+        self.shelf(digest).forgets.fetch_add(1, Ordering::AcqRel);
+        self.index.remove(digest);
     }
 
     /// Drops a blob, and what is on its way to become it.
@@ -258,6 +348,9 @@ impl Store {
             }
             self.index.remove(digest);
             self.open.invalidate(digest);
+            if !self.owner.holds() {
+                return false;
+            }
             if fs::rename(&path, self.root.join(QUARANTINE).join(digest.to_string())).is_err() {
                 fs::remove_file(&path).ok();
             }
@@ -279,6 +372,7 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Scanned::Foreign),
             metadata => metadata?,
         };
+        // No link is followed: this is what the name itself is.
         if !metadata.is_file() {
             return Ok(Scanned::Foreign);
         }
@@ -308,7 +402,15 @@ impl Store {
 
     /// Whether a blob of this size may be kept now.
     pub(super) fn takes(&self, size: u64) -> bool {
-        self.fits(size) && self.health.may_write()
+        self.fits(size) && self.why_not_write().is_none()
+    }
+
+    /// What keeps the tier from writing now.
+    fn why_not_write(&self) -> Option<Skip> {
+        if !self.health.may_write() || self.owner.is_lost() {
+            return Some(Skip::ReadOnly);
+        }
+        (!self.writes.is_usable() || !self.reads.is_usable()).then_some(Skip::Timeout)
     }
 
     pub(super) fn stats(&self, hits: u64) -> TierStats {
@@ -348,11 +450,14 @@ impl Store {
 
     /// As [`Self::takes`], and counts what is turned away for the disk's sake. A blob too large for the tier is nobody's failing.
     pub(super) fn admits(&self, size: u64) -> bool {
-        let (fits, may_write) = (self.fits(size), self.health.may_write());
-        if fits && !may_write {
-            self.metrics.disk_skipped(Skip::ReadOnly);
+        if !self.fits(size) {
+            return false;
         }
-        fits && may_write
+        let why_not = self.why_not_write();
+        if let Some(why) = why_not {
+            self.metrics.disk_skipped(why);
+        }
+        why_not.is_none()
     }
 
     const fn shelf(&self, digest: &Digest) -> &Shelf {
@@ -366,8 +471,12 @@ impl Store {
     /// Under the shelf's lock.
     fn remove(&self, digest: &Digest) {
         self.open.invalidate(digest);
-        match fs::remove_file(self.path(digest)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => self.health.failed(&error),
+        if !self.owner.holds() {
+            return;
+        }
+        let path = self.path(digest);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => self.health.failed(DiskOp::Remove, &path, &error),
             _ => {}
         }
     }
@@ -390,36 +499,37 @@ impl Store {
             if total <= self.quarantine_capacity {
                 break;
             }
-            fs::remove_file(path).ok();
+            // A directory that was set aside stays as long as there is anything in it.
+            fs::remove_file(&path).or_else(|_| fs::remove_dir(&path)).ok();
             total -= bytes;
         }
     }
 }
 
+fn file_name(path: &Path) -> std::borrow::Cow<'_, str> {
+    path.file_name().unwrap_or_default().to_string_lossy()
+}
+
 const TMP: &str = "tmp";
 const QUARANTINE: &str = "quarantine";
 
-/// Makes the directory this process's, and clears away what an earlier one did not finish.
-fn take(root: &Path) -> io::Result<File> {
-    let told = |what: &str, error: &io::Error| io::Error::new(error.kind(), format!("disk.path: {}: {what}", root.display()));
-    fs::create_dir_all(root).map_err(|error| told(&format!("cannot be created: {error}"), &error))?;
-    let unusable = |error: io::Error| told(&format!("cannot be written to: {error}"), &error);
-    let lock = File::options().create(true).truncate(false).write(true).open(root.join("lock")).map_err(unusable)?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(fs::TryLockError::WouldBlock) => {
-            let error = io::ErrorKind::ResourceBusy.into();
-            return Err(told("another process uses this directory; give each castier one of its own", &error));
-        }
-        Err(fs::TryLockError::Error(error)) => return Err(told(&format!("cannot be locked: {error}"), &error)),
-    }
-    make_directories(root).map_err(unusable)?;
+/// Makes the directories, and clears away what an earlier process did not finish.
+fn make_ready(root: &Path, progress: &AtomicU64) -> io::Result<()> {
+    let unusable = |error: io::Error| owner::told(root, &format!("cannot be written to: {error}"), &error);
+    let step = || progress.fetch_add(1, Ordering::Relaxed);
+    directories(root)
+        .try_for_each(|directory| {
+            step();
+            fs::create_dir_all(directory)
+        })
+        .map_err(unusable)?;
     for entry in fs::read_dir(root.join(TMP)).map_err(unusable)?.flatten() {
+        step();
         if let Err(error) = fs::remove_file(entry.path()) {
             tracing::warn!(%error, path = %entry.path().display(), "a leftover cannot be deleted; delete it by hand");
         }
     }
-    Ok(lock)
+    Ok(())
 }
 
 /// `wanted` bytes, or fewer on a file system that never has them: a tier that relied on them would find no room when it should evict.
@@ -437,8 +547,12 @@ fn capacity(root: &Path, wanted: u64) -> u64 {
 }
 
 fn make_directories(root: &Path) -> io::Result<()> {
+    directories(root).try_for_each(fs::create_dir_all)
+}
+
+fn directories(root: &Path) -> impl Iterator<Item = PathBuf> {
     let shelves = (0..=u8::MAX).map(|first| shelf_directory(root, first));
-    shelves.chain([root.join(TMP), root.join(QUARANTINE)]).try_for_each(fs::create_dir_all)
+    shelves.chain([root.join(TMP), root.join(QUARANTINE)])
 }
 
 fn shelf_directory(root: &Path, first: u8) -> PathBuf {

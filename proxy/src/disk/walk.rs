@@ -112,7 +112,8 @@ fn scrub_one(store: &Arc<Store>, digest: &Digest, stop: &Stop, pace: &mut Pace, 
     }
     let mut open = true;
     let mut verifier = Verifier::of(*digest);
-    let (file, why) = match DiskBlob::open(Weak::new(), *digest, &store.path(digest)) {
+    let opened = DiskBlob::open(Weak::new(), store.reads.clone(), *digest, &store.path(digest));
+    let damage = match &opened {
         Ok(blob) => {
             let read = blob.read_through(|piece| {
                 verifier.update(piece);
@@ -124,15 +125,15 @@ fn scrub_one(store: &Arc<Store>, digest: &Digest, stop: &Stop, pace: &mut Pace, 
                 Ok(true) => verifier.finish(()).err().map(|mismatch| mismatch.to_string()),
                 Err(why) => Some(why),
             };
-            (blob.into_file(), why)
+            why.zip(blob.file().get().ok())
         }
-        Err(Unopened::Damaged(file)) => (file, Some("the trailer does not match its checksum".to_owned())),
+        Err(Unopened::Damaged(file)) => Some(("the trailer does not match its checksum".to_owned(), file)),
         // These are for the next get to see to, as it holds the lock.
-        Err(Unopened::Vanished | Unopened::Unfinished | Unopened::Unknown(_)) => return true,
+        Err(Unopened::Vanished | Unopened::Unfinished | Unopened::NoFile | Unopened::Unknown(_)) => return true,
     };
     store.metrics.disk_scrubbed.inc();
-    if let Some(why) = why
-        && store.quarantine(digest, &file, &why)
+    if let Some((why, file)) = damage
+        && store.quarantine(digest, file, &why)
     {
         rotten.try_send(*digest).ok();
     }

@@ -33,6 +33,8 @@ struct Fill {
     attempts: Attempts,
     /// The origin has not sent wrong bytes yet.
     may_start_over: bool,
+    /// What was handed out before the file that held it was lost, if that has happened.
+    before: Option<Verifier>,
 }
 
 impl Flights {
@@ -44,6 +46,7 @@ impl Flights {
             writer: Writer::default(),
             attempts: Attempts::new(self.retries),
             may_start_over: true,
+            before: None,
         };
         let mut place = None;
         loop {
@@ -58,7 +61,13 @@ impl Flights {
             let fault = match self.go(flight, &leg, &mut fill).await {
                 Ok(End::Whole) => {
                     fill.course.answered(&leg);
-                    let file = fill.writer.finish(self, flight).await?;
+                    let file = match fill.writer.finish(self, flight).await {
+                        Err(fault) => {
+                            fetch_again(flight, &mut fill, fault)?;
+                            continue;
+                        }
+                        file => file?,
+                    };
                     match self.land(flight, &mut fill, file).await {
                         Ok(()) => return Ok(Phase::Verified),
                         Err(fault) => self.start_over(flight, &mut fill, fault)?,
@@ -68,6 +77,10 @@ impl Flights {
                 Ok(End::Absent) if fill.verifier.seen() == 0 => return Ok(Phase::Absent),
                 Ok(End::Absent) => Fault::Unusable { source_name: leg.source(), why: "the blob vanished midway".into() },
                 Ok(End::Elsewhere) => continue,
+                Err(fault) if fill.writer.has_lost() => {
+                    fetch_again(flight, &mut fill, fault)?;
+                    continue;
+                }
                 Err(fault) => fault,
             };
             tracing::debug!(digest = %flight.digest, %fault, at = fill.verifier.seen(), "transfer broke, going on");
@@ -105,7 +118,7 @@ impl Flights {
             }
         };
         let before = fill.verifier.seen();
-        let end = self.pour(flight, incoming, &mut fill.verifier, &mut fill.writer).await;
+        let end = self.pour(flight, incoming, &mut fill.verifier, fill.before.as_ref(), &mut fill.writer).await;
         if fill.verifier.seen() > before {
             fill.course.gives(leg);
         }
@@ -155,8 +168,22 @@ impl Flights {
         fill.may_start_over &= peers_fault;
         fill.verifier = Verifier::of(flight.digest);
         fill.writer = Writer::default();
+        fill.before = None;
         Ok(())
     }
+}
+
+/// The disk has lost what came, once: it is fetched from the start, past the disk. What readers were given must be what comes now, so the
+/// two are compared, and nobody notices more than a pause.
+fn fetch_again(flight: &Flight, fill: &mut Fill, fault: Fault) -> Result<(), Fault> {
+    if !fill.writer.has_lost() || fill.before.is_some() {
+        return Err(fault);
+    }
+    tracing::warn!(digest = %flight.digest, %fault, at = fill.verifier.seen(), "the disk lost the beginning of a blob, which is fetched once more");
+    fill.before = Some(std::mem::replace(&mut fill.verifier, Verifier::of(flight.digest)));
+    fill.writer = Writer::without_tier();
+    flight.fetch_again();
+    Ok(())
 }
 
 /// Whether it was the transfer that broke.

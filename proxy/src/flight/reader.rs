@@ -1,9 +1,9 @@
 //! What a request sees of a flight.
 
-use super::{Flight, Flights, HOLD_BACK, Phase, course::Leg};
+use super::{Asker, Flight, Flights, HOLD_BACK, Joined, Phase, course::Leg};
 use crate::{
     fault::Fault,
-    spool::{self, Piece},
+    spool::{PIECE, Piece},
 };
 use bytes::Bytes;
 use std::sync::{Arc, atomic::Ordering};
@@ -14,7 +14,12 @@ pub struct Reader {
     flights: Arc<Flights>,
     flight: Arc<Flight>,
     tick: watch::Receiver<()>,
+    asker: Asker,
     follower: bool,
+    /// The whole blob, where that was found after the flight's file had failed.
+    whole: Option<Bytes>,
+    /// This reader has been on another flight, whose file failed.
+    moved: bool,
     /// Offset of the next byte.
     at: u64,
     /// Where this response ends; none while the blob's length is not known.
@@ -32,12 +37,13 @@ pub enum Opened {
 
 impl Reader {
     /// Call under the map's lock, where flights cannot be abandoned.
-    pub(super) fn new(flights: &Arc<Flights>, flight: Arc<Flight>, follower: bool) -> Self {
+    pub(super) fn new(flights: &Arc<Flights>, flight: Arc<Flight>, asker: Asker, follower: bool) -> Self {
         flight.readers.fetch_add(1, Ordering::AcqRel);
         if follower {
             flights.metrics.flight_followers.inc();
         }
-        Self { flights: flights.clone(), tick: flight.tick.subscribe(), flight, follower, at: 0, end: None }
+        let tick = flight.tick.subscribe();
+        Self { flights: flights.clone(), tick, flight, asker, follower, whole: None, moved: false, at: 0, end: None }
     }
 
     /// Waits until the response can begin: the blob has verified, or it is too large to wait for and bytes of the wanted part can leave.
@@ -85,12 +91,19 @@ impl Reader {
         }
     }
 
-    /// The next bytes of the response, at most [`spool::PIECE`]; none at its end.
+    /// The next bytes of the response, at most [`PIECE`]; none at its end.
     ///
     /// # Errors
     /// The flight's fault: the response must then be cut.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
+            if let Some(whole) = &self.whole {
+                let at = usize::try_from(self.at).unwrap_or(usize::MAX).min(whole.len());
+                let end = self.end.and_then(|end| usize::try_from(end).ok()).unwrap_or(whole.len());
+                let bytes = whole.slice(at..end.min(at + PIECE).min(whole.len()).max(at));
+                self.at += bytes.len() as u64;
+                return Ok((!bytes.is_empty()).then_some(bytes));
+            }
             let (piece, at) = {
                 let state = self.flight.state.lock();
                 let len = state.spool.length();
@@ -106,7 +119,14 @@ impl Reader {
             };
             let bytes = match piece {
                 Some(Piece::Memory(bytes)) => bytes,
-                Some(Piece::File(file, len)) => spool::read_file(file, at, len).await?,
+                Some(Piece::File(file, len)) => match self.flights.room.files.read(file, at, len).await {
+                    Ok(bytes) => bytes,
+                    Err(fault) => {
+                        // Boxed, so that no reader carries what so few need.
+                        Box::pin(self.file_failed(fault)).await?;
+                        continue;
+                    }
+                },
                 None => {
                     self.changed().await?;
                     continue;
@@ -115,6 +135,50 @@ impl Reader {
             self.at += bytes.len() as u64;
             return Ok(Some(bytes));
         }
+    }
+
+    /// The flight's file cannot be read. While the flight goes on, that is for its fill to see to, which meets the same when it writes. If it
+    /// has ended, the rest comes from another flight, like any blob that is asked for.
+    async fn file_failed(&mut self, fault: Fault) -> Result<(), Fault> {
+        let (ended, digest) = (matches!(self.flight.state.lock().phase, Phase::Verified), self.flight.digest);
+        if !ended {
+            return self.changed().await;
+        }
+        if self.moved {
+            return Err(fault);
+        }
+        tracing::debug!(%digest, %fault, at = self.at, "the file of a blob on its way cannot be read; going on from elsewhere");
+        let (flights, metrics) = (self.flights.clone(), self.flights.metrics.clone());
+        flights.give_up_file(&self.flight);
+        // A get of its own, so that the ledger balances.
+        metrics.gets.inc();
+        if self.asker == Asker::Peer {
+            metrics.gets_from_peers.inc();
+        }
+        let mut next = match flights.join(&digest, self.asker, true) {
+            Joined::Kept(bytes, tier) => {
+                metrics.hit(tier);
+                self.whole = Some(bytes);
+                return Ok(());
+            }
+            Joined::OnDisk => return Err(fault),
+            Joined::Led(reader) => {
+                metrics.flights.inc();
+                reader
+            }
+            Joined::Followed(reader) => {
+                metrics.collapsed.inc();
+                reader
+            }
+        };
+        metrics.loads.inc();
+        let part = (self.at, self.end);
+        if next.open(self.end.is_some(), |_| part).await? == Opened::Absent {
+            return Err(Fault::Unusable { source_name: "origin", why: "the blob is gone".into() });
+        }
+        next.moved = true;
+        *self = next;
+        Ok(())
     }
 
     /// Whether the bytes come from another node just now, and whether they are that node's to keep.

@@ -9,13 +9,12 @@
 
 use super::{Flight, Flights};
 use crate::{
-    disk::{Disk, DiskFile},
+    disk::DiskFile,
     fault::Fault,
-    spool::{self, Admit, BATCH},
+    spool::{Admit, BATCH},
 };
 use bytes::Bytes;
 use futures::{FutureExt, future::BoxFuture};
-use std::sync::Arc;
 
 /// After so many bytes it is the readers' turn: a source that always has more at hand would keep them waiting for long, and one turn for
 /// each chunk costs as much as the chunk.
@@ -30,6 +29,10 @@ pub(super) struct Writer {
     under_way: Option<BoxFuture<'static, Wrote>>,
     /// Where the bytes end that were given to a write.
     given: u64,
+    /// The disk tier has failed this flight.
+    without_tier: bool,
+    /// The front of the blob was in a file that can neither be written nor read any more.
+    lost: bool,
 }
 
 /// What a write came to.
@@ -40,6 +43,16 @@ enum Wrote {
 }
 
 impl Writer {
+    /// One that begins anew, after another has [lost](Self::has_lost) what it had.
+    pub(super) fn without_tier() -> Self {
+        Self { without_tier: true, ..Self::default() }
+    }
+
+    /// Whether bytes that came are gone, so that they must be fetched once more.
+    pub(super) const fn has_lost(&self) -> bool {
+        self.lost
+    }
+
     /// Takes the next bytes. Readers have them when this returns, and most often the file has not.
     pub(super) async fn append(&mut self, flights: &Flights, flight: &Flight, chunk: Bytes) -> Result<(), Fault> {
         let len = chunk.len() as u64;
@@ -63,11 +76,11 @@ impl Writer {
         }
         if !window {
             self.settle(flights, flight).await?;
-            self.write(flight, 1);
+            self.write(flights, flight, 1);
             self.settle(flights, flight).await?;
         } else if gathered >= BATCH {
             self.settle(flights, flight).await?;
-            self.write(flight, BATCH);
+            self.write(flights, flight, BATCH);
         }
         Ok(())
     }
@@ -76,7 +89,7 @@ impl Writer {
     pub(super) async fn finish(&mut self, flights: &Flights, flight: &Flight) -> Result<Option<DiskFile>, Fault> {
         loop {
             self.settle(flights, flight).await?;
-            if !self.write(flight, 1) {
+            if !self.write(flights, flight, 1) {
                 return Ok(self.kept.take().map(|tier| *tier));
             }
         }
@@ -88,20 +101,20 @@ impl Writer {
             let state = flight.state.lock();
             (state.spool.in_memory(), state.spool.length(), state.size, state.leg.is_foreign())
         };
-        self.kept = match flights.tiers.disk.as_ref().filter(|disk| !foreign && disk.takes(size.unwrap_or(len))) {
-            Some(disk) => tier_file(disk.clone(), parts.clone()).await.map(Box::new),
+        self.kept = match flights.tiers.disk.as_ref().filter(|disk| !foreign && !self.without_tier && disk.admits(size.unwrap_or(len))) {
+            Some(disk) => disk.file(parts.clone()).await.map(Box::new),
             None => None,
         };
         let file = match &self.kept {
             Some(tier) => tier.file().clone(),
-            None => spool::make_file(flights.room.dir.clone(), parts).await?,
+            None => flights.room.files.make(parts).await?,
         };
         self.given = len;
         flight.state.lock().spool.move_to_file(&flights.room, file)
     }
 
     /// Begins to write what the file has not, up to a multiple of `unit`; false if that is nothing. No other write may be under way.
-    fn write(&mut self, flight: &Flight, unit: u64) -> bool {
+    fn write(&mut self, flights: &Flights, flight: &Flight, unit: u64) -> bool {
         let (unwritten, to) = {
             let spool = &flight.state.lock().spool;
             let to = spool.length() / unit * unit;
@@ -110,8 +123,8 @@ impl Writer {
         let Some((file, at, parts)) = unwritten else { return false };
         self.given = to;
         self.under_way = Some(match self.kept.take() {
-            Some(tier) => grow(*tier, parts).map(|tier| Wrote::Kept(tier.map(Box::new))).boxed(),
-            None => spool::write_file(file, parts, at).map(Wrote::Unnamed).boxed(),
+            Some(tier) => tier.grow(parts).map(|tier| Wrote::Kept(tier.map(Box::new))).boxed(),
+            None => flights.room.files.write(&file, parts, at).map(Wrote::Unnamed).boxed(),
         });
         true
     }
@@ -136,20 +149,8 @@ impl Writer {
             (state.spool.file(), state.spool.written())
         };
         let Some(file) = file else { return Err(Fault::Internal("a write without a file".into())) };
-        let elsewhere = spool::copy_file(flights.room.dir.clone(), file, written).await?;
+        let elsewhere = flights.room.files.copy(&file, written).await.inspect_err(|_| self.lost = true)?;
         self.given = written;
         flight.state.lock().spool.move_to_file(&flights.room, elsewhere)
     }
-}
-
-/// A new file of the disk tier, holding `parts`; none if it could not be written.
-pub async fn tier_file(disk: Arc<Disk>, parts: Vec<Bytes>) -> Option<DiskFile> {
-    let file = tokio::task::spawn_blocking(move || disk.temp()).await.ok()?.ok()?;
-    grow(file, parts).await
-}
-
-/// Appends to a file of the disk tier; none if it could not be written. Begins at once, whether or not it is awaited.
-pub fn grow(mut file: DiskFile, parts: Vec<Bytes>) -> impl Future<Output = Option<DiskFile>> + Send {
-    let written = tokio::task::spawn_blocking(move || file.append_all(&parts).map(|()| file));
-    async move { written.await.ok()?.ok() }
 }

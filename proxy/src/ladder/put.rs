@@ -2,9 +2,9 @@
 
 use super::Ladder;
 use crate::{
-    disk::DiskFile,
+    disk::DiskCopy,
     fault::Fault,
-    flight::{self, Asker},
+    flight::Asker,
     spool,
     upstream::{Parcel, Put, Upload},
 };
@@ -48,7 +48,7 @@ impl Ladder {
         let copy = Mutex::new(UploadCopy { on_disk_too: owner.is_none(), ..UploadCopy::new(self, size) });
         let teed = upload.then(|part| async {
             if let Ok(part) = &part {
-                copy.lock().await.take(part).await;
+                copy.lock().await.take(part);
             }
             part
         });
@@ -77,7 +77,7 @@ impl Ladder {
         let digest = verified.digest();
         // Who owns it may be known only now.
         let foreign = failed.is_none() && self.owner(&digest, asker).is_some();
-        copy.into_inner().keep(verified.clone(), foreign).await;
+        copy.into_inner().keep(verified.clone(), foreign);
         self.flights.stored(&digest);
         self.tell_owner(&digest, asker, failed.as_deref()).await;
         Ok((put, verified))
@@ -110,7 +110,7 @@ struct UploadCopy<'a> {
 
 enum Kept {
     Memory(Vec<u8>, spool::Lease),
-    Disk(Box<DiskFile>),
+    Disk(DiskCopy),
     Nothing,
 }
 
@@ -129,7 +129,7 @@ impl<'a> UploadCopy<'a> {
         lease.cover(2 * bytes.len() as u64).then(|| Bytes::copy_from_slice(bytes))
     }
 
-    async fn take(&mut self, part: &Bytes) {
+    fn take(&mut self, part: &Bytes) {
         self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
             Kept::Memory(mut bytes, mut lease) => {
                 let after = (bytes.len() + part.len()) as u64;
@@ -137,10 +137,10 @@ impl<'a> UploadCopy<'a> {
                     bytes.extend_from_slice(part);
                     Kept::Memory(bytes, lease)
                 } else {
-                    self.to_disk(vec![bytes.into(), part.clone()], after).await
+                    self.to_disk(bytes.into(), part.clone(), after)
                 }
             }
-            Kept::Disk(file) => flight::grow(*file, vec![part.clone()]).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into())),
+            Kept::Disk(copy) => copy.take(part.clone()).map_or(Kept::Nothing, Kept::Disk),
             Kept::Nothing => Kept::Nothing,
         };
     }
@@ -150,25 +150,21 @@ impl<'a> UploadCopy<'a> {
         !self.on_disk_too || self.ladder.tiers.memory.takes(bytes.max(self.size.unwrap_or(0)))
     }
 
-    async fn to_disk(&self, parts: Vec<Bytes>, so_far: u64) -> Kept {
-        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| self.on_disk_too && disk.takes(self.size.unwrap_or(so_far))) else {
+    fn to_disk(&self, so_far: Bytes, part: Bytes, len: u64) -> Kept {
+        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| self.on_disk_too && disk.admits(self.size.unwrap_or(len))) else {
             return Kept::Nothing;
         };
-        flight::tier_file(disk.clone(), parts).await.map_or(Kept::Nothing, |file| Kept::Disk(file.into()))
+        disk.copy().take(so_far).and_then(|copy| copy.take(part)).map_or(Kept::Nothing, Kept::Disk)
     }
 
     /// Keeps the copy as the blob that the upload proved to be. `foreign`: another node owns it.
-    async fn keep(self, proof: Verified<()>, foreign: bool) {
+    fn keep(self, proof: Verified<()>, foreign: bool) {
         match self.kept {
             Kept::Memory(mut bytes, _) if bytes.len() as u64 == proof.size() && self.ladder.tiers.memory.takes(proof.size()) => {
                 bytes.shrink_to_fit();
                 self.ladder.tiers.keep(proof.with_content(Bytes::from(bytes)), foreign);
             }
-            Kept::Disk(file) if !foreign => {
-                if let Some(disk) = &self.ladder.tiers.disk {
-                    disk.keep_file(proof.with_content(*file)).await;
-                }
-            }
+            Kept::Disk(copy) if !foreign => copy.keep(proof),
             Kept::Memory(..) | Kept::Disk(_) | Kept::Nothing => {}
         }
     }

@@ -14,6 +14,8 @@ mod curl;
 mod disk;
 mod disk_crash;
 mod disk_faults;
+mod disk_hang;
+mod disk_paths;
 mod empty;
 mod entries;
 mod flight;

@@ -26,7 +26,7 @@ async fn hits_before_the_scan_comes_by() {
     let (early, _) = bench.keep(10, 1).await;
     let (late, _) = bench.keep(20, 2).await;
     bench.close();
-    let store = Arc::new(Store::new(&bench.config, bench.metrics.clone()).unwrap());
+    let store = Arc::new(Store::new(&bench.config, bench.metrics.clone(), &AtomicU64::new(0)).unwrap());
     assert_eq!(store.size_of(&late.digest()), None);
     assert_eq!(store.open(&late.digest()).map(|kept| kept.size()), Some(20));
     assert_eq!(store.size_of(&late.digest()), Some(20));

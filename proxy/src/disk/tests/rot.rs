@@ -138,7 +138,7 @@ async fn the_scrub_finds_what_nobody_reads() {
     let forged = Digest::of(b"forged");
     let mut file = bench.temp().unwrap();
     file.append(b"something else").unwrap();
-    file.place(&forged, &bench.store.path(&forged)).unwrap();
+    file.place(&forged, &bench.store.path(&forged), |_| false).unwrap();
     bench.config.scrub_rate = Size::gib(1);
     bench.close();
     bench.open();

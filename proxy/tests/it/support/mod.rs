@@ -4,6 +4,7 @@ pub(crate) mod blob;
 pub(crate) mod client;
 pub(crate) mod cluster;
 pub(crate) mod disk;
+pub(crate) mod hang;
 pub(crate) mod lie;
 pub(crate) mod origin;
 pub(crate) mod process;

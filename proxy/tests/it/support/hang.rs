@@ -1,0 +1,77 @@
+//! A file system that stops answering: a mirror of a directory through FUSE, whose server can be stopped.
+
+use super::eventually;
+use rustix::process::{Pid, Signal, kill_process};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+use tempfile::TempDir;
+
+/// Unmounted when dropped, whether or not it answers.
+pub(crate) struct HangingFs {
+    server: Child,
+    dir: TempDir,
+}
+
+impl HangingFs {
+    /// None where it cannot be had, which is said aloud: it takes root, `/dev/fuse` and bindfs.
+    pub(crate) async fn mount() -> Option<Self> {
+        let dir = TempDir::new().unwrap();
+        for name in ["behind", "mount"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        // No caches, so that each call is a question to the server.
+        let options = "entry_timeout=0,attr_timeout=0,negative_timeout=0";
+        let mut command = Command::new("bindfs");
+        command.args(["-f", "-o", options]).arg(dir.path().join("behind")).arg(dir.path().join("mount"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let Ok(server) = command.spawn() else {
+            println!("SKIPPED: bindfs is not installed (apt-get install bindfs), so nothing here can hang");
+            return None;
+        };
+        let mut mounted = Self { server, dir };
+        let there = eventually("the mount, or its failure", async || {
+            let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+            if mounts.contains(mounted.path().to_str().unwrap()) {
+                return Some(true);
+            }
+            mounted.server.try_wait().unwrap().map(|_| false)
+        })
+        .await;
+        if !there {
+            println!("SKIPPED: nothing can be mounted through FUSE here");
+            return None;
+        }
+        Some(mounted)
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.dir.path().join("mount")
+    }
+
+    /// The same directory, which answers always.
+    pub(crate) fn behind(&self) -> &Path {
+        Box::leak(self.dir.path().join("behind").into_boxed_path())
+    }
+
+    /// From now on nothing is answered.
+    pub(crate) fn hang(&self) {
+        kill_process(Pid::from_child(&self.server), Signal::STOP).unwrap();
+    }
+
+    /// And now it is again.
+    pub(crate) fn answer(&self) {
+        kill_process(Pid::from_child(&self.server), Signal::CONT).unwrap();
+    }
+}
+
+impl Drop for HangingFs {
+    fn drop(&mut self) {
+        // The kernel answers in the server's place once that is gone.
+        self.server.kill().ok();
+        self.server.wait().ok();
+        Command::new("umount").arg("-l").arg(self.path()).output().ok();
+    }
+}
