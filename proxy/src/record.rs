@@ -28,6 +28,8 @@ pub struct Record<'a> {
     pub served: Served,
     /// The client.
     pub peer: Option<SocketAddr>,
+    /// Why the response failed, or was cut before its end.
+    pub error: Option<&'a str>,
 }
 
 impl Record<'_> {
@@ -35,13 +37,13 @@ impl Record<'_> {
     pub fn log(&self, metrics: &Metrics) {
         metrics.request(self.listener, method_label(self.method), self.route, self.code, self.served, self.took);
         let duration_ms = self.took.as_micros() as f64 / 1000.0;
-        let (method, path, status, bytes, cache) = (self.method, self.path, self.code, self.bytes, self.cache);
+        let (method, path, status, bytes, cache, error) = (self.method, self.path, self.code, self.bytes, self.cache, self.error);
         let peer = self.peer.map(tracing::field::display);
         // Every node asks every other each second how it is.
         if self.route == Route::Control {
-            tracing::debug!(target: "castier::access", method, path, status, bytes, duration_ms, cache, peer);
+            tracing::debug!(target: "castier::access", method, path, status, bytes, duration_ms, cache, peer, error);
         } else {
-            tracing::info!(target: "castier::access", method, path, status, bytes, duration_ms, cache, peer);
+            tracing::info!(target: "castier::access", method, path, status, bytes, duration_ms, cache, peer, error);
         }
     }
 }

@@ -191,6 +191,7 @@ impl ProxyHttp for Rules {
         let failed = ctx.failed || error.is_some();
         let code = session.response_written().map_or(record::CLIENT_GONE, |response| response.status.as_u16());
         let request = session.req_header();
+        let error = error.map(ToString::to_string);
         let done = record::Record {
             listener: Listener::Public,
             route: Route::Relay,
@@ -202,6 +203,7 @@ impl ProxyHttp for Rules {
             cache: "castier; fwd=bypass",
             served: if failed || code >= 400 { Served::Error } else { Served::Miss },
             peer: session.client_addr().and_then(|address| address.as_inet()).copied(),
+            error: error.as_deref(),
         };
         done.log(&self.metrics);
     }

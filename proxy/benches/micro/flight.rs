@@ -82,8 +82,9 @@ async fn read(mut reader: Reader) -> usize {
 fn tier(origin: SocketAddr) -> (Arc<Flights>, Arc<Memory>) {
     let mut config = Castier::default();
     config.verify.buffer_up_to = Size::new(64 << 10);
-    let memory = Arc::new(Memory::new(&config.memory));
-    let room = Room::new(&config, Budget::new(config.fill.memory.get()));
+    let budget = Budget::new(config.fill.memory.get());
+    let memory = Arc::new(Memory::new(&config.memory, &budget));
+    let room = Room::new(&config, budget);
     let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin).unwrap();
     let limits = Arc::new(arc_swap::ArcSwap::from_pointee(config.limits.clone()));
     let metrics = Arc::new(Metrics::new().unwrap());

@@ -88,7 +88,8 @@ impl Writer {
             let state = flight.state.lock();
             (state.spool.in_memory(), state.spool.length(), state.size, state.leg.is_foreign())
         };
-        self.kept = match flights.tiers.disk.as_ref().filter(|disk| !foreign && disk.takes(size.unwrap_or(len))) {
+        let keeps = flights.tiers.disk_keeps(&flight.digest, size.unwrap_or(len), foreign);
+        self.kept = match flights.tiers.disk.as_ref().filter(|_| keeps) {
             Some(disk) => tier_file(disk.clone(), parts.clone()).await.map(Box::new),
             None => None,
         };
@@ -97,7 +98,9 @@ impl Writer {
             None => spool::make_file(flights.room.dir.clone(), parts).await?,
         };
         self.given = len;
-        flight.state.lock().spool.move_to_file(&flights.room, file)
+        let mut state = flight.state.lock();
+        state.on_tier_file = self.kept.is_some();
+        state.spool.move_to_file(&flights.room, file)
     }
 
     /// Begins to write what the file has not, up to a multiple of `unit`; false if that is nothing. No other write may be under way.
@@ -138,7 +141,9 @@ impl Writer {
         let Some(file) = file else { return Err(Fault::Internal("a write without a file".into())) };
         let elsewhere = spool::copy_file(flights.room.dir.clone(), file, written).await?;
         self.given = written;
-        flight.state.lock().spool.move_to_file(&flights.room, elsewhere)
+        let mut state = flight.state.lock();
+        state.on_tier_file = false;
+        state.spool.move_to_file(&flights.room, elsewhere)
     }
 }
 
