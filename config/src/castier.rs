@@ -106,8 +106,8 @@ pub struct Memory {
     /// The largest blob that is kept in memory; a size over 0, at most `memory.capacity`. Larger ones only pass through.
     /// Default `8MiB`: one blob should not push out hundreds.
     pub max_blob: Size,
-    /// Which blobs stay when memory is full: `tiny-lfu` or `lru`. Default `tiny-lfu`: one pass over everything (a backup, a
-    /// crawler) does not empty the cache.
+    /// Which blobs stay when memory is full: `tiny-lfu` (what is asked for often for its size) or `lru`. Default `tiny-lfu`: one pass
+    /// over everything (a backup, a crawler) does not empty the cache.
     pub policy: Policy,
 }
 
@@ -194,8 +194,8 @@ pub struct Fill {
     /// How many blobs may be fetched at once, 1 or more. Default 256: hides an origin's latency, and is few enough
     /// connections for any origin.
     pub max_in_flight: usize,
-    /// Bytes that all flights together may hold in memory; a size over 0. Default `256MiB`, so that fetching never takes
-    /// more than the cache itself.
+    /// Bytes that may be in memory outside the cache: those that flights and copies of uploads hold, and those of blobs that the cache has
+    /// dropped and slow clients still read; a size over 0. Default `256MiB`, so that all that never takes more than the cache itself.
     pub memory: Size,
     /// How long a fill waits for a free place before its clients get 503; a duration, 0 does not wait. Default `2s`: evens
     /// out a burst, and after that a client is better served by `Retry-After`.

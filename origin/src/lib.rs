@@ -141,8 +141,9 @@ impl Origin {
     /// When `root` cannot be written to, or another process is using it. The text names `root` and says what to do.
     pub fn open(root: impl AsRef<Path>, options: Options) -> io::Result<Self> {
         let store = Arc::new(Store::open(root.as_ref(), options.root_key)?);
-        let entries = Entries::open(root.as_ref())
-            .map_err(|e| io::Error::new(e.kind(), format!("{}: {}: entries/ cannot be made: {e}", options.root_key, root.as_ref().display())))?;
+        let entries = Entries::open(root.as_ref()).map_err(|e| {
+            io::Error::new(e.kind(), format!("{}: {}: entries/ cannot be made: {e}", options.root_key, root.as_ref().display()))
+        })?;
         let entries = Arc::new(entries);
         let counted = Arc::clone(&store);
         thread::Builder::new().name("count".to_owned()).spawn(move || {

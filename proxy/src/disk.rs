@@ -160,14 +160,24 @@ impl Disk {
         }
     }
 
-    /// Whether a blob of this size would be kept now: it fits, and the disk lets itself be written to.
+    /// Whether a blob of this size may be kept now: it fits, and the disk lets itself be written to.
     pub fn takes(&self, size: u64) -> bool {
         self.store.takes(size)
     }
 
-    /// As [`Self::takes`], and counts what is turned away for the disk's sake: ask it of a blob that is on its way here.
-    pub fn admits(&self, size: u64) -> bool {
-        self.store.admits(size)
+    /// As [`Self::keeps`], and counts what is turned away for the disk's sake: ask it of a blob that is on its way here.
+    pub fn admits(&self, digest: &Digest, size: u64) -> bool {
+        self.store.admits(digest, size)
+    }
+
+    /// Whether this blob, of this size, would be kept now. As [`Self::takes`]; and a very large one must have been asked for before.
+    pub fn keeps(&self, digest: &Digest, size: u64) -> bool {
+        self.store.keeps(digest, size)
+    }
+
+    /// Counts one get, whether or not the blob is here: what is asked for often stays.
+    pub fn count(&self, digest: &Digest) {
+        self.store.count(digest);
     }
 
     /// A new file in the tier's directory for a blob that is on its way, holding `parts`; none if it could not be written.
@@ -199,7 +209,7 @@ impl Disk {
 
     /// Keeps a blob from memory, later: the caller waits for nothing. With `disk.write_behind` full it is not kept.
     pub fn keep_later(&self, blob: Verified<Bytes>) {
-        if self.store.has(&blob.digest()) || !self.store.admits(blob.size()) {
+        if self.store.has(&blob.digest()) || !self.store.admits(&blob.digest(), blob.size()) {
             return;
         }
         if !self.behind.take(cost(&blob)) {

@@ -113,6 +113,10 @@ struct State {
     home: bool,
     /// Purged or overtaken by an upload: what comes out must not be remembered.
     detached: bool,
+    /// The spool's file is one that the disk tier will keep.
+    on_tier_file: bool,
+    /// The blob has verified, and a tier has it.
+    kept: bool,
 }
 
 #[derive(Clone)]
@@ -162,7 +166,7 @@ impl Flights {
             return Joined::Followed(Reader::new(self, flight.clone(), asker, true));
         }
         // Since the first look-up a flight may have come and gone.
-        if let Some((bytes, tier)) = self.tiers.in_memory(digest) {
+        if let Some((bytes, tier)) = self.tiers.in_memory_settled(digest) {
             return Joined::Kept(bytes, tier);
         }
         if !sure && self.tiers.disk.as_ref().is_some_and(|disk| disk.offers(digest)) {
@@ -244,8 +248,12 @@ impl Flights {
         // What a peer has heard from the origin is the peer's to remember: an upload that comes there ends it for all.
         let own_absence = matches!(phase, Phase::Absent) && source == Leg::Origin.source();
         let remember = own_absence && !ttl.is_zero() && self.remembered.load(Ordering::Relaxed) < self.limits.load().max_negative;
-        let on_disk = self.tiers.disk.as_ref().is_some_and(|disk| disk.offers(&flight.digest));
-        let passing = matches!(phase, Phase::Verified) && !on_disk && flight.state.lock().spool.parts().is_none();
+        let passing = {
+            let state = flight.state.lock();
+            // A tier that hangs has the blob, and cannot give it.
+            let kept = state.kept && self.tiers.disk.as_ref().is_none_or(|disk| disk.offers(&flight.digest));
+            matches!(phase, Phase::Verified) && !kept && state.spool.parts().is_none()
+        };
         flight.update(|state| state.phase = phase);
         if passing {
             // No tier keeps it, but its readers do: as long as one reads, a late comer can, and the origin is not asked again.
@@ -372,15 +380,21 @@ impl Flights {
             match (whole, file, &self.tiers.disk) {
                 _ if state.detached => None,
                 (Some(whole), ..) => {
-                    self.tiers.keep(verified.with_content(whole), state.leg.is_foreign());
+                    if let Some(shared) = self.tiers.keep(verified.with_content(whole), state.leg.is_foreign()) {
+                        // The tier pays for the bytes from now on, also for those who still read them here.
+                        state.spool.settle(shared);
+                        state.spool.release();
+                        state.kept = true;
+                    }
                     None
                 }
-                (None, Some(file), Some(disk)) if !state.leg.is_foreign() => Some(disk.keep_file(verified.with_content(file))),
+                (None, Some(file), Some(disk)) if !state.leg.is_foreign() => Some((disk, disk.keep_file(verified.with_content(file)))),
                 _ => None,
             }
         };
-        if let Some(keeping) = keeping {
+        if let Some((disk, keeping)) = keeping {
             keeping.await;
+            flight.state.lock().kept = disk.knows(&flight.digest).is_some();
         }
     }
 
@@ -416,7 +430,8 @@ fn log_failure(digest: &Digest, fault: &Fault) {
 impl State {
     fn new(home: bool) -> Self {
         let leg = Leg::Origin;
-        Self { phase: Phase::Opening, spool: Spool::default(), size: None, released: false, leg, home, detached: false }
+        let (phase, spool) = (Phase::Opening, Spool::default());
+        Self { phase, spool, size: None, released: false, leg, home, detached: false, on_tier_file: false, kept: false }
     }
 }
 
@@ -439,6 +454,7 @@ impl Flight {
                 state.phase = Phase::Opening;
                 state.size = None;
                 state.spool = Spool::default();
+                state.on_tier_file = false;
             }
             !state.released
         })

@@ -54,7 +54,17 @@ pub struct Front {
 }
 
 /// The connection broke, or had to be broken, before the response was whole.
-struct Cut;
+struct Cut {
+    /// For the access record.
+    why: String,
+}
+
+impl Cut {
+    /// The client is at fault, or the network between.
+    fn client(error: impl std::fmt::Display) -> Self {
+        Self { why: format!("the client left, or took nothing for too long: {error}") }
+    }
+}
 
 /// Who comes in here, and what becomes of requests that are about no blob.
 pub enum Door {
@@ -172,7 +182,7 @@ impl Front {
                         }
                         Ok(true) => Some((conn, ahead)),
                         Ok(false) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await,
-                        Err(Cut) => return,
+                        Err(Cut { .. }) => return,
                     }
                 }
                 Target::Blob(_) | Target::Malformed(_)
@@ -235,13 +245,19 @@ impl Front {
         let method = session.req_header().method.clone();
         let path = session.req_header().uri.path().to_owned();
         let target = Target::of(&path);
-        let (reply, mut error) = self.answer(&mut session, &method, target, limits).await;
+        let (reply, fault) = self.answer(&mut session, &method, target, limits).await;
+        let mut error = fault.map(|fault| fault.to_string());
         let first_byte = reply.is_some().then(|| started.elapsed());
         let (code, served, cache, whole) = match reply {
             Some(reply) => {
-                let (code, served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
-                let whole = self.write_reply(&mut session, reply).await.is_ok();
-                (code, if whole { served } else { Served::Error }, cache, whole)
+                let (code, mut served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
+                let written = self.write_reply(&mut session, reply).await;
+                let whole = written.is_ok();
+                if let Err(cut) = written {
+                    served = Served::Error;
+                    error = Some(cut.why);
+                }
+                (code, served, cache, whole)
             }
             None => (CLIENT_GONE, Served::Error, String::new(), false),
         };
@@ -275,14 +291,14 @@ impl Front {
         Some((conn, ahead))
     }
 
-    /// What to say to a request about blobs, nothing if the client has left; and what went wrong, for the record.
+    /// What to say to a request about blobs, nothing if the client has left; and the fault, if it is one.
     async fn answer(
         &self,
         session: &mut ServerSession,
         method: &Method,
         target: Target<'_>,
         limits: &Limits,
-    ) -> (Option<Reply>, Option<String>) {
+    ) -> (Option<Reply>, Option<Fault>) {
         let answered = match (target, &self.door) {
             (Target::Blob(digest), _) if *method == Method::GET => self.get(session, &digest).await,
             (Target::Blob(digest), _) if *method == Method::HEAD => self.head(session, &digest).await,
@@ -296,7 +312,7 @@ impl Front {
         };
         match answered {
             Ok(reply) => (Some(reply), None),
-            Err(fault @ Fault::ClientGone(_)) => (None, Some(fault.to_string())),
+            Err(fault @ Fault::ClientGone(_)) => (None, Some(fault)),
             Err(fault) => {
                 match fault {
                     Fault::Busy(limit) => self.metrics.shed(limit),
@@ -304,7 +320,7 @@ impl Front {
                     Fault::BadRequest(_) | Fault::ClientSilent | Fault::TooLarge { .. } => session.set_keepalive(None),
                     _ => {}
                 }
-                (Some(Reply::fault(&fault)), Some(fault.to_string()))
+                (Some(Reply::fault(&fault)), Some(fault))
             }
         }
     }
@@ -362,8 +378,7 @@ impl Front {
         Ok(match opened {
             Opened::Blob(size) => {
                 let selection = size.map_or(Selection::Whole, select);
-                let (peer, foreign) = reader.from_peer();
-                let via = Via::Flight { peer, collapsed, stored: self.ladder.keeps(size, foreign) };
+                let via = Via::Flight { peer: reader.from_peer(), collapsed, stored: reader.is_stored() };
                 Reply::blob(digest, size, selection, via, Body::Flight(reader))
             }
             Opened::Absent if *digest == Digest::EMPTY => empty(select(0)),
@@ -442,20 +457,20 @@ impl Front {
                 if let Some(tier) = tier {
                     self.metrics.served_from(tier, session.body_bytes_sent() as u64);
                 }
-                return sent.map_err(|_| Cut);
+                return sent.map_err(Cut::client);
             }
         };
         let mut head = response_header(status, &headers);
         if !headers.contains_key(header::CONTENT_LENGTH) {
             // Never delimited by the end of the connection: a cut must not look like an end.
-            head.insert_header(header::TRANSFER_ENCODING, "chunked").map_err(|_| Cut)?;
+            head.insert_header(header::TRANSFER_ENCODING, "chunked").map_err(Cut::client)?;
         }
-        session.write_response_header(head).await.map_err(|_| Cut)?;
+        session.write_response_header(head).await.map_err(Cut::client)?;
         loop {
             let piece = tokio::select! {
                 biased;
                 piece = body.next() => piece,
-                _ = session.read_body_or_idle(true) => return Err(Cut),
+                _ = session.read_body_or_idle(true) => return Err(Cut::client("closed")),
             };
             match piece {
                 Ok(Some(piece)) => {
@@ -463,9 +478,9 @@ impl Front {
                         Some(tier) => self.metrics.served_from(tier, piece.len() as u64),
                         None => self.metrics.flight_bytes.inc_by(piece.len() as u64),
                     }
-                    session.write_response_body(piece, false).await.map_err(|_| Cut)?;
+                    session.write_response_body(piece, false).await.map_err(Cut::client)?;
                 }
-                Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(|_| Cut),
+                Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(Cut::client),
                 Err(fault) => return Err(self.cut(&fault)),
             }
         }
@@ -477,7 +492,7 @@ impl Front {
             self.metrics.shed(*limit);
         }
         tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
-        Cut
+        Cut { why: fault.to_string() }
     }
 }
 

@@ -78,7 +78,7 @@ impl Ladder {
             return Some(Found::Memory(bytes, tier));
         }
         let blob = self.tiers.disk.as_ref()?.find(digest).await?;
-        self.count(Asker::Peer);
+        self.count(digest, Asker::Peer, Some(TierName::Disk));
         self.metrics.hit(TierName::Disk);
         Some(Found::Disk(blob))
     }
@@ -96,7 +96,9 @@ impl Ladder {
         self.flights.stored(digest);
     }
 
-    fn count(&self, asker: Asker) {
+    /// Counts one get. `hit`: the tier that had the blob; none: not known yet.
+    fn count(&self, digest: &Digest, asker: Asker, hit: Option<TierName>) {
+        self.tiers.count(digest, hit);
         self.metrics.gets.inc();
         if asker == Asker::Peer {
             self.metrics.gets_from_peers.inc();
@@ -113,7 +115,7 @@ impl Ladder {
         if let Some((bytes, tier)) = self.get_from_memory(digest, asker) {
             return Found::Memory(bytes, tier);
         }
-        self.count(asker);
+        self.count(digest, asker, None);
         let mut sure = disk.is_none();
         loop {
             if let Some(disk) = disk
@@ -194,7 +196,7 @@ impl Ladder {
     /// The first rung alone. Finding nothing there is no get yet: whoever asks goes on to [`Self::get`].
     pub fn get_from_memory(&self, digest: &Digest, asker: Asker) -> Option<(Bytes, TierName)> {
         let (bytes, tier) = self.tiers.in_memory(digest)?;
-        self.count(asker);
+        self.count(digest, asker, Some(tier));
         self.metrics.hit(tier);
         Some((bytes, tier))
     }
@@ -202,13 +204,8 @@ impl Ladder {
     /// The second rung alone, for whom the first had nothing. As there, finding nothing is no get yet.
     pub async fn get_from_disk(self: &Arc<Self>, digest: &Digest, asker: Asker) -> Option<Arc<DiskBlob>> {
         let blob = self.find_on_disk(digest, self.tiers.disk.as_deref()?).await?;
-        self.count(asker);
+        self.count(digest, asker, Some(TierName::Disk));
         Some(blob)
-    }
-
-    /// Whether a blob of this size will be kept once it has verified. `foreign`: it comes from its owner.
-    pub fn keeps(&self, size: Option<u64>, foreign: bool) -> bool {
-        size.is_some_and(|size| self.tiers.take(size, foreign))
     }
 
     /// The blob's size, and who knew it; absent if the origin says so. Never loads it.

@@ -11,6 +11,7 @@ pub mod buffer;
 pub mod conn;
 pub mod descriptors;
 pub mod disk;
+pub mod eviction;
 pub mod fault;
 pub mod flight;
 pub mod gate;

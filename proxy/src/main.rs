@@ -158,8 +158,8 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let limits = Arc::new(ArcSwap::from_pointee(shares.within(&config.limits)));
     let nodes = Nodes::of(&config, &metrics)?;
     let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
-    let tiers = tiers(&config, &shares, &metrics, tell_rotten)?;
     let fill_memory = Budget::new(config.fill.memory.get());
+    let tiers = tiers(&config, &shares, &fill_memory, &metrics, tell_rotten)?;
     let room = Room::new(&config, fill_memory.clone(), metrics.clone());
     room.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.files.dir().display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin)?;
@@ -275,9 +275,15 @@ fn shown(listener: &TcpListener) -> String {
 }
 
 /// The places for blobs. A cluster takes its mirror's part out of the memory.
-fn tiers(config: &Castier, shares: &Shares, metrics: &Arc<Metrics>, rotten: mpsc::Sender<Digest>) -> Result<Tiers, String> {
+fn tiers(
+    config: &Castier,
+    shares: &Shares,
+    fill_memory: &Arc<Budget>,
+    metrics: &Arc<Metrics>,
+    rotten: mpsc::Sender<Digest>,
+) -> Result<Tiers, String> {
     let share = config.cluster.as_ref().map(|cluster| cluster.mirror_share);
-    let (memory, mirror) = Memory::with_mirror(&config.memory, share);
+    let (memory, mirror) = Memory::with_mirror(&config.memory, share, fill_memory);
     let disk = match &config.disk {
         Some(disk) => {
             let disk = config::Disk { open_files: shares.open_files, ..disk.clone() };

@@ -1,98 +1,152 @@
-//! The memory tier. With `disk.rs`, the only place that sees moka.
+//! The memory tier.
 
-use crate::tier::{Tier, TierStats};
+use crate::{
+    eviction::{Index, Shape},
+    spool::{Budget, Lease, PIECE},
+    tier::{Tier, TierStats},
+};
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
 use castier_config::{self as config, Policy, Share, Size};
-use moka::{policy::EvictionPolicy, sync::Cache};
+use parking_lot::Mutex;
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
 };
 
-/// What moka, its frequency sketch, the allocator's rounding and our own headers cost beside the bytes of a blob. Measured as resident
-/// memory over a cache full of 1 KiB blobs; the weigher adds it so that `memory.capacity` means resident memory.
+/// What the index, the allocator's rounding and our own headers cost beside the bytes of a blob. Measured as resident
+/// memory over a cache full of 1 KiB blobs; it is weighed so that `memory.capacity` means resident memory.
 const OVERHEAD: u64 = 420;
 
-/// Blobs from this size on make room for themselves at once.
-const EVICT_AT_ONCE: u64 = 16 << 10;
+/// This part of the capacity is for the counts of how often blobs are asked for.
+const COUNTS_PART: u64 = 256;
 
 /// Blobs in memory, whole and verified.
 pub struct Memory {
-    cache: Cache<Digest, Bytes>,
+    index: Index<Entry>,
     capacity: u64,
     max_blob: u64,
     evictions: Arc<AtomicU64>,
+    /// `fill.memory`: pays for what was evicted while a response still needs it.
+    budget: Arc<Budget>,
+}
+
+#[derive(Clone)]
+struct Entry {
+    bytes: Bytes,
+    /// None for a blob of one piece, which a slow reader may hold anyway.
+    pin: Option<Arc<Pin>>,
+}
+
+/// Shared by a blob in the tier and by all who read it. While the blob is in the tier, the tier's capacity pays for it. A slow reader may
+/// hold it for longer, and then `fill.memory` pays: without that, slow readers of ever new blobs could hold memory without limit.
+struct Pin {
+    size: u64,
+    budget: Arc<Budget>,
+    /// Taken when the blob leaves the tier; given back when the last reader has gone.
+    lease: Mutex<Option<Lease>>,
+}
+
+impl Pin {
+    fn left_the_tier(&self) {
+        self.lease.lock().get_or_insert_with(|| self.budget.charge(self.size));
+    }
+}
+
+/// The bytes as readers get them.
+struct Pinned {
+    bytes: Bytes,
+    _pin: Arc<Pin>,
+}
+
+impl AsRef<[u8]> for Pinned {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+fn weigh(entry: &Entry) -> u64 {
+    entry.bytes.len() as u64 + OVERHEAD
 }
 
 impl Memory {
     /// The memory tier, and beside it, in a part of the same capacity, the mirror: what other nodes own and is hot here. Heat is what
     /// the mirror is about, so its policy is not asked for.
-    pub fn with_mirror(config: &config::Memory, share: Option<Share>) -> (Self, Option<Self>) {
+    pub fn with_mirror(config: &config::Memory, share: Option<Share>, budget: &Arc<Budget>) -> (Self, Option<Self>) {
         let part = share.map_or(0, |share| share.of(config.capacity).get());
         let own = config::Memory { capacity: Size::new(config.capacity.get() - part), ..config.clone() };
         let mirror = config::Memory { capacity: Size::new(part), policy: Policy::TinyLfu, ..config.clone() };
-        (Self::new(&own), (part > 0).then(|| Self::new(&mirror)))
+        (Self::new(&own, budget), (part > 0).then(|| Self::new(&mirror, budget)))
     }
 
-    /// An empty tier as configured.
-    pub fn new(config: &config::Memory) -> Self {
+    /// An empty tier as configured. `budget` is `fill.memory`.
+    pub fn new(config: &config::Memory, budget: &Arc<Budget>) -> Self {
         let evictions = Arc::new(AtomicU64::new(0));
         let counter = evictions.clone();
         let capacity = config.capacity.get();
-        let cache = Cache::builder()
-            .max_capacity(capacity)
-            .weigher(|_, bytes: &Bytes| u32::try_from(bytes.len() as u64 + OVERHEAD).unwrap_or(u32::MAX))
-            .eviction_policy(match config.policy {
-                Policy::TinyLfu => EvictionPolicy::tiny_lfu(),
-                Policy::Lru => EvictionPolicy::lru(),
-            })
-            .eviction_listener(move |_, _, cause| {
-                if cause.was_evicted() {
-                    counter.fetch_add(1, Ordering::Relaxed);
-                }
-            })
-            .build();
-        Self { cache, capacity, max_blob: config.max_blob.get().min(capacity), evictions }
+        let counts = if config.policy == Policy::TinyLfu { capacity / COUNTS_PART } else { 0 };
+        let for_blobs = capacity - counts;
+        let max_blob = config.max_blob.get().min(for_blobs.saturating_sub(OVERHEAD));
+        let shape = Shape { capacity: for_blobs, window: max_blob + OVERHEAD, counts, unit: 1 };
+        let index = Index::new(config.policy, shape, weigh, move |_, entry: Entry, evicted| {
+            if evicted {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+            if let Some(pin) = &entry.pin {
+                pin.left_the_tier();
+            }
+        });
+        Self { index, capacity, max_blob, evictions, budget: budget.clone() }
     }
 
-    /// The blob, if it is kept here. Copies nothing.
+    /// The blob, if it is kept here. Copies nothing, counts nothing.
     pub fn find(&self, digest: &Digest) -> Option<Bytes> {
-        self.cache.get(digest)
+        self.index.get(digest).map(|entry| entry.bytes)
     }
 
-    /// Whether a blob of this size may be kept at all.
+    /// As [`Self::find`], and sure that a blob that is not found is not here.
+    pub fn find_settled(&self, digest: &Digest) -> Option<Bytes> {
+        self.index.get_settled(digest).map(|entry| entry.bytes)
+    }
+
+    /// Counts one get, whether or not the blob is here: what is asked for often stays, and is let in.
+    pub fn count(&self, digest: &Digest) {
+        self.index.count(digest);
+    }
+
+    /// Whether a blob of this size is kept.
     pub const fn takes(&self, size: u64) -> bool {
         size <= self.max_blob
     }
 
-    /// Keeps a blob, if the admission policy agrees.
-    pub fn keep(&self, blob: Verified<Bytes>) {
-        let size = blob.size();
-        if self.takes(size) {
-            self.cache.insert(blob.digest(), blob.into_content());
-            // moka evicts when some dozens of writes have gathered: little with small blobs, hundreds of MiB with large ones.
-            if size >= EVICT_AT_ONCE {
-                self.cache.run_pending_tasks();
-            }
+    /// Keeps a blob if it takes its size, and gives back its bytes as all must hold them from now on. The caller has a lease of its size, and
+    /// gives that back afterwards: while the blob takes the place of others those may still be read.
+    pub fn keep(&self, blob: Verified<Bytes>) -> Option<Bytes> {
+        let (size, digest) = (blob.size(), blob.digest());
+        if !self.takes(size) {
+            return None;
         }
+        let bytes = blob.into_content();
+        let entry = if size <= PIECE as u64 {
+            Entry { bytes, pin: None }
+        } else {
+            let pin = Arc::new(Pin { size, budget: self.budget.clone(), lease: Mutex::new(None) });
+            Entry { bytes: Bytes::from_owner(Pinned { bytes, _pin: pin.clone() }), pin: Some(pin) }
+        };
+        let shared = entry.bytes.clone();
+        self.index.insert(digest, entry);
+        Some(shared)
     }
 
     /// Drops a blob; true if it was here.
     pub fn forget(&self, digest: &Digest) -> bool {
-        self.cache.remove(digest).is_some()
+        self.index.remove(digest)
     }
 
     /// Its state now. `hits` are counted by the ladder, which alone knows what was a get.
     pub fn stats(&self, hits: u64) -> TierStats {
-        self.cache.run_pending_tasks();
-        TierStats {
-            bytes: self.cache.weighted_size(),
-            capacity: self.capacity,
-            blobs: self.cache.entry_count(),
-            hits,
-            evictions: self.evictions.load(Ordering::Relaxed),
-        }
+        let (bytes, blobs) = self.index.size();
+        TierStats { bytes, capacity: self.capacity, blobs, hits, evictions: self.evictions.load(Ordering::Relaxed) }
     }
 }
 
@@ -124,7 +178,8 @@ mod tests {
     }
 
     fn tier(capacity: u64, max_blob: u64) -> Memory {
-        Memory::new(&config::Memory { capacity: Size::new(capacity), max_blob: Size::new(max_blob), policy: Policy::Lru })
+        let config = config::Memory { capacity: Size::new(capacity), max_blob: Size::new(max_blob), policy: Policy::Lru };
+        Memory::new(&config, &Budget::new(1 << 30))
     }
 
     #[test]

@@ -198,6 +198,7 @@ impl ProxyHttp for Rules {
         let failed = ctx.failed || error.is_some();
         let code = session.response_written().map_or(record::CLIENT_GONE, |response| response.status.as_u16());
         let request = session.req_header();
+        let error = error.map(ToString::to_string);
         let done = record::Record {
             listener: Listener::Public,
             route: Route::Relay,
@@ -212,7 +213,7 @@ impl ProxyHttp for Rules {
             more: record::More {
                 proto: Some(request.version),
                 user_agent: record::user_agent(&request.headers),
-                error: ctx.error.as_deref().or_else(|| failed.then_some("cut before its end")),
+                error: ctx.error.as_deref().or(error.as_deref()).or_else(|| failed.then_some("cut before its end")),
                 ..record::More::default()
             },
         };

@@ -36,7 +36,7 @@ pub const PIECE: usize = buffer::SIZE;
 /// Arrivals are merged up to this length, so that a source that dribbles does not cost a segment per byte.
 const MERGE: usize = 64 << 10;
 
-/// An amount that all flights share, handed out as [`Lease`]s.
+/// An amount of bytes that many share, handed out as [`Lease`]s.
 pub struct Budget {
     limit: u64,
     used: AtomicU64,
@@ -58,6 +58,18 @@ impl Budget {
         let mut lease = self.empty();
         lease.grow(amount).then_some(lease)
     }
+
+    /// Takes `amount` bytes that are held already, whether or not they are left. Beyond the limit nothing more is leased until enough has
+    /// come back.
+    pub fn charge(self: &Arc<Self>, amount: u64) -> Lease {
+        self.used.fetch_add(amount, Ordering::Relaxed);
+        Lease { budget: self.clone(), amount }
+    }
+
+    /// How many bytes are taken.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
 }
 
 /// A part of a [`Budget`]; given back on drop.
@@ -72,6 +84,7 @@ impl Lease {
         amount <= self.amount || self.grow(amount - self.amount)
     }
 
+    /// Adds `more` bytes; false, and unchanged, if the budget does not have them.
     fn grow(&mut self, more: u64) -> bool {
         let within = |used: u64| used.checked_add(more).filter(|sum| *sum <= self.budget.limit);
         let taken = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok();
@@ -152,11 +165,17 @@ pub enum Admit {
 }
 
 impl Spool {
-    /// A spool for a blob of `size` bytes (none: not known), in memory if the blob may stay there and there is room.
+    /// A spool for a blob of `size` bytes (none: not known), in memory if the blob may stay there. It leases memory as bytes come: what is
+    /// only announced may never come, and would keep others out.
     pub fn new(room: &Room, size: Option<u64>) -> Self {
-        let wanted = size.unwrap_or(0);
-        let memory = (wanted <= room.max_in_memory).then(|| room.memory.lease(wanted)).flatten();
+        let memory = (size.unwrap_or(0) <= room.max_in_memory).then(|| room.memory.empty());
         Self { memory, ..Self::default() }
+    }
+
+    /// Leases memory for all of a blob of `size` bytes, if it is in memory so far: someone is about to be told that it will be kept. False if
+    /// it is not in memory, or there is not so much left.
+    pub fn reserve(&mut self, size: u64) -> bool {
+        self.file.is_none() && self.memory.as_mut().is_some_and(|lease| lease.cover(size))
     }
 
     /// Bytes held.
@@ -291,6 +310,11 @@ impl Spool {
         self.segments = VecDeque::from([whole]);
         self.start = 0;
     }
+
+    /// The memory that the bytes take is accounted for elsewhere from now on.
+    pub fn release(&mut self) {
+        self.memory = None;
+    }
 }
 
 /// One piece of memory out of several. Copies only if there are several.
@@ -377,7 +401,7 @@ mod tests {
                 }
                 let from = from.index(total);
                 prop_assert_eq!(&read_all(&spool, from as u64).await[..], &bytes[from..]);
-                prop_assert!(room.memory.used.load(Ordering::Relaxed) <= memory);
+                prop_assert!(room.memory.used() <= memory);
                 if let Some(whole) = spool.parts().map(join) {
                     prop_assert!(total as u64 <= max);
                     prop_assert_eq!(&whole[..], &bytes[..]);
@@ -385,7 +409,7 @@ mod tests {
                     prop_assert_eq!(&read_all(&spool, from as u64).await[..], &bytes[from..]);
                 }
                 drop(spool);
-                prop_assert_eq!((room.memory.used.load(Ordering::Relaxed), room.disk.used.load(Ordering::Relaxed)), (0, 0));
+                prop_assert_eq!((room.memory.used(), room.disk.used()), (0, 0));
                 Ok(())
             })?;
         }

@@ -82,9 +82,10 @@ async fn read(mut reader: Reader) -> usize {
 fn tier(origin: SocketAddr) -> (Arc<Flights>, Arc<Memory>) {
     let mut config = Castier::default();
     config.verify.buffer_up_to = Size::new(64 << 10);
-    let memory = Arc::new(Memory::new(&config.memory));
+    let budget = Budget::new(config.fill.memory.get());
+    let memory = Arc::new(Memory::new(&config.memory, &budget));
     let metrics = Arc::new(Metrics::new().unwrap());
-    let room = Room::new(&config, Budget::new(config.fill.memory.get()), metrics.clone());
+    let room = Room::new(&config, budget, metrics.clone());
     let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin).unwrap();
     let limits = Arc::new(arc_swap::ArcSwap::from_pointee(config.limits.clone()));
     let tiers = Tiers { memory: memory.clone(), mirror: None, disk: None };

@@ -5,6 +5,7 @@ use castier::{
     gate,
     memory::Memory,
     serve::{Body, Reply, Via},
+    spool::Budget,
     tier::TierName,
 };
 use castier_blob::{Digest, Selection, Verifier, wire};
@@ -38,7 +39,8 @@ pub(crate) fn request_head(criterion: &mut Criterion) {
 
 /// A look-up of one of many blobs, in no order, and of one that is not there.
 pub(crate) fn memory_get(criterion: &mut Criterion) {
-    let tier = Memory::new(&Config { capacity: Size::new(1 << 30), max_blob: Size::new(1 << 20), policy: Policy::TinyLfu });
+    let config = Config { capacity: Size::new(1 << 30), max_blob: Size::new(1 << 20), policy: Policy::TinyLfu };
+    let tier = Memory::new(&config, &Budget::new(1 << 30));
     let mut digests = Vec::new();
     for number in 0..BLOBS {
         let mut verifier = Verifier::any();

@@ -15,13 +15,14 @@ use super::{
     owner::{self, Owner},
 };
 use crate::{
+    eviction::{Index, Shape},
     metrics::{DiskError, DiskOp, Metrics, Skip},
     pool::{Pool, Turn, Undone},
     tier::TierStats,
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
-use castier_config::{self as config, Policy};
+use castier_config as config;
 use crossbeam_channel::Receiver;
 use moka::{policy::EvictionPolicy, sync::Cache};
 use parking_lot::{Mutex, MutexGuard};
@@ -38,6 +39,10 @@ use std::{
 
 /// What file systems hand out at once, and so the unit of the index's weights: 32 bits of it are 16 TiB.
 const DISK_BLOCK: u64 = 4096;
+/// This part of the capacity is for blobs that came lately; see [`crate::eviction`].
+const WINDOW_PART: u64 = 16;
+/// How much memory counts how often blobs are asked for: so much for each block of 4 KiB, within these bounds.
+const COUNTS: (u64, u64) = (64 << 10, 16 << 20);
 
 /// What the tier's handle and its threads share.
 pub(super) struct Store {
@@ -47,7 +52,7 @@ pub(super) struct Store {
     /// `disk.quarantine`.
     quarantine_capacity: u64,
     /// Every blob that is kept, with its size.
-    index: Cache<Digest, u64>,
+    index: Index<u64>,
     /// Blobs that were read lately.
     open: Cache<Digest, Arc<DiskBlob>>,
     /// By the first byte of the digest, as the directories are.
@@ -101,21 +106,20 @@ impl Store {
         let (evict, evicted) = crossbeam_channel::unbounded();
         let evictions = Arc::new(AtomicU64::new(0));
         let counter = evictions.clone();
-        let index = Cache::builder()
-            .max_capacity(capacity / DISK_BLOCK)
-            .weigher(|_, size: &u64| u32::try_from(disk_blocks(*size)).unwrap_or(u32::MAX))
-            .eviction_policy(match config.policy {
-                Policy::TinyLfu => EvictionPolicy::tiny_lfu(),
-                Policy::Lru => EvictionPolicy::lru(),
-            })
-            // Runs wherever the index is touched, so it must not touch files itself.
-            .eviction_listener(move |digest: Arc<Digest>, _, cause| {
-                if cause.was_evicted() {
+        let blocks = capacity / DISK_BLOCK;
+        let shape = Shape { capacity: blocks, window: blocks / WINDOW_PART, counts: blocks.clamp(COUNTS.0, COUNTS.1), unit: DISK_BLOCK };
+        // Runs wherever the index is touched, so it must not touch files itself.
+        let index = Index::new(
+            config.policy,
+            shape,
+            |size| disk_blocks(*size),
+            move |digest, _, evicted| {
+                if evicted {
                     counter.fetch_add(1, Ordering::Relaxed);
                     evict.send(*digest).ok();
                 }
-            })
-            .build();
+            },
+        );
         let open = Cache::builder()
             .max_capacity(config.open_files)
             .weigher(|_, blob: &Arc<DiskBlob>| blob.cost())
@@ -151,9 +155,14 @@ impl Store {
         })
     }
 
-    /// The blob's size, as far as the index knows. Counts as a use.
+    /// The blob's size, as far as the index knows. To have been looked for lately helps a blob to stay.
     pub(super) fn size_of(&self, digest: &Digest) -> Option<u64> {
         self.index.get(digest)
+    }
+
+    /// Counts one get, whether or not the blob is here.
+    pub(super) fn count(&self, digest: &Digest) {
+        self.index.count(digest);
     }
 
     /// The blob, if it is open already.
@@ -188,7 +197,7 @@ impl Store {
 
     /// The index knows every file from now on.
     pub(super) fn scanned(&self) {
-        self.index.run_pending_tasks();
+        self.index.settle();
         self.sweep();
         self.scanning.store(false, Ordering::Release);
     }
@@ -202,7 +211,7 @@ impl Store {
         let path = self.path(digest);
         match DiskBlob::open(Arc::downgrade(self), self.reads.clone(), *digest, &path) {
             Ok(blob) => {
-                if !self.index.contains_key(digest) {
+                if !self.index.has(digest) {
                     // Evicted, and its file is about to go; or the scan has not come here yet.
                     if !self.is_scanning() {
                         return None;
@@ -213,7 +222,9 @@ impl Store {
                 self.open.insert(*digest, blob.clone());
                 return Some(blob);
             }
-            Err(Unopened::Vanished) => drop(self.index.remove(digest)),
+            Err(Unopened::Vanished) => {
+                self.index.remove(digest);
+            }
             Err(Unopened::Unfinished) => {
                 self.index.remove(digest);
                 self.remove_rubbish(&path);
@@ -260,7 +271,7 @@ impl Store {
 
     /// Writes a blob that is in memory, and keeps it.
     pub(super) fn keep(self: &Arc<Self>, blob: &Verified<Bytes>, accepted: Accepted) {
-        if self.has(&blob.digest()) || !self.admits(blob.size()) {
+        if self.has(&blob.digest()) || !self.admits(&blob.digest(), blob.size()) {
             return;
         }
         let written = self.temp().and_then(|mut file| file.append(blob.content()).map(|()| file));
@@ -273,7 +284,7 @@ impl Store {
     /// Gives a file that holds all of a blob its place.
     pub(super) fn place(&self, digest: &Digest, file: DiskFile, accepted: Accepted) {
         let size = file.size();
-        if self.has(digest) || !self.admits(size) {
+        if self.has(digest) || !self.admits(digest, size) {
             return;
         }
         if !self.owner.holds() {
@@ -291,7 +302,7 @@ impl Store {
         self.index.insert(*digest, size);
         drop(shelf);
         self.health.worked();
-        self.index.run_pending_tasks();
+        self.index.settle();
         self.sweep();
     }
 
@@ -402,7 +413,12 @@ impl Store {
 
     /// Whether a blob of this size may be kept now.
     pub(super) fn takes(&self, size: u64) -> bool {
-        self.fits(size) && self.why_not_write().is_none()
+        disk_blocks(size) <= self.index.largest() && self.why_not_write().is_none()
+    }
+
+    /// Whether this blob, of this size, would be kept now.
+    pub(super) fn keeps(&self, digest: &Digest, size: u64) -> bool {
+        self.fits(digest, size) && self.why_not_write().is_none()
     }
 
     /// What keeps the tier from writing now.
@@ -414,14 +430,8 @@ impl Store {
     }
 
     pub(super) fn stats(&self, hits: u64) -> TierStats {
-        self.index.run_pending_tasks();
-        TierStats {
-            bytes: self.index.weighted_size() * DISK_BLOCK,
-            capacity: self.capacity,
-            blobs: self.index.entry_count(),
-            hits,
-            evictions: self.evictions.load(Ordering::Relaxed),
-        }
+        let (blocks, blobs) = self.index.size();
+        TierStats { bytes: blocks * DISK_BLOCK, capacity: self.capacity, blobs, hits, evictions: self.evictions.load(Ordering::Relaxed) }
     }
 
     /// Closes now what is open beyond `disk.open_files`.
@@ -441,16 +451,16 @@ impl Store {
 
     /// Whether the index has the blob, without that being a use.
     pub(super) fn has(&self, digest: &Digest) -> bool {
-        self.index.contains_key(digest)
+        self.index.has(digest)
     }
 
-    fn fits(&self, size: u64) -> bool {
-        disk_blocks(size) <= self.capacity / DISK_BLOCK
+    fn fits(&self, digest: &Digest, size: u64) -> bool {
+        self.index.takes(digest, disk_blocks(size))
     }
 
-    /// As [`Self::takes`], and counts what is turned away for the disk's sake. A blob too large for the tier is nobody's failing.
-    pub(super) fn admits(&self, size: u64) -> bool {
-        if !self.fits(size) {
+    /// As [`Self::keeps`], and counts what is turned away for the disk's sake. A blob too large for the tier is nobody's failing.
+    pub(super) fn admits(&self, digest: &Digest, size: u64) -> bool {
+        if !self.fits(digest, size) {
             return false;
         }
         let why_not = self.why_not_write();

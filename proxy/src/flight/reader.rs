@@ -181,10 +181,23 @@ impl Reader {
         Ok(())
     }
 
-    /// Whether the bytes come from another node just now, and whether they are that node's to keep.
-    pub fn from_peer(&self) -> (bool, bool) {
-        let state = self.flight.state.lock();
-        (!matches!(state.leg, Leg::Origin), state.leg.is_foreign())
+    /// Whether the bytes come from another node just now.
+    pub fn from_peer(&self) -> bool {
+        !matches!(self.flight.state.lock().leg, Leg::Origin)
+    }
+
+    /// Whether a tier has the blob, or will have it once it has verified, as far as that depends on this node's limits. False where that
+    /// cannot be known. Of a blob that is on its way to memory, this leases memory for the rest: so what is said here stays true.
+    pub fn is_stored(&self) -> bool {
+        let mut state = self.flight.state.lock();
+        if matches!(state.phase, Phase::Verified) {
+            return state.kept;
+        }
+        let (Some(size), foreign, tiers) = (state.size, state.leg.is_foreign(), &self.flights.tiers) else { return false };
+        if state.spool.file().is_some() {
+            return state.on_tier_file && !foreign;
+        }
+        tiers.memory_takes(size, foreign) && state.spool.reserve(size) || tiers.disk_keeps(&self.flight.digest, size, foreign)
     }
 
     /// Stays with the flight to its end, reading nothing: keeps it from being abandoned.

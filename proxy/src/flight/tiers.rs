@@ -28,23 +28,52 @@ impl Tiers {
         Some((self.mirror.as_ref()?.find(digest)?, TierName::Mirror))
     }
 
-    /// Whether a blob of this size may be kept. `foreign`: another node owns it.
-    pub fn take(&self, size: u64, foreign: bool) -> bool {
-        if foreign {
-            return self.mirror.as_ref().is_some_and(|mirror| mirror.takes(size));
+    /// As [`Self::in_memory`], and sure that a blob that is not found is not there.
+    pub fn in_memory_settled(&self, digest: &Digest) -> Option<(Bytes, TierName)> {
+        if let Some(bytes) = self.memory.find_settled(digest) {
+            return Some((bytes, TierName::Memory));
         }
-        self.memory.takes(size) || self.disk.as_ref().is_some_and(|disk| disk.takes(size))
+        Some((self.mirror.as_ref()?.find_settled(digest)?, TierName::Mirror))
     }
 
-    /// Keeps a blob that is at hand as a whole, on disk a little later.
-    pub fn keep(&self, blob: Verified<Bytes>, foreign: bool) {
-        match (&self.mirror, &self.disk) {
-            (Some(mirror), _) if foreign => return mirror.keep(blob),
-            _ if foreign => return,
-            (_, Some(disk)) => disk.keep_later(blob.clone()),
-            (_, None) => {}
+    /// Counts one get for the policies of the tiers that it reached: the one in memory that had the blob, or all of them. Call it once for each
+    /// get, however often that looks.
+    pub fn count(&self, digest: &Digest, hit: Option<TierName>) {
+        if hit != Some(TierName::Mirror) {
+            self.memory.count(digest);
         }
-        self.memory.keep(blob);
+        if hit != Some(TierName::Memory)
+            && let Some(mirror) = &self.mirror
+        {
+            mirror.count(digest);
+        }
+        if !matches!(hit, Some(TierName::Memory | TierName::Mirror))
+            && let Some(disk) = &self.disk
+        {
+            disk.count(digest);
+        }
+    }
+
+    /// Whether memory keeps a blob of this size. `foreign`: another node owns it.
+    pub fn memory_takes(&self, size: u64, foreign: bool) -> bool {
+        if foreign { self.mirror.as_ref().is_some_and(|mirror| mirror.takes(size)) } else { self.memory.takes(size) }
+    }
+
+    /// Whether the disk would keep this blob now. `foreign`: another node owns it.
+    pub fn disk_keeps(&self, digest: &Digest, size: u64, foreign: bool) -> bool {
+        !foreign && self.disk.as_ref().is_some_and(|disk| disk.keeps(digest, size))
+    }
+
+    /// Keeps a blob that is at hand as a whole, on disk a little later. Gives back its bytes as all must hold them from now on, if memory
+    /// keeps them. See [`Memory::keep`] for what the caller must have leased.
+    pub fn keep(&self, blob: Verified<Bytes>, foreign: bool) -> Option<Bytes> {
+        if foreign {
+            return self.mirror.as_ref()?.keep(blob);
+        }
+        if let Some(disk) = &self.disk {
+            disk.keep_later(blob.clone());
+        }
+        self.memory.keep(blob)
     }
 
     /// Drops the blob. The order matters: a promotion moves it from disk to memory.

@@ -101,7 +101,12 @@ impl Writer {
             let state = flight.state.lock();
             (state.spool.in_memory(), state.spool.length(), state.size, state.leg.is_foreign())
         };
-        self.kept = match flights.tiers.disk.as_ref().filter(|disk| !foreign && !self.without_tier && disk.admits(size.unwrap_or(len))) {
+        self.kept = match flights
+            .tiers
+            .disk
+            .as_ref()
+            .filter(|disk| !foreign && !self.without_tier && disk.admits(&flight.digest, size.unwrap_or(len)))
+        {
             Some(disk) => disk.file(parts.clone()).await.map(Box::new),
             None => None,
         };
@@ -110,7 +115,9 @@ impl Writer {
             None => flights.room.files.make(parts).await?,
         };
         self.given = len;
-        flight.state.lock().spool.move_to_file(&flights.room, file)
+        let mut state = flight.state.lock();
+        state.on_tier_file = self.kept.is_some();
+        state.spool.move_to_file(&flights.room, file)
     }
 
     /// Begins to write what the file has not, up to a multiple of `unit`; false if that is nothing. No other write may be under way.
@@ -151,6 +158,8 @@ impl Writer {
         let Some(file) = file else { return Err(Fault::Internal("a write without a file".into())) };
         let elsewhere = flights.room.files.copy(&file, written).await.inspect_err(|_| self.lost = true)?;
         self.given = written;
-        flight.state.lock().spool.move_to_file(&flights.room, elsewhere)
+        let mut state = flight.state.lock();
+        state.on_tier_file = false;
+        state.spool.move_to_file(&flights.room, elsewhere)
     }
 }

@@ -49,8 +49,8 @@ impl Front {
             }
             let reply = Reply::not_modified(digest);
             let ready = started.elapsed();
-            let (_, whole) = send(conn, &mut reply.head(&get_cached_date(), !head.close, 0)).await;
-            let done = self.fast_hit_done(&reply, head, ahead, (0, whole), (started, ready), peer);
+            let (_, sent) = send(conn, &mut reply.head(&get_cached_date(), !head.close, 0)).await;
+            let done = self.fast_hit_done(&reply, head, ahead, (0, sent), (started, ready), peer);
             ahead.advance(head.len);
             return done;
         }
@@ -94,64 +94,64 @@ impl Front {
         reply: &Reply,
         head: &Head,
         ahead: &[u8],
-        (bytes, whole): (u64, bool),
+        (bytes, sent): (u64, Result<(), Cut>),
         (started, ready): (Instant, Duration),
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
-        let served = if whole { reply.served } else { Served::Error };
+        let served = if sent.is_ok() { reply.served } else { Served::Error };
+        let error = sent.as_ref().err().map(|cut| &*cut.why);
         let (cache, took, code) = (cache_status(&reply.headers), started.elapsed(), reply.status.as_u16());
         let (listener, path) = (self.door.listener(), head.path(ahead));
-        let more = More {
-            first_byte: Some(ready),
-            proto: Some(Version::HTTP_11),
-            user_agent: head.user_agent(ahead),
-            error: (!whole).then_some("cut before its end"),
-        };
+        let more = More { first_byte: Some(ready), proto: Some(Version::HTTP_11), user_agent: head.user_agent(ahead), error };
         Record { listener, route: Route::Blob, method: "GET", path, code, bytes, took, cache, served, peer, more }.log(&self.metrics);
-        if whole { Ok(true) } else { Err(Cut) }
+        sent.map(|()| true)
     }
 
-    /// Sends a head and a blob that memory holds; how much of the blob went out, and whether that was all.
-    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, tier: TierName, blob: Bytes) -> (u64, bool) {
+    /// Sends a head and a blob that memory holds; how much of the blob went out, and what kept it from being all.
+    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, tier: TierName, blob: Bytes) -> (u64, Result<(), Cut>) {
         let one_write = blob.len() <= ONE_WRITE;
         let mut head = reply.head(&get_cached_date(), keep_alive, if one_write { blob.len() } else { 0 });
         let before_body = head.len();
-        let (sent, whole) = if one_write {
+        let (out, sent) = if one_write {
             head.extend_from_slice(&blob);
             send(conn, &mut &head[..]).await
         } else {
             send(conn, &mut head.chain(&blob[..])).await
         };
-        let bytes = sent.saturating_sub(before_body) as u64;
+        let bytes = out.saturating_sub(before_body) as u64;
         self.metrics.served_from(tier, bytes);
-        (bytes, whole)
+        (bytes, sent)
     }
 
     /// As [`Self::send_memory`], of a blob that is read as it leaves. Its first piece leaves with the head, and does not wait for others.
-    async fn send_disk(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, first: Bytes, mut rest: DiskReader) -> (u64, bool) {
+    async fn send_disk(
+        &self,
+        conn: &mut Conn,
+        reply: &Reply,
+        keep_alive: bool,
+        first: Bytes,
+        mut rest: DiskReader,
+    ) -> (u64, Result<(), Cut>) {
         let head = reply.head(&get_cached_date(), keep_alive, 0);
         let (mut head, mut pieces, mut bytes, mut many) = (head.freeze(), [first, Bytes::new(), Bytes::new(), Bytes::new()], 0, 1);
         loop {
             let before_body = head.len();
             let [first, second, third, fourth] = pieces;
-            let (sent, whole) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
-            let part = sent.saturating_sub(before_body) as u64;
+            let (out, sent) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
+            let part = out.saturating_sub(before_body) as u64;
             self.metrics.served_from(TierName::Disk, part);
             bytes += part;
-            if !whole {
-                return (bytes, false);
+            if sent.is_err() {
+                return (bytes, sent);
             }
             head = Bytes::new();
             many = if buffer::plenty() { (2 * many).min(TOGETHER) } else { 1 };
             pieces = match few(&mut rest, many).await {
                 Ok(pieces) => pieces,
-                Err(fault) => {
-                    self.cut(&fault);
-                    return (bytes, false);
-                }
+                Err(fault) => return (bytes, Err(self.cut(&fault))),
             };
             if pieces[0].is_empty() {
-                return (bytes, true);
+                return (bytes, Ok(()));
             }
         }
     }
@@ -181,16 +181,16 @@ async fn few(reader: &mut DiskReader, many: usize) -> Result<[Bytes; TOGETHER], 
     Ok(pieces)
 }
 
-/// Writes all there is; says how much went out, and whether that was all.
-async fn send(conn: &mut Conn, out: &mut impl Buf) -> (usize, bool) {
+/// Writes all there is; says how much went out, and what kept it from being all.
+async fn send(conn: &mut Conn, out: &mut impl Buf) -> (usize, Result<(), Cut>) {
     let all = out.remaining();
     let written = async {
         conn.write_all_buf(out).await?;
         // Over TLS the last bytes may still be here.
         conn.flush().await
     };
-    let whole = written.await.is_ok();
-    (all - out.remaining(), whole)
+    let sent: std::io::Result<()> = written.await;
+    (all - out.remaining(), sent.map_err(Cut::client))
 }
 
 /// A connection over the limit: says so, and closes.

@@ -2,7 +2,7 @@
 
 use super::Ladder;
 use crate::{
-    disk::DiskCopy,
+    disk::{Disk, DiskCopy},
     fault::Fault,
     flight::Asker,
     spool,
@@ -45,7 +45,7 @@ impl Ladder {
     ) -> Result<(Put, Verified<()>), Fault> {
         let owner = digest.and_then(|digest| Some((digest, self.owner(&digest, asker)?)));
         // The owner keeps it. What `fill.memory` has room for is held all the same until the owner has it: the client sends it only once.
-        let copy = Mutex::new(UploadCopy { on_disk_too: owner.is_none(), ..UploadCopy::new(self, size) });
+        let copy = Mutex::new(UploadCopy { on_disk_too: owner.is_none(), ..UploadCopy::new(self, digest, size) });
         let teed = upload.then(|part| async {
             if let Ok(part) = &part {
                 copy.lock().await.take(part);
@@ -101,6 +101,8 @@ const fn may_be_done_here(fault: &Fault) -> bool {
 /// A copy of an upload for the tiers, given up as soon as it has no place there.
 struct UploadCopy<'a> {
     ladder: &'a Ladder,
+    /// The name, if it is known.
+    digest: Option<Digest>,
     /// The size that was announced.
     size: Option<u64>,
     /// What is too much for memory may go to the disk tier.
@@ -115,12 +117,9 @@ enum Kept {
 }
 
 impl<'a> UploadCopy<'a> {
-    fn new(ladder: &'a Ladder, size: Option<u64>) -> Self {
-        let known = size.unwrap_or(0);
-        let lease = ladder.tiers.memory.takes(known).then(|| ladder.upload_memory.lease(known)).flatten();
-        // Not with the announced capacity: a client that announces much and sends little should not cost much.
-        let lease = lease.unwrap_or_else(|| ladder.upload_memory.empty());
-        Self { ladder, size, on_disk_too: true, kept: Kept::Memory(Vec::new(), lease) }
+    /// Leases memory as bytes come, and not for what is announced: a client that announces much and sends little must cost little.
+    fn new(ladder: &'a Ladder, digest: Option<Digest>, size: Option<u64>) -> Self {
+        Self { ladder, digest, size, on_disk_too: true, kept: Kept::Memory(Vec::new(), ladder.upload_memory.empty()) }
     }
 
     /// All that came, once more; none if it is not in memory, or that has no room for it.
@@ -133,7 +132,7 @@ impl<'a> UploadCopy<'a> {
         self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
             Kept::Memory(mut bytes, mut lease) => {
                 let after = (bytes.len() + part.len()) as u64;
-                if self.has_a_place(after) && lease.cover(after) {
+                if self.has_a_place(after) && make_room(&mut bytes, part.len(), self.size, &mut lease) {
                     bytes.extend_from_slice(part);
                     Kept::Memory(bytes, lease)
                 } else {
@@ -151,10 +150,15 @@ impl<'a> UploadCopy<'a> {
     }
 
     fn to_disk(&self, so_far: Bytes, part: Bytes, len: u64) -> Kept {
-        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| self.on_disk_too && disk.admits(self.size.unwrap_or(len))) else {
+        let Some(disk) = self.ladder.tiers.disk.as_ref().filter(|disk| self.on_disk_too && self.may_be_on(disk, self.size.unwrap_or(len)))
+        else {
             return Kept::Nothing;
         };
         disk.copy().take(so_far).and_then(|copy| copy.take(part)).map_or(Kept::Nothing, Kept::Disk)
+    }
+
+    fn may_be_on(&self, disk: &Disk, size: u64) -> bool {
+        self.digest.map_or_else(|| disk.takes(size), |digest| disk.admits(&digest, size))
     }
 
     /// Keeps the copy as the blob that the upload proved to be. `foreign`: another node owns it.
@@ -168,4 +172,18 @@ impl<'a> UploadCopy<'a> {
             Kept::Memory(..) | Kept::Disk(_) | Kept::Nothing => {}
         }
     }
+}
+
+/// Makes room for `more` bytes, if the lease covers what that takes. What is allocated is at least doubled, so that bytes are seldom moved, but does not
+/// exceed what was announced.
+fn make_room(bytes: &mut Vec<u8>, more: usize, announced: Option<u64>, lease: &mut spool::Lease) -> bool {
+    let after = bytes.len() + more;
+    if after <= bytes.capacity() {
+        return true;
+    }
+    let announced = announced.and_then(|size| usize::try_from(size).ok()).unwrap_or(usize::MAX);
+    let ample = (2 * bytes.capacity()).min(announced).max(after);
+    let Some(capacity) = [ample, after].into_iter().find(|capacity| lease.cover(*capacity as u64)) else { return false };
+    bytes.reserve_exact(capacity - bytes.len());
+    true
 }

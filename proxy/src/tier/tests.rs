@@ -1,7 +1,7 @@
 //! The contract of every tier.
 
 use super::*;
-use crate::{disk::Disk, memory::Memory, metrics::Metrics};
+use crate::{disk::Disk, memory::Memory, metrics::Metrics, spool::Budget};
 use castier_blob::Verifier;
 use castier_config::{self as config, Policy, Size};
 use std::sync::Arc;
@@ -41,7 +41,7 @@ struct Bench<T> {
 
 fn memory(capacity: u64) -> Bench<Memory> {
     let capacity = Size::new(capacity);
-    let tier = Memory::new(&config::Memory { capacity, max_blob: capacity, policy: Policy::Lru });
+    let tier = Memory::new(&config::Memory { capacity, max_blob: capacity, policy: Policy::Lru }, &Budget::new(1 << 30));
     Bench { tier: Arc::new(tier), stats: |tier| tier.stats(0), _directory: None }
 }
 
