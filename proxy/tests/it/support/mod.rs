@@ -7,6 +7,7 @@ pub(crate) mod disk;
 pub(crate) mod lie;
 pub(crate) mod origin;
 pub(crate) mod process;
+pub(crate) mod proof;
 pub(crate) mod stats;
 pub(crate) mod wire;
 
