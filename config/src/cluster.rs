@@ -190,7 +190,7 @@ const MIN_SECRET: usize = 16;
 /// The longest, so that it fits a request header anywhere.
 const MAX_SECRET: usize = 1024;
 
-/// The secrets in a `cluster.secret_file`, one or two: the first is the one to send, each may be received.
+/// The secrets in a `cluster.secret_file`, one or two: the first proves requests, each is accepted.
 ///
 /// # Errors
 /// A text that says what is wrong with the file, and never what is in it.

@@ -26,7 +26,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     time::{Instant, Sleep},
 };
 
@@ -206,14 +206,17 @@ impl AsyncWrite for Conn {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        // TLS writes its last record here, and the other end may take nothing.
+        let ended = Pin::new(&mut self.stream).poll_shutdown(cx);
+        self.timed(ended, cx)
     }
 }
 
 #[async_trait]
 impl Shutdown for Conn {
     async fn shutdown(&mut self) {
-        self.stream.shutdown().await;
+        // Not the stream's own, which waits without a limit. What it fails with no longer matters to anybody.
+        let _ = AsyncWriteExt::shutdown(self).await;
     }
 }
 

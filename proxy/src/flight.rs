@@ -264,8 +264,9 @@ impl Flights {
         }
         if remember {
             self.remembered.fetch_add(1, Ordering::Relaxed);
-            tokio::time::sleep(ttl).await;
-            self.remembered.fetch_sub(1, Ordering::Relaxed);
+            // In a task of its own: this one's future is as large as a whole fill, and absences are many.
+            tokio::spawn(self.clone().remember(flight, ttl));
+            return;
         }
         take_out(&mut self.map.lock(), &flight);
     }
@@ -273,6 +274,13 @@ impl Flights {
     /// The flight's file cannot be read any more, so nobody shall join it.
     fn give_up_file(&self, flight: &Arc<Flight>) {
         take_out(&mut self.map.lock(), flight);
+    }
+
+    /// Keeps an absence in the map for so long.
+    async fn remember(self: Arc<Self>, flight: Arc<Flight>, ttl: Duration) {
+        tokio::time::sleep(ttl).await;
+        self.remembered.fetch_sub(1, Ordering::Relaxed);
+        take_out(&mut self.map.lock(), &flight);
     }
 
     /// Takes the flight out of the map if nobody reads it. Nobody joins while the map is locked.

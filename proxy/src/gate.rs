@@ -2,7 +2,7 @@
 //!
 //! Strict on purpose: what two parsers could read differently is refused here, and only here.
 
-use crate::secret::PEER_SECRET;
+use crate::secret::{ASKED, Field, PROOF, Twice};
 use bytes::BytesMut;
 use castier_blob::wire::Target;
 use castier_config::Limits;
@@ -52,8 +52,8 @@ pub struct Head {
     pub framing: Framing,
     /// Where `User-Agent` stands, if there is one.
     user_agent: Option<Range<usize>>,
-    /// Where the peer secret stands, if there is one. Of two none counts: then it is empty, which no secret is.
-    secret: Option<Range<usize>>,
+    /// Where a peer's proof stands, if there is one. Of two none counts: then it is empty, which no proof is.
+    proof: Option<Range<usize>>,
 }
 
 /// How a request's body is framed.
@@ -80,9 +80,23 @@ impl Head {
         bytes.get(self.path.clone()).and_then(|path| str::from_utf8(path).ok()).unwrap_or_default()
     }
 
-    /// The peer secret that the request carries.
-    pub fn secret<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
-        bytes.get(self.secret.clone()?)
+    /// The proof that the request carries.
+    pub fn proof<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        bytes.get(self.proof.clone()?)
+    }
+
+    /// The fields that a proof covers. Parsed once more, since only peers' requests need them.
+    pub fn asked<'a>(&self, bytes: &'a [u8]) -> Option<[Field<'a>; ASKED.len()]> {
+        let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
+        let mut request = httparse::Request::new(&mut []);
+        request.parse_with_uninit_headers(bytes, &mut headers).ok()?.is_complete().then_some(())?;
+        Some(ASKED.map(|name| {
+            let mut named = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
+            match (named.next(), named.next()) {
+                (header, None) => Ok(header.map(|header| header.value.trim_ascii())),
+                _ => Err(Twice),
+            }
+        }))
     }
 
     /// The entity tag, or tags, that the client has already.
@@ -212,10 +226,10 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         && framing == Framing::Length(0)
         && named("upgrade").next().is_some()
         && names_upgrade(named("connection").map(|header| header.value));
-    let secret = the_one(bytes, request.headers, &PEER_SECRET);
+    let proof = the_one(bytes, request.headers, &PROOF);
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
     let user_agent = the_one(bytes, request.headers, &header::USER_AGENT);
-    Ok(Some(Head { user_agent, len, method, authority, path, upgrade, plain, close, validator, framing, secret }))
+    Ok(Some(Head { user_agent, len, method, authority, path, upgrade, plain, close, validator, framing, proof }))
 }
 
 /// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer. Sets `close` at the one
@@ -373,19 +387,19 @@ mod tests {
     }
 
     #[test]
-    fn the_peer_secret_is_found_if_it_is_one() {
-        for (lines, secret) in [
+    fn the_proof_is_found_if_there_is_one() {
+        for (lines, proof) in [
             ("", None),
-            ("Castier-Peer-Secret:  a secret \r\n", Some("a secret")),
-            ("castier-peer-secret:\r\n", Some("")),
-            ("castier-peer-secret: one\r\nX: y\r\ncastier-peer-secret: one\r\n", Some("")),
-            ("castier-peer-secre: one\r\n", None),
+            ("Castier-Proof:  a proof \r\n", Some("a proof")),
+            ("castier-proof:\r\n", Some("")),
+            ("castier-proof: one\r\nX: y\r\ncastier-proof: one\r\n", Some("")),
+            ("castier-proo: one\r\n", None),
         ] {
             let mut ahead = BytesMut::from(&format!("GET http://b/cas HTTP/1.1\r\nHost: a\r\n{lines}\r\n")[..]);
             let parsed = parse(&ahead, 100).unwrap().unwrap();
-            assert_eq!(parsed.secret(&ahead), secret.map(str::as_bytes), "{lines:?}");
+            assert_eq!(parsed.proof(&ahead), proof.map(str::as_bytes), "{lines:?}");
             let parsed = to_origin_form(&mut ahead, parsed, 100).unwrap();
-            assert_eq!(parsed.secret(&ahead), secret.map(str::as_bytes), "{lines:?}");
+            assert_eq!(parsed.proof(&ahead), proof.map(str::as_bytes), "{lines:?}");
         }
     }
 

@@ -19,6 +19,7 @@ use crate::{
     purge::Purge,
     record::{self, CLIENT_GONE, More, Record},
     relay::Relay,
+    secret::Asked,
     serve::{Body, Reply, Via},
     upload,
     upstream::Put,
@@ -167,35 +168,39 @@ impl Front {
                 Err(NoHead::Closed) => return,
                 Err(NoHead::Refused(status, why)) => return Box::pin(self.refuse_request(conn, status, &why, peer)).await,
             };
-            if let Door::Peers(door) = &self.door
-                && !door.admits(&head, &ahead)
-            {
-                let why = "this listener is for the nodes of the cluster";
-                return Box::pin(self.refuse_request(conn, StatusCode::FORBIDDEN, why, peer)).await;
-            }
+            let asked = match &self.door {
+                Door::Clients { .. } => Asked::OPEN,
+                Door::Peers(door) => match door.admits(&head, &ahead) {
+                    Some(asked) => asked,
+                    None => {
+                        let why = "this listener is for the nodes of the cluster";
+                        return Box::pin(self.refuse_request(conn, StatusCode::FORBIDDEN, why, peer)).await;
+                    }
+                },
+            };
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
-                    match self.fast_hit(&mut conn, &mut ahead, &head, &digest, peer).await {
+                    match self.fast_hit(&mut conn, &mut ahead, &head, &digest, &asked, peer).await {
                         Ok(true) if head.close => {
                             let _ = timeout(limits.write_timeout.get(), conn.shutdown()).await;
                             None
                         }
                         Ok(true) => Some((conn, ahead)),
-                        Ok(false) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await,
+                        Ok(false) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await,
                         Err(Cut { .. }) => return,
                     }
                 }
                 Target::Blob(_) | Target::Malformed(_)
                     if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) =>
                 {
-                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await
+                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await
                 }
                 Target::Collection if head.method == Method::POST => {
-                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await
+                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await
                 }
                 _ => match &self.door {
                     Door::Clients { relay, .. } => Box::pin(relay.pass(conn, ahead, &head, &limits, shutdown)).await,
-                    Door::Peers(_) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, peer)).await,
+                    Door::Peers(_) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await,
                 },
             };
             match next {
@@ -206,6 +211,7 @@ impl Front {
     }
 
     /// A request about blobs, through pingora's session. Gives the connection back if it can serve another.
+    #[expect(clippy::too_many_arguments, reason = "each is a part of the one connection, and lives as long as the request at most")]
     async fn serve_session(
         &self,
         mut conn: Conn,
@@ -213,6 +219,7 @@ impl Front {
         head: &Head,
         limits: &Limits,
         draining: &ShutdownWatch,
+        asked: &Asked,
         peer: Option<SocketAddr>,
     ) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
@@ -249,7 +256,8 @@ impl Front {
         let mut error = fault.map(|fault| fault.to_string());
         let first_byte = reply.is_some().then(|| started.elapsed());
         let (code, served, cache, whole) = match reply {
-            Some(reply) => {
+            Some(mut reply) => {
+                peer::prove(&mut reply, asked);
                 let (code, mut served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
                 let written = self.write_reply(&mut session, reply).await;
                 let whole = written.is_ok();

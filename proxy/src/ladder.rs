@@ -1,5 +1,6 @@
 //! The data path: get, stat, put, forget. A get climbs memory → mirror → disk → a flight over the owner and the origin.
 
+mod forgotten;
 mod put;
 mod stats;
 
@@ -18,6 +19,7 @@ use crate::{
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verifier};
+use forgotten::Forgotten;
 use std::sync::Arc;
 
 /// The tiers and sources of this node, in the order in which they are asked.
@@ -27,6 +29,8 @@ pub struct Ladder {
     sources: Sources,
     /// Uploads that will be kept are collected within `fill.memory` too.
     upload_memory: Arc<spool::Budget>,
+    /// What was forgotten while an upload was on its way is not kept.
+    forgotten: Forgotten,
     metrics: Arc<Metrics>,
 }
 
@@ -59,7 +63,7 @@ pub enum Whence {
 impl Ladder {
     /// Puts the rungs together.
     pub fn new(tiers: Tiers, flights: Arc<Flights>, sources: Sources, upload_memory: Arc<spool::Budget>, metrics: Arc<Metrics>) -> Self {
-        Self { tiers, flights, sources, upload_memory, metrics }
+        Self { tiers, flights, sources, upload_memory, forgotten: Forgotten::default(), metrics }
     }
 
     /// The other nodes; none without a cluster.
@@ -243,7 +247,7 @@ impl Ladder {
         let size = self.sources.origin.holds(digest, size).await?;
         if size.is_some() {
             self.flights.stored(digest);
-            self.tell_owner(digest, asker, None).await;
+            self.tell_all(digest, asker, None, None).await;
         }
         Ok(size)
     }
@@ -258,8 +262,10 @@ impl Ladder {
         Ok(deleted)
     }
 
-    /// Drops the blob from every tier of this node. The order matters: a flight that has not landed by now will not keep it.
+    /// Drops the blob from every tier of this node. The order matters: an upload or a flight that has not landed by now will not
+    /// keep it.
     pub async fn forget(&self, digest: &Digest) {
+        self.forgotten.note(digest);
         self.flights.forget(digest);
         self.tiers.forget(digest).await;
     }

@@ -310,8 +310,8 @@ impl Nodes {
     /// The other nodes, if there are any.
     fn of(config: &Castier, metrics: &Arc<Metrics>) -> Result<Option<Self>, String> {
         let Some(cluster) = &config.cluster else { return Ok(None) };
-        let members = Members::start(cluster, Arc::new(HttpProbe::new(&cluster.tls)?), metrics.clone())?;
         let secrets = Arc::new(Secrets::open(cluster)?);
+        let members = Members::start(cluster, Arc::new(HttpProbe::new(&cluster.tls, secrets.clone())?), metrics.clone())?;
         let peers = Peers::new(config, members.clone(), secrets.clone(), metrics.clone())?;
         Ok(Some(Self { members, secrets, peers, leaving: Arc::default() }))
     }

@@ -1,37 +1,64 @@
-//! What makes a request a peer's: the shared secret.
+//! How nodes prove to each other that they know the cluster's secret, which never travels.
 //!
-//! It travels in the header [`PEER_SECRET`] of every request from peer to peer but `GET /healthz`. A request without it is no peer's,
-//! and the peer listener refuses it. It must never be logged, or passed on to the origin.
+//! 1. A node that asks makes up a nonce of 16 random bytes, and an HMAC-SHA256 under the secret over the nonce and over what it asks:
+//!    method, path, and the fields in [`ASKED`]. Both stand in the field [`PROOF`] of its request.
+//! 2. The node that is asked computes the same. If no secret that it accepts fits, the answer is 403.
+//! 3. Its answer carries an HMAC under that same secret over the request's HMAC, the status, and the fields in [`ANSWERED`].
+//! 4. The node that asked computes that too. If it does not fit, the answer is nobody's: it counts as a failure of that peer.
 //!
-//! The file holds one secret, or two while one replaces the other: the first line is sent, both are accepted. To change it without an
-//! interruption, put the new one second on every node, then first, then alone, each time with a SIGHUP.
+//! - The request's HMAC stands for its nonce and for all that was asked. So an answer fits one request, and a recorded one fits none.
+//! - No clock is needed. A request that somebody has recorded can be sent again; SECURITY.md says what comes of that.
+//! - Each field is preceded by its length, so no two lists of fields give the same bytes. A field that stands there twice fits nothing.
+//! - The first bytes say which of the two it is, so neither HMAC can stand for the other.
+//!
+//! The file holds one secret, or two while one replaces the other: the first proves requests, both are accepted, and an answer is proved with
+//! the one that the request was proved with. To change it without an interruption, put the new one second on every node, then first,
+//! then alone, each time with a SIGHUP.
 
 use arc_swap::ArcSwap;
-use castier_blob::Digest;
 use castier_config::{Cluster, peer_secrets};
-use http::{HeaderName, HeaderValue};
+use data_encoding::HEXLOWER;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use sha2::Sha256;
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
-use subtle::{Choice, ConstantTimeEq as _};
 
-/// Carries the secret.
-pub const PEER_SECRET: HeaderName = HeaderName::from_static("castier-peer-secret");
+/// Carries the proof: `v1 ` and, in hexadecimal, in a request the nonce and the HMAC, in an answer the HMAC.
+pub const PROOF: HeaderName = HeaderName::from_static("castier-proof");
+
+/// The fields of a request that change what is asked.
+pub const ASKED: [&str; 6] = ["host", "content-length", "transfer-encoding", "range", "cache-control", "expect"];
+/// The fields of an answer that are believed. An acknowledgement names its blob by `ETag`, and the request's path does too; the
+/// digest leaves one size.
+const ANSWERED: [&str; 8] =
+    ["content-length", "content-range", "content-type", "content-encoding", "etag", "cache-status", "castier-flight", "castier-node"];
+
+const VERSION: &str = "v1 ";
+const REQUEST: &[u8] = b"castier request v1\n";
+const ANSWER: &[u8] = b"castier answer v1\n";
+const NONCE: usize = 16;
+const MAC: usize = 32;
+
+type Key = Hmac<Sha256>;
 
 /// The secrets in force.
 pub struct Secrets {
     /// None: there is no secret, and the config has made sure that only this machine can reach the peer listener.
     file: Option<PathBuf>,
-    current: ArcSwap<Current>,
+    /// The first proves requests. Hashed into the two states of an HMAC already, so that a proof costs no key setup.
+    current: ArcSwap<Vec<Key>>,
 }
 
-#[derive(Default)]
-struct Current {
-    /// Marked as sensitive, so that it prints as such.
-    sent: Option<HeaderValue>,
-    /// Hashes of what is accepted: of one length, so that comparing them tells nothing, not even that.
-    accepted: Vec<Digest>,
+/// A request that was proved, or has to be answered with a proof. None: there is no secret, or the request came without a proof and needs
+/// none.
+pub struct Asked(Option<Box<Fresh>>);
+
+struct Fresh {
+    key: Key,
+    mac: [u8; MAC],
 }
 
 impl Secrets {
@@ -56,35 +83,130 @@ impl Secrets {
         Ok(())
     }
 
-    /// The value of [`PEER_SECRET`] in requests to peers; none if there is no secret.
-    pub fn to_send(&self) -> Option<HeaderValue> {
-        self.current.load().sent.clone()
+    /// Whether there is a secret, so that peers can prove what they are.
+    pub const fn is_there(&self) -> bool {
+        self.file.is_some()
     }
 
-    /// Whether a request that carries this may be a peer's. Takes equally long for any wrong secret of one length.
-    pub fn admit(&self, offered: Option<&[u8]>) -> bool {
+    /// The proof for a request, if there is a secret, and what its answer is checked against.
+    pub fn ask(&self, method: &str, path: &str, headers: &HeaderMap) -> (Option<HeaderValue>, Asked) {
         let current = self.current.load();
-        if current.accepted.is_empty() {
-            return true;
+        let Some(key) = current.first() else { return (None, Asked(None)) };
+        let nonce: [u8; NONCE] = rand::random();
+        let mac: [u8; MAC] = request(key, &nonce, method, path, ASKED.map(|name| one(headers, name))).finalize().into_bytes().into();
+        let value = text(&[nonce.as_slice(), mac.as_slice()].concat());
+        (value, Asked(Some(Box::new(Fresh { key: key.clone(), mac }))))
+    }
+
+    /// Whether a request with this proof is a peer's, and what its answer is proved with. `fields` are those of [`ASKED`].
+    pub fn admit(&self, proof: Option<&[u8]>, method: &str, path: &str, fields: [Field<'_>; ASKED.len()]) -> Option<Asked> {
+        let current = self.current.load();
+        if current.is_empty() {
+            return Some(Asked(None));
         }
-        let Some(offered) = offered.map(Digest::of) else { return false };
-        let same = |secret: &Digest| secret.as_bytes().ct_eq(offered.as_bytes());
-        current.accepted.iter().map(same).fold(Choice::from(0), |any, one| any | one).into()
+        let mut bytes = [0; NONCE + MAC];
+        decode(proof?, &mut bytes)?;
+        if fields.contains(&Err(Twice)) {
+            return None;
+        }
+        let (nonce, mac) = bytes.split_at(NONCE);
+        let fits = |key: &&Key| request(key, nonce, method, path, fields).verify_slice(mac).is_ok();
+        let key = current.iter().find(fits)?.clone();
+        Some(Asked(Some(Box::new(Fresh { key, mac: mac.try_into().ok()? }))))
     }
 }
 
-fn read(file: &Path) -> Result<Current, String> {
+impl Asked {
+    /// A request that needs no proof.
+    pub const OPEN: Self = Self(None);
+
+    /// The value of [`PROOF`] in an answer of this status with these headers; none without a secret.
+    pub fn prove(&self, status: StatusCode, headers: &HeaderMap) -> Option<HeaderValue> {
+        let mac = self.0.as_ref()?.answer(status, headers).finalize().into_bytes();
+        text(&mac)
+    }
+
+    /// Whether this answer was made to this request, by a node that knows the secret. Without a secret every answer is.
+    pub fn is_answered(&self, status: StatusCode, headers: &HeaderMap) -> bool {
+        let Some(fresh) = &self.0 else { return true };
+        if ANSWERED.iter().any(|name| one(headers, name).is_err()) {
+            return false;
+        }
+        let mut mac = [0; MAC];
+        let proof = one(headers, PROOF.as_str()).ok().flatten().and_then(|proof| decode(proof, &mut mac));
+        proof.is_some() && fresh.answer(status, headers).verify_slice(&mac).is_ok()
+    }
+}
+
+impl Fresh {
+    fn answer(&self, status: StatusCode, headers: &HeaderMap) -> Key {
+        let mut mac = self.key.clone();
+        mac.update(ANSWER);
+        mac.update(&self.mac);
+        mac.update(&status.as_u16().to_be_bytes());
+        ANSWERED.iter().for_each(|name| field(&mut mac, one(headers, name)));
+        mac
+    }
+}
+
+/// A field's value, nothing where it is not there, an error where it is there twice.
+pub type Field<'a> = Result<Option<&'a [u8]>, Twice>;
+
+/// A field that must stand alone does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Twice;
+
+fn request(key: &Key, nonce: &[u8], method: &str, path: &str, fields: [Field<'_>; ASKED.len()]) -> Key {
+    let mut mac = key.clone();
+    mac.update(REQUEST);
+    mac.update(nonce);
+    field(&mut mac, Ok(Some(method.as_bytes())));
+    field(&mut mac, Ok(Some(path.as_bytes())));
+    fields.into_iter().for_each(|value| field(&mut mac, value));
+    mac
+}
+
+/// Absent and empty are two things. A field that stands there twice is refused by both sides.
+fn field(mac: &mut Key, value: Field<'_>) {
+    match value {
+        Ok(Some(value)) => {
+            mac.update(&[1]);
+            mac.update(&(value.len() as u64).to_be_bytes());
+            mac.update(value);
+        }
+        Ok(None) => mac.update(&[0]),
+        Err(Twice) => mac.update(&[2]),
+    }
+}
+
+fn one<'a>(headers: &'a HeaderMap, name: &str) -> Field<'a> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (value, None) => Ok(value.map(|value| value.as_bytes().trim_ascii())),
+        _ => Err(Twice),
+    }
+}
+
+fn text(bytes: &[u8]) -> Option<HeaderValue> {
+    HeaderValue::try_from(format!("{VERSION}{}", HEXLOWER.encode(bytes))).ok()
+}
+
+fn decode(proof: &[u8], bytes: &mut [u8]) -> Option<()> {
+    let hex = proof.strip_prefix(VERSION.as_bytes())?;
+    if HEXLOWER.decode_len(hex.len()).ok()? != bytes.len() {
+        return None;
+    }
+    HEXLOWER.decode_mut(hex, bytes).ok().map(drop)
+}
+
+fn read(file: &Path) -> Result<Vec<Key>, String> {
     let secrets = peer_secrets(file).map_err(|why| format!("cluster.secret_file: {why}"))?;
     // It cannot be refused: orchestrators mount secrets so.
     if std::fs::metadata(file).is_ok_and(|file| file.permissions().mode() & 0o004 != 0) {
         tracing::warn!(file = %file.display(), "cluster.secret_file can be read by every user of this machine; take that right away (chmod o-r)");
     }
-    let value = |secret: &String| {
-        let mut value = HeaderValue::from_str(secret).ok()?;
-        value.set_sensitive(true);
-        Some(value)
-    };
-    Ok(Current { sent: secrets.first().and_then(value), accepted: secrets.iter().map(|secret| Digest::of(secret.as_bytes())).collect() })
+    let key = |secret: &String| Key::new_from_slice(secret.as_bytes()).map_err(|error| format!("cluster.secret_file: {error}"));
+    secrets.iter().map(key).collect()
 }
 
 #[cfg(test)]
@@ -94,47 +216,152 @@ mod tests {
     const OLD: &str = "old-old-old-old-old";
     const NEW: &str = "new-new-new-new-new";
 
+    fn secrets(text: &str) -> Secrets {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Secrets::open(&Cluster { secret_file: file.path().to_owned(), ..Cluster::default() }).unwrap()
+    }
+
+    fn headers(lines: &[(&str, &str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            headers.append(HeaderName::try_from(*name).unwrap(), value.parse().unwrap());
+        }
+        headers
+    }
+
+    /// What `by` makes of a request that `from` has proved.
+    fn admitted(from: &Secrets, by: &Secrets) -> Option<(Asked, Asked)> {
+        let head = headers(&[("host", "a:1"), ("range", "bytes=5-")]);
+        let (proof, asked) = from.ask("GET", "/cas/x", &head);
+        let fields = ASKED.map(|name| one(&head, name));
+        Some((asked, by.admit(proof.as_ref().map(HeaderValue::as_bytes), "GET", "/cas/x", fields)?))
+    }
+
     #[test]
     fn secrets_rotate_without_an_interruption() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("secret");
         std::fs::write(&file, OLD).unwrap();
-        let secrets = Secrets::open(&Cluster { secret_file: file.clone(), ..Cluster::default() }).unwrap();
-        let admitted = |secrets: &Secrets| [OLD, NEW].map(|secret| secrets.admit(Some(secret.as_bytes())));
-        assert_eq!((secrets.to_send().unwrap().as_bytes(), admitted(&secrets)), (OLD.as_bytes(), [true, false]));
-        for (text, sent, admits) in [
-            (format!("{OLD}\n{NEW}\n"), OLD, [true, true]),
-            (format!("{NEW}\n{OLD}\n"), NEW, [true, true]),
-            (format!("{NEW}\n"), NEW, [false, true]),
+        let node = Secrets::open(&Cluster { secret_file: file.clone(), ..Cluster::default() }).unwrap();
+        let others = [secrets(OLD), secrets(NEW), secrets(&format!("{OLD}\n{NEW}")), secrets(&format!("{NEW}\n{OLD}"))];
+        // Whom it admits, and who admits it.
+        let state = |node: &Secrets| [0, 1, 2, 3].map(|i| (admitted(&others[i], node).is_some(), admitted(node, &others[i]).is_some()));
+        let (both, in_, out, none) = ((true, true), (true, false), (false, true), (false, false));
+        assert_eq!(state(&node), [both, none, both, out]);
+        for (text, expected) in [
+            (format!("{OLD}\n{NEW}\n"), [both, in_, both, both]),
+            (format!("{NEW}\n{OLD}\n"), [in_, both, both, both]),
+            (format!("{NEW}\n"), [none, both, out, both]),
         ] {
             std::fs::write(&file, text).unwrap();
-            secrets.reload().unwrap();
-            assert_eq!((secrets.to_send().unwrap().as_bytes(), admitted(&secrets)), (sent.as_bytes(), admits));
+            node.reload().unwrap();
+            assert_eq!(state(&node), expected);
         }
         for broken in ["", "short", "a b c d e f g h i j k l"] {
             std::fs::write(&file, broken).unwrap();
-            let why = secrets.reload().unwrap_err();
+            let why = node.reload().unwrap_err();
             assert!(why.starts_with("cluster.secret_file: ") && !why.contains("short"), "{why}");
-            assert_eq!(admitted(&secrets), [false, true], "what was in force stays");
+            assert_eq!(state(&node), [none, both, out, both], "what was in force stays");
         }
-        assert!(!format!("{:?}", secrets.to_send()).contains("new"));
     }
 
     #[test]
-    fn only_the_secret_itself_is_admitted() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), OLD).unwrap();
-        let secrets = Secrets::open(&Cluster { secret_file: file.path().to_owned(), ..Cluster::default() }).unwrap();
-        for wrong in [None, Some(""), Some(&OLD[1..]), Some("old-old-old-old-olD"), Some(&format!("{OLD}x")), Some(NEW)] {
-            assert!(!secrets.admit(wrong.map(str::as_bytes)), "{wrong:?}");
+    fn an_answer_is_proved_with_the_secret_of_its_request() {
+        let answer = headers(&[("content-length", "5")]);
+        for (from, by) in [(OLD.to_owned(), format!("{NEW}\n{OLD}")), (NEW.to_owned(), format!("{OLD}\n{NEW}"))] {
+            let (asked, admitted) = admitted(&secrets(&from), &secrets(&by)).unwrap();
+            let mut answer = answer.clone();
+            answer.insert(PROOF, admitted.prove(StatusCode::OK, &answer).unwrap());
+            assert!(asked.is_answered(StatusCode::OK, &answer));
         }
-        assert!(secrets.admit(Some(OLD.as_bytes())));
     }
 
     #[test]
-    fn without_a_secret_everyone_is_admitted() {
+    fn a_changed_request_fits_its_proof_no_more() {
+        let node = secrets(OLD);
+        let head = headers(&[("host", "a:1"), ("content-length", "5")]);
+        let (proof, _) = node.ask("PUT", "/cas/x", &head);
+        let proof = proof.unwrap();
+        let proof = proof.to_str().unwrap();
+        let fits = |proof: &str, method: &str, path: &str, lines: &[(&str, &str)]| {
+            let head = headers(lines);
+            node.admit(Some(proof.as_bytes()), method, path, ASKED.map(|name| one(&head, name))).is_some()
+        };
+        let as_it_was: &[_] = &[("host", "a:1"), ("content-length", "5")];
+        assert!(fits(proof, "PUT", "/cas/x", as_it_was));
+        assert!(fits(proof, "PUT", "/cas/x", &[("content-length", " 5 "), ("user-agent", "x"), ("host", "a:1")]), "the rest may differ");
+        assert!(
+            !fits(proof, "GET", "/cas/x", as_it_was) && !fits(proof, "PUT", "/cas/y", as_it_was) && !fits(proof, "PUT", "/cas/", as_it_was)
+        );
+        for other in [
+            &[("host", "a:2"), ("content-length", "5")][..],
+            &[("host", "a:1"), ("content-length", "6")],
+            &[("host", "a:1")],
+            &[("host", "a:1"), ("content-length", "5"), ("content-length", "5")],
+            &[("host", "a:1"), ("content-length", "5"), ("cache-control", "only-if-cached")],
+            &[("host", "a:1"), ("content-length", "5"), ("range", "")],
+            &[("host", "a:1"), ("transfer-encoding", "5")],
+            &[("host", "a:15"), ("content-length", "")],
+        ] {
+            assert!(!fits(proof, "PUT", "/cas/x", other), "{other:?}");
+        }
+        let mut flipped = proof.to_owned();
+        let last = flipped.pop().unwrap();
+        flipped.push(if last == '0' { '1' } else { '0' });
+        for wrong in ["", "v1 ", &flipped, &proof[..proof.len() - 2], &proof[3..], &proof.replace("v1", "v2"), &proof.to_uppercase(), OLD] {
+            assert!(!fits(wrong, "PUT", "/cas/x", as_it_was), "{wrong:?}");
+        }
+        assert!(node.admit(None, "PUT", "/cas/x", [Ok(None); 6]).is_none());
+        assert!(!proof.contains("old"));
+    }
+
+    #[test]
+    fn an_answer_fits_one_request_as_it_was_given() {
+        let node = secrets(OLD);
+        let (asked, admitted_) = admitted(&node, &node).unwrap();
+        let proved = |lines: &[(&str, &str)]| {
+            let mut answer = headers(lines);
+            answer.insert(PROOF, admitted_.prove(StatusCode::OK, &answer).unwrap());
+            answer
+        };
+        let lines: &[_] = &[("content-length", "5"), ("etag", "\"x\"")];
+        let answer = proved(lines);
+        assert!(asked.is_answered(StatusCode::OK, &answer));
+        assert!(!asked.is_answered(StatusCode::CREATED, &answer));
+        for (name, value) in
+            [("content-length", "6"), ("content-range", "bytes 0-4/5"), ("castier-flight", "filling"), ("castier-node", "x")]
+        {
+            let mut other = answer.clone();
+            other.insert(HeaderName::try_from(name).unwrap(), value.parse().unwrap());
+            assert!(!asked.is_answered(StatusCode::OK, &other), "{name}");
+        }
+        let mut twice = answer.clone();
+        twice.append(http::header::CONTENT_LENGTH, "5".parse().unwrap());
+        assert!(!asked.is_answered(StatusCode::OK, &twice));
+        let mut none = answer.clone();
+        none.remove(PROOF);
+        assert!(!asked.is_answered(StatusCode::OK, &none));
+        // The same question, asked once more.
+        let (again, _) = admitted(&node, &node).unwrap();
+        assert!(!again.is_answered(StatusCode::OK, &answer));
+        // A request's proof is none for an answer.
+        let (proof, own) = node.ask("GET", "/cas/x", &headers(&[]));
+        let mut echoed = headers(lines);
+        let proof = proof.unwrap().to_str().unwrap().to_owned();
+        for reflected in [proof.clone(), format!("v1 {}", &proof[3 + 32..])] {
+            echoed.insert(PROOF, reflected.parse().unwrap());
+            assert!(!own.is_answered(StatusCode::OK, &echoed));
+        }
+    }
+
+    #[test]
+    fn without_a_secret_everyone_is_admitted_and_nothing_is_proved() {
         let secrets = Secrets::open(&Cluster::default()).unwrap();
         secrets.reload().unwrap();
-        assert!(secrets.admit(None) && secrets.admit(Some(OLD.as_bytes())) && secrets.to_send().is_none());
+        let (proof, asked) = secrets.ask("GET", "/", &HeaderMap::new());
+        assert!(proof.is_none() && !secrets.is_there() && asked.is_answered(StatusCode::OK, &HeaderMap::new()));
+        let admitted = secrets.admit(Some(b"x"), "GET", "/", [Ok(None); 6]).unwrap();
+        assert!(admitted.prove(StatusCode::OK, &HeaderMap::new()).is_none());
     }
 }

@@ -14,6 +14,7 @@ use crate::{
     descriptors,
     fault::{Fault, Limit},
     members::Report,
+    secret::Asked,
 };
 use bytes::Bytes;
 use castier_blob::{Digest, wire};
@@ -41,6 +42,8 @@ use tokio::{
 const RESOLVED_FOR: Duration = Duration::from_secs(5);
 /// Kept-alive connections to one source: as many as fills have places, unless somebody changed that.
 const POOL: usize = 256;
+/// What is said of an answer that nobody vouches for.
+const UNPROVED: &str = "without a proof of the cluster's secret; what answers there is no castier of this cluster, or has another secret in cluster.secret_file";
 /// The longest answer beside a blob that is worth reading.
 const MAX_ANSWER: usize = 64 << 10;
 
@@ -277,8 +280,10 @@ impl Upstream {
                 };
                 session.read_timeout = Some(self.read_timeout);
                 session.write_timeout = Some(self.read_timeout);
+                let mut request = request.clone();
+                let asked = self.prove(&mut request)?;
                 let answered = async {
-                    session.write_request_header(Box::new(request.clone())).await?;
+                    session.write_request_header(Box::new(request)).await?;
                     if !body.is_empty() {
                         session.write_body(body).await?;
                         session.finish_body().await?;
@@ -286,7 +291,7 @@ impl Upstream {
                     read_final(&mut session).await
                 };
                 match answered.await {
-                    Ok(()) => return Ok((session, peer)),
+                    Ok(()) => return self.must_be_proved(&asked, &session).map(|()| (session, peer)),
                     // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
                     Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
                     // A source that restarts, or whose queue of new connections ran over.
@@ -314,8 +319,10 @@ impl Upstream {
             }
             true
         };
-        if timeout(Duration::from_millis(200), rest).await == Ok(true) {
-            self.connector.release_http_session(session, peer, peer.options.idle_timeout).await;
+        let patience = Duration::from_millis(200);
+        if timeout(patience, rest).await == Ok(true) {
+            // One that is not kept is ended, and over TLS the other end has to take a last record. Where it does not, it is dropped.
+            let _ = timeout(patience, self.connector.release_http_session(session, peer, peer.options.idle_timeout)).await;
         }
     }
 
@@ -327,10 +334,21 @@ impl Upstream {
         if let Some(credentials) = &self.credentials {
             request.insert_header(header::AUTHORIZATION, credentials.clone()).map_err(|error| Fault::Internal(error.to_string()))?;
         }
-        if let Some(ties) = &self.ties {
-            ties.sign(&mut request)?;
-        }
         Ok(request)
+    }
+
+    /// Adds the proof to a request to a peer, which must not change any more. Each attempt has one of its own.
+    fn prove(&self, request: &mut RequestHeader) -> Result<Asked, Fault> {
+        self.ties.as_ref().map_or(Ok(Asked::OPEN), |ties| ties.prove(request))
+    }
+
+    /// An answer of a peer counts only if it proves that it was made to this request by a node that knows the secret.
+    fn must_be_proved(&self, asked: &Asked, session: &HttpSession) -> Result<(), Fault> {
+        match session.resp_header() {
+            Some(head) if asked.is_answered(head.status, &head.headers) => Ok(()),
+            Some(head) => Err(self.unusable(format!("status {}, {UNPROVED}", head.status.as_u16()))),
+            None => Err(self.unusable("no head")),
+        }
     }
 
     /// None of the source's addresses could be connected to, the last for this reason. With a peer, that is news.

@@ -120,6 +120,11 @@ impl Course {
         self.tried.push(member.name.clone());
     }
 
+    /// This node could not ask the peer now, which says nothing of the peer; the next is asked.
+    pub(super) fn pass_over(&mut self, member: &Member) {
+        self.tried.push(member.name.clone());
+    }
+
     /// A peer's answer has come to its end.
     pub(super) fn answered(&self, leg: &Leg) {
         if let (Some(peers), Leg::Peer(member) | Leg::Peek(member)) = (&self.peers, leg) {

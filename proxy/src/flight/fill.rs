@@ -86,6 +86,8 @@ impl Flights {
             tracing::debug!(digest = %flight.digest, %fault, at = fill.verifier.seen(), "transfer broke, going on");
             match &leg {
                 Leg::Peer(member) | Leg::Peek(member) if is_broken(&fault) => fill.course.failed(member, &fault),
+                // It has done nothing wrong: no permit towards it was free, or this node has no descriptor for it.
+                Leg::Peer(member) | Leg::Peek(member) if is_full(&fault) => fill.course.pass_over(member),
                 // What a peer sent may be what the origin cannot go on from.
                 Leg::Origin if matches!(fault, Fault::Unusable { .. }) && fill.course.has_peers_bytes() && flight.can_start_over() => {
                     self.start_over(flight, &mut fill, fault)?;
@@ -119,7 +121,8 @@ impl Flights {
         };
         let before = fill.verifier.seen();
         let end = self.pour(flight, incoming, &mut fill.verifier, fill.before.as_ref(), &mut fill.writer).await;
-        if fill.verifier.seen() > before {
+        // Who says that this is all, without a byte, has given what there is, too.
+        if fill.verifier.seen() > before || matches!(end, Ok(End::Whole)) {
             fill.course.gives(leg);
         }
         end
@@ -184,6 +187,11 @@ fn fetch_again(flight: &Flight, fill: &mut Fill, fault: Fault) -> Result<(), Fau
     fill.writer = Writer::without_tier();
     flight.fetch_again();
     Ok(())
+}
+
+/// Whether a limit of this node keeps it from asking this source now. Another source may be free.
+const fn is_full(fault: &Fault) -> bool {
+    matches!(fault, Fault::Busy(Limit::Fills | Limit::Requests | Limit::Files | Limit::Origin))
 }
 
 /// Whether it was the transfer that broke.

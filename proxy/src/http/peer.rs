@@ -11,7 +11,7 @@ use crate::{
     gate::Head,
     ladder::Ladder,
     members::{Members, NODE},
-    secret::Secrets,
+    secret::{Asked, PROOF, Secrets},
     serve::{Reply, Via},
     upload,
     upstream::{FILLING, FLIGHT},
@@ -31,10 +31,10 @@ use std::{
     time::Duration,
 };
 
-/// Says how a node is; the one request that needs no secret.
+/// Says how a node is; the one request that needs no proof.
 const HEALTH: &str = "/healthz";
 
-/// Lets in the nodes of the cluster, and nobody else.
+/// Lets in the nodes of the cluster, and nobody else; proves to them that this is one.
 pub struct PeerDoor {
     secrets: Arc<Secrets>,
     members: Arc<Members>,
@@ -45,7 +45,7 @@ pub struct PeerDoor {
 }
 
 impl PeerDoor {
-    /// For whoever has a secret and, with TLS, a certificate of the cluster's. While `leaving` holds, this node says that it is not well.
+    /// For those that prove that they know the secret and, with TLS, have a certificate of the cluster's. While `leaving` holds, this node says that it is not well.
     ///
     /// # Errors
     /// A text that names the key of `cluster.tls` whose file cannot be used.
@@ -66,9 +66,13 @@ impl PeerDoor {
         }
     }
 
-    /// Whether the request whose head stands at the front of `bytes` may be a peer's.
-    pub(super) fn admits(&self, head: &Head, bytes: &[u8]) -> bool {
-        self.secrets.admit(head.secret(bytes)) || (head.method == Method::GET && head.path(bytes) == HEALTH)
+    /// What the answer is to be proved with, if the request whose head stands at the front of `bytes` is a peer's, or may be anybody's.
+    pub(super) fn admits(&self, head: &Head, bytes: &[u8]) -> Option<Asked> {
+        let (method, path) = (head.method.as_str(), head.path(bytes));
+        let admitted = head.asked(bytes).and_then(|fields| self.secrets.admit(head.proof(bytes), method, path, fields));
+        // A proof that does not fit is refused here too, so that a node with another secret shows in the figures of both.
+        let anybody = head.method == Method::GET && path == HEALTH && head.proof(bytes).is_none();
+        admitted.or_else(|| anybody.then_some(Asked::OPEN))
     }
 
     fn health(&self) -> Reply {
@@ -90,6 +94,12 @@ impl Front {
         upload::no_body(session).await?;
         let path = session.req_header().uri.path();
         let names = |prefix: &str| path.strip_prefix(prefix)?.parse::<Digest>().ok().filter(|_| *method == Method::POST);
+        // The proof covers `Host`. So a machine between two nodes cannot have a third one confirm what the second was asked to do.
+        let host = session.req_header().headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let elsewhere = door.members.view().members().iter().any(|member| !member.itself && *member.name == *host);
+        if elsewhere && *method == Method::POST {
+            return Ok(Reply::error(StatusCode::MISDIRECTED_REQUEST, "this is another node than the one that the request names"));
+        }
         if let Some(digest) = names("/purge/") {
             self.ladder.forget(&digest).await;
             tracing::info!(%digest, "purged, since a peer said so");
@@ -103,6 +113,13 @@ impl Front {
             Method::GET if path == HEALTH => door.health(),
             _ => Reply::error(StatusCode::NOT_FOUND, "here are blobs, /purge/<digest>, /stored/<digest> and /healthz"),
         })
+    }
+}
+
+/// Adds the proof to an answer to a peer, which must not change any more.
+pub(super) fn prove(reply: &mut Reply, asked: &Asked) {
+    if let Some(proof) = asked.prove(reply.status, &reply.headers) {
+        reply.headers.insert(PROOF, proof);
     }
 }
 

@@ -1,6 +1,6 @@
 //! What is written straight onto the connection, without a session: the fast lane, and refusals.
 
-use super::{Cut, Front, cache_status};
+use super::{Cut, Front, cache_status, peer::prove};
 use crate::{
     buffer,
     conn::Conn,
@@ -9,6 +9,7 @@ use crate::{
     ladder::{DiskReader, TierName},
     metrics::{Listener, Route, Served},
     record::{More, Record},
+    secret::Asked,
     serve::{Body, Reply, Via},
 };
 use bytes::{Buf, Bytes, BytesMut};
@@ -40,6 +41,7 @@ impl Front {
         ahead: &mut BytesMut,
         head: &Head,
         digest: &Digest,
+        asked: &Asked,
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
@@ -47,7 +49,8 @@ impl Front {
             if validator != digest.etag().as_bytes() {
                 return Ok(false);
             }
-            let reply = Reply::not_modified(digest);
+            let mut reply = Reply::not_modified(digest);
+            prove(&mut reply, asked);
             let ready = started.elapsed();
             let (_, sent) = send(conn, &mut reply.head(&get_cached_date(), !head.close, 0)).await;
             let done = self.fast_hit_done(&reply, head, ahead, (0, sent), (started, ready), peer);
@@ -56,9 +59,10 @@ impl Front {
         }
         // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
         let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else {
-            return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, peer)).await;
+            return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, asked, peer)).await;
         };
-        let reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
+        let mut reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
+        prove(&mut reply, asked);
         let ready = started.elapsed();
         let sent = self.send_memory(conn, &reply, !head.close, tier, blob).await;
         let done = self.fast_hit_done(&reply, head, ahead, sent, (started, ready), peer);
@@ -73,6 +77,7 @@ impl Front {
         ahead: &mut BytesMut,
         head: &Head,
         digest: &Digest,
+        asked: &Asked,
         peer: Option<SocketAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
@@ -81,7 +86,8 @@ impl Front {
         let mut rest = self.ladder.read_disk(digest, self.door.asker(), blob, 0, size);
         // Nothing has been said yet: where not even a beginning can be had, the session says why.
         let Ok(first) = rest.next().await else { return Ok(false) };
-        let reply = Reply::blob(digest, Some(size), Selection::Whole, Via::Tier(TierName::Disk), Body::Empty);
+        let mut reply = Reply::blob(digest, Some(size), Selection::Whole, Via::Tier(TierName::Disk), Body::Empty);
+        prove(&mut reply, asked);
         let ready = started.elapsed();
         let sent = self.send_disk(conn, &reply, !head.close, first.unwrap_or_default(), rest).await;
         let done = self.fast_hit_done(&reply, head, ahead, sent, (started, ready), peer);

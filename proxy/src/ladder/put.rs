@@ -1,23 +1,28 @@
 //! Uploads: to the node that owns the blob, or to the origin and into the tiers.
 
-use super::Ladder;
+use super::{Ladder, forgotten::Before};
 use crate::{
     disk::{Disk, DiskCopy},
     fault::Fault,
     flight::Asker,
+    members::Member,
     spool,
     upstream::{Parcel, Put, Upload},
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
-use futures::StreamExt;
+use futures::{StreamExt, future::join_all};
 use tokio::sync::Mutex;
 
 impl Ladder {
     /// Stores an upload at the origin, by name or letting its bytes name it, and keeps it. Done only when the origin says that it is durable.
     ///
     /// One that comes from a client and belongs to another node is handed over to that, which does the same. If that node cannot be
-    /// reached, or fails while all that came is still here, this node does it.
+    /// reached, or fails while all that came is still here, this node does it; and so it does where peers have no secret to prove that
+    /// they have stored it.
+    ///
+    /// Before the client hears of it, every other node is told that the blob is stored: each may remember that it is absent, or have a
+    /// flight that is about to hear so. So no GET that starts after the acknowledgement is told of an absence from before.
     ///
     /// # Errors
     /// The client's, the origin's, or a limit; nothing is kept then.
@@ -43,7 +48,8 @@ impl Ladder {
         upload: Upload<'_>,
         asker: Asker,
     ) -> Result<(Put, Verified<()>), Fault> {
-        let owner = digest.and_then(|digest| Some((digest, self.owner(&digest, asker)?)));
+        let owner = digest.and_then(|digest| Some((digest, self.owner(&digest, asker).filter(|(peers, _)| peers.can_vouch())?)));
+        let before = self.forgotten.before(digest.as_ref());
         // The owner keeps it. What `fill.memory` has room for is held all the same until the owner has it: the client sends it only once.
         let copy = Mutex::new(UploadCopy { on_disk_too: owner.is_none(), ..UploadCopy::new(self, digest, size) });
         let teed = upload.then(|part| async {
@@ -68,6 +74,7 @@ impl Ladder {
                 done => {
                     let done = done?;
                     self.flights.stored(&digest);
+                    self.tell_all(&digest, asker, Some(&owner.name), None).await;
                     return Ok(done);
                 }
             }
@@ -77,19 +84,26 @@ impl Ladder {
         let digest = verified.digest();
         // Who owns it may be known only now.
         let foreign = failed.is_none() && self.owner(&digest, asker).is_some();
-        copy.into_inner().keep(verified.clone(), foreign);
+        copy.into_inner().keep(verified.clone(), foreign, &before);
         self.flights.stored(&digest);
-        self.tell_owner(&digest, asker, failed.as_deref()).await;
+        self.tell_all(&digest, asker, None, failed.as_deref()).await;
         Ok((put, verified))
     }
 
-    /// Tells the node that owns a blob, if it is another one, that the blob is stored: it may remember that it is absent. Not the one
-    /// that has just `failed`.
-    pub(super) async fn tell_owner(&self, digest: &Digest, asker: Asker, failed: Option<&str>) {
-        let Some((peers, owner)) = self.owner(digest, asker).filter(|(_, owner)| failed != Some(&*owner.name)) else { return };
-        if let Err(fault) = peers.stored(&owner, digest).await {
-            tracing::debug!(%digest, peer = &*owner.name, %fault, "the owner was not told of an upload; it may call the blob absent for limits.negative_ttl");
-        }
+    /// Tells all other nodes that are up that a blob is stored. Not the one that has stored it and so `knows`; and the one that has just
+    /// `failed` is waited for less, since a request should lose one stall. What comes from a peer is the peer's to tell.
+    pub(super) async fn tell_all(&self, digest: &Digest, asker: Asker, knows: Option<&str>, failed: Option<&str>) {
+        let Some(peers) = self.sources.peers.as_ref().filter(|_| asker == Asker::Client) else { return };
+        let view = peers.members().view();
+        let others = view.members().iter().filter(|member| !member.itself && member.up && knows != Some(&*member.name));
+        let tell = async |member: &Member| {
+            let whole = peers.stall_timeout();
+            let patience = if failed == Some(&*member.name) { whole / 4 } else { whole };
+            if let Err(fault) = peers.stored(member, digest, patience).await {
+                tracing::debug!(%digest, peer = &*member.name, %fault, "the peer was not told of an upload; it may call the blob absent for limits.negative_ttl");
+            }
+        };
+        join_all(others.map(tell)).await;
     }
 }
 
@@ -161,21 +175,24 @@ impl<'a> UploadCopy<'a> {
         self.digest.map_or_else(|| disk.takes(size), |digest| disk.admits(&digest, size))
     }
 
-    /// Keeps the copy as the blob that the upload proved to be. `foreign`: another node owns it.
-    fn keep(self, proof: Verified<()>, foreign: bool) {
+    /// Keeps the copy as the blob that the upload proved to be, unless that was forgotten since `before`. `foreign`: another node owns it.
+    fn keep(self, proof: Verified<()>, foreign: bool, before: &Before) {
+        let digest = proof.digest();
+        let Some(_unchanged) = self.ladder.forgotten.unchanged(&digest, before) else { return };
         match self.kept {
             Kept::Memory(mut bytes, _) if bytes.len() as u64 == proof.size() && self.ladder.tiers.memory.takes(proof.size()) => {
                 bytes.shrink_to_fit();
                 self.ladder.tiers.keep(proof.with_content(Bytes::from(bytes)), foreign);
             }
+            // Accepted here and written later, unless it is forgotten between the two.
             Kept::Disk(copy) if !foreign => copy.keep(proof),
             Kept::Memory(..) | Kept::Disk(_) | Kept::Nothing => {}
         }
     }
 }
 
-/// Makes room for `more` bytes, if the lease covers what that takes. What is allocated is at least doubled, so that bytes are seldom moved, but does not
-/// exceed what was announced.
+/// Makes room for `more` bytes, if the lease covers what that takes. What is allocated is at least doubled, so that bytes are seldom moved,
+/// but does not exceed what was announced.
 fn make_room(bytes: &mut Vec<u8>, more: usize, announced: Option<u64>, lease: &mut spool::Lease) -> bool {
     let after = bytes.len() + more;
     if after <= bytes.capacity() {

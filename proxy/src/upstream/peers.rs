@@ -1,6 +1,8 @@
 //! The other nodes of the cluster, as sources and as takers of uploads: what is asked of a peer, what its answers mean, and when its
 //! silence is one.
 //!
+//! - Nothing that a peer says counts unless the answer proves that the peer knows the cluster's secret ([`Secrets`]). Where there is no
+//!   secret, peers are on this machine and are taken at their word, but no upload is handed over: nobody could prove that it is stored.
 //! - A peer is believed when it says that a blob is absent, for it has that from the origin. Its bytes are hashed like anybody's.
 //! - Silence alone does not tell a peer that has stopped from one that waits for a slow origin, and giving up the second would make
 //!   the origin see another load. So a peer that has been silent for half of `cluster.stall_timeout` is asked, over another
@@ -12,7 +14,7 @@ use crate::{
     fault::{Fault, Limit},
     members::{Member, Members, Report, View},
     metrics::Metrics,
-    secret::{PEER_SECRET, Secrets},
+    secret::{Asked, PROOF, Secrets},
 };
 use castier_blob::{
     Digest, Verified,
@@ -40,6 +42,8 @@ pub const FLIGHT: HeaderName = HeaderName::from_static("castier-flight");
 /// It has.
 pub const FILLING: HeaderValue = HeaderValue::from_static("filling");
 
+/// How a peer is.
+pub(super) const HEALTH: &str = "/healthz";
 const ONLY_IF_CACHED: &str = "only-if-cached";
 /// The name of all peers in labels and faults.
 const PEER: &str = "peer";
@@ -90,11 +94,19 @@ pub(super) struct Ties {
 }
 
 impl Ties {
-    /// Marks a request as one from a peer.
-    pub(super) fn sign(&self, request: &mut RequestHeader) -> Result<(), Fault> {
-        let Some(secret) = self.secrets.to_send() else { return Ok(()) };
-        request.insert_header(PEER_SECRET, secret).map_err(|error| Fault::Internal(error.to_string()))
+    /// Proves that a request comes from a node of the cluster.
+    pub(super) fn prove(&self, request: &mut RequestHeader) -> Result<Asked, Fault> {
+        prove(&self.secrets, request).map_err(|error| Fault::Internal(error.to_string()))
     }
+}
+
+/// Adds the proof to a request that does not change any more; gives what its answer is checked against.
+pub(super) fn prove(secrets: &Secrets, request: &mut RequestHeader) -> pingora::Result<Asked> {
+    let (proof, asked) = secrets.ask(request.method.as_str(), request.uri.path(), &request.headers);
+    if let Some(proof) = proof {
+        request.insert_header(PROOF, proof)?;
+    }
+    Ok(asked)
 }
 
 /// What a peer says to a GET.
@@ -259,8 +271,9 @@ impl Peers {
         Ok(answer)
     }
 
+    /// Waits for half of `fill.max_wait`, since the fill goes on to the next source without it, and may have to wait there.
     async fn place(&self, peer: &Peer) -> Result<OwnedSemaphorePermit, Fault> {
-        match timeout(self.max_wait, peer.places.clone().acquire_owned()).await {
+        match timeout(self.max_wait / 2, peer.places.clone().acquire_owned()).await {
             Ok(Ok(place)) => Ok(place),
             _ => Err(Fault::Busy(Limit::Fills)),
         }
@@ -287,10 +300,17 @@ impl Peers {
             peer.upstream.finish(session, &connection).await;
             told
         };
-        self.in_time(member, asked).await
+        self.in_time(member, self.stall_timeout, asked).await
+    }
+
+    /// Whether peers can prove what they are, so that an acknowledgement of theirs counts.
+    pub fn can_vouch(&self) -> bool {
+        self.secrets.is_there()
     }
 
     /// Hands an upload over to this member, which stores it at the origin. Gives up only if the member does not live.
+    ///
+    /// One that is streamed may be too large to be had again, so the member has to prove what it is before the first byte leaves.
     ///
     /// # Errors
     /// As [`Upstream::put`].
@@ -298,7 +318,25 @@ impl Peers {
         let upstream = self.peer(member).upstream.clone();
         let patience = self.stall_timeout;
         let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, hope: Hope::Upload, patience, _place: None };
-        watch.over(upstream.put(parcel)).await.inspect_err(|fault| self.failed(member, fault))
+        let handed_over = async {
+            if !parcel.is_whole() {
+                self.meet(&upstream).await?;
+            }
+            upstream.put(parcel).await
+        };
+        watch.over(handed_over).await.inspect_err(|fault| self.failed(member, fault))
+    }
+
+    /// Has the peer prove what it is, and that it is well.
+    async fn meet(&self, upstream: &Upstream) -> Result<(), Fault> {
+        let request = upstream.request(Method::GET, HEALTH)?;
+        let (session, connection) = upstream.exchange(&request, &[]).await?;
+        let status = session.get_status();
+        upstream.finish(session, &connection).await;
+        match status {
+            Some(StatusCode::OK) => Ok(()),
+            _ => Err(upstream.unusable("it is not well, or about to leave")),
+        }
     }
 
     /// Makes this member forget the blob.
@@ -306,33 +344,34 @@ impl Peers {
     /// # Errors
     /// It does not say that it has.
     pub async fn purge(&self, member: &Member, digest: &Digest) -> Result<(), Fault> {
-        self.tell(member, &format!("/purge/{digest}")).await
+        self.tell(member, &format!("/purge/{digest}"), self.stall_timeout).await
     }
 
-    /// Tells this member that the blob is at the origin now, whatever it has heard before.
+    /// Tells this member that the blob is at the origin now, whatever it has heard before. It has `patience` to say that it has understood.
     ///
     /// # Errors
     /// It does not say that it has understood.
-    pub async fn stored(&self, member: &Member, digest: &Digest) -> Result<(), Fault> {
-        self.tell(member, &format!("/stored/{digest}")).await
+    pub async fn stored(&self, member: &Member, digest: &Digest, patience: Duration) -> Result<(), Fault> {
+        self.tell(member, &format!("/stored/{digest}"), patience).await
     }
 
-    async fn tell(&self, member: &Member, path: &str) -> Result<(), Fault> {
+    async fn tell(&self, member: &Member, path: &str, patience: Duration) -> Result<(), Fault> {
         let peer = self.peer(member);
         let mut request = peer.upstream.request(Method::POST, path)?;
         insert(&mut request, header::CONTENT_LENGTH, "0")?;
         let told = async {
-            let (session, connection) = peer.upstream.exchange(&request, &[]).await?;
+            // Once more if the connection breaks: it may be the only message that ends a remembered absence.
+            let (session, connection) = peer.upstream.repeat(&request, &[], 1).await?;
             let status = session.get_status().ok_or_else(|| peer.upstream.unusable("no status"))?;
             peer.upstream.finish(session, &connection).await;
             if status.is_success() { Ok(()) } else { Err(peer.upstream.unusable(format!("status {} to POST {path}", status.as_u16()))) }
         };
-        self.in_time(member, told).await
+        self.in_time(member, patience, told).await
     }
 
     /// What is answered at once or not at all.
-    async fn in_time<T>(&self, member: &Member, asked: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
-        let answer = timeout(self.stall_timeout, asked).await.unwrap_or_else(|_| Err(stalled(self.stall_timeout)));
+    async fn in_time<T>(&self, member: &Member, patience: Duration, asked: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+        let answer = timeout(patience, asked).await.unwrap_or_else(|_| Err(stalled(patience)));
         match &answer {
             Ok(_) => self.answered(member),
             Err(fault) => self.failed(member, fault),

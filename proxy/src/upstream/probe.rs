@@ -1,7 +1,14 @@
-//! `GET /healthz` of a peer.
+//! `GET /healthz` of a peer. Only a castier that knows the cluster's secret is up; where there is no secret, any castier.
 
-use super::access::certificates;
-use crate::members::{Member, NODE, Probe};
+use super::{
+    UNPROVED,
+    access::certificates,
+    peers::{HEALTH, prove},
+};
+use crate::{
+    members::{Member, NODE, Probe},
+    secret::Secrets,
+};
 use async_trait::async_trait;
 use castier_config::ClusterTls;
 use http::{Method, StatusCode, header};
@@ -11,12 +18,13 @@ use pingora::{
     upstreams::peer::HttpPeer,
 };
 use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
-use std::{net::SocketAddr, panic::AssertUnwindSafe};
+use std::{net::SocketAddr, panic::AssertUnwindSafe, sync::Arc};
 
 /// Asks peers over connections of its own, a new one each time: a peer that only lives on in old connections is no help to new requests.
 pub struct HttpProbe {
     connector: Connector,
     tls: bool,
+    secrets: Arc<Secrets>,
 }
 
 impl HttpProbe {
@@ -24,27 +32,33 @@ impl HttpProbe {
     ///
     /// # Errors
     /// A text that names the key whose file cannot be used.
-    pub fn new(tls: &ClusterTls) -> Result<Self, String> {
+    pub fn new(tls: &ClusterTls, secrets: Arc<Secrets>) -> Result<Self, String> {
         let options = peer_options(tls)?;
         // pingora panics over a key that does not fit its certificate.
         let connector = std::panic::catch_unwind(AssertUnwindSafe(|| Connector::new(Some(options))))
             .map_err(|_| "cluster.tls.key_file: is not the key of the certificate in cluster.tls.cert_file".to_owned())?;
-        Ok(Self { connector, tls: tls.is_on() })
+        Ok(Self { connector, tls: tls.is_on(), secrets })
     }
 
     async fn ask(&self, member: &Member, address: SocketAddr) -> Result<Option<String>, String> {
         let unreadable = |error: Box<pingora::Error>| error.to_string();
         let peer = HttpPeer::new(address, self.tls, if self.tls { member.host.clone() } else { String::new() });
         let (mut session, _) = self.connector.get_http_session(&peer).await.map_err(unreadable)?;
-        let mut request = RequestHeader::build(Method::GET, b"/healthz", Some(3)).map_err(unreadable)?;
+        let mut request = RequestHeader::build(Method::GET, HEALTH.as_bytes(), Some(4)).map_err(unreadable)?;
         request.insert_header(header::HOST, &*member.name).map_err(unreadable)?;
         request.insert_header(header::CONNECTION, "close").map_err(unreadable)?;
+        let asked = prove(&self.secrets, &mut request).map_err(unreadable)?;
         session.write_request_header(Box::new(request)).await.map_err(unreadable)?;
         session.read_response().await.map_err(unreadable)?;
         let head = session.resp_header().ok_or("no head")?;
-        match head.status {
-            StatusCode::OK => Ok(head.headers.get(NODE).and_then(|node| node.to_str().ok()).map(str::to_owned)),
-            status => Err(format!("status {} to GET /healthz", status.as_u16())),
+        let (status, node) = (head.status, head.headers.get(NODE).and_then(|node| node.to_str().ok()));
+        if !asked.is_answered(status, &head.headers) {
+            return Err(format!("status {} to GET {HEALTH}, {UNPROVED}", status.as_u16()));
+        }
+        match (status, node) {
+            (StatusCode::OK, Some(node)) => Ok(Some(node.to_owned())),
+            (StatusCode::OK, None) => Err(format!("status 200 to GET {HEALTH}, but not from a castier: the answer names no node")),
+            _ => Err(format!("status {} to GET {HEALTH}", status.as_u16())),
         }
     }
 }
@@ -90,6 +104,10 @@ mod tests {
         net::TcpListener,
     };
 
+    fn no_secret() -> Arc<Secrets> {
+        Arc::new(Secrets::open(&castier_config::Cluster::default()).unwrap())
+    }
+
     /// What the probe makes of a peer that answers so.
     async fn probe(answer: &'static str) -> Result<Option<String>, String> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -105,7 +123,7 @@ mod tests {
         });
         let name = format!("127.0.0.1:{port}");
         let member = Member { name: name.as_str().into(), host: "127.0.0.1".into(), port, itself: false, up: true };
-        let answer = HttpProbe::new(&ClusterTls::default()).unwrap().probe(&member).await;
+        let answer = HttpProbe::new(&ClusterTls::default(), no_secret()).unwrap().probe(&member).await;
         let head = served.await.unwrap();
         assert!(head.starts_with("GET /healthz HTTP/1.1\r\n") && head.contains(&format!("Host: {name}\r\n")), "{head}");
         answer
@@ -113,7 +131,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_peer_lives_if_it_says_so() {
-        assert_eq!(probe("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n").await, Ok(None));
+        assert!(probe("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n").await.unwrap_err().contains("not from a castier"));
         assert_eq!(probe("HTTP/1.1 200 OK\r\nCastier-Node: abc\r\nContent-Length: 0\r\n\r\n").await, Ok(Some("abc".into())));
         assert_eq!(probe("HTTP/1.1 503 x\r\nContent-Length: 0\r\n\r\n").await, Err("status 503 to GET /healthz".into()));
         for broken in ["", "SSH-2.0-OpenSSH_9.2\r\n\r\n", "HTTP/1.1 200"] {
@@ -121,7 +139,7 @@ mod tests {
         }
         let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
         let nobody = Member { name: "x".into(), host: "127.0.0.1".into(), port: closed, itself: false, up: true };
-        assert!(HttpProbe::new(&ClusterTls::default()).unwrap().probe(&nobody).await.is_err());
+        assert!(HttpProbe::new(&ClusterTls::default(), no_secret()).unwrap().probe(&nobody).await.is_err());
     }
 
     /// A self-signed certificate, its key, and another key. They open nothing.
@@ -162,7 +180,7 @@ q1FGpqc5Ie2XpTwFYEMVYPzeYXwnLCQLkl58fRrWyaupCXsyEzeYbfzt
                 file
             };
             let tls = ClusterTls { cert_file: write("cert", cert_file), key_file: write("key", key_file), ca_file: write("ca", ca_file) };
-            HttpProbe::new(&tls).map(|probe| probe.tls)
+            HttpProbe::new(&tls, no_secret()).map(|probe| probe.tls)
         };
         assert_eq!(with(CERTIFICATE, KEY, CERTIFICATE), Ok(true));
         for (found, key) in [

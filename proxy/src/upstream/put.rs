@@ -1,7 +1,10 @@
 //! Uploads to a source.
 
 use super::{MAX_ANSWER, Upstream, insert, read_final};
-use crate::fault::{Fault, Limit};
+use crate::{
+    fault::{Fault, Limit},
+    secret::Asked,
+};
 use bytes::Bytes;
 use castier_blob::{Digest, Verified, Verifier, wire};
 use futures::{StreamExt, stream::BoxStream};
@@ -72,6 +75,11 @@ impl<'a> Parcel<'a> {
         (self.held, self.begun) = (all, false);
     }
 
+    /// Whether all of it has come, so that it can be offered as often as need be.
+    pub const fn is_whole(&self) -> bool {
+        self.whole.is_some()
+    }
+
     /// Whether it can still be offered to another source.
     pub const fn is_at_hand(&self) -> bool {
         !self.begun
@@ -99,8 +107,9 @@ impl Upstream {
             None => insert(&mut request, header::TRANSFER_ENCODING, "chunked")?,
         }
         let (mut session, peer) = self.connect_fresh().await?;
+        let asked = self.prove(&mut request)?;
         session.write_request_header(Box::new(request)).await.map_err(|error| self.fault(&error))?;
-        let answered_early = self.stream(&mut session, parcel).await?;
+        let answered_early = self.stream(&mut session, &asked, parcel).await?;
         let verified = parcel.verifier.clone().finish(()).map_err(Fault::Mismatch)?;
         parcel.whole = Some(verified.clone());
         // Only now is it the source's turn: before, the silence was the client's.
@@ -114,12 +123,13 @@ impl Upstream {
             if let Err(error) = read_final(&mut session).await {
                 return Err(self.fault(sent.as_ref().err().unwrap_or(&error)));
             }
+            self.must_be_proved(&asked, &session)?;
         }
         Ok((self.stored(session, &peer, by_name, &verified).await?, verified))
     }
 
     /// Sends what comes, all but the last of it, and reads the upload to its end. True if the source answered before that.
-    async fn stream(&self, session: &mut HttpSession, parcel: &mut Parcel<'_>) -> Result<bool, Fault> {
+    async fn stream(&self, session: &mut HttpSession, asked: &Asked, parcel: &mut Parcel<'_>) -> Result<bool, Fault> {
         parcel.begun = true;
         let answered_early = loop {
             let chunk = tokio::select! {
@@ -141,6 +151,8 @@ impl Upstream {
             }
         };
         if answered_early {
+            // Before the rest is read: it can still go elsewhere.
+            self.must_be_proved(asked, session)?;
             // What it says counts only for bytes that verified, so the rest of them is read all the same.
             while let Some(chunk) = parcel.rest.next().await.transpose()? {
                 parcel.verifier.update(&chunk);

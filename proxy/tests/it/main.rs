@@ -3,6 +3,7 @@
 //! They need both programs: `cargo test` of the whole workspace builds them, as does `cargo build --release`.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
 
+mod absences;
 mod admin;
 mod build_caches;
 mod chance;
@@ -30,8 +31,11 @@ mod memory;
 mod operate;
 mod outage;
 mod peer;
+mod peer_proof;
 mod peer_tls;
+mod peer_tls_end;
 mod peers;
+mod read_your_writes;
 mod relay;
 mod sanity;
 mod slow_clients;

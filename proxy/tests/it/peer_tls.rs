@@ -11,13 +11,13 @@ use tempfile::TempDir;
 use tokio::{io::AsyncReadExt, net::TcpStream};
 
 /// A certificate authority with its certificate in a file.
-struct Authority {
+pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     dir: TempDir,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         // Named apart from what it signs, or those would pass for self-signed.
@@ -28,12 +28,12 @@ impl Authority {
         Self { issuer, dir }
     }
 
-    fn file(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }
 
     /// A certificate for this host and its key, in files.
-    fn certify(&self, host: &str, into: &Path) -> (PathBuf, PathBuf) {
+    pub(crate) fn certify(&self, host: &str, into: &Path) -> (PathBuf, PathBuf) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![host.to_owned()]).unwrap();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -45,8 +45,9 @@ impl Authority {
     }
 }
 
-async fn cluster(authority: &Authority, origin: &LyingOrigin) -> Cluster {
-    let mut cluster = Cluster { nodes: (0..2).map(|_| Node::new(&origin.url(), "limits.header_timeout = \"2s\"")).collect() };
+pub(crate) async fn cluster(authority: &Authority, origin: &LyingOrigin, config: &str) -> Cluster {
+    let mut cluster =
+        Cluster { nodes: (0..2).map(|_| Node::new(&origin.url(), &format!("limits.header_timeout = \"2s\"\n{config}"))).collect() };
     for node in &mut cluster.nodes {
         let (certificate, key) = authority.certify(&node.address.to_string(), &node.path(""));
         let tls = format!(
@@ -77,7 +78,7 @@ async fn nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in() {
     let _turn = light().await;
     let (authority, stranger) = (Authority::new(), Authority::new());
     let origin = LyingOrigin::start().await;
-    let cluster = cluster(&authority, &origin).await;
+    let cluster = cluster(&authority, &origin, "").await;
     for size in [0, 1000, 50_000, 700_000, 6 << 20] {
         for _ in 0..3 {
             let blob = origin.blob(size);

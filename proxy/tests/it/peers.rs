@@ -1,11 +1,17 @@
 //! The other nodes as sources: what a node makes of a peer that is sound, lies, falls silent or is gone. The peer is the scripted origin
 //! in another role, so the node is the only castier here, unless nodes have to disagree with each other.
 
+mod answers;
 mod course;
 mod faults;
 mod uploads;
 
-use crate::support::{Blob, KIB, LyingOrigin, MIB, cluster::Node, eventually, stats::Metrics};
+use crate::support::{
+    Blob, KIB, LyingOrigin, MIB,
+    cluster::{Node, SECRET},
+    eventually,
+    stats::Metrics,
+};
 use castier::ring::Ring;
 use std::time::Duration;
 
@@ -29,9 +35,21 @@ impl World {
     }
 
     async fn with(config: &str) -> Self {
-        let (origin, peer) = (LyingOrigin::start().await, LyingOrigin::start().await);
+        Self::around(LyingOrigin::start().await, config, false).await
+    }
+
+    /// With a secret that both know, so that the peer can prove what it says.
+    async fn with_secret(config: &str) -> Self {
+        Self::around(LyingOrigin::with_secret(SECRET).await, config, true).await
+    }
+
+    async fn around(peer: LyingOrigin, config: &str, secret: bool) -> Self {
+        let origin = LyingOrigin::start().await;
         let stall = STALL.as_millis();
         let mut node = Node::new(&origin.url(), &format!("cluster.stall_timeout = \"{stall}ms\"\n{config}"));
+        if secret {
+            node.add_secret(SECRET);
+        }
         let names = [node.name.clone(), peer.addr.to_string()];
         node.configure(&names);
         node.start().await;

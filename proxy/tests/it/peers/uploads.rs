@@ -1,7 +1,7 @@
 //! Uploads: handed over to the owner, or stored from here if the owner cannot take them.
 
 use super::{LARGE, SMALL, STALL, World, kept};
-use crate::support::{Blob, Gate, KIB, Lie, MIB, Request, assert_ledger, get, light};
+use crate::support::{Blob, Gate, KIB, Lie, MIB, Request, assert_ledger, cluster::SECRET, get, light};
 use std::time::{Duration, Instant};
 
 /// Small enough to be read before it is sent on.
@@ -14,7 +14,7 @@ fn put(blob: &Blob) -> Request {
 #[tokio::test]
 async fn the_owner_takes_its_uploads() {
     let _turn = light().await;
-    let world = World::new().await;
+    let world = World::with_secret("cluster.peek_for = \"0s\"").await;
     for size in [1, TINY, LARGE] {
         let blob = world.blob_of(false, size);
         for status in [201, 200] {
@@ -29,7 +29,8 @@ async fn the_owner_takes_its_uploads() {
     assert!(world.peer.holds(&chunked));
     // Its own goes to the origin, and so does what a peer hands over.
     for (blob, to) in [(world.blob_of(true, TINY), world.node.public()), (world.blob_of(false, TINY), world.node.peer())] {
-        assert_eq!(put(&blob).send(to).await.status, 201);
+        // A client needs no proof, and may have one.
+        assert_eq!(put(&blob).proved(SECRET).send(to).await.status, 201);
         assert!(world.origin.holds(&blob) && !world.peer.holds(&blob));
         assert_eq!(get(world.node.public(), &blob).await.cache_status(), "castier; hit; detail=memory");
     }
@@ -40,7 +41,7 @@ async fn the_owner_takes_its_uploads() {
 #[tokio::test]
 async fn what_the_owner_refuses_is_refused() {
     let _turn = light().await;
-    let world = World::new().await;
+    let world = World::with_secret("cluster.peek_for = \"0s\"").await;
     for size in [TINY, LARGE] {
         for status in [413, 507, 405] {
             let blob = world.blob_of(false, size);
@@ -60,7 +61,7 @@ async fn what_the_owner_refuses_is_refused() {
 #[tokio::test]
 async fn an_owner_that_is_gone_is_stood_in_for() {
     let _turn = light().await;
-    let mut world = World::with("cluster.peek_for = \"0s\"\ncluster.probe_interval = \"20s\"").await;
+    let mut world = World::with_secret("cluster.peek_for = \"0s\"\ncluster.probe_interval = \"20s\"").await;
     world.peer_is_up().await;
     world.peer.down().await;
     for size in [LARGE, TINY, SMALL] {
@@ -77,7 +78,7 @@ async fn an_owner_that_is_gone_is_stood_in_for() {
 #[tokio::test]
 async fn an_owner_that_fails_is_stood_in_for() {
     let _turn = light().await;
-    let world = World::new().await;
+    let world = World::with_secret("cluster.peek_for = \"0s\"").await;
     for lie in [Lie::honest().status(500), Lie::honest().castiers(502), Lie::honest().castiers(503), Lie::honest().status(403)] {
         let blob = world.blob_of(false, TINY);
         world.peer.next_upload(lie.clone());
@@ -117,7 +118,7 @@ async fn an_owner_that_fails_is_stood_in_for() {
 async fn an_upload_is_held_no_longer_than_its_owner_needs() {
     let _turn = light().await;
     // Room for the copy of one.
-    let world = World::with("cluster.peek_for = \"0s\"\nfill.memory = \"6MiB\"\nmemory.max_blob = \"6MiB\"").await;
+    let world = World::with_secret("cluster.peek_for = \"0s\"\nfill.memory = \"6MiB\"\nmemory.max_blob = \"6MiB\"").await;
     for _ in 0..4 {
         let blob = world.blob_of(false, LARGE);
         assert_eq!(put(&blob).send(world.node.public()).await.status, 201);
@@ -138,7 +139,7 @@ async fn an_upload_is_held_no_longer_than_its_owner_needs() {
 #[tokio::test]
 async fn an_owner_that_lives_may_take_its_time() {
     let _turn = light().await;
-    let world = World::new().await;
+    let world = World::with_secret("cluster.peek_for = \"0s\"").await;
     for size in [TINY, LARGE] {
         let (gate, blob) = (Gate::new(), world.blob_of(false, size));
         // Any answer to the question how it is will do.
@@ -159,9 +160,9 @@ async fn an_owner_that_lives_may_take_its_time() {
 }
 
 #[tokio::test]
-async fn who_stores_another_nodes_blob_tells_it() {
+async fn the_others_are_told_what_is_stored() {
     let _turn = light().await;
-    let world = World::new().await;
+    let world = World::with_secret("cluster.peek_for = \"0s\"").await;
     let told = |blob: &Blob| {
         let path = format!("/stored/{}", blob.digest);
         world.peer.seen().iter().filter(|seen| seen.method == "POST" && seen.target == path).count()
@@ -169,7 +170,7 @@ async fn who_stores_another_nodes_blob_tells_it() {
     let post = async |blob: &Blob| Request::new("POST", "/cas").body(blob.whole()).send(world.node.public()).await;
     for size in [TINY, LARGE] {
         let (own, others) = (world.blob_of(true, size), world.blob_of(false, size));
-        assert_eq!((post(&own).await.status, told(&own)), (201, 0));
+        assert_eq!((post(&own).await.status, told(&own)), (201, 1), "the peer may have asked the origin while this node was away");
         assert_eq!((post(&others).await.status, told(&others)), (201, 1), "before the client hears of it");
         assert!(world.origin.holds(&own) && world.origin.holds(&others) && !world.peer.holds(&others));
         assert_eq!(get(world.node.public(), &own).await.cache_status(), "castier; hit; detail=memory");
@@ -183,4 +184,20 @@ async fn who_stores_another_nodes_blob_tells_it() {
     assert_eq!(post(&others).await.status, 201);
     assert!(started.elapsed() < STALL + Duration::from_secs(3), "{:?}", started.elapsed());
     gate.open();
+}
+
+/// Nobody can prove that an upload is stored where there is no secret, so this node stores it, and tells the owner.
+#[tokio::test]
+async fn without_a_secret_no_upload_is_handed_over() {
+    let _turn = light().await;
+    let world = World::new().await;
+    for size in [TINY, LARGE] {
+        let blob = world.blob_of(false, size);
+        assert_eq!(put(&blob).send(world.node.public()).await.status, 201);
+        assert!(world.origin.holds(&blob) && world.peer.requests("PUT", &blob).is_empty());
+        let told = format!("/stored/{}", blob.digest);
+        assert!(world.peer.seen().iter().any(|seen| seen.method == "POST" && seen.target == told));
+        assert_eq!(get(world.node.public(), &blob).await.cache_status(), "castier; hit; detail=mirror");
+    }
+    assert_eq!(world.errors().await, 0);
 }

@@ -1,7 +1,7 @@
 //! A client that hides nothing: what came, how much of it, and whether it was all.
 
 use super::{
-    Blob, DEADLINE,
+    Blob, DEADLINE, proof,
     wire::{Framing, Head, Wire},
     within,
 };
@@ -77,11 +77,13 @@ pub(crate) struct Request {
     version: &'static str,
     headers: Vec<(String, String)>,
     body: Vec<u8>,
+    /// As a node that has this secret.
+    secret: Option<String>,
 }
 
 impl Request {
     pub(crate) fn new(method: &'static str, target: impl Into<String>) -> Self {
-        Self { method, target: target.into(), version: "HTTP/1.1", headers: Vec::new(), body: Vec::new() }
+        Self { method, target: target.into(), version: "HTTP/1.1", headers: Vec::new(), body: Vec::new(), secret: None }
     }
 
     pub(crate) fn get(target: impl Into<String>) -> Self {
@@ -95,6 +97,11 @@ impl Request {
     pub(crate) fn header(mut self, name: &str, value: impl Into<String>) -> Self {
         self.headers.push((name.to_owned(), value.into()));
         self
+    }
+
+    /// As a node that knows this secret would ask: the proof covers the request as it is sent.
+    pub(crate) fn proved(self, secret: &str) -> Self {
+        Self { secret: Some(secret.to_owned()), ..self }
     }
 
     /// With a body of known length.
@@ -117,11 +124,15 @@ impl Request {
 
     pub(crate) fn head_bytes(&self) -> Vec<u8> {
         let mut text = format!("{} {} {}\r\n", self.method, self.target, self.version);
-        if !self.headers.iter().any(|(name, _)| name == "Host") {
-            text += "Host: castier.test\r\n";
+        let mut headers = self.headers.clone();
+        if !headers.iter().any(|(name, _)| name == "Host") {
+            headers.insert(0, ("Host".into(), "castier.test".into()));
         }
-        for (name, value) in &self.headers {
+        for (name, value) in &headers {
             text += &format!("{name}: {value}\r\n");
+        }
+        if let Some(secret) = &self.secret {
+            text += &proof::line(secret, self.method, &self.target, &headers);
         }
         (text + "\r\n").into_bytes()
     }

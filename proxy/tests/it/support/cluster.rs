@@ -10,11 +10,15 @@ use rustix::process::Signal;
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
 };
 use tempfile::TempDir;
+
+/// What nodes with a secret share.
+pub(crate) const SECRET: &str = "the-secret-of-this-cluster";
 
 const PUBLIC: u16 = 8080;
 const PEER: u16 = 8081;
@@ -63,6 +67,14 @@ impl Node {
     pub(crate) fn add_config(&mut self, more: &str) {
         self.config += "\n";
         self.config += more;
+    }
+
+    /// With a secret that it shares with its peers.
+    pub(crate) fn add_secret(&mut self, secret: &str) {
+        let file = self.path("secret");
+        fs::write(&file, secret).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        self.add_config(&format!("cluster.secret_file = {file:?}"));
     }
 
     /// Where its files are.
@@ -166,6 +178,16 @@ impl Cluster {
     /// So many nodes in front of `origin`, all of them up and known to each other.
     pub(crate) async fn start(size: usize, origin: &str, config: &str) -> Self {
         let mut cluster = Self { nodes: (0..size).map(|_| Node::new(origin, config)).collect() };
+        cluster.configure();
+        cluster.start_all().await;
+        cluster.wait_until_whole().await;
+        cluster
+    }
+
+    /// As [`Self::start`], with a secret that all nodes share.
+    pub(crate) async fn with_secret(size: usize, origin: &str, config: &str) -> Self {
+        let mut cluster = Self { nodes: (0..size).map(|_| Node::new(origin, config)).collect() };
+        cluster.nodes.iter_mut().for_each(|node| node.add_secret(SECRET));
         cluster.configure();
         cluster.start_all().await;
         cluster.wait_until_whole().await;

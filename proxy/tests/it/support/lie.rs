@@ -90,6 +90,12 @@ pub(crate) struct Lie {
     pub(crate) chunked: bool,
     /// Close after the answer: said beforehand, or not.
     pub(crate) close: Option<bool>,
+    /// A sound answer without a single byte.
+    pub(crate) nothing: bool,
+    /// An upload is stored, and its answer waits here.
+    pub(crate) hold_answer: Option<Gate>,
+    /// As a peer: the answer carries no proof, or this one.
+    pub(crate) proof: Option<String>,
 }
 
 impl Lie {
@@ -108,6 +114,9 @@ impl Lie {
             pace: Pace::Full,
             chunked: false,
             close: None,
+            nothing: false,
+            hold_answer: None,
+            proof: None,
         }
     }
 
@@ -180,5 +189,20 @@ impl Lie {
     /// Closes a connection that it promised to keep.
     pub(crate) fn close_unannounced(self) -> Self {
         Self { close: Some(false), ..self }
+    }
+
+    /// No byte of the blob, in an answer that is otherwise sound.
+    pub(crate) fn nothing(self) -> Self {
+        Self { nothing: true, ..self }
+    }
+
+    /// Stores an upload at once, and says so when the gate opens.
+    pub(crate) fn hold_answer(self, gate: &Gate) -> Self {
+        Self { hold_answer: Some(gate.clone()), ..self }
+    }
+
+    /// As a peer: with this instead of the proof; nothing if it is empty.
+    pub(crate) fn proof(self, proof: impl Into<String>) -> Self {
+        Self { proof: Some(proof.into()), ..self }
     }
 }

@@ -8,6 +8,7 @@ pub(crate) mod hang;
 pub(crate) mod lie;
 pub(crate) mod origin;
 pub(crate) mod process;
+pub(crate) mod proof;
 pub(crate) mod stats;
 pub(crate) mod wire;
 

@@ -3,8 +3,10 @@
 use super::{
     Blob,
     lie::{Break, Gate, Lie, Pace, RangeManner},
+    proof,
     wire::{Framing, Head, Wire},
 };
+use castier::secret::{Asked, Secrets};
 use castier_blob::{Digest, wire::Target};
 use parking_lot::Mutex;
 use std::{
@@ -58,6 +60,10 @@ struct State {
     /// No answer to anything until this opens.
     frozen: Option<Gate>,
     seen: Vec<Seen>,
+    /// As a peer: what it proves its answers with.
+    secrets: Option<Arc<Secrets>>,
+    /// The last proof that it gave.
+    proof: String,
 }
 
 /// The origin. Gone when dropped.
@@ -80,6 +86,18 @@ impl LyingOrigin {
         let addr = listener.local_addr().unwrap();
         let state = Arc::default();
         Self { addr, accepting: tokio::spawn(accept(listener, Arc::clone(&state))), state }
+    }
+
+    /// In the role of a peer that knows this secret.
+    pub(crate) async fn with_secret(secret: &str) -> Self {
+        let peer = Self::start().await;
+        peer.state.lock().secrets = Some(Arc::new(proof::secrets(secret)));
+        peer
+    }
+
+    /// As a peer: the last proof that it gave with an answer.
+    pub(crate) fn last_proof(&self) -> String {
+        self.state.lock().proof.clone()
     }
 
     /// Closes the port and every connection.
@@ -196,7 +214,7 @@ async fn accept(listener: TcpListener, state: Arc<Mutex<State>>) {
     loop {
         tokio::select! {
             Ok((stream, _)) = listener.accept() => {
-                connections.spawn(Connection { wire: Wire::new(stream), state: Arc::clone(&state) }.serve());
+                connections.spawn(Connection { wire: Wire::new(stream), state: Arc::clone(&state), asked: None, forged: None }.serve());
             }
             Some(_) = connections.join_next() => {}
         }
@@ -206,6 +224,10 @@ async fn accept(listener: TcpListener, state: Arc<Mutex<State>>) {
 struct Connection {
     wire: Wire,
     state: Arc<Mutex<State>>,
+    /// What the present answer is proved with.
+    asked: Option<Asked>,
+    /// What it is to have instead of a proof.
+    forged: Option<String>,
 }
 
 /// Whether the connection goes on after an answer.
@@ -230,13 +252,15 @@ impl Connection {
         };
         let seen = Seen { method: method.clone(), target: target.clone(), digest, head: head.clone() };
         self.state.lock().seen.push(seen);
+        let secrets = self.state.lock().secrets.clone();
+        (self.asked, self.forged) = (secrets.and_then(|secrets| proof::admitted(&secrets, &head)), None);
         let frozen = self.state.lock().frozen.clone();
         if let Some(gate) = frozen {
             gate.pass().await;
         }
         match (method.as_str(), Target::of(&target)) {
             ("HEAD", Target::Blob(digest)) if self.state.lock().filling.contains(&digest) => {
-                self.wire.write(b"HTTP/1.1 504 Not Kept\r\nCastier-Flight: filling\r\nContent-Length: 7\r\n\r\n").await?;
+                self.head("HTTP/1.1 504 Not Kept\r\nCastier-Flight: filling\r\nContent-Length: 7\r\n\r\n").await?;
                 Ok(true)
             }
             ("GET" | "HEAD", Target::Blob(digest)) => self.blob(&method, digest, head.header("range")).await,
@@ -251,6 +275,20 @@ impl Connection {
         }
     }
 
+    /// An answer's head, and what may stand behind it.
+    async fn head(&mut self, answer: &str) -> io::Result<()> {
+        let answer = match (&self.asked, &self.forged) {
+            (Some(asked), None) => {
+                let (answer, proof) = proof::proved(asked, answer);
+                self.state.lock().proof = proof;
+                answer
+            }
+            (_, Some(forged)) if !forged.is_empty() => answer.replacen("\r\n", &format!("\r\nCastier-Proof: {forged}\r\n"), 1),
+            _ => answer.to_owned(),
+        };
+        self.wire.write(answer.as_bytes()).await
+    }
+
     /// An answer without a blob.
     async fn status(&mut self, status: u16) -> io::Result<Keep> {
         self.status_with(status, "").await
@@ -259,7 +297,7 @@ impl Connection {
     async fn status_with(&mut self, status: u16, lines: &str) -> io::Result<Keep> {
         let place = if status / 100 == 3 { "Location: /elsewhere\r\n" } else { "" };
         let (length, body) = if status == 204 { (String::new(), "") } else { ("Content-Length: 7\r\n".to_owned(), "answer\n") };
-        self.wire.write(format!("HTTP/1.1 {status} As Told\r\n{lines}{place}{length}\r\n{body}").as_bytes()).await?;
+        self.head(&format!("HTTP/1.1 {status} As Told\r\n{lines}{place}{length}\r\n{body}")).await?;
         Ok(true)
     }
 
@@ -273,6 +311,7 @@ impl Connection {
             self.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
         }
         let lie = self.state.lock().uploads.pop_front().unwrap_or_else(Lie::honest);
+        self.forged = lie.proof.clone();
         let (mut framing, mut bytes) = (head.framing(Framing::Length(0)), Vec::new());
         while let Some(piece) = self.wire.piece(&mut framing, usize::MAX).await? {
             bytes.extend_from_slice(piece);
@@ -292,21 +331,25 @@ impl Connection {
         }
         let held = Held { blob: blob.clone(), next: VecDeque::new(), then: Lie::honest(), sent: 0, abandoned: 0 };
         let new = self.state.lock().held.insert(blob.digest, held).is_none();
+        if let Some(gate) = &lie.hold_answer {
+            gate.pass().await;
+        }
         let (path, digest, size) = (blob.path(), blob.digest, blob.size);
         if claimed.is_some() {
             return self.status(if new { 201 } else { 200 }).await;
         }
         let body = format!("{{\"digest\":\"{digest}\",\"size\":{size}}}");
         let length = body.len();
-        self.wire.write(format!("HTTP/1.1 201 Created\r\nLocation: {path}\r\nContent-Length: {length}\r\n\r\n{body}").as_bytes()).await?;
+        self.head(&format!("HTTP/1.1 201 Created\r\nLocation: {path}\r\nContent-Length: {length}\r\n\r\n{body}")).await?;
         Ok(true)
     }
 
     /// Anything that is not CAS: the request's body as it comes, or without one the request's head.
     async fn echo(&mut self, method: &str, head: &Head) -> io::Result<Keep> {
         let hop = "Connection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\n";
-        let answer = format!("HTTP/1.1 200 OK\r\n{hop}X-From: origin\r\nTransfer-Encoding: chunked\r\n\r\n");
-        self.wire.write(answer.as_bytes()).await?;
+        // As a peer that is asked how it is.
+        let node = if head.first.starts_with("GET /healthz ") { "Castier-Node: scripted\r\n" } else { "" };
+        self.head(&format!("HTTP/1.1 200 OK\r\n{hop}{node}X-From: origin\r\nTransfer-Encoding: chunked\r\n\r\n")).await?;
         let mut framing = head.framing(Framing::Length(0));
         let mut any = false;
         while let Some(piece) = self.wire.piece(&mut framing, usize::MAX).await? {
@@ -332,6 +375,7 @@ impl Connection {
             (held.blob.clone(), lie.unwrap_or_else(|| held.then.clone()))
         });
         let Some((blob, lie)) = found else { return if method == "HEAD" { self.bare(404, "").await } else { self.status(404).await } };
+        self.forged = lie.proof.clone();
         if let Some(gate) = &lie.hold {
             gate.pass().await;
         }
@@ -351,6 +395,7 @@ impl Connection {
             first = (first + by).min(last);
         }
         let end = if blob.size == 0 { 0 } else { last + 1 };
+        let end = if lie.nothing { first } else { end };
         let mut head = match part {
             Some(_) if lie.range != RangeManner::PartAs200 => {
                 format!("HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {first}-{last}/{}\r\n", blob.size)
@@ -365,7 +410,7 @@ impl Connection {
         if lie.close == Some(true) {
             head += "Connection: close\r\n";
         }
-        self.wire.write(format!("{head}\r\n").as_bytes()).await?;
+        self.head(&format!("{head}\r\n")).await?;
         if method == "HEAD" {
             return Ok(true);
         }
@@ -375,7 +420,7 @@ impl Connection {
 
     /// A status without a body, for HEAD.
     async fn bare(&mut self, status: u16, lines: &str) -> io::Result<Keep> {
-        self.wire.write(format!("HTTP/1.1 {status} As Told\r\n{lines}Content-Length: 7\r\n\r\n").as_bytes()).await?;
+        self.head(&format!("HTTP/1.1 {status} As Told\r\n{lines}Content-Length: 7\r\n\r\n")).await?;
         Ok(true)
     }
 }
