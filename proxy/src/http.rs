@@ -22,6 +22,7 @@ use crate::{
     serve::{Body, Reply, Via},
     upload,
     upstream::Put,
+    via,
 };
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -163,6 +164,11 @@ impl Front {
                 let why = "this listener is for the nodes of the cluster";
                 return Box::pin(self.refuse_request(conn, StatusCode::FORBIDDEN, why, peer)).await;
             }
+            // Between nodes a question may come back: the owner peeks at the node that asked it. It goes no further than one hop.
+            if head.looped && matches!(self.door, Door::Clients { .. }) {
+                let why = "the request has come back to the node that sent it: this node and its origin lead to each other; see origin.url";
+                return Box::pin(self.refuse_request(conn, StatusCode::LOOP_DETECTED, why, peer)).await;
+            }
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &head, &digest, peer).await {
@@ -235,7 +241,9 @@ impl Front {
         let method = session.req_header().method.clone();
         let path = session.req_header().uri.path().to_owned();
         let target = Target::of(&path);
-        let (code, served, cache, whole) = match self.answer(&mut session, &method, target, limits).await {
+        let before = via::of(&session.req_header().headers);
+        let answer = via::along(before, self.answer(&mut session, &method, target, limits)).await;
+        let (code, served, cache, whole) = match answer {
             Some(reply) => {
                 let (code, served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
                 let whole = self.write_reply(&mut session, reply).await.is_ok();

@@ -1,6 +1,6 @@
 //! `GET /healthz` of a peer.
 
-use super::access::certificates;
+use super::{access::certificates, resolver::Addresses};
 use crate::members::{Member, NODE, Probe};
 use async_trait::async_trait;
 use castier_config::ClusterTls;
@@ -11,7 +11,14 @@ use pingora::{
     upstreams::peer::HttpPeer,
 };
 use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
-use std::{net::SocketAddr, panic::AssertUnwindSafe};
+use std::{
+    net::SocketAddr,
+    panic::AssertUnwindSafe,
+    time::{Duration, Instant},
+};
+
+/// How long the first look-up of a peer's name may take.
+const LOOK_UP: Duration = Duration::from_secs(5);
 
 /// Asks peers over connections of its own, a new one each time: a peer that only lives on in old connections is no help to new requests.
 pub struct HttpProbe {
@@ -52,7 +59,8 @@ impl HttpProbe {
 #[async_trait]
 impl Probe for HttpProbe {
     async fn probe(&self, member: &Member) -> Result<Option<String>, String> {
-        let addresses = tokio::net::lookup_host((member.host.as_str(), member.port)).await.map_err(|error| error.to_string())?;
+        // The probe as a whole has its own limit.
+        let addresses = Addresses::of(&member.host, member.port).all(Instant::now() + LOOK_UP).await?;
         let mut answer = Err(format!("{} does not resolve", member.host));
         for address in addresses {
             answer = self.ask(member, address).await;

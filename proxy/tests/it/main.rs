@@ -3,7 +3,9 @@
 //! They need both programs: `cargo test` of the whole workspace builds them, as does `cargo build --release`.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
 
+mod addresses;
 mod admin;
+mod answers;
 mod chance;
 mod cluster;
 mod cluster_change;
@@ -19,6 +21,7 @@ mod http;
 mod lies;
 mod lifecycle;
 mod limits;
+mod loops;
 mod malformed;
 mod memory;
 mod outage;
