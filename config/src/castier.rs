@@ -68,10 +68,11 @@ pub struct Origin {
     /// empty.
     #[serde(serialize_with = "path_text")]
     pub ca_file: PathBuf,
-    /// How long a connection may take to open, TLS included; a duration over 0. Default `2s`: enough for one lost SYN, and a
+    /// How long a connection may take to open, to any of the origin's addresses, TLS included; a duration over 0. Default `2s`: enough for one lost SYN, and a
     /// dead origin is told from a slow one while the client still waits.
     pub connect_timeout: Span,
-    /// The longest silence of the origin, not the whole transfer; a duration over 0. Default `30s`: disks that spin up and
+    /// The longest silence of the origin, not the whole transfer, and the longest time from the end of a request to the whole head of its
+    /// final answer; a duration over 0. Default `30s`: disks that spin up and
     /// stores that page answer in less.
     pub read_timeout: Span,
     /// How often a broken transfer is taken up again, at the offset where it broke, without any progress in between; 0 to

@@ -1,10 +1,9 @@
 //! What can be read and still makes no sense.
 
 use crate::{
-    Castier, Cluster, Config, Disk, Fill, Log, Loki, Memory, Origin, OriginLimits, OriginServer, Problems, Size, Span,
+    Castier, Cluster, Config, Disk, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Problems, Size, Span,
     cluster::check_cluster, file::first_byte,
 };
-use std::net::IpAddr;
 use url::{Host, Url};
 
 impl Config for Castier {
@@ -28,6 +27,7 @@ impl Config for Castier {
             }
         }
         check_origin(origin, problems);
+        check_loop(&origin.url, listen, cluster.as_ref(), problems);
         check_size("memory.capacity", memory.capacity, problems);
         check_size("memory.max_blob", memory.max_blob, problems);
         check_memory(memory, cluster.as_ref(), problems);
@@ -94,11 +94,57 @@ impl Address {
         self.port == other.port && self.port != 0 && (self.host == other.host || self.is_wildcard() || other.is_wildcard())
     }
 
+    /// Whether whoever connects to `url` may come here, as far as the text tells.
+    fn is_reached_by(&self, url: &Url) -> bool {
+        let Some(host) = url.host() else { return false };
+        let same = match (&self.host, &host) {
+            (Host::Domain(own), Host::Domain(other)) => own.eq_ignore_ascii_case(other),
+            (Host::Ipv4(own), Host::Ipv4(other)) => own == other,
+            (Host::Ipv6(own), Host::Ipv6(other)) => own == other,
+            _ => false,
+        };
+        // A wildcard takes what comes to the loopback; `localhost` is the loopback; and to connect to a wildcard is to connect to it too.
+        let (here, there) = (is_loopback(&self.host), is_loopback(&host));
+        let named = matches!(self.host, Host::Domain(_)) || matches!(host, Host::Domain(_)) || is_wildcard(&host);
+        let loopback = there && (self.is_wildcard() || (here && named));
+        self.port != 0 && url.port_or_known_default() == Some(self.port) && (same || loopback)
+    }
+
     fn is_wildcard(&self) -> bool {
-        match self.host {
-            Host::Ipv4(ip) => IpAddr::from(ip).is_unspecified(),
-            Host::Ipv6(ip) => IpAddr::from(ip).is_unspecified(),
-            Host::Domain(_) => false,
+        is_wildcard(&self.host)
+    }
+}
+
+/// Every address of this machine.
+const fn is_wildcard<S>(host: &Host<S>) -> bool {
+    match host {
+        Host::Ipv4(ip) => ip.is_unspecified(),
+        Host::Ipv6(ip) => ip.is_unspecified(),
+        Host::Domain(_) => false,
+    }
+}
+
+/// Whether a connection to this host stays on this machine.
+fn is_loopback<S: AsRef<str>>(host: &Host<S>) -> bool {
+    match host {
+        Host::Domain(name) => {
+            let name = name.as_ref().trim_end_matches('.').to_ascii_lowercase();
+            name == "localhost" || name.ends_with(".localhost")
+        }
+        Host::Ipv4(ip) => ip.is_loopback() || ip.is_unspecified(),
+        Host::Ipv6(ip) => ip.is_loopback() || ip.is_unspecified() || ip.to_ipv4_mapped().is_some_and(|ip| ip.is_loopback()),
+    }
+}
+
+/// castier must not be its own origin: each request would lead to another one.
+fn check_loop(origin: &OriginUrl, listen: &Listen, cluster: Option<&Cluster>, problems: &mut Problems) {
+    let OriginUrl::Remote(url) = origin else { return };
+    let peers = cluster.map(|cluster| [("listen.peer", &listen.peer), ("cluster.advertise", &cluster.advertise)]);
+    let own = [("listen.public", &listen.public), ("listen.admin", &listen.admin)].into_iter().chain(peers.into_iter().flatten());
+    for (key, address) in own {
+        if Address::parse(address).is_some_and(|address| address.is_reached_by(url)) {
+            problems.add("origin.url", format!("leads to castier itself, which takes {address} as {key}; write the origin's address"));
+            return;
         }
     }
 }

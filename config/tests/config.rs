@@ -482,3 +482,39 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn castier_is_not_its_own_origin() {
+    let with = |public: &str, admin: &str, url: &str| {
+        let text = format!("listen.public = \"{public}\"\nlisten.admin = \"{admin}\"\norigin.url = \"{url}\"");
+        read::<Castier>(&text, &[]).map(drop).map_err(|problems| problems.to_string())
+    };
+    let admin = "127.0.0.1:8082";
+    for (public, url) in [
+        ("127.0.0.1:8080", "http://127.0.0.1:8080"),
+        ("127.0.0.1:8080", "http://localhost:8080"),
+        ("localhost:8080", "http://127.0.0.1:8080"),
+        ("0.0.0.0:8080", "http://127.0.0.9:8080"),
+        ("0.0.0.0:8080", "http://localhost:8080"),
+        ("[::]:8080", "http://[::1]:8080"),
+        ("0.0.0.0:80", "http://localhost"),
+        ("127.0.0.1:8080", "http://0.0.0.0:8080"),
+        ("cache.example:443", "https://Cache.example"),
+        ("127.0.0.1:8080", "http://127.0.0.1:8082"),
+    ] {
+        let problems = with(public, admin, url).unwrap_err();
+        assert!(problems.contains("origin.url") && problems.contains("leads to castier itself"), "{public} {url}: {problems}");
+    }
+    for (public, url) in [
+        ("127.0.0.1:8080", "http://127.0.0.1:9000"),
+        ("127.0.0.1:8080", "http://127.0.0.2:8080"),
+        ("127.0.0.1:0", "http://127.0.0.1:8080"),
+        ("0.0.0.0:8080", "http://origin.example:8080"),
+        // The peer listener is not opened.
+        ("127.0.0.1:8080", "http://127.0.0.1:8081"),
+    ] {
+        assert_eq!(with(public, admin, url), Ok(()), "{public} {url}");
+    }
+    let cluster = "cluster.advertise = \"127.0.0.1:8081\"\ncluster.peers = [\"127.0.0.1:8081\"]\norigin.url = \"http://localhost:8081\"";
+    assert!(read::<Castier>(cluster, &[]).unwrap_err().to_string().contains("leads to castier itself"));
+}

@@ -277,7 +277,7 @@ impl Clients {
         let ration = Arc::new(AtomicU64::new(FORM_EXTRA));
         let mut form = multer::Multipart::new(Rationed::new(intake, Arc::clone(&ration)), boundary);
         while let Some(part) = form.next_field().await? {
-            if part.file_name().is_some() {
+            if part.headers().get(header::CONTENT_DISPOSITION).is_some_and(castier_blob::wire::is_file) {
                 // From here on `receive` counts.
                 ration.store(u64::MAX, Relaxed);
                 return self.receive_blob(Verifier::any(), most, part.map_err(Refused::from)).await;

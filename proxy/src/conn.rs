@@ -1,16 +1,14 @@
 //! A client's connection, as everything here reads and writes it: pingora's stream, a client that may take no byte for only so long,
 //! and a fence that keeps a session's reader to its own request.
 
-mod chunks;
-
 use crate::{
+    chunks::Chunks,
     gate::Framing,
     serve::{Body, Reply},
     spool::PIECE,
 };
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
-use chunks::Chunks;
 use http::{HeaderMap, StatusCode};
 use pingora::http::ResponseHeader;
 use pingora::protocols::{
@@ -59,6 +57,8 @@ enum Left {
     Bytes(u64),
     /// The chunks of its body, from here to the last.
     Chunks(Chunks),
+    /// Nothing, until the answer says whether the protocol changes.
+    Undecided,
     /// Whatever comes.
     All,
 }
@@ -73,6 +73,7 @@ impl Left {
                 here
             }
             Self::Chunks(chunks) => chunks.pass(there),
+            Self::Undecided => 0,
             Self::All => there.len(),
         }
     }
@@ -82,7 +83,7 @@ impl Left {
         match self {
             Self::Bytes(left) => *left == 0,
             Self::Chunks(chunks) => chunks.is_over(),
-            Self::All => false,
+            Self::Undecided | Self::All => false,
         }
     }
 }
@@ -106,12 +107,13 @@ impl Conn {
         self.patience = patience;
     }
 
-    /// From now on shows `ahead`, and what comes, up to the end of one request body. `None`: without an end.
+    /// From now on shows `ahead`, and what comes, up to the end of one request body. `None`: the request asks for another protocol. Then
+    /// all is shown if the answer agrees to that (101), and nothing if it does not: the bytes behind the request are then the next request.
     pub fn fence(&mut self, ahead: BytesMut, framing: Option<Framing>) {
         let left = match framing {
             Some(Framing::Length(length)) => Left::Bytes(length),
             Some(Framing::Chunked) => Left::Chunks(Chunks::default()),
-            None => Left::All,
+            None => Left::Undecided,
         };
         self.fence = Some(Fence { ahead, left });
     }
@@ -152,6 +154,19 @@ impl Conn {
 }
 
 impl Fence {
+    /// Sees what is written. The head of the final answer decides whether the protocol changes; pingora writes each head at once.
+    fn decide(&mut self, written: &[u8]) {
+        if !matches!(self.left, Left::Undecided) {
+            return;
+        }
+        match written.strip_prefix(b"HTTP/1.1 ") {
+            Some([b'1', b'0', b'1', ..]) => self.left = Left::All,
+            // Another interim answer.
+            Some([b'1', ..]) => {}
+            _ => self.left = Left::Bytes(0),
+        }
+    }
+
     /// Reads on; 0 at the end of the stream.
     fn poll_fill(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let mut part = [0; 16 << 10];
@@ -187,11 +202,17 @@ impl AsyncRead for Conn {
 
 impl AsyncWrite for Conn {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if let Some(fence) = &mut self.fence {
+            fence.decide(buf);
+        }
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.timed(written, cx)
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        if let (Some(fence), Some(first)) = (&mut self.fence, bufs.iter().find(|buf| !buf.is_empty())) {
+            fence.decide(first);
+        }
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
         self.timed(written, cx)
     }

@@ -27,6 +27,7 @@ use crate::{
     spool::{self, Room, Spool},
     tier::TierName,
     upstream::{Incoming, Sources},
+    via,
 };
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -182,7 +183,7 @@ impl Flights {
         map.insert(*digest, flight.clone());
         let reader = Reader::new(self, flight.clone(), asker, false);
         drop(map);
-        tokio::spawn(self.clone().fly(flight));
+        tokio::spawn(via::carry(self.clone().fly(flight)));
         Joined::Led(reader)
     }
 

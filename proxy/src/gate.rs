@@ -2,7 +2,10 @@
 //!
 //! Strict on purpose: what two parsers could read differently is refused here, and only here.
 
-use crate::secret::{ASKED, Field, PROOF, Twice};
+use crate::{
+    secret::{ASKED, Field, PROOF, Twice},
+    via,
+};
 use bytes::BytesMut;
 use castier_blob::wire::Target;
 use castier_config::Limits;
@@ -50,6 +53,8 @@ pub struct Head {
     validator: Option<Range<usize>>,
     /// How the request's body is framed.
     pub framing: Framing,
+    /// `Via` names this node: it was here before.
+    pub looped: bool,
     /// Where `User-Agent` stands, if there is one.
     user_agent: Option<Range<usize>>,
     /// Where a peer's proof stands, if there is one. Of two none counts: then it is empty, which no proof is.
@@ -215,6 +220,10 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         return Err(bad("malformed request line"));
     };
     let method = Method::from_bytes(method.as_bytes()).map_err(|_| bad("malformed method"))?;
+    if method == Method::TRACE {
+        // Its answer is the request as the origin had it, with the origin's credentials.
+        return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "TRACE is not served: it would echo what is not the client's".into()));
+    }
     if method == Method::CONNECT {
         return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served: castier is no forward proxy".into()));
     }
@@ -227,9 +236,10 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         && named("upgrade").next().is_some()
         && names_upgrade(named("connection").map(|header| header.value));
     let proof = the_one(bytes, request.headers, &PROOF);
+    let looped = named("via").any(|header| via::names_this_node(header.value));
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
     let user_agent = the_one(bytes, request.headers, &header::USER_AGENT);
-    Ok(Some(Head { user_agent, len, method, authority, path, upgrade, plain, close, validator, framing, proof }))
+    Ok(Some(Head { user_agent, len, method, authority, path, upgrade, plain, close, validator, framing, looped, proof }))
 }
 
 /// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer. Sets `close` at the one
@@ -416,6 +426,7 @@ mod tests {
             (400, "GET /\0 HTTP/1.1\r\nHost: a\r\n\r\n"),
             (400, "GET somewhere HTTP/1.1\r\nHost: a\r\n\r\n"),
             (400, "\u{16}\u{3}\u{1}TLS client hello\r\n\r\n"),
+            (405, "TRACE / HTTP/1.1\r\nHost: a\r\n\r\n"),
             (405, "CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n"),
             (505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
         ] {

@@ -23,6 +23,7 @@ use crate::{
     serve::{Body, Reply, Via},
     upload,
     upstream::Put,
+    via,
 };
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -178,6 +179,11 @@ impl Front {
                     }
                 },
             };
+            // Between nodes a question may come back: the owner peeks at the node that asked it. It goes no further than one hop.
+            if head.looped && matches!(self.door, Door::Clients { .. }) {
+                let why = "the request has come back to the node that sent it: this node and its origin lead to each other; see origin.url";
+                return Box::pin(self.refuse_request(conn, StatusCode::LOOP_DETECTED, why, peer)).await;
+            }
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &head, &digest, &asked, peer).await {
@@ -252,7 +258,8 @@ impl Front {
         let method = session.req_header().method.clone();
         let path = session.req_header().uri.path().to_owned();
         let target = Target::of(&path);
-        let (reply, fault) = self.answer(&mut session, &method, target, limits).await;
+        let before = via::of(&session.req_header().headers);
+        let (reply, fault) = via::along(before, self.answer(&mut session, &method, target, limits)).await;
         let mut error = fault.map(|fault| fault.to_string());
         let first_byte = reply.is_some().then(|| started.elapsed());
         let (code, served, cache, whole) = match reply {

@@ -220,9 +220,9 @@ impl Ladder {
         if let Some((size, tier)) = self.knows(digest).await {
             return Ok((Opened::Blob(Some(size)), Whence::Tier(tier)));
         }
-        let opened = |known: Option<u64>| known.map_or(Opened::Absent, |size| Opened::Blob(Some(size)));
+        let opened = |known: Option<Option<u64>>| known.map_or(Opened::Absent, Opened::Blob);
         if let Some(known) = self.flights.peek(digest) {
-            return Ok((opened(known), Whence::Origin));
+            return Ok((opened(known.map(Some)), Whence::Origin));
         }
         if let Some((peers, owner)) = self.owner(digest, asker)
             && let Ok(known) = peers.stat(&owner, digest).await

@@ -8,6 +8,7 @@
 
 pub mod admin;
 pub mod buffer;
+mod chunks;
 pub mod conn;
 pub mod descriptors;
 pub mod disk;
@@ -31,3 +32,4 @@ pub mod spool;
 pub mod tier;
 pub mod upload;
 pub mod upstream;
+pub mod via;

@@ -5,6 +5,7 @@ use castier::{
     admin::{self, Admin},
     descriptors::{self, Shares},
     disk::Disk,
+    fault::Fault,
     flight::{Flights, Tiers},
     http::{Door, Front, PeerDoor},
     ladder::Ladder,
@@ -427,6 +428,10 @@ async fn log_stats(admin: Arc<Admin>, every: Duration) {
 /// An origin that is down at the start is worth a line; castier serves what it keeps and asks again with every miss.
 async fn ask_origin(origin: Arc<Upstream>, url: String) {
     if let Err(fault) = origin.stat(&Digest::of(b"")).await {
+        if matches!(fault, Fault::Unusable { .. }) {
+            let hint = "check origin.url";
+            return tracing::warn!(%fault, "the origin {url} answers, but not as a store of blobs does to a HEAD; {hint}");
+        }
         tracing::warn!(%fault, "the origin {url} does not answer yet; castier serves what it keeps, and goes on trying with every miss");
     }
 }

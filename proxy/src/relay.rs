@@ -8,14 +8,16 @@ use crate::{
     metrics::{Listener, Metrics, Route, Served},
     record,
     serve::Reply,
-    upstream::Upstream,
+    upstream::{Expected, Upstream},
+    via,
 };
 use async_trait::async_trait;
 use bytes::BytesMut;
 use castier_blob::wire;
 use castier_config::Limits;
-use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::{
+    ErrorType,
     apps::HttpServerApp,
     http::{RequestHeader, ResponseHeader},
     prelude::HttpPeer,
@@ -24,14 +26,6 @@ use pingora::{
     server::{ShutdownWatch, configuration::ServerConf},
 };
 use std::{sync::Arc, time::Instant};
-
-/// `Via` as this node writes it, of a message in this version.
-const fn via(version: Version) -> HeaderValue {
-    match version {
-        Version::HTTP_10 => HeaderValue::from_static("1.0 castier"),
-        _ => HeaderValue::from_static("1.1 castier"),
-    }
-}
 
 /// Relays requests to the origin.
 pub struct Relay {
@@ -63,7 +57,6 @@ impl Relay {
         shutdown: &ShutdownWatch,
     ) -> Option<(Conn, BytesMut)> {
         let prefix = ahead.split_to(head.len);
-        // An upgraded connection is no longer ours to read.
         conn.fence(ahead, (!head.upgrade).then_some(head.framing));
         let mut session = ServerSession::new_http1(conn.into_stream());
         session.set_pipelined_prefix(prefix);
@@ -81,6 +74,10 @@ struct Passage {
     failed: bool,
     /// Why, for the record.
     error: Option<String>,
+    /// How many connections to the origin it has had.
+    connections: u32,
+    /// The last of them was kept alive.
+    reused: bool,
 }
 
 #[async_trait]
@@ -88,20 +85,15 @@ impl ProxyHttp for Rules {
     type CTX = Passage;
 
     fn new_ctx(&self) -> Passage {
-        Passage { started: Instant::now(), failed: false, error: None }
+        Passage { started: Instant::now(), failed: false, error: None, connections: 0, reused: false }
     }
 
     fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
 
     async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Passage) -> pingora::Result<()> {
         let request = session.req_header();
-        if request.headers.contains_key(header::UPGRADE) {
-            if asks_for_upgrade(request) {
-                // Not used again, should the origin stay with HTTP: what follows may be of the other protocol already.
-                session.set_keepalive(None);
-            } else {
-                session.req_header_mut().remove_header(&header::UPGRADE);
-            }
+        if request.headers.contains_key(header::UPGRADE) && !asks_for_upgrade(request) {
+            session.req_header_mut().remove_header(&header::UPGRADE);
         }
         if session.req_header().version == Version::HTTP_10 {
             // It knows no interim answers (RFC 9110, section 15.2).
@@ -110,10 +102,33 @@ impl ProxyHttp for Rules {
         Ok(())
     }
 
-    async fn upstream_peer(&self, _session: &mut Session, _ctx: &mut Passage) -> pingora::Result<Box<HttpPeer>> {
-        let unreachable = |why: String| pingora::Error::explain(pingora::ErrorType::ConnectError, why).into_up();
-        let peers = self.origin.peers().await.map_err(|fault| unreachable(fault.to_string()))?;
-        peers.into_iter().next().map(Box::new).ok_or_else(|| unreachable("the origin has no address".into()))
+    async fn upstream_peer(&self, session: &mut Session, ctx: &mut Passage) -> pingora::Result<Box<HttpPeer>> {
+        let expected = Expected { head: session.req_header().method == Method::HEAD, upgrade: session.is_upgrade_req() };
+        // If a connection that was kept alive has broken, others may have, too.
+        let (peer, reused) = self.origin.lend(expected, ctx.connections > 0).await.map_err(|fault| {
+            let kind = if matches!(fault, Fault::Busy(_)) { ErrorType::InternalError } else { ErrorType::ConnectError };
+            pingora::Error::because(kind, "no connection to the origin", fault).into_up()
+        })?;
+        ctx.connections += 1;
+        ctx.reused = reused;
+        Ok(Box::new(peer))
+    }
+
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        session: &mut Session,
+        mut error: Box<pingora::Error>,
+        ctx: &mut Passage,
+        _reused: bool,
+    ) -> Box<pingora::Error> {
+        // As pingora does by itself, which does not know whether this connection was kept alive.
+        if session.req_header().method.is_idempotent() && !session.as_ref().retry_buffer_truncated() {
+            error.retry.decide_reuse(ctx.reused);
+        } else {
+            error.set_retry(false);
+        }
+        error
     }
 
     async fn upstream_request_filter(&self, session: &mut Session, request: &mut RequestHeader, _ctx: &mut Passage) -> pingora::Result<()> {
@@ -137,11 +152,33 @@ impl ProxyHttp for Rules {
         if !request.headers.contains_key("x-forwarded-proto") {
             request.insert_header("X-Forwarded-Proto", "http")?;
         }
-        request.append_header(header::VIA, via(session.req_header().version))?;
+        if let Some(length) = one_length(&request.headers) {
+            request.insert_header(header::CONTENT_LENGTH, length)?;
+        }
+        request.append_header(header::VIA, via::own(session.req_header().version))?;
         if let Some(credentials) = self.origin.credentials()
             && !request.headers.contains_key(header::AUTHORIZATION)
         {
             request.insert_header(header::AUTHORIZATION, credentials.clone())?;
+        }
+        Ok(())
+    }
+
+    async fn upstream_response_filter(
+        &self,
+        _session: &mut Session,
+        response: &mut ResponseHeader,
+        _ctx: &mut Passage,
+    ) -> pingora::Result<()> {
+        // Two lengths that differ are refused before this.
+        let status = response.status;
+        if status.is_informational() || status == StatusCode::NO_CONTENT {
+            response.remove_header(&header::CONTENT_LENGTH);
+        } else if let Some(length) = one_length(&response.headers) {
+            response.insert_header(header::CONTENT_LENGTH, length)?;
+        }
+        if status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+            response.remove_header(&header::TRANSFER_ENCODING);
         }
         Ok(())
     }
@@ -154,10 +191,10 @@ impl ProxyHttp for Rules {
                 response.remove_header(&name);
             }
         }
-        response.append_header(header::VIA, via(response.version))?;
         if !response.status.is_informational() {
             response.append_header(wire::CACHE_STATUS, "castier; fwd=bypass")?;
         }
+        response.append_header(header::VIA, via::own(response.version))?;
         // Each hop speaks its own version (RFC 9110, section 6.2).
         response.set_version(Version::HTTP_11);
         if session.req_header().version == Version::HTTP_10 && response.headers.contains_key(header::TRANSFER_ENCODING) {
@@ -170,11 +207,13 @@ impl ProxyHttp for Rules {
 
     async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, ctx: &mut Passage) -> FailToProxy {
         ctx.failed = true;
-        let fault = self.origin.fault(error);
-        use pingora::ErrorType::{ConnectionClosed, ReadError, WriteError};
+        let fault = error.root_cause().downcast_ref::<Fault>().cloned().unwrap_or_else(|| self.origin.fault(error));
+        use ErrorType::{ConnectionClosed, ReadError, WriteError};
         let downstream = error.esource == pingora::ErrorSource::Downstream;
-        ctx.error = Some(if downstream { "the client left, or sent a malformed body".to_owned() } else { fault.to_string() });
-        if session.response_written().is_some() || (downstream && matches!(error.etype, ConnectionClosed | ReadError | WriteError)) {
+        let answered = session
+            .response_written()
+            .is_some_and(|head| !head.status.is_informational() || head.status == StatusCode::SWITCHING_PROTOCOLS);
+        if answered || (downstream && matches!(error.etype, ConnectionClosed | ReadError | WriteError)) {
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
         }
         let reply = if downstream {
@@ -228,6 +267,17 @@ fn asks_for_upgrade(request: &RequestHeader) -> bool {
     names_upgrade(request.headers.get_all(header::CONNECTION).iter().map(HeaderValue::as_bytes))
         && !request.headers.contains_key(header::TRANSFER_ENCODING)
         && request.headers.get(header::CONTENT_LENGTH).is_none_or(no_body)
+}
+
+/// What `Content-Length` says, if it says it more than once: the fields are known to be equal.
+fn one_length(headers: &HeaderMap) -> Option<HeaderValue> {
+    let mut values = headers.get_all(header::CONTENT_LENGTH).iter();
+    let (first, second) = (values.next()?, values.next());
+    let bytes = first.as_bytes();
+    match bytes.iter().position(|byte| *byte == b',') {
+        Some(end) => HeaderValue::from_bytes(bytes[..end].trim_ascii()).ok(),
+        None => second.map(|_| first.clone()),
+    }
 }
 
 /// The headers that end here (RFC 9110, section 7.6.1): the fixed ones and those that `Connection` names.

@@ -3,6 +3,7 @@
 
 use crate::{fault::Fault, upstream::Upload};
 use bytes::Bytes;
+use castier_blob::wire;
 use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, Version, header};
 use multer::{Constraints, Multipart, SizeLimit};
@@ -100,7 +101,9 @@ pub fn first_file(body: Upload<'_>, boundary: String, max: u64) -> Upload<'_> {
                 State::File(field) => field,
                 State::Form(mut form) => loop {
                     match form.next_field().await.map_err(|error| fault(error, max))? {
-                        Some(field) if field.file_name().is_some() => break Box::new(field),
+                        Some(field) if field.headers().get(header::CONTENT_DISPOSITION).is_some_and(wire::is_file) => {
+                            break Box::new(field);
+                        }
                         Some(_) => {}
                         None => {
                             return Err(Fault::BadRequest(

@@ -1,11 +1,14 @@
 //! Sources: where blobs come from and uploads go to. The only place that sees pingora's connectors.
 
 mod access;
+mod lent;
 mod peers;
 mod probe;
 mod put;
+mod resolver;
 
 pub use access::ca_file;
+pub use lent::Expected;
 pub use peers::{Answer, FILLING, FLIGHT, Peers};
 pub use probe::{HttpProbe, peer_options};
 pub use put::{Parcel, Put, Upload};
@@ -15,7 +18,9 @@ use crate::{
     fault::{Fault, Limit},
     members::Report,
     secret::Asked,
+    via,
 };
+use async_trait::async_trait;
 use bytes::Bytes;
 use castier_blob::{Digest, wire};
 use castier_config as config;
@@ -23,13 +28,19 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{
     ErrorType, RetryType,
-    connectors::{ConnectorOptions, http::v1::Connector},
-    http::RequestHeader,
-    protocols::http::v1::client::HttpSession,
-    upstreams::peer::HttpPeer,
+    connectors::{ConnectorOptions, L4Connect, TransportConnector},
+    http::{RequestHeader, ResponseHeader},
+    protocols::{
+        Stream,
+        http::v1::client::HttpSession,
+        l4::{socket::SocketAddr as L4Address, stream::Stream as L4Stream},
+    },
+    upstreams::peer::{HttpPeer, Peer as _},
 };
+use resolver::Addresses;
 use std::{
-    net::{IpAddr, SocketAddr},
+    fmt, io,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -38,12 +49,12 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a resolved name is believed. Short, since it is how an origin moves; a failed look-up keeps the last good answer.
-const RESOLVED_FOR: Duration = Duration::from_secs(5);
 /// Kept-alive connections to one source: as many as fills have places, unless somebody changed that.
 const POOL: usize = 256;
 /// What is said of an answer that nobody vouches for.
 const UNPROVED: &str = "without a proof of the cluster's secret; what answers there is no castier of this cluster, or has another secret in cluster.secret_file";
+/// How long a connection is kept alive without a request.
+const IDLE: Duration = Duration::from_secs(60);
 /// The longest answer beside a blob that is worth reading.
 const MAX_ANSWER: usize = 64 << 10;
 
@@ -60,20 +71,21 @@ pub struct Sources {
 pub struct Upstream {
     /// `origin` or `peer`, as in metric labels.
     pub name: &'static str,
-    connector: Arc<Connector>,
+    connector: Arc<TransportConnector>,
     host: String,
-    port: u16,
+    addresses: Addresses,
     tls: bool,
     /// Host and port as they stand in `Host`.
     authority: String,
     /// `Authorization`, from the URL's user and password.
     credentials: Option<HeaderValue>,
-    resolved: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
     connect_timeout: Duration,
     /// Longest silence, not the whole transfer.
     read_timeout: Duration,
     /// `origin.max_requests`, here and at each peer.
     requests: Semaphore,
+    /// [`put::REPEATERS`].
+    repeaters: Semaphore,
     /// What this node and a peer have in common; none with the origin.
     ties: Option<peers::Ties>,
 }
@@ -92,16 +104,16 @@ impl Upstream {
         options.ca_file = ca_file(config)?;
         Ok(Arc::new(Self {
             name: "origin",
-            connector: Arc::new(Connector::new(Some(options))),
+            connector: Arc::new(TransportConnector::new(Some(options))),
             authority: if default_port { shown.to_owned() } else { format!("{shown}:{port}") },
+            addresses: Addresses::of(&host, port),
             host,
-            port,
             tls: url.scheme() == "https",
             credentials: access::basic(url),
-            resolved: Mutex::new(None),
             connect_timeout: config.connect_timeout.get(),
             read_timeout: config.read_timeout.get(),
             requests: Semaphore::new(config.max_requests),
+            repeaters: Semaphore::new(put::REPEATERS),
             ties: None,
         }))
     }
@@ -174,19 +186,19 @@ impl Upstream {
         }
     }
 
-    /// The size of the blob, without its bytes. `None`: the source says that it does not exist.
+    /// The size of the blob, without its bytes. `None`: the source says that it does not exist; `Some(None)`: that it does, but not how
+    /// large it is.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub async fn stat(&self, digest: &Digest) -> Result<Option<u64>, Fault> {
+    pub async fn stat(&self, digest: &Digest) -> Result<Option<Option<u64>>, Fault> {
         let request = self.request(Method::HEAD, &wire::blob_path(digest))?;
         let (session, peer, _place) = self.ask(&request, &[]).await?;
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
-        let (status, length) = (head.status, number(head.headers.get(header::CONTENT_LENGTH)));
-        let uncoded = self.must_be_uncoded(&head.headers);
+        let (status, size) = (head.status, size_of(head, digest));
         self.finish(session, &peer).await;
         match status {
-            StatusCode::OK => uncoded.and_then(|()| length.map(Some).ok_or_else(|| self.unusable("a HEAD answer without a length"))),
+            StatusCode::OK => Ok(Some(size)),
             StatusCode::NOT_FOUND | StatusCode::GONE => Ok(None),
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
             status => Err(self.unusable(format!("status {}", status.as_u16()))),
@@ -211,43 +223,65 @@ impl Upstream {
         }
     }
 
-    /// Where to connect, one entry per address that the name resolves to.
-    ///
-    /// # Errors
-    /// [`Fault::Unreachable`] if the name has never resolved.
-    pub async fn peers(&self) -> Result<Vec<HttpPeer>, Fault> {
-        let addresses = self.resolve().await?;
-        let peer = |address: SocketAddr| {
-            let mut peer = HttpPeer::new(address, self.tls, if self.tls { self.host.clone() } else { String::new() });
-            peer.options.connection_timeout = Some(self.connect_timeout);
-            peer.options.total_connection_timeout = Some(self.connect_timeout);
-            peer.options.read_timeout = Some(self.read_timeout);
-            peer.options.write_timeout = Some(self.read_timeout);
-            peer.options.idle_timeout = Some(Duration::from_secs(60));
-            peer
-        };
-        Ok(addresses.into_iter().map(peer).collect())
+    /// The source at one of its addresses, as pingora takes it.
+    fn at(&self, address: SocketAddr) -> HttpPeer {
+        let mut peer = HttpPeer::new(address, self.tls, if self.tls { self.host.clone() } else { String::new() });
+        peer.options.connection_timeout = Some(self.connect_timeout);
+        peer.options.total_connection_timeout = Some(self.connect_timeout);
+        peer.options.read_timeout = Some(self.read_timeout);
+        peer.options.write_timeout = Some(self.read_timeout);
+        peer.options.idle_timeout = Some(IDLE);
+        peer
     }
 
-    async fn resolve(&self) -> Result<Vec<SocketAddr>, Fault> {
-        if let Ok(ip) = self.host.parse::<IpAddr>() {
-            return Ok(vec![SocketAddr::new(ip, self.port)]);
+    /// A connection: one that is kept alive, to whichever address, or else a new one.
+    async fn connection(&self) -> Result<Connection, Fault> {
+        match self.kept_alive().await {
+            Some(connection) => Ok(connection),
+            None => Box::pin(self.connect()).await,
         }
-        let known = self.resolved.lock().clone();
-        if let Some((at, addresses)) = &known
-            && at.elapsed() < RESOLVED_FOR
-        {
-            return Ok(addresses.clone());
-        }
-        let looked_up = timeout(self.connect_timeout, tokio::net::lookup_host((self.host.as_str(), self.port))).await;
-        let addresses: Vec<_> = looked_up.ok().and_then(Result::ok).into_iter().flatten().collect();
-        match known {
-            _ if !addresses.is_empty() => {
-                *self.resolved.lock() = Some((Instant::now(), addresses.clone()));
-                Ok(addresses)
+    }
+
+    /// A connection that is kept alive. The source may close it at any time.
+    async fn kept_alive(&self) -> Option<Connection> {
+        for address in self.addresses.known() {
+            let peer = self.at(address);
+            if let Some(stream) = self.connector.reused_stream(&peer).await {
+                return Some(Connection { stream, address, peer, reused: true });
             }
-            Some((_, last_good)) => Ok(last_good),
-            None => Err(Fault::Unreachable { source_name: self.name, why: format!("{} does not resolve", self.host) }),
+        }
+        None
+    }
+
+    /// A new connection, to the first address that takes one within `origin.connect_timeout`.
+    ///
+    /// # Errors
+    /// None does, or the name has never resolved.
+    async fn connect(&self) -> Result<Connection, Fault> {
+        let deadline = Instant::now() + self.connect_timeout;
+        let unresolved = |why| Fault::Unreachable { source_name: self.name, why };
+        let mut addresses = self.addresses.all(deadline).await.map_err(unresolved)?;
+        // The look-up has its own share of the time: what it took is not taken from the connection.
+        let deadline = Instant::now() + self.connect_timeout;
+        loop {
+            let (stream, address) =
+                self.addresses.connect(&addresses, deadline).await.map_err(|error| self.not_connected(&connect_error(error)))?;
+            let mut peer = self.at(address);
+            peer.options.custom_l4 = Some(Handed::over(stream.into()));
+            // Boxed, as a TLS handshake needs much room, and this is within many others.
+            match Box::pin(self.connector.new_stream(&peer)).await {
+                Ok(stream) => {
+                    peer.options.custom_l4 = None;
+                    return Ok(Connection { stream, address, peer, reused: false });
+                }
+                // The TLS handshake failed. Another address may be another server.
+                Err(error) => {
+                    addresses.retain(|other| *other != address);
+                    if addresses.is_empty() || Instant::now() >= deadline {
+                        return Err(self.not_connected(&error));
+                    }
+                }
+            }
         }
     }
 
@@ -267,47 +301,40 @@ impl Upstream {
     /// [`Self::exchange`], and as often again as `repeats` says if a connection breaks before the answer.
     async fn repeat(&self, request: &RequestHeader, body: &[u8], mut repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
-        let peers = self.peers().await?;
-        let mut last = None;
-        for peer in peers {
-            loop {
-                let (mut session, reused) = match self.connector.get_http_session(&peer).await {
-                    Ok(connected) => connected,
-                    Err(error) => {
-                        last = Some(error);
-                        break;
-                    }
-                };
-                session.read_timeout = Some(self.read_timeout);
-                session.write_timeout = Some(self.read_timeout);
-                let mut request = request.clone();
-                let asked = self.prove(&mut request)?;
-                let answered = async {
-                    session.write_request_header(Box::new(request)).await?;
-                    if !body.is_empty() {
-                        session.write_body(body).await?;
-                        session.finish_body().await?;
-                    }
-                    read_final(&mut session).await
-                };
-                match answered.await {
-                    Ok(()) => return self.must_be_proved(&asked, &session).map(|()| (session, peer)),
-                    // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
-                    Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
-                    // A source that restarts, or whose queue of new connections ran over.
-                    Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) => repeats -= 1,
-                    Err(error) => return Err(self.fault(&error)),
+        loop {
+            let connection = self.connection().await?;
+            let reused = connection.reused;
+            let (mut session, peer) = connection.session(self.read_timeout);
+            let mut request = request.clone();
+            let asked = self.prove(&mut request)?;
+            let answered = async {
+                session.write_request_header(Box::new(request)).await?;
+                if !body.is_empty() {
+                    session.write_body(body).await?;
+                    session.finish_body().await?;
                 }
+                self.final_head(&mut session).await
+            };
+            match answered.await {
+                Ok(()) => return self.must_be_proved(&asked, &session).map(|()| (session, peer)),
+                // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
+                Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
+                // A source that restarts, or whose queue of new connections ran over.
+                Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) => repeats -= 1,
+                Err(error) => return Err(self.fault(&error)),
             }
         }
-        Err(self.not_connected(last.as_deref()))
+    }
+
+    /// Reads response heads up to the first that is not informational, all of them within `origin.read_timeout`: interim answers and parts
+    /// of a head give a source no more time. Not safe to cancel and call again.
+    async fn final_head(&self, session: &mut HttpSession) -> pingora::Result<()> {
+        let why = || pingora::Error::explain(ErrorType::ReadTimedout, "no final answer in time");
+        timeout(self.read_timeout, read_final(session)).await.unwrap_or_else(|_| Err(why()))
     }
 
     /// Gives a session back to the pool if it can be used again.
     async fn finish(&self, mut session: HttpSession, peer: &HttpPeer) {
-        if peer.group_key != 0 {
-            return;
-        }
         // A short error body is worth reading to the end for the connection's sake.
         let rest = async {
             let mut read = 0;
@@ -321,9 +348,17 @@ impl Upstream {
         };
         let patience = Duration::from_millis(200);
         if timeout(patience, rest).await == Ok(true) {
+            session.respect_keepalive();
             // One that is not kept is ended, and over TLS the other end has to take a last record. Where it does not, it is dropped.
-            let _ = timeout(patience, self.connector.release_http_session(session, peer, peer.options.idle_timeout)).await;
+            if let Ok(Some(stream)) = timeout(patience, session.reuse()).await {
+                self.release(stream, peer);
+            }
         }
+    }
+
+    /// Gives a connection back to the pool.
+    fn release(&self, stream: Stream, peer: &HttpPeer) {
+        self.connector.release_stream(stream, peer.reuse_hash(), Some(IDLE));
     }
 
     fn request(&self, method: Method, path: &str) -> Result<RequestHeader, Fault> {
@@ -331,6 +366,7 @@ impl Upstream {
         insert(&mut request, header::HOST, &self.authority)?;
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
         insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
+        request.insert_header(header::VIA, via::whole()).map_err(|error| Fault::Internal(error.to_string()))?;
         if let Some(credentials) = &self.credentials {
             request.insert_header(header::AUTHORIZATION, credentials.clone()).map_err(|error| Fault::Internal(error.to_string()))?;
         }
@@ -352,11 +388,10 @@ impl Upstream {
     }
 
     /// None of the source's addresses could be connected to, the last for this reason. With a peer, that is news.
-    fn not_connected(&self, error: Option<&pingora::Error>) -> Fault {
+    fn not_connected(&self, error: &pingora::Error) -> Fault {
         use ErrorType::{
             ConnectError, ConnectNoRoute, ConnectRefused, ConnectTimedout, InvalidCert, TLSHandshakeFailure, TLSHandshakeTimedout,
         };
-        let Some(error) = error else { return Fault::Unreachable { source_name: self.name, why: "no address".into() } };
         // Not when this node has run out of ports or files: that says nothing of the peer.
         let its_doing = matches!(
             error.etype,
@@ -378,6 +413,14 @@ impl Upstream {
             return Fault::Busy(Limit::Files);
         }
         let (source_name, why) = (self.name, error.to_string());
+        // What a lent connection says, and not the system.
+        if let Some(error) = error.root_cause().downcast_ref::<io::Error>().filter(|error| error.raw_os_error().is_none()) {
+            match error.kind() {
+                io::ErrorKind::TimedOut => return Fault::Silent { source_name, why },
+                io::ErrorKind::InvalidData => return Fault::Unusable { source_name, why },
+                _ => {}
+            }
+        }
         match error.etype {
             ErrorType::ReadTimedout | ErrorType::WriteTimedout => Fault::Silent { source_name, why },
             ErrorType::InvalidHTTPHeader => Fault::Unusable { source_name, why },
@@ -446,6 +489,60 @@ impl Incoming {
     }
 }
 
+/// A connection to a source.
+struct Connection {
+    stream: Stream,
+    address: SocketAddr,
+    peer: HttpPeer,
+    /// It was kept alive, so the source may be closing it at this moment.
+    reused: bool,
+}
+
+impl Connection {
+    /// For one request and its answer, with `limit` as the longest silence.
+    fn session(self, limit: Duration) -> (HttpSession, HttpPeer) {
+        let mut session = HttpSession::new(self.stream);
+        session.read_timeout = Some(limit);
+        session.write_timeout = Some(limit);
+        (session, self.peer)
+    }
+}
+
+/// A connection that is made already, for pingora to go on with: it connects to one address only, and may not know which one to try first.
+struct Handed(Mutex<Option<L4Stream>>);
+
+impl Handed {
+    fn over(stream: L4Stream) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(stream))))
+    }
+}
+
+impl fmt::Debug for Handed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Handed")
+    }
+}
+
+#[async_trait]
+impl L4Connect for Handed {
+    async fn connect(&self, _address: &L4Address) -> pingora::Result<L4Stream> {
+        self.0.lock().take().ok_or_else(|| pingora::Error::explain(ErrorType::ConnectError, "the connection has been used"))
+    }
+}
+
+/// An error of connecting in pingora's terms.
+fn connect_error(error: io::Error) -> Box<pingora::Error> {
+    let kind = match error.kind() {
+        io::ErrorKind::ConnectionRefused => ErrorType::ConnectRefused,
+        io::ErrorKind::TimedOut => ErrorType::ConnectTimedout,
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => ErrorType::ConnectNoRoute,
+        // Of this machine's own doing: no port is free.
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse => ErrorType::InternalError,
+        _ => ErrorType::ConnectError,
+    };
+    pingora::Error::because(kind, "connecting", error)
+}
+
 /// Reads response heads up to the first that is not informational. Safe to cancel and call again.
 async fn read_final(session: &mut HttpSession) -> pingora::Result<()> {
     loop {
@@ -454,6 +551,16 @@ async fn read_final(session: &mut HttpSession) -> pingora::Result<()> {
             return Ok(());
         }
     }
+}
+
+/// The size of a blob, as the head of a whole answer tells it, if it does. Some servers say 0 where they do not know; of coded bytes the
+/// length is another.
+fn size_of(head: &ResponseHeader, digest: &Digest) -> Option<u64> {
+    let coded = head.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+    let size = head.headers.get(header::CONTENT_LENGTH).map(HeaderValue::as_bytes)?;
+    // The head has been checked: several lengths are equal.
+    let size = str::from_utf8(size.split(|byte| *byte == b',').next()?).ok()?.trim().parse().ok()?;
+    (!coded && (size > 0 || *digest == Digest::of(b""))).then_some(size)
 }
 
 fn insert(request: &mut RequestHeader, name: header::HeaderName, value: &str) -> Result<(), Fault> {

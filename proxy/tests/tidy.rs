@@ -14,18 +14,19 @@ const OPERATIONS: &str = "docs/operations.md";
 const USES: &[(&str, &[&str])] = &[
     ("admin", &["ladder", "members", "metrics", "purge"]),
     ("buffer", &[]),
-    ("conn", &["gate", "serve", "spool"]),
+    ("chunks", &[]),
+    ("conn", &["chunks", "gate", "serve", "spool"]),
     ("descriptors", &[]),
     ("disk", &["buffer", "eviction", "metrics", "pool", "tier"]),
     ("eviction", &[]),
     ("fault", &[]),
-    ("flight", &["disk", "fault", "members", "memory", "metrics", "spool", "tier", "upstream"]),
-    ("gate", &["secret"]),
+    ("flight", &["disk", "fault", "members", "memory", "metrics", "spool", "tier", "upstream", "via"]),
+    ("gate", &["secret", "via"]),
     (
         "http",
         &[
             "buffer", "conn", "fault", "flight", "gate", "ladder", "members", "metrics", "purge", "record", "relay", "secret", "serve",
-            "upload", "upstream",
+            "upload", "upstream", "via",
         ],
     ),
     ("ladder", &["disk", "fault", "flight", "members", "metrics", "spool", "tier", "upstream"]),
@@ -35,14 +36,15 @@ const USES: &[(&str, &[&str])] = &[
     ("pool", &[]),
     ("purge", &["ladder", "members", "upstream"]),
     ("record", &["metrics"]),
-    ("relay", &["conn", "fault", "gate", "metrics", "record", "serve", "upstream"]),
+    ("relay", &["conn", "fault", "gate", "metrics", "record", "serve", "upstream", "via"]),
     ("ring", &[]),
     ("secret", &[]),
     ("serve", &["fault", "flight", "ladder", "metrics"]),
     ("spool", &["buffer", "descriptors", "fault", "metrics", "pool"]),
     ("tier", &[]),
     ("upload", &["fault", "upstream"]),
-    ("upstream", &["descriptors", "fault", "members", "metrics", "secret"]),
+    ("upstream", &["chunks", "descriptors", "fault", "members", "metrics", "secret", "via"]),
+    ("via", &[]),
 ];
 
 /// The only rooms in `proxy/src` that may name each of these.

@@ -9,7 +9,7 @@
 //!   connection, whether its own flight is waiting ([`FILLING`]). That sets its clock back; anything else does not.
 //! - Whoever meets with a failure says so to [`Peers::failed`]: it is counted, and makes the peer doubtful.
 
-use super::{Incoming, POOL, Parcel, Put, Upstream, insert, peer_options};
+use super::{Addresses, Incoming, POOL, Parcel, Put, Upstream, insert, peer_options, put::REPEATERS};
 use crate::{
     fault::{Fault, Limit},
     members::{Member, Members, Report, View},
@@ -24,7 +24,7 @@ use castier_config as config;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{
-    connectors::http::v1::Connector,
+    connectors::TransportConnector,
     http::{RequestHeader, ResponseHeader},
 };
 use std::{
@@ -60,7 +60,7 @@ pub struct Peers {
     metrics: Arc<Metrics>,
     /// Keeps its idle connections by address, and hands each to one request at a time: a slow peer holds up nobody but those who wait
     /// for it.
-    connector: Arc<Connector>,
+    connector: Arc<TransportConnector>,
     tls: bool,
     known: Mutex<HashMap<Arc<str>, Arc<Peer>>>,
     /// `cluster.stall_timeout`.
@@ -167,7 +167,7 @@ impl Peers {
             members,
             secrets,
             metrics,
-            connector: Arc::new(Connector::new(Some(options))),
+            connector: Arc::new(TransportConnector::new(Some(options))),
             tls: cluster.tls.is_on(),
             known: Mutex::default(),
             stall_timeout: cluster.stall_timeout.get(),
@@ -279,11 +279,12 @@ impl Peers {
         }
     }
 
-    /// The size of the blob, as this member knows it or learns it from the origin; none: the origin has no such blob.
+    /// The size of the blob, as this member knows it or learns it from the origin; `None`: the origin has no such blob; `Some(None)`: it
+    /// has, and nobody knows the size.
     ///
     /// # Errors
     /// The member cannot tell.
-    pub async fn stat(&self, member: &Member, digest: &Digest) -> Result<Option<u64>, Fault> {
+    pub async fn stat(&self, member: &Member, digest: &Digest) -> Result<Option<Option<u64>>, Fault> {
         let peer = self.peer(member);
         let request = peer.upstream.request(Method::HEAD, &wire::blob_path(digest))?;
         let asked = async {
@@ -292,9 +293,7 @@ impl Peers {
             let told = match said(head, false) {
                 Said::Absent => Ok(None),
                 Said::Unable => Err(Fault::Busy(Limit::Origin)),
-                Said::NotKept | Said::Other if head.status == StatusCode::OK => super::number(head.headers.get(header::CONTENT_LENGTH))
-                    .map(Some)
-                    .ok_or_else(|| peer.upstream.unusable("a HEAD answer without a length")),
+                Said::NotKept | Said::Other if head.status == StatusCode::OK => Ok(Some(super::size_of(head, digest))),
                 Said::NotKept | Said::Other => Err(peer.upstream.unusable(format!("status {}", head.status.as_u16()))),
             };
             peer.upstream.finish(session, &connection).await;
@@ -408,16 +407,16 @@ impl Peers {
                 name: PEER,
                 connector: self.connector.clone(),
                 host: member.host.clone(),
-                port: member.port,
+                addresses: Addresses::of(&member.host, member.port),
                 tls: self.tls,
                 authority: member.name.to_string(),
                 credentials: None,
-                resolved: Mutex::new(None),
                 // Before the stall, so that it is known to be no connection, and late enough for a lost packet to be sent again.
                 connect_timeout: self.stall_timeout * 3 / 4,
                 // A watch is over all that may take long.
                 read_timeout: self.patience,
                 requests: Semaphore::new(self.requests),
+                repeaters: Semaphore::new(REPEATERS),
                 ties: Some(Ties { members: self.members.clone(), secrets: self.secrets.clone() }),
             }),
             places: Arc::new(Semaphore::new(self.places)),

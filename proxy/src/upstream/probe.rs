@@ -4,6 +4,7 @@ use super::{
     UNPROVED,
     access::certificates,
     peers::{HEALTH, prove},
+    resolver::Addresses,
 };
 use crate::{
     members::{Member, NODE, Probe},
@@ -18,7 +19,15 @@ use pingora::{
     upstreams::peer::HttpPeer,
 };
 use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
-use std::{net::SocketAddr, panic::AssertUnwindSafe, sync::Arc};
+use std::{
+    net::SocketAddr,
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// How long the first look-up of a peer's name may take.
+const LOOK_UP: Duration = Duration::from_secs(5);
 
 /// Asks peers over connections of its own, a new one each time: a peer that only lives on in old connections is no help to new requests.
 pub struct HttpProbe {
@@ -66,7 +75,8 @@ impl HttpProbe {
 #[async_trait]
 impl Probe for HttpProbe {
     async fn probe(&self, member: &Member) -> Result<Option<String>, String> {
-        let addresses = tokio::net::lookup_host((member.host.as_str(), member.port)).await.map_err(|error| error.to_string())?;
+        // The probe as a whole has its own limit.
+        let addresses = Addresses::of(&member.host, member.port).all(Instant::now() + LOOK_UP).await?;
         let mut answer = Err(format!("{} does not resolve", member.host));
         for address in addresses {
             answer = self.ask(member, address).await;

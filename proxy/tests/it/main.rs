@@ -4,7 +4,9 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
 
 mod absences;
+mod addresses;
 mod admin;
+mod answers;
 mod build_caches;
 mod chance;
 mod cluster;
@@ -26,6 +28,7 @@ mod http;
 mod lies;
 mod lifecycle;
 mod limits;
+mod loops;
 mod malformed;
 mod memory;
 mod operate;

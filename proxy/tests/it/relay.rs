@@ -34,7 +34,7 @@ async fn each_hop_speaks_its_own_version() {
     let old = Castier::start(&saying(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok").await, "").await;
     let reply = Request::get("/who").send(old.public).await;
     assert!(reply.head.first.starts_with("HTTP/1.1 200 "), "{:?}", reply.head);
-    assert_eq!((reply.body.as_slice(), reply.header("via")), (b"ok".as_slice(), Some("1.0 castier")));
+    assert_eq!((reply.body.as_slice(), reply.header("via").is_some_and(|via| via.starts_with("1.0 castier-"))), (b"ok".as_slice(), true));
     let hint = b"HTTP/1.1 103 Early Hints\r\nLink: </style>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
     let hinting = Castier::start(&saying(hint).await, "").await;
     for (request, interim) in [(Request::get("/who"), true), (Request::get("/who").http10(), false)] {
@@ -112,7 +112,7 @@ async fn an_old_client_gets_what_it_can_read() {
         reply.head
     );
     let text = String::from_utf8(reply.body).unwrap();
-    assert!(text.starts_with("GET /who HTTP/1.") && text.contains("via: 1.0 castier\n") && !text.contains("\r\n0"), "{text}");
+    assert!(text.starts_with("GET /who HTTP/1.") && text.contains("via: 1.0 castier-") && !text.contains("\r\n0"), "{text}");
     assert!(conn.closed().await, "the end of the connection is the end of the body");
 }
 

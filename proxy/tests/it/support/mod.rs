@@ -9,6 +9,7 @@ pub(crate) mod lie;
 pub(crate) mod origin;
 pub(crate) mod process;
 pub(crate) mod proof;
+pub(crate) mod raw;
 pub(crate) mod stats;
 pub(crate) mod wire;
 
@@ -19,6 +20,7 @@ pub(crate) use disk::{Cache, assert_hit};
 pub(crate) use lie::{Gate, Lie};
 pub(crate) use origin::LyingOrigin;
 pub(crate) use process::{Castier, RealOrigin};
+pub(crate) use raw::RawOrigin;
 pub(crate) use stats::{assert_ledger, metrics, stats};
 
 use std::time::{Duration, Instant};
