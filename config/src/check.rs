@@ -32,6 +32,10 @@ impl Config for Castier {
         check_fill(fill, problems);
         check_order(("verify.buffer_up_to", verify.buffer_up_to), ("fill.memory", fill.memory), problems);
         check_limits(&limits.into(), problems);
+        check_count("limits.max_peer_connections", limits.max_peer_connections, problems);
+        if limits.client_memory < Size::mib(1) {
+            problems.add("limits.client_memory", format!("{} is too little for a request; write 1MiB or more", limits.client_memory));
+        }
         check_log(log, problems);
     }
 }
@@ -156,6 +160,7 @@ fn check_fill(fill: &Fill, problems: &mut Problems) {
 fn check_limits(limits: &OriginLimits, problems: &mut Problems) {
     check_size("limits.max_blob", limits.max_blob, problems);
     check_count("limits.max_connections", limits.max_connections, problems);
+    check_count("limits.max_admin_connections", limits.max_admin_connections, problems);
     check_span("limits.header_timeout", limits.header_timeout, problems);
     check_span("limits.idle_timeout", limits.idle_timeout, problems);
     check_span("limits.write_timeout", limits.write_timeout, problems);

@@ -33,6 +33,7 @@ mod reply;
 mod server;
 mod service;
 mod store;
+pub mod threads;
 
 /// What an origin may do, and how much of it.
 #[derive(Clone, Debug)]

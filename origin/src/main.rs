@@ -1,8 +1,9 @@
 //! `castier-origin`: the simple file origin as a program.
 
-use castier_config::{Loaded, OriginServer, changed, environment, load, print};
+use castier_config::{Loaded, OriginLimits, OriginServer, changed, environment, load, print};
 use castier_origin::{Options, Origin, log};
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{
     ffi::OsString,
     io::{self, ErrorKind, Write as _},
@@ -66,6 +67,9 @@ fn main() -> ExitCode {
         say("the configuration is sound\n");
         return ExitCode::SUCCESS;
     }
+    if let Err(why) = castier_origin::threads::check() {
+        return fail(&io::Error::other(why));
+    }
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => match runtime.block_on(run(&arguments, loaded)) {
             Ok(()) => ExitCode::SUCCESS,
@@ -91,7 +95,8 @@ async fn run(arguments: &Arguments, loaded: Loaded<OriginServer>) -> io::Result<
     let log = log::init(&config.log, "castier-origin").map_err(io::Error::other)?;
     let public = bind("listen.public", &config.listen.public).await?;
     let admin = bind_admin(&loaded).await?;
-    let origin = Origin::open(&config.store.root, Options::from(config))?;
+    let granted = raise_files();
+    let origin = Origin::open(&config.store.root, Options { limits: within(&config.limits, granted), ..Options::from(config) })?;
     say(&format!("castier-origin: clients on http://{}, blobs in {}\n", public.local_addr()?, config.store.root.display()));
     say(&format!("castier-origin: admin on http://{}/metrics\n", admin.local_addr()?));
 
@@ -101,7 +106,7 @@ async fn run(arguments: &Arguments, loaded: Loaded<OriginServer>) -> io::Result<
         tokio::spawn(async move { origin.serve_admin(admin, async { drop(stopped.await) }).await })
     };
     tokio::spawn(log_figures(origin.clone(), config.log.stats_interval.get()));
-    let shutdown = signals.attend(|running| reload(arguments, running, &origin, &log), loaded.config.clone());
+    let shutdown = signals.attend(|running| reload(arguments, running, &origin, &log, granted), loaded.config.clone());
     origin.serve(public, shutdown).await;
     // Probes may see that the program is draining until it is done.
     drop(stop);
@@ -109,6 +114,40 @@ async fn run(arguments: &Arguments, loaded: Loaded<OriginServer>) -> io::Result<
     tracing::info!("finished");
     log.close().await;
     Ok(())
+}
+
+/// Raises the limit of open files as far as the system lets it, and says how many there may be.
+fn raise_files() -> u64 {
+    let granted = getrlimit(Resource::Nofile);
+    if granted.current != granted.maximum {
+        // Where that is refused, what is there must do.
+        setrlimit(Resource::Nofile, Rlimit { current: granted.maximum, maximum: granted.maximum }).ok();
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// The limits that can be kept with so many open files. The admin listener has a share of its own, and a quarter is for the store's files,
+/// so that clients who take all there is leave health checks and uploads that have begun what they need.
+fn within(limits: &OriginLimits, granted: u64) -> OriginLimits {
+    /// Listeners, logs, the runtime, and connections that are just being refused.
+    const OWN: u64 = 256;
+    let admin = (limits.max_admin_connections as u64).min(granted / 16).max(1);
+    let clients = (granted - granted / 4).saturating_sub(admin + OWN.min(granted / 4)).max(1);
+    let most = |share: u64| usize::try_from(share).unwrap_or(usize::MAX);
+    let within = OriginLimits {
+        max_connections: limits.max_connections.min(most(clients)),
+        max_admin_connections: limits.max_admin_connections.min(most(admin)),
+        ..limits.clone()
+    };
+    if within != *limits {
+        tracing::warn!(
+            granted,
+            connections = within.max_connections,
+            "the system grants fewer open files than limits.max_connections needs, so fewer clients are let in; raise its hard limit \
+             (ulimit -Hn, LimitNOFILE=)"
+        );
+    }
+    within
 }
 
 /// What lies in the store, every now and then.
@@ -180,7 +219,7 @@ impl Signals {
 }
 
 /// Takes over from the configuration what can change while running, and returns what holds from now on.
-fn reload(arguments: &Arguments, mut running: OriginServer, origin: &Origin, log: &log::Guard) -> OriginServer {
+fn reload(arguments: &Arguments, mut running: OriginServer, origin: &Origin, log: &log::Guard, granted: u64) -> OriginServer {
     let wanted = match arguments.load() {
         Ok(loaded) => loaded.config,
         Err(problems) => {
@@ -193,7 +232,7 @@ fn reload(arguments: &Arguments, mut running: OriginServer, origin: &Origin, log
     } else {
         running.log.level.clone_from(&wanted.log.level);
     }
-    origin.set_limits(wanted.limits.clone());
+    origin.set_limits(within(&wanted.limits, granted));
     running.limits = wanted.limits.clone();
     tracing::info!("the configuration was re-read; limits and log level are in force");
     let rest = changed(&running, &wanted);

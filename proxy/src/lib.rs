@@ -19,6 +19,7 @@ pub mod ladder;
 pub mod members;
 pub mod memory;
 pub mod metrics;
+pub mod plan;
 pub mod purge;
 pub mod record;
 pub mod relay;

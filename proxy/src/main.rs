@@ -3,7 +3,7 @@
 use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin},
-    descriptors::{self, Shares},
+    descriptors::{self, Descriptors, Shares},
     disk::Disk,
     flight::{Flights, Tiers},
     http::{Door, Front, PeerDoor},
@@ -11,6 +11,7 @@ use castier::{
     members::Members,
     memory::Memory,
     metrics::Metrics,
+    plan,
     purge::Purge,
     relay::Relay,
     secret::Secrets,
@@ -89,6 +90,10 @@ fn main() -> ExitCode {
         say(config::print(&config).trim_end());
         return ExitCode::SUCCESS;
     }
+    if let Err(why) = castier_origin::threads::check() {
+        eprintln!("castier: {why}");
+        return ExitCode::from(1);
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -145,8 +150,9 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
     let (ready, door) = (AtomicBool::new(false), Door::Clients { relay, purge: purge.clone() });
     let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), members, purge, ready, name: name.clone() });
-    let refusals = usize::try_from(shares.refusals).unwrap_or(usize::MAX);
-    let front = |door| Front::new(ladder.clone(), door, limits.clone(), refusals, metrics.clone());
+    let client_memory = Budget::new(config.limits.client_memory.get());
+    let descriptors = Descriptors::new(shares);
+    let front = |door| Front::new(ladder.clone(), door, limits.clone(), client_memory.clone(), descriptors.clone(), metrics.clone());
 
     say(&format!("listening public {name}\nlistening admin {}", shown(&admin_listener)));
     if let Some(peer) = &peer {
@@ -157,7 +163,7 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     }
     say(&format!("try: curl -F file=@README.md http://{name}/cas"));
 
-    let admin_server = tokio::spawn(axum::serve(admin_listener, admin::router(admin.clone())).into_future());
+    let admin_server = tokio::spawn(admin::serve(admin_listener, admin::router(admin.clone()), limits.clone()));
     // Peers first: a node that asks them is one that they can ask.
     let peer = match (peer, &nodes) {
         (Some(listener), Some(nodes)) => Some(Listening::open("peer", front(Door::Peers(nodes.door(&config)?)), listener)?),
@@ -172,9 +178,11 @@ async fn run(config: Castier, file: Option<&Path>) -> Result<(), String> {
     }
     admin.ready.store(true, Ordering::Relaxed);
     shares.tell(&config);
+    plan::tell(&config, &limits.load());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
-    let mut live = Live { config, file, limits: limits.clone(), shares, embedded: embedded.map(|(.., origin)| origin), nodes, log };
+    let mut live =
+        Live { config, file, limits: limits.clone(), client_memory, shares, embedded: embedded.map(|(.., origin)| origin), nodes, log };
     loop {
         tokio::select! {
             _ = signals.hangup.recv() => live.reload(),
@@ -400,6 +408,7 @@ struct Live<'a> {
     config: Castier,
     file: Option<&'a Path>,
     limits: Arc<ArcSwap<Limits>>,
+    client_memory: Arc<Budget>,
     shares: Shares,
     embedded: Option<Origin>,
     nodes: Option<Nodes>,
@@ -423,6 +432,7 @@ impl Live<'_> {
             origin.set_limits((&new.limits).into());
         }
         self.limits.store(Arc::new(self.shares.within(&new.limits)));
+        self.client_memory.set_limit(new.limits.client_memory.get());
         if let Some(nodes) = &self.nodes {
             if let Err(why) = nodes.secrets.reload() {
                 tracing::error!("{why}; the secrets stay as they are");
@@ -434,6 +444,7 @@ impl Live<'_> {
         }
         (self.config.limits, self.config.log.level) = (new.limits, new.log.level);
         self.shares.tell(&self.config);
+        plan::tell(&self.config, &self.limits.load());
         tracing::info!(changed = ?live, "config reloaded");
         if !later.is_empty() {
             tracing::warn!(keys = ?later, "these changes need a restart");

@@ -9,9 +9,6 @@ use http::{Method, StatusCode, header};
 use pingora::{protocols::http::v1::client::HttpSession, upstreams::peer::HttpPeer};
 use std::time::Duration;
 
-/// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
-const SMALL: usize = 64 << 10;
-
 /// How long a source may think about an expectation before the upload is simply sent, as curl does.
 const EXPECT_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -45,6 +42,11 @@ pub struct Parcel<'a> {
     begun: bool,
 }
 
+impl Parcel<'_> {
+    /// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
+    pub const SMALL: usize = 64 << 10;
+}
+
 impl<'a> Parcel<'a> {
     /// Reads the first bytes of an upload, and all of a small one.
     ///
@@ -54,7 +56,7 @@ impl<'a> Parcel<'a> {
         let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
         let mut held = Vec::new();
         let mut ended = false;
-        while !ended && held.len() <= SMALL {
+        while !ended && held.len() <= Self::SMALL {
             match rest.next().await.transpose()? {
                 Some(chunk) => {
                     verifier.update(&chunk);

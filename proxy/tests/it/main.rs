@@ -5,11 +5,14 @@
 
 mod admin;
 mod chance;
+mod client_left;
+mod client_memory;
 mod cluster;
 mod cluster_change;
 mod cluster_dns;
 mod config;
 mod curl;
+mod descriptors;
 mod disk;
 mod disk_crash;
 mod disk_faults;
@@ -28,4 +31,5 @@ mod peers;
 mod relay;
 mod sanity;
 mod support;
+mod threads;
 mod upload;
