@@ -247,6 +247,15 @@ pub struct Limits {
     /// How many client connections may be open, 1 or more. Default 20000: what a process may hold open with common limits of
     /// open files, and a gigabyte at most.
     pub max_connections: usize,
+    /// How many connections from other nodes may be open, 1 or more. Default 4096: eight nodes with the default `fill.max_in_flight` and
+    /// `origin.max_requests`. They are counted apart from clients, so that neither can starve the other.
+    pub max_peer_connections: usize,
+    /// How many connections to the admin listener may be open, 1 or more. Default 128: many scrapers and health checks. They are counted
+    /// apart from clients, so that neither can starve the other.
+    pub max_admin_connections: usize,
+    /// Bytes that clients may make this node hold beside blobs: heads that have not come whole, requests that wait, relays and uploads; a
+    /// size of `1MiB` or more. Default `64MiB`: some thousand waiting requests, and small beside the cache.
+    pub client_memory: Size,
     /// How long a client may take to send the whole head of a request; a duration over 0. Default `10s`: slow links manage,
     /// slowloris does not.
     pub header_timeout: Span,
@@ -274,6 +283,9 @@ impl Default for Limits {
             max_blob: Size::gib(16),
             max_entry: Size::mib(16),
             max_connections: 20_000,
+            max_peer_connections: 4096,
+            max_admin_connections: 128,
+            client_memory: Size::mib(64),
             header_timeout: Span::secs(10),
             max_header_bytes: Size::kib(32),
             max_headers: 100,

@@ -46,6 +46,10 @@ impl Config for Castier {
         if limits.max_blob > memory.max_blob && problems.are_sound(&["memory.max_blob"]) {
             check_order(("limits.max_blob", limits.max_blob), ("fill.spool", fill.spool), problems);
         }
+        check_count("limits.max_peer_connections", limits.max_peer_connections, problems);
+        if limits.client_memory < Size::mib(1) {
+            problems.add("limits.client_memory", format!("{} is too little for a request; write 1MiB or more", limits.client_memory));
+        }
         check_log(log, problems);
     }
 }
@@ -240,6 +244,7 @@ fn check_limits(limits: &OriginLimits, problems: &mut Problems) {
     check_size("limits.max_blob", limits.max_blob, problems);
     check_size("limits.max_entry", limits.max_entry, problems);
     check_count("limits.max_connections", limits.max_connections, problems);
+    check_count("limits.max_admin_connections", limits.max_admin_connections, problems);
     check_span("limits.header_timeout", limits.header_timeout, problems);
     check_span("limits.idle_timeout", limits.idle_timeout, problems);
     check_span("limits.write_timeout", limits.write_timeout, problems);

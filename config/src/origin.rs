@@ -68,6 +68,8 @@ pub struct OriginLimits {
     pub max_entry: Size,
     /// How many client connections may be open, 1 or more. Default 20000, as castier has it.
     pub max_connections: usize,
+    /// How many connections to the admin listener may be open, 1 or more. Default 128, as castier has it.
+    pub max_admin_connections: usize,
     /// How long a client may take to send the whole head of a request; a duration over 0. Default `10s`, as castier has it.
     pub header_timeout: Span,
     /// The largest head of a request; a size from `1KiB` to `1MiB`. Default `32KiB`, as castier has it.
@@ -87,6 +89,7 @@ impl From<&Limits> for OriginLimits {
             max_blob: limits.max_blob,
             max_entry: limits.max_entry,
             max_connections: limits.max_connections,
+            max_admin_connections: limits.max_admin_connections,
             header_timeout: limits.header_timeout,
             max_header_bytes: limits.max_header_bytes,
             max_headers: limits.max_headers,

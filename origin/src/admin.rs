@@ -1,29 +1,36 @@
 //! The admin interface: `/metrics`, `/healthz`, `/readyz`.
 
-use crate::{Phase, Shared, patience::Activity, server::Handler};
+use crate::{
+    Phase, Shared,
+    patience::Activity,
+    server::{Full, Handler},
+};
 use bytes::Bytes;
 use castier_blob::wire::Problem;
 use castier_config::OriginLimits;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
+use http_body_util::Full as Whole;
 use hyper::body::Incoming;
 use std::{net::SocketAddr, sync::Arc};
-
-/// Scrapers and probes are few.
-const MAX_CONNECTIONS: usize = 256;
 
 /// Answers operators and their machines.
 #[derive(Clone)]
 pub(crate) struct Admin(pub(crate) Arc<Shared>);
 
 impl Handler for Admin {
-    type Body = Full<Bytes>;
+    type Body = Whole<Bytes>;
+
+    const FULL: Full = Full::OldestIdleMakesWay;
 
     fn limits(&self) -> Arc<OriginLimits> {
-        Arc::new(OriginLimits { max_connections: MAX_CONNECTIONS, ..OriginLimits::default() })
+        self.0.limits.load_full()
     }
 
-    async fn answer(&self, request: Request<Incoming>, _: SocketAddr, activity: Arc<Activity>) -> Response<Full<Bytes>> {
+    fn max_connections(limits: &OriginLimits) -> usize {
+        limits.max_admin_connections
+    }
+
+    async fn answer(&self, request: Request<Incoming>, _: SocketAddr, activity: Arc<Activity>) -> Response<Whole<Bytes>> {
         activity.begin();
         let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
         let response = match request.uri().path() {
@@ -47,7 +54,7 @@ impl Handler for Admin {
 }
 
 impl Admin {
-    fn metrics(&self) -> Response<Full<Bytes>> {
+    fn metrics(&self) -> Response<Whole<Bytes>> {
         match self.0.metrics.text(self.0.store.totals()) {
             Ok(series) => text(prometheus::TEXT_FORMAT, series),
             Err(error) => {
@@ -58,14 +65,14 @@ impl Admin {
     }
 }
 
-fn text(media_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
+fn text(media_type: &'static str, body: impl Into<Bytes>) -> Response<Whole<Bytes>> {
+    let mut response = Response::new(Whole::new(body.into()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
     response
 }
 
-fn problem(status: StatusCode, detail: &str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Problem::new(status, detail).to_json().into()));
+fn problem(status: StatusCode, detail: &str) -> Response<Whole<Bytes>> {
+    let mut response = Response::new(Whole::new(Problem::new(status, detail).to_json().into()));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, Problem::MEDIA_TYPE);
     response

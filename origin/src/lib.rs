@@ -45,6 +45,7 @@ mod webdav;
 
 /// Entries of the action cache that are validated at once: each is held in memory meanwhile, and so may be a tree that it names.
 const VALIDATIONS: usize = 8;
+pub mod threads;
 
 /// What an origin may do, and how much of it.
 #[derive(Clone, Debug)]

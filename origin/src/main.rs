@@ -1,6 +1,6 @@
 //! `castier-origin`: the simple file origin as a program.
 
-use castier_config::{Loaded, LogFormat, OriginServer, changed, environment, load, load_offline, print};
+use castier_config::{Loaded, LogFormat, OriginLimits, OriginServer, changed, environment, load, load_offline, print};
 use castier_origin::{
     Options, Origin,
     health::health,
@@ -8,6 +8,7 @@ use castier_origin::{
     signals::{Reading, Signals, Told, told},
 };
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{
     ffi::OsString,
     io::{self, ErrorKind, Write as _},
@@ -85,6 +86,9 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let format = loaded.config.log.format;
+    if let Err(why) = castier_origin::threads::check() {
+        return fail(format, &why);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(format, &error.to_string()),
@@ -110,7 +114,8 @@ async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
     let log = log::init(&config.log, PROGRAM).map_err(io::Error::other)?;
     let public = bind("listen.public", &config.listen.public).await?;
     let admin = bind("listen.admin", &config.listen.admin).await?;
-    let origin = Origin::open(&config.store.root, Options::from(&config))?;
+    let granted = raise_files();
+    let origin = Origin::open(&config.store.root, Options { limits: within(&config.limits, granted), ..Options::from(&config) })?;
     let (public_address, admin_address) = (public.local_addr()?, admin.local_addr()?);
     log.name_instance(format!("{}:{}", log::host(), public_address.port()));
     log.say(&format!("listening public {public_address} (blobs in {})", config.store.root.display()));
@@ -136,7 +141,7 @@ async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
     let mut running = config;
     while let Told::Reload(loaded) = signals.next(&mut reading).await {
         if let Some(wanted) = told(loaded) {
-            running = reload(running, &wanted, &origin, &log);
+            running = reload(running, &wanted, &origin, &log, granted);
         }
     }
     tracing::info!("finishing what is in flight, then ending");
@@ -154,6 +159,40 @@ async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
         () = signals.end() => tracing::warn!("told to end once more: what is in flight is cut"),
     }
     Ok(())
+}
+
+/// Raises the limit of open files as far as the system lets it, and says how many there may be.
+fn raise_files() -> u64 {
+    let granted = getrlimit(Resource::Nofile);
+    if granted.current != granted.maximum {
+        // Where that is refused, what is there must do.
+        setrlimit(Resource::Nofile, Rlimit { current: granted.maximum, maximum: granted.maximum }).ok();
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// The limits that can be kept with so many open files. The admin listener has a share of its own, and a quarter is for the store's files,
+/// so that clients who take all there is leave health checks and uploads that have begun what they need.
+fn within(limits: &OriginLimits, granted: u64) -> OriginLimits {
+    /// Listeners, logs, the runtime, and connections that are just being refused.
+    const OWN: u64 = 256;
+    let admin = (limits.max_admin_connections as u64).min(granted / 16).max(1);
+    let clients = (granted - granted / 4).saturating_sub(admin + OWN.min(granted / 4)).max(1);
+    let most = |share: u64| usize::try_from(share).unwrap_or(usize::MAX);
+    let within = OriginLimits {
+        max_connections: limits.max_connections.min(most(clients)),
+        max_admin_connections: limits.max_admin_connections.min(most(admin)),
+        ..limits.clone()
+    };
+    if within != *limits {
+        tracing::warn!(
+            granted,
+            connections = within.max_connections,
+            "the system grants fewer open files than limits.max_connections needs, so fewer clients are let in; raise its hard limit \
+             (ulimit -Hn, LimitNOFILE=)"
+        );
+    }
+    within
 }
 
 /// What lies in the store, every now and then.
@@ -182,13 +221,13 @@ async fn bind(key: &str, address: &str) -> io::Result<TcpListener> {
 }
 
 /// Takes over from the configuration what can change while running, and returns what holds from now on.
-fn reload(mut running: OriginServer, wanted: &OriginServer, origin: &Origin, log: &log::Guard) -> OriginServer {
+fn reload(mut running: OriginServer, wanted: &OriginServer, origin: &Origin, log: &log::Guard, granted: u64) -> OriginServer {
     if let Err(error) = log.set_level(&wanted.log.level) {
         tracing::error!(%error, "the log level stays as it was");
     } else {
         running.log.level.clone_from(&wanted.log.level);
     }
-    origin.set_limits(wanted.limits.clone());
+    origin.set_limits(within(&wanted.limits, granted));
     running.limits = wanted.limits.clone();
     tracing::info!("the configuration was re-read; limits and log level are in force");
     let rest = changed(&running, wanted);

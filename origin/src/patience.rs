@@ -34,6 +34,11 @@ impl Activity {
     pub(crate) fn end(&self) {
         self.ended.fetch_add(1, Relaxed);
     }
+
+    /// Whether a request is being answered.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.begun.load(Relaxed) != self.ended.load(Relaxed)
+    }
 }
 
 /// A timer that is set far more often than it rings: the deadline moves at no cost, and the sleep follows when it ends.

@@ -12,6 +12,7 @@ use hyper_util::{
     server::graceful::{GracefulShutdown, Watcher},
 };
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     error::Error,
     io,
@@ -26,6 +27,7 @@ use std::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
+    task::AbortHandle,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -43,6 +45,12 @@ pub(crate) trait Handler: Clone + Send + Sync + 'static {
     /// What its answers carry.
     type Body: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static;
 
+    /// What happens when there are as many connections as there may be.
+    const FULL: Full;
+
+    /// How many connections there may be.
+    fn max_connections(limits: &OriginLimits) -> usize;
+
     /// The limits that hold now.
     fn limits(&self) -> Arc<OriginLimits>;
 
@@ -53,6 +61,15 @@ pub(crate) trait Handler: Clone + Send + Sync + 'static {
         peer: SocketAddr,
         activity: Arc<Activity>,
     ) -> impl Future<Output = Response<Self::Body>> + Send;
+}
+
+/// What happens to a connection too many.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Full {
+    /// It gets a 503.
+    NewcomersAreRefused,
+    /// The oldest one that asks for nothing is closed for it, so that a health check is answered beside any number of others.
+    OldestIdleMakesWay,
 }
 
 /// A place among a limited number; given back when dropped.
@@ -73,10 +90,12 @@ impl Drop for Seat {
 }
 
 /// Serves `listener` until `shutdown` is done, then finishes what is in flight, up to `grace`, and cuts the rest.
-pub(crate) async fn serve(listener: TcpListener, handler: impl Handler, shutdown: impl Future<Output = ()>, grace: Duration) {
+pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdown: impl Future<Output = ()>, grace: Duration) {
     let (graceful, cut) = (GracefulShutdown::new(), CancellationToken::new());
     let (open, refusals) = (Arc::default(), Arc::default());
     let mut shutdown = pin!(shutdown);
+    // Those that may have to make way.
+    let mut idle: VecDeque<(Arc<Activity>, AbortHandle)> = VecDeque::new();
     loop {
         let accepted = tokio::select! {
             () = &mut shutdown => break,
@@ -84,9 +103,25 @@ pub(crate) async fn serve(listener: TcpListener, handler: impl Handler, shutdown
         };
         match accepted {
             Ok((stream, peer)) => {
-                let (seat, taken) = Seat::take(&open);
-                if taken <= handler.limits().max_connections {
-                    tokio::spawn(connection(stream, peer, handler.clone(), graceful.watcher(), cut.clone(), seat));
+                let most = H::max_connections(&handler.limits());
+                let (seat, mut taken) = Seat::take(&open);
+                if H::FULL == Full::OldestIdleMakesWay {
+                    idle.retain(|(_, task)| !task.is_finished());
+                    while taken > most
+                        && let Some(oldest) = idle.iter().position(|(activity, _)| !activity.is_busy())
+                        && let Some((_, task)) = idle.remove(oldest)
+                    {
+                        task.abort();
+                        taken -= 1;
+                    }
+                }
+                if taken <= most {
+                    let activity = Arc::new(Activity::default());
+                    let task = connection(stream, peer, handler.clone(), graceful.watcher(), cut.clone(), seat, Arc::clone(&activity));
+                    let task = tokio::spawn(task);
+                    if H::FULL == Full::OldestIdleMakesWay {
+                        idle.push_back((activity, task.abort_handle()));
+                    }
                 } else {
                     let (seat, taken) = Seat::take(&refusals);
                     if taken <= REFUSALS {
@@ -107,11 +142,18 @@ pub(crate) async fn serve(listener: TcpListener, handler: impl Handler, shutdown
     cut.cancel();
 }
 
-async fn connection(stream: TcpStream, peer: SocketAddr, handler: impl Handler, watcher: Watcher, cut: CancellationToken, _seat: Seat) {
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    handler: impl Handler,
+    watcher: Watcher,
+    cut: CancellationToken,
+    _seat: Seat,
+    activity: Arc<Activity>,
+) {
     // A connection that cannot be told to send at once is served all the same, if slower.
     stream.set_nodelay(true).ok();
     let limits = handler.limits();
-    let activity = Arc::new(Activity::default());
     let stream = Patience::new(stream, Arc::clone(&activity), &limits);
     let service = service_fn(move |request| {
         let (handler, activity) = (handler.clone(), Arc::clone(&activity));

@@ -7,7 +7,7 @@ use crate::{
     patience::Activity,
     refused::Refused,
     reply::{Content, Record, Reply, Source, Streaming, chunk_for},
-    server::{Handler, Seat},
+    server::{Full, Handler, Seat},
     store::{Blob, Fault, Kept, Store, Upload},
     webdav::{self, Depth, Listing},
 };
@@ -48,6 +48,12 @@ pub(crate) struct Clients(pub(crate) Arc<Shared>);
 
 impl Handler for Clients {
     type Body = Reply;
+
+    const FULL: Full = Full::NewcomersAreRefused;
+
+    fn max_connections(limits: &OriginLimits) -> usize {
+        limits.max_connections
+    }
 
     fn limits(&self) -> Arc<OriginLimits> {
         self.0.limits.load_full()

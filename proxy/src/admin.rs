@@ -1,24 +1,44 @@
 //! The admin listener: metrics, health, statistics, purge, and a page for people.
 
 use crate::{
+    conn::Conn,
     ladder::{self, Ladder},
     members::{self, Members},
     metrics::Metrics,
     purge::Purge,
 };
+use arc_swap::ArcSwap;
 use axum::{
     Router,
+    body::Body,
     extract::{Path, State},
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderValue, Request, StatusCode, header},
     response::{Html, IntoResponse, Response},
     routing::{get, post},
 };
 use castier_blob::{Digest, MalformedDigest, wire::Problem};
+use castier_config::Limits;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::AbortHandle,
+};
+use tower_service::Service as _;
+
+/// The longest head of a request here, and what is read of a body at once.
+const MAX_HEAD: usize = 16 << 10;
+/// How long to wait before accepting again after a failure.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// What the admin listener tells about.
 pub struct Admin {
@@ -66,6 +86,56 @@ pub fn router(admin: Arc<Admin>) -> Router {
             problem(StatusCode::METHOD_NOT_ALLOWED, "everything here is GET, but /purge/<digest>, which is POST")
         })
         .with_state(admin)
+}
+
+/// Serves the admin interface, within limits of its own.
+///
+/// At `limits.max_admin_connections` the oldest connection that asks for nothing is closed for a new one, so that a health check is
+/// answered beside any number of others.
+pub async fn serve(listener: TcpListener, router: Router, limits: Arc<ArcSwap<Limits>>) {
+    let mut open: VecDeque<(Arc<AtomicBool>, AbortHandle)> = VecDeque::new();
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            // Most often there are no descriptors left. Asked again at once, the kernel would say the same.
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        let limits = limits.load_full();
+        open.retain(|(_, connection)| !connection.is_finished());
+        while open.len() >= limits.max_admin_connections {
+            let Some(idle) = open.iter().position(|(busy, _)| !busy.load(Ordering::Relaxed)) else { break };
+            if let Some((_, connection)) = open.remove(idle) {
+                connection.abort();
+            }
+        }
+        if open.len() >= limits.max_admin_connections {
+            continue;
+        }
+        let busy = Arc::new(AtomicBool::new(false));
+        let connection = tokio::spawn(connection(stream, router.clone(), busy.clone(), limits));
+        open.push_back((busy, connection.abort_handle()));
+    }
+}
+
+/// One connection. hyper's time limit on heads runs between requests, too: a scraper that comes back later connects anew.
+async fn connection(stream: TcpStream, router: Router, busy: Arc<AtomicBool>, limits: Arc<Limits>) {
+    let answer = service_fn(move |request: Request<Incoming>| {
+        let (mut router, busy) = (router.clone(), busy.clone());
+        async move {
+            busy.store(true, Ordering::Relaxed);
+            let answer = router.call(request.map(Body::new)).await;
+            busy.store(false, Ordering::Relaxed);
+            answer
+        }
+    });
+    let stream = Conn::of_tcp(stream, limits.write_timeout.get());
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout.get())
+        .max_buf_size(MAX_HEAD)
+        .serve_connection(TokioIo::new(stream), answer);
+    // How a connection ended is its client's business.
+    served.await.ok();
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {

@@ -25,6 +25,7 @@ use std::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    net::TcpStream,
     time::{Instant, Sleep},
 };
 
@@ -38,7 +39,7 @@ pub struct Conn {
     stalled: Option<Pin<Box<Sleep>>>,
     /// A write is waiting for the client.
     waiting: bool,
-    fence: Option<Fence>,
+    fence: Option<Box<Fence>>,
 }
 
 /// Shows a reader one request and no more. Without it, bytes that pingora reads ahead could not be had back, and a pipelining client
@@ -48,6 +49,9 @@ struct Fence {
     /// Bytes read and not yet shown.
     ahead: BytesMut,
     left: Left,
+    /// When to look next whether the client has left. Only for a client that has sent more than is read ahead: the end of its stream
+    /// cannot be read before what lies in front of it.
+    look: Option<Pin<Box<Sleep>>>,
 }
 
 /// What of the request is still to be shown.
@@ -89,12 +93,21 @@ impl Left {
 }
 
 impl Conn {
-    /// How much a pipelining client may send ahead before it is no longer read.
-    const AHEAD: usize = 64 << 10;
+    /// How much a pipelining client may send ahead before it is no longer read. Little, as each waiting request may have as much behind it.
+    pub const AHEAD: usize = 4 << 10;
+    /// The most that one read of a body gives. pingora copies each read, and may queue several of these copies.
+    pub const READ: usize = 16 << 10;
+    /// How often it is looked whether a client has left that is no longer read.
+    const LOOK: Duration = Duration::from_secs(1);
 
     /// Over an accepted connection.
     pub fn new(stream: Stream, patience: Duration) -> Self {
         Self { stream, patience, stalled: None, waiting: false, fence: None }
+    }
+
+    /// Over a connection that was accepted elsewhere.
+    pub fn of_tcp(stream: TcpStream, patience: Duration) -> Self {
+        Self::new(Box::new(pingora::protocols::l4::stream::Stream::from(stream)), patience)
     }
 
     /// The client's address.
@@ -115,7 +128,7 @@ impl Conn {
             Some(Framing::Chunked) => Left::Chunks(Chunks::default()),
             None => Left::Undecided,
         };
-        self.fence = Some(Fence { ahead, left });
+        self.fence = Some(Box::new(Fence { ahead, left, look: None }));
     }
 
     /// Takes the fence away. What was read and not shown belongs to the next request; none if there can be no other, since this one has not
@@ -169,18 +182,53 @@ impl Fence {
 
     /// Reads on; 0 at the end of the stream.
     fn poll_fill(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let mut part = [0; 16 << 10];
-        let mut part = ReadBuf::new(&mut part);
+        let mut part = [0; Conn::READ];
+        let most = if self.left.is_over() { Conn::AHEAD } else { Conn::READ };
+        let mut part = ReadBuf::new(&mut part[..most]);
         ready!(Pin::new(stream).poll_read(cx, &mut part))?;
         self.ahead.extend_from_slice(part.filled());
         Poll::Ready(Ok(part.filled().len()))
     }
+
+    /// Waits until the client has left, without reading what it has sent.
+    fn poll_left(&mut self, stream: &Stream, cx: &mut Context<'_>) -> Poll<()> {
+        let look = self.look.get_or_insert_with(|| Box::pin(tokio::time::sleep(Conn::LOOK)));
+        while look.as_mut().poll(cx).is_ready() {
+            if has_left(stream) {
+                return Poll::Ready(());
+            }
+            look.as_mut().reset(Instant::now() + Conn::LOOK);
+        }
+        Poll::Pending
+    }
+}
+
+/// Whether the client has closed its end, or the connection is gone.
+fn has_left(stream: &Stream) -> bool {
+    /// As in `enum tcp_state` of Linux' `net/tcp_states.h`. Every state but the two in which the client may still send.
+    const ESTABLISHED: u8 = 1;
+    const FIN_WAIT_2: u8 = 5;
+    let state = stream.get_socket_digest().and_then(|digest| digest.tcp_info()).map(|info| info.tcpi_state);
+    state.is_some_and(|state| state != ESTABLISHED && state != FIN_WAIT_2)
 }
 
 impl AsyncRead for Conn {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         let Some(fence) = &mut this.fence else { return Pin::new(&mut this.stream).poll_read(cx, buf) };
+        if fence.ahead.is_empty()
+            && let Left::Bytes(left) = &mut fence.left
+            && *left > 0
+        {
+            // A body of known length needs no copy of its own.
+            let most = usize::try_from(*left).unwrap_or(usize::MAX).min(Self::READ).min(buf.remaining());
+            let mut part = ReadBuf::new(buf.initialize_unfilled_to(most));
+            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut part))?;
+            let read = part.filled().len();
+            *left -= read as u64;
+            buf.advance(read);
+            return Poll::Ready(Ok(()));
+        }
         loop {
             let there = fence.ahead.len().min(buf.remaining());
             let show = fence.left.of(&mut fence.ahead[..there]);
@@ -189,9 +237,9 @@ impl AsyncRead for Conn {
                 fence.ahead.advance(show);
                 return Poll::Ready(Ok(()));
             }
-            // Whoever reads past the request waits for the client to leave; what else comes belongs to the next request.
+            // A read past the request waits for the client to leave; what else comes belongs to the next request.
             if fence.ahead.len() >= Self::AHEAD {
-                return Poll::Pending;
+                return fence.poll_left(&this.stream, cx).map(Ok);
             }
             if ready!(fence.poll_fill(&mut this.stream, cx))? == 0 {
                 return Poll::Ready(Ok(()));

@@ -83,6 +83,8 @@ pub enum Fault {
 pub enum Limit {
     /// `limits.max_connections`.
     Connections,
+    /// `limits.client_memory`.
+    ClientMemory,
     /// `fill.max_in_flight`, for longer than `fill.max_wait`.
     Fills,
     /// `origin.max_requests`, for longer than `origin.read_timeout`.
@@ -97,12 +99,13 @@ pub enum Limit {
 
 impl Limit {
     /// Every reason, for making the series exist from the start.
-    pub const ALL: [Self; 6] = [Self::Connections, Self::Fills, Self::Requests, Self::Spool, Self::Files, Self::Origin];
+    pub const ALL: [Self; 7] = [Self::Connections, Self::ClientMemory, Self::Fills, Self::Requests, Self::Spool, Self::Files, Self::Origin];
 
     /// As it stands in labels and texts.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Connections => "connections",
+            Self::ClientMemory => "client_memory",
             Self::Fills => "fills",
             Self::Requests => "requests",
             Self::Spool => "spool",

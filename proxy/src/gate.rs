@@ -4,9 +4,10 @@
 
 use crate::{
     secret::{ASKED, Field, PROOF, Twice},
+    spool::{Budget, Lease},
     via,
 };
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use castier_blob::wire::Target;
 use castier_config::Limits;
 use http::{
@@ -19,6 +20,7 @@ use std::{
     mem::MaybeUninit,
     ops::Range,
     pin::Pin,
+    sync::Arc,
     task::{Poll, ready},
     time::Duration,
 };
@@ -77,6 +79,8 @@ pub enum NoHead {
     Closed,
     /// Refused, with what to say before closing.
     Refused(StatusCode, String),
+    /// `limits.client_memory` is used up, and the rest of the head is still to come.
+    NoMemory,
 }
 
 impl Head {
@@ -123,6 +127,8 @@ impl Head {
 /// Reads until `ahead` begins with a whole head. What follows the head stays in `ahead`.
 ///
 /// The first byte may take `wait` (a new connection's whole head must then come within `header_timeout`); `ahead` may hold bytes from before.
+/// A head that does not come whole in the first read is paid for out of `memory`. The lease comes with the head, which keeps the bytes. A
+/// head that does come whole costs no lease: that is the case that must be fast, and it holds [`READ`] bytes at most.
 ///
 /// # Errors
 /// [`NoHead`]: nothing came, or nothing that may be served.
@@ -131,49 +137,102 @@ pub async fn read_head(
     ahead: &mut BytesMut,
     limits: &Limits,
     wait: Duration,
-) -> Result<Head, NoHead> {
+    memory: &Arc<Budget>,
+) -> Result<(Head, Option<Lease>), NoHead> {
     let max_bytes = usize::try_from(limits.max_header_bytes.get()).unwrap_or(usize::MAX);
     let started = Instant::now();
-    let mut deadline = if ahead.is_empty() { started + wait } else { started + limits.header_timeout.get() };
+    let mut begun = !ahead.is_empty();
+    let mut deadline = if begun { started + limits.header_timeout.get() } else { started + wait };
+    let mut lease: Option<Lease> = None;
+    let mut search = Search::default();
     loop {
-        if !ahead.is_empty() {
-            if let Some(head) = parse(ahead, limits.max_headers)? {
-                let head = to_origin_form(ahead, head, limits.max_headers)?;
-                if head.len > max_bytes {
-                    return Err(too_large(max_bytes));
-                }
-                return Ok(head);
-            }
-            if ahead.len() > max_bytes {
+        // Empty lines before a request mean nothing (RFC 9112, section 2.2). They go at once, or each would be parsed with every byte.
+        let empty = ahead.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+        if empty > 0 {
+            ahead.advance(empty);
+            search = Search::default();
+        }
+        if search.is_worth_parsing(ahead)
+            && let Some(head) = parse(ahead, limits.max_headers)?
+        {
+            let head = to_origin_form(ahead, head, limits.max_headers)?;
+            if head.len > max_bytes {
                 return Err(too_large(max_bytes));
             }
+            return Ok((head, lease));
         }
-        let was_empty = ahead.is_empty();
-        if was_empty {
+        if ahead.len() > max_bytes {
+            return Err(too_large(max_bytes));
+        }
+        if !begun {
             *ahead = BytesMut::new();
         }
-        match timeout_at(deadline, read_some(stream, ahead)).await {
+        let held = (begun && !ahead.is_empty()).then_some(&mut lease);
+        match timeout_at(deadline, read_some(stream, ahead, held, memory)).await {
             Ok(Ok(n)) if n > 0 => {}
+            Ok(Err(error)) if error.kind() == io::ErrorKind::OutOfMemory => return Err(NoHead::NoMemory),
             Ok(_) => return Err(NoHead::Closed),
-            Err(_) if was_empty => return Err(NoHead::Closed),
+            Err(_) if !begun => return Err(NoHead::Closed),
             Err(_) => {
                 let why = format!("the request head did not arrive within {}", limits.header_timeout);
                 return Err(NoHead::Refused(StatusCode::REQUEST_TIMEOUT, why));
             }
         }
-        if was_empty {
+        if !begun {
+            begun = true;
             deadline = Instant::now() + limits.header_timeout.get();
         }
     }
 }
 
+/// When to parse a head that comes in pieces. A head is parsed from its start, so parsing it with every byte would cost the square of its
+/// length. It is parsed when its end may have come, and, so that a malformed one is refused early, each time it has doubled.
+#[derive(Default)]
+struct Search {
+    /// So many bytes hold no empty line.
+    seen: usize,
+    /// Parse once there are so many.
+    next: usize,
+}
+
+impl Search {
+    fn is_worth_parsing(&mut self, bytes: &[u8]) -> bool {
+        if bytes.is_empty() {
+            return false;
+        }
+        // The end is `\n\r\n` or `\n\n`, of which up to two bytes may have been seen.
+        let from = self.seen.saturating_sub(2);
+        let ended = bytes.len() >= self.next
+            || bytes[from..].windows(3).any(|end| end == b"\n\r\n")
+            || bytes[from..].windows(2).any(|end| end == b"\n\n");
+        self.seen = bytes.len();
+        if ended {
+            self.next = 2 * bytes.len();
+        }
+        ended
+    }
+}
+
 /// Reads what there is onto the end of `ahead`, and says how much; 0 at the end. The room to read into is on the stack, so that an idle
-/// connection has no buffer.
-async fn read_some(stream: &mut (impl AsyncRead + Unpin), ahead: &mut BytesMut) -> io::Result<usize> {
+/// connection has no buffer. With `held`, a lease covers all of `ahead` before it grows.
+async fn read_some(
+    stream: &mut (impl AsyncRead + Unpin),
+    ahead: &mut BytesMut,
+    mut held: Option<&mut Option<Lease>>,
+    memory: &Arc<Budget>,
+) -> io::Result<usize> {
     poll_fn(|cx| {
         let mut part = [MaybeUninit::uninit(); READ];
         let mut part = ReadBuf::uninit(&mut part);
         ready!(Pin::new(&mut *stream).poll_read(cx, &mut part))?;
+        if let Some(held) = &mut held {
+            // As `BytesMut` grows: at least twofold.
+            let after = ahead.len() + part.filled().len();
+            let capacity = if after > ahead.capacity() { after.max(2 * ahead.capacity()) } else { ahead.capacity() };
+            if !held.get_or_insert_with(|| memory.empty()).cover(capacity as u64) {
+                return Poll::Ready(Err(io::ErrorKind::OutOfMemory.into()));
+            }
+        }
         ahead.extend_from_slice(part.filled());
         Poll::Ready(Ok(part.filled().len()))
     })
@@ -438,11 +497,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn limits_of_size_and_time() {
-        let limits = Limits::default();
+        let (limits, memory) = (Limits::default(), Budget::new(1 << 20));
         let wait = limits.idle_timeout.get();
         let large = format!("GET / HTTP/1.1\r\nX: {}", "y".repeat(40_000));
         let mut ahead = BytesMut::new();
-        let answer = read_head(&mut large.as_bytes(), &mut ahead, &limits, wait).await;
+        let answer = read_head(&mut large.as_bytes(), &mut ahead, &limits, wait, &memory).await;
         assert!(matches!(answer, Err(NoHead::Refused(status, _)) if status == 431), "{answer:?}");
         // A client that sends a byte now and then does not get more time for it.
         let (mut client, mut server) = tokio::io::duplex(64);
@@ -454,12 +513,50 @@ mod tests {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         });
-        let answer = read_head(&mut server, &mut BytesMut::new(), &limits, wait).await;
+        let answer = read_head(&mut server, &mut BytesMut::new(), &limits, wait, &memory).await;
         assert!(matches!(answer, Err(NoHead::Refused(status, _)) if status == 408), "{answer:?}");
         drop(server);
         sender.await.unwrap();
-        let answer = read_head(&mut tokio::io::empty(), &mut BytesMut::new(), &limits, wait).await;
-        assert_eq!(answer, Err(NoHead::Closed));
+        let answer = read_head(&mut tokio::io::empty(), &mut BytesMut::new(), &limits, wait, &memory).await;
+        assert!(matches!(answer, Err(NoHead::Closed)), "{answer:?}");
+    }
+
+    #[test]
+    fn a_head_that_dribbles_in_is_parsed_a_few_times() {
+        let text = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n", "y".repeat(30_000));
+        let mut search = Search::default();
+        let parsed: Vec<_> = (1..=text.len()).filter(|&len| search.is_worth_parsing(&text.as_bytes()[..len])).collect();
+        assert!(parsed.len() < 20 && parsed.last() == Some(&text.len()), "{parsed:?}");
+        // The end is not missed, however the pieces fall.
+        for end in ["\n\n", "\r\n\r\n", "\n\r\n"] {
+            for piece in 1..5 {
+                let text = format!("GET / HTTP/1.1\r\nHost: abc{end}");
+                let (mut search, mut at) = (Search::default(), 0);
+                let found = loop {
+                    at = text.len().min(at + piece);
+                    let worth = search.is_worth_parsing(&text.as_bytes()[..at]);
+                    if at == text.len() {
+                        break worth;
+                    }
+                };
+                assert!(found, "{end:?} in pieces of {piece}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_head_in_pieces_is_paid_for() {
+        let (limits, memory) = (Limits::default(), Budget::new(16 << 10));
+        let wait = limits.idle_timeout.get();
+        let head = |length| format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n", "y".repeat(length));
+        let (_, lease) = read_head(&mut head(1_000).as_bytes(), &mut BytesMut::new(), &limits, wait, &memory).await.unwrap();
+        assert!(lease.is_none(), "it came in one read");
+        let (_, lease) = read_head(&mut head(10_000).as_bytes(), &mut BytesMut::new(), &limits, wait, &memory).await.unwrap();
+        assert!(lease.is_some(), "it keeps what it took");
+        let answer = read_head(&mut head(10_000).as_bytes(), &mut BytesMut::new(), &limits, wait, &memory).await;
+        assert!(matches!(answer, Err(NoHead::NoMemory)), "{answer:?}");
+        drop(lease);
+        assert!(read_head(&mut head(10_000).as_bytes(), &mut BytesMut::new(), &limits, wait, &memory).await.is_ok());
     }
 
     proptest! {

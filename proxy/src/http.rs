@@ -11,18 +11,21 @@ pub use peer::PeerDoor;
 
 use crate::{
     conn::{Conn, response_header, write},
+    descriptors::{Descriptors, Outgoing},
     fault::{Fault, Limit},
     flight::{Asker, Opened},
-    gate::{self, Framing, Head, NoHead},
+    gate::{self, Head, NoHead},
     ladder::{Found, Ladder, TierName, Whence},
     metrics::{Listener, Metrics, Route, Served},
+    plan,
     purge::Purge,
     record::{self, CLIENT_GONE, More, Record},
     relay::Relay,
     secret::Asked,
     serve::{Body, Reply, Via},
+    spool::Budget,
     upload,
-    upstream::Put,
+    upstream::{Parcel, Put},
     via,
 };
 use arc_swap::ArcSwap;
@@ -50,8 +53,10 @@ pub struct Front {
     ladder: Arc<Ladder>,
     door: Door,
     limits: Arc<ArcSwap<Limits>>,
-    /// How many connections over `limits.max_connections` are told so.
-    refusals: usize,
+    /// `limits.client_memory`.
+    memory: Arc<Budget>,
+    /// Who may open how many files and connections.
+    descriptors: Arc<Descriptors>,
     metrics: Arc<Metrics>,
 }
 
@@ -121,16 +126,45 @@ impl ServerApp for Front {
 }
 
 impl Front {
-    /// The application over these parts. So many connections beyond `limits.max_connections` are told so before they are closed.
-    pub fn new(ladder: Arc<Ladder>, door: Door, limits: Arc<ArcSwap<Limits>>, refusals: usize, metrics: Arc<Metrics>) -> Self {
-        Self { ladder, door, limits, refusals, metrics }
+    /// The application over these parts, within `limits.client_memory` and the descriptors there are.
+    pub fn new(
+        ladder: Arc<Ladder>,
+        door: Door,
+        limits: Arc<ArcSwap<Limits>>,
+        memory: Arc<Budget>,
+        descriptors: Arc<Descriptors>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { ladder, door, limits, memory, descriptors, metrics }
+    }
+
+    /// What a connection to the origin takes that only this request needs.
+    fn outgoing(&self) -> Option<Outgoing> {
+        self.descriptors.outgoing(self.connections())
+    }
+
+    /// How many clients are connected.
+    fn connections(&self) -> u64 {
+        u64::try_from(self.metrics.connections.get()).unwrap_or(0)
+    }
+
+    /// Whether the connection that made it `place` of them may stay, and, if not, whether it is told so.
+    fn admits(&self, place: usize, limits: &Limits) -> (bool, bool) {
+        let max = match &self.door {
+            Door::Clients { .. } => limits.max_connections,
+            Door::Peers(_) => limits.max_peer_connections,
+        };
+        let room = matches!(self.door, Door::Peers(_)) || self.descriptors.has_room(place);
+        let told = place <= max.saturating_add(self.descriptors.refusals()) && self.descriptors.may_refuse(place);
+        (place <= max && room, told)
     }
 
     /// The connection that made it `place` of them.
     async fn serve(&self, stream: Stream, place: usize, shutdown: &ShutdownWatch) {
         let limits = self.limits.load_full();
-        let (max, patience) = (limits.max_connections, limits.write_timeout.get());
-        if place <= max {
+        let patience = limits.write_timeout.get();
+        let (admitted, told) = self.admits(place, &limits);
+        if admitted {
             let stream = match &self.door {
                 Door::Clients { .. } => stream,
                 Door::Peers(door) => match Box::pin(door.secure(stream, limits.header_timeout.get())).await {
@@ -141,9 +175,11 @@ impl Front {
             return self.serve_connection(Conn::new(stream, patience), shutdown).await;
         }
         self.metrics.shed(Limit::Connections);
-        // Beyond these they are closed without a word, so that telling costs little; and so is one that would first have to be secured.
-        if place <= max + self.refusals && !matches!(&self.door, Door::Peers(door) if door.is_secured()) {
-            Box::pin(raw::refuse_connection(&mut Conn::new(stream, patience))).await;
+        // One that would first have to be secured is closed without a word.
+        if !matches!(&self.door, Door::Peers(door) if door.is_secured()) {
+            // Most are waited for until they have read the answer; beyond a number of these, none is.
+            let patience = if told { raw::REFUSAL } else { Duration::ZERO };
+            Box::pin(raw::refuse_connection(&mut Conn::new(stream, limits.write_timeout.get()), patience)).await;
         }
     }
 
@@ -159,15 +195,23 @@ impl Front {
             let idle = ahead.is_empty();
             let head = tokio::select! {
                 biased;
-                head = gate::read_head(&mut conn, &mut ahead, &limits, wait) => head,
+                head = gate::read_head(&mut conn, &mut ahead, &limits, wait, &self.memory) => head,
                 _ = draining.wait_for(|down| *down), if idle => return,
             };
             wait = limits.idle_timeout.get();
             conn.set_patience(limits.write_timeout.get());
-            let head = match head {
+            // The lease lives as long as the request does, as the head's bytes do.
+            let (head, _lease) = match head {
                 Ok(head) => head,
                 Err(NoHead::Closed) => return,
-                Err(NoHead::Refused(status, why)) => return Box::pin(self.refuse_request(conn, status, &why, peer)).await,
+                Err(NoHead::Refused(status, why)) => {
+                    drop(ahead);
+                    return Box::pin(self.refuse_request(conn, status, &why, peer)).await;
+                }
+                Err(NoHead::NoMemory) => {
+                    drop(ahead);
+                    return Box::pin(self.shed_request(conn, Limit::ClientMemory, peer)).await;
+                }
             };
             let asked = match &self.door {
                 Door::Clients { .. } => Asked::OPEN,
@@ -205,7 +249,19 @@ impl Front {
                     Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await
                 }
                 _ => match &self.door {
-                    Door::Clients { relay, .. } => Box::pin(relay.pass(conn, ahead, &head, &limits, shutdown)).await,
+                    Door::Clients { relay, .. } => {
+                        let Some(memory) = self.memory.lease(plan::relay(&head)) else {
+                            drop(ahead);
+                            return Box::pin(self.shed_request(conn, Limit::ClientMemory, peer)).await;
+                        };
+                        let Some(connection) = self.outgoing() else {
+                            drop(ahead);
+                            return Box::pin(self.shed_request(conn, Limit::Files, peer)).await;
+                        };
+                        let next = Box::pin(relay.pass(conn, ahead, &head, &limits, shutdown, memory)).await;
+                        drop(connection);
+                        next
+                    }
                     Door::Peers(_) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await,
                 },
             };
@@ -229,17 +285,19 @@ impl Front {
         peer: Option<SocketAddr>,
     ) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
-        // Chunks are read through a fence, which is stricter about them than pingora.
-        let fenced = head.framing == Framing::Chunked;
-        if fenced {
-            let prefix = ahead.split_to(head.len);
-            conn.fence(ahead, Some(head.framing));
-            ahead = prefix;
-        }
+        let Some(_memory) = self.memory.lease(plan::request(head)) else {
+            drop(ahead);
+            self.shed_request(conn, Limit::ClientMemory, peer).await;
+            return None;
+        };
+        // The session sees one request and no more: behind pipelined bytes, pingora would not notice that the client has left; and the fence
+        // is stricter about chunks than pingora is.
+        let prefix = ahead.split_to(head.len);
+        conn.fence(ahead, Some(head.framing));
         let mut session = ServerSession::new_http1(conn.into_stream());
         // Pipelining is switched on for the sake of `finish`, which then gives back what was read too much.
         session.set_pipelining_enabled(true);
-        session.set_pipelined_prefix(ahead);
+        session.set_pipelined_prefix(prefix);
         session.set_read_timeout(Some(limits.idle_timeout.get()));
         session.set_total_drain_timeout(Some(LINGER));
         if !matches!(session.read_request().await, Ok(true)) {
@@ -297,12 +355,9 @@ impl Front {
             let _ = timeout(LINGER, async { while let Ok(Some(_)) = session.read_request_body().await {} }).await;
         }
         let (stream, ahead) = session.finish().await.ok().flatten()?.into_parts();
-        let (mut conn, ahead) = (Conn::from_stream(stream)?, ahead.unwrap_or_default());
-        if !fenced {
-            return Some((conn, ahead));
-        }
         // The fence showed one request, so nothing can have been read too much.
-        let ahead = conn.unfence().filter(|_| ahead.is_empty())?;
+        let mut conn = Conn::from_stream(stream).filter(|_| ahead.is_none_or(|ahead| ahead.is_empty()))?;
+        let ahead = conn.unfence()?;
         Some((conn, ahead))
     }
 
@@ -316,12 +371,13 @@ impl Front {
     ) -> (Option<Reply>, Option<Fault>) {
         let answered = match (target, &self.door) {
             (Target::Blob(digest), _) if *method == Method::GET => self.get(session, &digest).await,
-            (Target::Blob(digest), _) if *method == Method::HEAD => self.head(session, &digest).await,
-            (Target::Blob(digest), _) if *method == Method::PUT => self.put(session, Some(digest), limits).await,
-            (Target::Blob(digest), _) if *method == Method::DELETE => self.delete(session, &digest).await,
+            (Target::Blob(digest), _) if *method == Method::HEAD => Box::pin(self.head(session, &digest)).await,
+            // Boxed, so that the task of a request that waits for a blob is not as large as that of an upload.
+            (Target::Blob(digest), _) if *method == Method::PUT => Box::pin(self.put(session, Some(digest), limits)).await,
+            (Target::Blob(digest), _) if *method == Method::DELETE => Box::pin(self.delete(session, &digest)).await,
             (Target::Malformed(_), _) => Ok(Reply::malformed_digest()),
-            (Target::Collection, Door::Clients { .. }) => self.put(session, None, limits).await,
-            (_, Door::Peers(door)) => self.control(door, session, method).await,
+            (Target::Collection, Door::Clients { .. }) => Box::pin(self.put(session, None, limits)).await,
+            (_, Door::Peers(door)) => Box::pin(self.control(door, session, method)).await,
             // These were relayed.
             (Target::Blob(_) | Target::Other, Door::Clients { .. }) => Err(Fault::Internal("a request for the relay".into())),
         };
@@ -436,6 +492,11 @@ impl Front {
         if size.is_some_and(|size| size > max) {
             return Err(Fault::TooLarge { limit: max });
         }
+        // One that is streamed has a connection to the origin of its own for as long as it lasts.
+        let _connection = match size {
+            Some(size) if size <= Parcel::SMALL as u64 => None,
+            _ => Some(self.outgoing().ok_or(Fault::Busy(Limit::Files))?),
+        };
         if upload::expects_continue(session) {
             if let Some(digest) = digest
                 && let Ok(Some(size)) = self.ladder.stored_at_origin(&digest, size, self.door.asker()).await

@@ -21,6 +21,7 @@ pub mod ladder;
 pub mod members;
 pub mod memory;
 pub mod metrics;
+pub mod plan;
 pub mod pool;
 pub mod purge;
 pub mod record;

@@ -3,7 +3,7 @@
 use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin},
-    descriptors::{self, Shares},
+    descriptors::{self, Descriptors, Shares},
     disk::Disk,
     fault::Fault,
     flight::{Flights, Tiers},
@@ -12,6 +12,7 @@ use castier::{
     members::Members,
     memory::Memory,
     metrics::Metrics,
+    plan,
     purge::Purge,
     relay::Relay,
     secret::Secrets,
@@ -117,6 +118,10 @@ fn main() -> ExitCode {
         say(config::print(&config).trim_end());
         return ExitCode::SUCCESS;
     }
+    if let Err(why) = castier_origin::threads::check() {
+        eprintln!("castier: {why}");
+        return ExitCode::from(1);
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -177,8 +182,9 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
     let (ready, door) = (AtomicBool::new(false), Door::Clients { relay, purge: purge.clone() });
     let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), members, purge, ready, name: name.clone() });
-    let refusals = usize::try_from(shares.refusals).unwrap_or(usize::MAX);
-    let front = |door| Front::new(ladder.clone(), door, limits.clone(), refusals, metrics.clone());
+    let client_memory = Budget::new(config.limits.client_memory.get());
+    let descriptors = Descriptors::new(shares);
+    let front = |door| Front::new(ladder.clone(), door, limits.clone(), client_memory.clone(), descriptors.clone(), metrics.clone());
 
     log.say(&format!("listening public {name}"));
     log.say(&format!("listening admin {}", shown(&admin_listener)));
@@ -190,7 +196,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     }
     log.say(&format!("try: curl -F file=@README.md http://{name}/cas"));
 
-    let admin_server = tokio::spawn(axum::serve(admin_listener, admin::router(admin.clone())).into_future());
+    let admin_server = tokio::spawn(admin::serve(admin_listener, admin::router(admin.clone()), limits.clone()));
     // Peers first: a node that asks them is one that they can ask.
     let peer = match (peer, &nodes) {
         (Some(listener), Some(nodes)) => Some(Listening::open("peer", front(Door::Peers(nodes.door(&config)?)), listener)?),
@@ -208,6 +214,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     }
     admin.ready.store(true, Ordering::Relaxed);
     shares.tell(&config);
+    plan::tell(&config, &limits.load());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
     let secrets = nodes.as_ref().map(|nodes| nodes.secrets.clone());
@@ -217,7 +224,8 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
         let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
         (loaded, secrets)
     });
-    let mut live = Live { config, limits: limits.clone(), shares, embedded: embedded.map(|(.., origin)| origin), nodes, log };
+    let mut live =
+        Live { config, limits: limits.clone(), client_memory, shares, embedded: embedded.map(|(.., origin)| origin), nodes, log };
     while let Told::Reload((loaded, secrets)) = signals.next(&mut reading).await {
         if let Some(new) = told(loaded) {
             live.reload(new, secrets);
@@ -441,6 +449,7 @@ struct Live {
     /// As it is in force.
     config: Castier,
     limits: Arc<ArcSwap<Limits>>,
+    client_memory: Arc<Budget>,
     shares: Shares,
     embedded: Option<Origin>,
     nodes: Option<Nodes>,
@@ -460,6 +469,7 @@ impl Live {
             origin.set_limits((&new.limits).into());
         }
         self.limits.store(Arc::new(self.shares.within(&new.limits)));
+        self.client_memory.set_limit(new.limits.client_memory.get());
         if let Some(nodes) = &self.nodes {
             if let Err(why) = secrets {
                 tracing::error!(why, "the secrets stay as they are");
@@ -471,6 +481,7 @@ impl Live {
         }
         (self.config.limits, self.config.log.level) = (new.limits, new.log.level);
         self.shares.tell(&self.config);
+        plan::tell(&self.config, &self.limits.load());
         tracing::info!(changed = ?live, "config reloaded");
         if !later.is_empty() {
             tracing::warn!(keys = ?later, "these changes need a restart");

@@ -3,16 +3,17 @@
 
 use crate::{
     conn::{self, Conn},
-    fault::Fault,
+    fault::{Fault, Limit},
     gate::{Head, names_upgrade},
     metrics::{Listener, Metrics, Route, Served},
-    record,
+    plan, record,
     serve::Reply,
+    spool::Lease,
     upstream::{Expected, Upstream},
     via,
 };
 use async_trait::async_trait;
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use castier_blob::wire;
 use castier_config::Limits;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
@@ -25,7 +26,11 @@ use pingora::{
     proxy::{FailToProxy, HttpProxy, ProxyHttp, Session},
     server::{ShutdownWatch, configuration::ServerConf},
 };
-use std::{sync::Arc, time::Instant};
+use std::{
+    any::Any,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Relays requests to the origin.
 pub struct Relay {
@@ -55,12 +60,15 @@ impl Relay {
         head: &Head,
         limits: &Limits,
         shutdown: &ShutdownWatch,
+        memory: Lease,
     ) -> Option<(Conn, BytesMut)> {
         let prefix = ahead.split_to(head.len);
         conn.fence(ahead, (!head.upgrade).then_some(head.framing));
         let mut session = ServerSession::new_http1(conn.into_stream());
         session.set_pipelined_prefix(prefix);
         session.set_read_timeout(Some(limits.idle_timeout.get()));
+        // pingora makes the request's context itself, so the lease goes along with the session.
+        session.set_connection_user_context(Some(Box::new(memory)));
         let (stream, _) = self.proxy.process_new_http(session, shutdown).await?.consume();
         let mut conn = Conn::from_stream(stream)?;
         let ahead = conn.unfence()?;
@@ -78,6 +86,48 @@ struct Passage {
     connections: u32,
     /// The last of them was kept alive.
     reused: bool,
+    /// What it may hold, out of `limits.client_memory`.
+    memory: Option<Lease>,
+    /// The answer is paid for, however fast it comes.
+    answer_paid: bool,
+    /// It had to end, since `limits.client_memory` was used up.
+    shed: bool,
+}
+
+impl Passage {
+    /// Pays for an answer, or says that it must not go on.
+    fn pay(&mut self, bytes: u64) -> pingora::Result<()> {
+        if self.memory.as_mut().is_none_or(|memory| memory.grow(bytes)) {
+            return Ok(());
+        }
+        self.shed = true;
+        Err(pingora::Error::explain(pingora::ErrorType::InternalError, "limits.client_memory is used up"))
+    }
+}
+
+impl Rules {
+    /// An answer's head as the client gets it.
+    fn answer_head(&self, session: &mut Session, response: &mut ResponseHeader) -> pingora::Result<()> {
+        let upgrade = session.is_upgrade_req();
+        for name in hop_by_hop(&response.headers) {
+            // Framing is pingora's own business, and so is an upgrade that was agreed on.
+            if name != header::TRANSFER_ENCODING && !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
+                response.remove_header(&name);
+            }
+        }
+        if !response.status.is_informational() {
+            response.append_header(wire::CACHE_STATUS, "castier; fwd=bypass")?;
+        }
+        response.append_header(header::VIA, via::own(response.version))?;
+        // Each hop speaks its own version (RFC 9110, section 6.2).
+        response.set_version(Version::HTTP_11);
+        if session.req_header().version == Version::HTTP_10 && response.headers.contains_key(header::TRANSFER_ENCODING) {
+            // It knows no chunks either: the end of the connection is the end of the body.
+            response.remove_header(&header::TRANSFER_ENCODING);
+            session.set_keepalive(None);
+        }
+        Ok(())
+    }
 }
 
 #[async_trait]
@@ -85,7 +135,20 @@ impl ProxyHttp for Rules {
     type CTX = Passage;
 
     fn new_ctx(&self) -> Passage {
-        Passage { started: Instant::now(), failed: false, error: None, connections: 0, reused: false }
+        Passage {
+            started: Instant::now(),
+            failed: false,
+            error: None,
+            connections: 0,
+            reused: false,
+            memory: None,
+            answer_paid: false,
+            shed: false,
+        }
+    }
+
+    fn on_connection_reuse(&self, _session: &mut Session, ctx: &mut Passage, memory: Box<dyn Any + Send + Sync>) {
+        ctx.memory = memory.downcast().ok().map(|lease| *lease);
     }
 
     fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
@@ -183,31 +246,45 @@ impl ProxyHttp for Rules {
         Ok(())
     }
 
-    async fn response_filter(&self, session: &mut Session, response: &mut ResponseHeader, _ctx: &mut Passage) -> pingora::Result<()> {
-        let upgrade = session.is_upgrade_req();
-        for name in hop_by_hop(&response.headers) {
-            // Framing is pingora's own business, and so is an upgrade that was agreed on.
-            if name != header::TRANSFER_ENCODING && !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
-                response.remove_header(&name);
-            }
-        }
+    async fn response_filter(&self, session: &mut Session, response: &mut ResponseHeader, ctx: &mut Passage) -> pingora::Result<()> {
         if !response.status.is_informational() {
-            response.append_header(wire::CACHE_STATUS, "castier; fwd=bypass")?;
+            let empty = session.req_header().method == http::Method::HEAD || matches!(response.status.as_u16(), 204 | 304);
+            let length = response.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.trim().parse().ok());
+            match length {
+                _ if empty => {}
+                Some(length) => ctx.pay(plan::relay_answer(Some(length)))?,
+                // Most answers of unknown length come in small pieces, as events do. `response_body_filter` sees the others.
+                None => return self.answer_head(session, response),
+            }
+            ctx.answer_paid = true;
         }
-        response.append_header(header::VIA, via::own(response.version))?;
-        // Each hop speaks its own version (RFC 9110, section 6.2).
-        response.set_version(Version::HTTP_11);
-        if session.req_header().version == Version::HTTP_10 && response.headers.contains_key(header::TRANSFER_ENCODING) {
-            // It knows no chunks either: the end of the connection is the end of the body.
-            response.remove_header(&header::TRANSFER_ENCODING);
-            session.set_keepalive(None);
+        self.answer_head(session, response)
+    }
+
+    fn response_body_filter(
+        &self,
+        _session: &mut Session,
+        body: &mut Option<Bytes>,
+        _end: bool,
+        ctx: &mut Passage,
+    ) -> pingora::Result<Option<Duration>> {
+        if !ctx.answer_paid && body.as_ref().is_some_and(|body| body.len() > plan::RELAY_PIECE) {
+            ctx.pay(plan::relay_answer(None))?;
+            ctx.answer_paid = true;
         }
-        Ok(())
+        Ok(None)
     }
 
     async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, ctx: &mut Passage) -> FailToProxy {
         ctx.failed = true;
-        let fault = error.root_cause().downcast_ref::<Fault>().cloned().unwrap_or_else(|| self.origin.fault(error));
+        if ctx.shed {
+            self.metrics.shed(Limit::ClientMemory);
+        }
+        let fault = if ctx.shed {
+            Fault::Busy(Limit::ClientMemory)
+        } else {
+            error.root_cause().downcast_ref::<Fault>().cloned().unwrap_or_else(|| self.origin.fault(error))
+        };
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
         let downstream = error.esource == pingora::ErrorSource::Downstream;
         let answered = session
@@ -219,7 +296,9 @@ impl ProxyHttp for Rules {
         let reply = if downstream {
             Reply::error(http::StatusCode::BAD_REQUEST, "malformed request body")
         } else {
-            tracing::warn!(%fault, "a request could not be relayed to the origin; its client was told so");
+            if !ctx.shed {
+                tracing::warn!(%fault, "a request could not be relayed to the origin; its client was told so");
+            }
             match fault {
                 Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
                 _ => Reply::fault(&fault),

@@ -37,15 +37,21 @@ pub const PIECE: usize = buffer::SIZE;
 const MERGE: usize = 64 << 10;
 
 /// An amount of bytes that many share, handed out as [`Lease`]s.
+#[derive(Debug)]
 pub struct Budget {
-    limit: u64,
+    limit: AtomicU64,
     used: AtomicU64,
 }
 
 impl Budget {
     /// A budget of `limit` bytes.
     pub fn new(limit: u64) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicU64::new(0) })
+        Arc::new(Self { limit: AtomicU64::new(limit), used: AtomicU64::new(0) })
+    }
+
+    /// Changes the limit. Leases that are out stay; nothing new is handed out until they are within it.
+    pub fn set_limit(&self, limit: u64) {
+        self.limit.store(limit, Ordering::Relaxed);
     }
 
     /// A lease of nothing yet.
@@ -73,6 +79,7 @@ impl Budget {
 }
 
 /// A part of a [`Budget`]; given back on drop.
+#[derive(Debug)]
 pub struct Lease {
     budget: Arc<Budget>,
     amount: u64,
@@ -84,9 +91,10 @@ impl Lease {
         amount <= self.amount || self.grow(amount - self.amount)
     }
 
-    /// Adds `more` bytes; false, and unchanged, if the budget does not have them.
-    fn grow(&mut self, more: u64) -> bool {
-        let within = |used: u64| used.checked_add(more).filter(|sum| *sum <= self.budget.limit);
+    /// Makes the lease larger by `more`; false, and unchanged, if the budget does not have that.
+    pub fn grow(&mut self, more: u64) -> bool {
+        let limit = self.budget.limit.load(Ordering::Relaxed);
+        let within = |used: u64| used.checked_add(more).filter(|sum| *sum <= limit);
         let taken = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok();
         if taken {
             self.amount += more;

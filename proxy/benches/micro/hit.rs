@@ -22,7 +22,7 @@ const BLOBS: u64 = 100_000;
 pub(crate) fn request_head(criterion: &mut Criterion) {
     let path = wire::blob_path(&Digest::of(b""));
     let request = format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nUser-Agent: curl/8.5.0\r\nAccept: */*\r\n\r\n");
-    let limits = Limits::default();
+    let (limits, memory) = (Limits::default(), Budget::new(1 << 20));
     // The time-out wants a clock.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let _clock = runtime.enter();
@@ -30,8 +30,8 @@ pub(crate) fn request_head(criterion: &mut Criterion) {
         bencher.iter(|| {
             let mut ahead = BytesMut::new();
             let mut connection = black_box(request.as_bytes());
-            let head = gate::read_head(&mut connection, &mut ahead, &limits, Duration::from_secs(1));
-            let head = head.now_or_never().unwrap().unwrap();
+            let head = gate::read_head(&mut connection, &mut ahead, &limits, Duration::from_secs(1), &memory);
+            let (head, _) = head.now_or_never().unwrap().unwrap();
             matches!(head.target(&ahead), wire::Target::Blob(_)) && head.plain
         });
     });

@@ -17,16 +17,21 @@ use castier_blob::{Digest, Selection};
 use http::{StatusCode, Version};
 use pingora::protocols::http::date::get_cached_date;
 use std::{
+    future::poll_fn,
+    io,
+    mem::MaybeUninit,
     net::SocketAddr,
+    pin::Pin,
+    task::{Poll, ready},
     time::{Duration, Instant},
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncWriteExt, ReadBuf},
     time::timeout,
 };
 
 /// A refused client has this long to send its request and read the answer.
-const REFUSAL: Duration = Duration::from_secs(2);
+pub(super) const REFUSAL: Duration = Duration::from_secs(2);
 /// Bodies up to this size are copied behind their head, to leave in one write.
 const ONE_WRITE: usize = 16 << 10;
 /// How many pieces from disk leave in one write: each write wakes the client, and so many still fit into the processor's cache.
@@ -163,10 +168,21 @@ impl Front {
     }
 
     /// A request that could not be read: says why, and closes.
-    pub(super) async fn refuse_request(&self, mut conn: Conn, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
+    pub(super) async fn refuse_request(&self, conn: Conn, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
+        self.refuse(conn, Reply::error(status, why), peer).await;
+    }
+
+    /// A request over a limit: says so, and closes.
+    pub(super) async fn shed_request(&self, conn: Conn, limit: Limit, peer: Option<SocketAddr>) {
+        self.metrics.shed(limit);
+        self.refuse(conn, Reply::fault(&Fault::Busy(limit)), peer).await;
+    }
+
+    async fn refuse(&self, mut conn: Conn, reply: Reply, peer: Option<SocketAddr>) {
         let started = Instant::now();
-        let _ = timeout(REFUSAL, write_and_close(&mut conn, &Reply::error(status, why))).await;
-        refused(self.door.listener(), status.as_u16(), started, peer).log(&self.metrics);
+        let within = if self.descriptors.may_linger(self.connections()) { REFUSAL } else { Duration::ZERO };
+        let _ = timeout(within, write_and_close(&mut conn, &reply)).await;
+        refused(self.door.listener(), reply.status.as_u16(), started, peer).log(&self.metrics);
     }
 }
 
@@ -199,14 +215,11 @@ async fn send(conn: &mut Conn, out: &mut impl Buf) -> (usize, Result<(), Cut>) {
     (all - out.remaining(), sent.map_err(Cut::client))
 }
 
-/// A connection over the limit: says so, and closes.
-pub(super) async fn refuse_connection(conn: &mut Conn) {
-    let refuse = async {
-        // The request is read first: closing over unread bytes would reset the connection and take the answer along.
-        let _ = conn.read(&mut [0; 4096]).await;
-        write_and_close(conn, &Reply::fault(&Fault::Busy(Limit::Connections))).await;
-    };
-    let _ = timeout(REFUSAL, refuse).await;
+/// A connection over the limit: says so, and closes. The client has the time `within` to send its request and to read the answer.
+pub(super) async fn refuse_connection(conn: &mut Conn, within: Duration) {
+    // The request is read first: closing over unread bytes would reset the connection and may take the answer along.
+    let _ = timeout(within, discard(conn)).await;
+    let _ = timeout(within, write_and_close(conn, &Reply::fault(&Fault::Busy(Limit::Connections)))).await;
 }
 
 /// Writes a reply on a connection that has no session, closes our side, and reads on until the client has closed its own.
@@ -217,6 +230,17 @@ async fn write_and_close(conn: &mut Conn, reply: &Reply) {
     if conn.write_all(&out).await.is_err() || AsyncWriteExt::shutdown(conn).await.is_err() {
         return;
     }
-    let mut rest = [0; 16 << 10];
-    while conn.read(&mut rest).await.is_ok_and(|n| n > 0) {}
+    while discard(conn).await.is_ok_and(|n| n > 0) {}
+}
+
+/// Reads something and forgets it; 0 at the end. What it reads into is on the stack: many connections may be refused at once, and a buffer
+/// in each of these tasks would be as large as what they were refused for.
+async fn discard(conn: &mut Conn) -> io::Result<usize> {
+    poll_fn(|cx| {
+        let mut part = [MaybeUninit::uninit(); 16 << 10];
+        let mut part = ReadBuf::uninit(&mut part);
+        ready!(Pin::new(&mut *conn).poll_read(cx, &mut part))?;
+        Poll::Ready(Ok(part.filled().len()))
+    })
+    .await
 }

@@ -16,9 +16,6 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-/// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
-const SMALL: usize = 64 << 10;
-
 /// So much of a larger upload is held until it has been sent and more follows: if a kept-alive connection turns out to be closed, the
 /// upload begins again on a new one. A source that had closed it says so within a round trip.
 const REPEATABLE: usize = 256 << 10;
@@ -62,6 +59,11 @@ pub struct Parcel<'a> {
     begun: bool,
 }
 
+impl Parcel<'_> {
+    /// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
+    pub const SMALL: usize = 64 << 10;
+}
+
 impl<'a> Parcel<'a> {
     /// Reads the first bytes of an upload, and all of a small one.
     ///
@@ -71,7 +73,7 @@ impl<'a> Parcel<'a> {
         let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
         let mut held = Vec::new();
         let mut ended = false;
-        while !ended && held.len() <= SMALL {
+        while !ended && held.len() <= Self::SMALL {
             match rest.next().await.transpose()? {
                 Some(chunk) => {
                     verifier.update(&chunk);

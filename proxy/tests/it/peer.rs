@@ -256,7 +256,7 @@ async fn a_peer_may_say_that_a_blob_is_stored_or_to_be_forgotten() {
 async fn clients_that_take_all_connections_do_not_part_the_nodes() {
     let _turn = light().await;
     let origin = LyingOrigin::start().await;
-    let cluster = cluster(1, &origin, "limits.max_connections = 5").await;
+    let cluster = cluster(1, &origin, "limits.max_connections = 5\nlimits.max_peer_connections = 5").await;
     let node = &cluster.nodes[0];
     let blob = origin.blob(1000);
     let mut clients = Vec::new();

@@ -176,7 +176,25 @@ pub(crate) struct RealOrigin {
     pub(crate) addr: SocketAddr,
 }
 
+/// The real origin, of which a test looks at the process alone.
+pub(crate) struct BareOrigin(Process);
+
+impl BareOrigin {
+    /// How many file descriptors it has open.
+    pub(crate) fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.0.child.id())).unwrap().count()
+    }
+}
+
 impl RealOrigin {
+    /// By any command line; with where its clients and its operators connect.
+    pub(crate) async fn bare(command: Command) -> (BareOrigin, SocketAddr, SocketAddr) {
+        let mut process = Process::spawn(command, TempDir::new().unwrap());
+        let public = process.listener("castier-origin: clients on http://").await;
+        let admin = process.listener("castier-origin: admin on http://").await;
+        (BareOrigin(process), public, admin)
+    }
+
     pub(crate) async fn start() -> Self {
         let root = TempDir::new().unwrap();
         let (process, addr) = Self::spawn(root.path(), "127.0.0.1:0").await;

@@ -1,0 +1,201 @@
+//! What clients make castier hold is within `limits.client_memory`, and a node that is sized by docs/operations.md is not killed.
+
+use crate::support::{Castier, Conn, MIB, MemoryGroup, MuteOrigin, Request, eventually, get, heavy, light, metrics, process::config_text};
+use castier::plan;
+use castier_config::{Castier as Config, Limits, Size};
+use std::{fs, time::Duration};
+use tempfile::TempDir;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
+
+const LIMIT: u64 = 160 * MIB;
+
+/// A node for a group of 160 MiB: the sum that docs/operations.md gives is a little less.
+const SIZED: &str = "memory.capacity = \"32MiB\"\nfill.memory = \"16MiB\"\nfill.max_in_flight = 32\norigin.max_requests = 32
+limits.client_memory = \"24MiB\"\nlimits.max_connections = 5500\nlimits.header_timeout = \"40s\"\norigin.read_timeout = \"60s\"";
+
+fn sized() -> (Config, Limits) {
+    let mut config = Config::default();
+    config.memory.capacity = Size::mib(32);
+    config.fill.memory = Size::mib(16);
+    (config.fill.max_in_flight, config.origin.max_requests) = (32, 32);
+    (config.limits.client_memory, config.limits.max_connections) = (Size::mib(24), 5500);
+    let limits = config.limits.clone();
+    (config, limits)
+}
+
+async fn start_in(group: &MemoryGroup, origin: &str, config: &str) -> Castier {
+    let dir = TempDir::new().unwrap();
+    fs::write(dir.path().join("castier.toml"), config_text(origin, config)).unwrap();
+    let mut command = group.command(Castier::program());
+    command.arg("--config").arg(dir.path().join("castier.toml"));
+    Castier::run(command, dir).await
+}
+
+/// So many clients send these bytes, one after the other. castier may answer, or close; it may not go away.
+async fn attack(castier: &Castier, clients: usize, bytes: &[u8]) -> Vec<TcpStream> {
+    let mut open = Vec::new();
+    for n in 0..clients {
+        let mut stream = TcpStream::connect(castier.public).await.unwrap();
+        // What the kernel does not take at once castier does not read.
+        let _ = tokio::time::timeout(Duration::from_millis(20), stream.write_all(bytes)).await;
+        open.push(stream);
+        if n % 500 == 0 {
+            healthy(castier).await;
+        }
+    }
+    open
+}
+
+async fn healthy(castier: &Castier) {
+    let reply = Request::get("/healthz").send(castier.admin).await;
+    assert_eq!(reply.status, 200, "a health check is answered whatever clients do");
+}
+
+/// The attack leaves castier alive, with its health checks answered, and as before once it is over.
+async fn survives(bytes: &[u8], clients: usize) {
+    let _turn = heavy().await;
+    let Some(group) = MemoryGroup::new(LIMIT) else { return };
+    let origin = MuteOrigin::start().await;
+    let castier = start_in(&group, &origin.url, SIZED).await;
+    get(castier.public, &origin.blob).await.assert_is(&origin.blob);
+    let open = attack(&castier, clients, bytes).await;
+    healthy(&castier).await;
+    // A hit costs nothing that the attack could have used up.
+    let mut hit = Conn::open(castier.public).await;
+    hit.ask(&Request::get(origin.blob.path())).await.assert_is(&origin.blob);
+    let shed = metrics(&castier).await.sum("castier_shed_requests_total", &[("reason", "client_memory")]);
+    assert!(shed > 0, "more than the budget was asked for");
+    println!("{clients} clients: {shed} shed, {} MiB in the group at most", group.peak() / MIB);
+    drop(open);
+    eventually("room for other requests", async || {
+        let range = Request::get(origin.blob.path()).header("Range", "bytes=0-9").send(castier.public).await;
+        (range.status == 206).then_some(())
+    })
+    .await;
+    get(castier.public, &origin.blob).await.assert_is(&origin.blob);
+    assert!(!castier.output().contains("control group"), "the plan fits");
+}
+
+#[tokio::test]
+async fn half_heads() {
+    let head = format!("GET / HTTP/1.1\r\nHost: castier.test\r\nX: {}", "y".repeat(31_000));
+    survives(head.as_bytes(), 5000).await;
+}
+
+#[tokio::test]
+async fn waiting_relays() {
+    survives(b"GET /silence HTTP/1.1\r\nHost: castier.test\r\n\r\n", 5000).await;
+}
+
+#[tokio::test]
+async fn pipelined_bytes_behind_relays() {
+    let request = b"GET /silence HTTP/1.1\r\nHost: castier.test\r\n\r\n";
+    let bytes: Vec<u8> = request.iter().copied().cycle().take(64 << 10).collect();
+    survives(&bytes, 2000).await;
+}
+
+#[tokio::test]
+async fn answers_that_nobody_takes() {
+    survives(b"GET /flood HTTP/1.1\r\nHost: castier.test\r\n\r\n", 1000).await;
+}
+
+#[tokio::test]
+async fn slow_uploads() {
+    let head = "PUT /cas/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef HTTP/1.1\r\nHost: castier.test\r\nContent-Length: 60000\r\n\r\n";
+    survives(&[head.as_bytes(), &[b'x'; 59_000]].concat(), 1500).await;
+}
+
+#[tokio::test]
+async fn a_shed_request_is_told_so() {
+    let _turn = light().await;
+    let origin = MuteOrigin::start().await;
+    let castier = Castier::start(&origin.url, "limits.client_memory = \"1MiB\"").await;
+    let held = attack(&castier, 100, b"GET /silence HTTP/1.1\r\nHost: castier.test\r\n\r\n").await;
+    // castier has seen all of them once most have been turned away.
+    let shed = async || metrics(&castier).await.sum("castier_shed_requests_total", &[("reason", "client_memory")]);
+    eventually("there is no room left", async || (shed().await + origin.waiting() as u64 >= 100).then_some(())).await;
+    let reply = Request::get("/other").send(castier.public).await;
+    reply.assert_problem(503);
+    assert_eq!(reply.header("retry-after"), Some("1"));
+    assert!((50..=101).contains(&shed().await), "{}", shed().await);
+    drop(held);
+    eventually("room again", async || (get(castier.public, &origin.blob).await.status == 200).then_some(())).await;
+}
+
+/// What one of each kind costs stays below what the plan counts for it.
+#[tokio::test]
+async fn the_measured_costs_hold() {
+    let _turn = heavy().await;
+    let silence = b"GET /silence HTTP/1.1\r\nHost: castier.test\r\n\r\n".as_slice();
+    let drip = b"GET /drip HTTP/1.1\r\nHost: castier.test\r\n\r\n".as_slice();
+    let flood = b"GET /flood HTTP/1.1\r\nHost: castier.test\r\n\r\n".as_slice();
+    let absent =
+        b"GET /cas/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef HTTP/1.1\r\nHost: castier.test\r\n\r\n".as_slice();
+    let half = format!("GET / HTTP/1.1\r\nHost: castier.test\r\nX: {}", "y".repeat(31_000));
+    let pipelined: Vec<u8> = silence.iter().copied().cycle().take(64 << 10).collect();
+    let upload = "PUT /cas/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef HTTP/1.1\r\nHost: castier.test\r\nContent-Length: 60000\r\n\r\n";
+    let upload = [upload.as_bytes(), &[b'x'; 59_000]].concat();
+    for (what, bytes, cost) in [
+        ("an idle connection", b"".as_slice(), 0),
+        ("a half head of 31 KiB", half.as_bytes(), 32 << 10),
+        ("a GET that waits for a flight", absent, plan::REQUEST),
+        ("a slow upload of 60,000 bytes", &upload, plan::REQUEST + plan::BODY + 3 * 60_000),
+        ("a relay that waits", silence, plan::RELAY),
+        ("a relay that drips", drip, plan::RELAY),
+        ("a relay with 64 KiB behind it", &pipelined, plan::RELAY),
+        ("a relay whose answer nobody takes", flood, plan::RELAY + plan::RELAY_ANSWER),
+    ] {
+        let origin = MuteOrigin::start().await;
+        let config = "limits.client_memory = \"1GiB\"\nlimits.header_timeout = \"60s\"\norigin.read_timeout = \"60s\"";
+        let castier = Castier::start(&origin.url, config).await;
+        // Once around, so that what is made once is there.
+        get(castier.public, &origin.blob).await.assert_is(&origin.blob);
+        let before = castier.memory("VmRSS");
+        const MANY: u64 = 300;
+        let held = attack(&castier, MANY as usize, bytes).await;
+        // It has all arrived once it does not grow any more.
+        let mut last = 0;
+        eventually("castier holds it all", async || {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let now = castier.memory("VmRSS");
+            std::mem::replace(&mut last, now).eq(&now).then_some(())
+        })
+        .await;
+        // What is made once, for the first of a kind, belongs to the program.
+        let each = castier.memory("VmHWM").saturating_sub(before + MIB) / MANY;
+        println!("{what}: {:.1} KiB, planned {:.1}", each as f64 / 1024.0, (plan::CONNECTION + cost) as f64 / 1024.0);
+        assert!(each <= plan::CONNECTION + cost, "{what} costs {each} bytes, and {} are planned", plan::CONNECTION + cost);
+        drop(held);
+    }
+    // The formula in the handbook is this one.
+    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md")).unwrap();
+    for (what, bytes) in [
+        ("the program", plan::BASE),
+        ("a connection", plan::CONNECTION),
+        ("a fill", plan::FILL),
+        ("a request that waits", plan::REQUEST),
+        ("a relay", plan::RELAY),
+        ("a relay's answer", plan::RELAY_ANSWER),
+        ("a relay's request body", plan::RELAY_REQUEST),
+        ("an upload's body", plan::BODY),
+    ] {
+        let row = if bytes >= MIB { format!("| {what} | {} MiB |", bytes / MIB) } else { format!("| {what} | {} KiB |", bytes / 1024) };
+        assert!(text.contains(&row), "docs/operations.md has no row {row:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_plan_that_does_not_fit_is_told() {
+    let _turn = light().await;
+    let (config, limits) = sized();
+    assert!(plan::memory(&config, &limits) <= LIMIT, "{}", plan::memory(&config, &limits));
+    let Some(group) = MemoryGroup::new(LIMIT) else { return };
+    let origin = MuteOrigin::start().await;
+    let castier = start_in(&group, &origin.url, "memory.capacity = \"512MiB\"").await;
+    let warned = eventually("a warning", async || {
+        let output = castier.output();
+        output.lines().find(|line| line.contains("control group")).map(str::to_owned)
+    })
+    .await;
+    assert!(warned.contains(&format!("limit={LIMIT}")) && warned.contains("planned="), "both numbers: {warned}");
+}
