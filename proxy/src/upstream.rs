@@ -25,7 +25,7 @@ use pingora::{
     connectors::{ConnectorOptions, http::v1::Connector},
     http::RequestHeader,
     protocols::http::v1::client::HttpSession,
-    upstreams::peer::HttpPeer,
+    upstreams::peer::{HttpPeer, Peer as _},
 };
 use std::{
     net::{IpAddr, SocketAddr},
@@ -39,6 +39,8 @@ use tokio::{
 
 /// How long a resolved name is believed. Short, since it is how an origin moves; a failed look-up keeps the last good answer.
 const RESOLVED_FOR: Duration = Duration::from_secs(5);
+/// The same, once none of the addresses takes a connection. A source that is down is not looked up for every request.
+const DOUBTED_FOR: Duration = Duration::from_millis(100);
 /// Kept-alive connections to one source: as many as fills have places, unless somebody changed that.
 const POOL: usize = 256;
 /// The longest answer beside a blob that is worth reading.
@@ -213,7 +215,19 @@ impl Upstream {
     /// # Errors
     /// [`Fault::Unreachable`] if the name has never resolved.
     pub async fn peers(&self) -> Result<Vec<HttpPeer>, Fault> {
-        let addresses = self.resolve().await?;
+        self.peers_within(RESOLVED_FOR).await
+    }
+
+    /// Where to connect after none of these took a connection: the addresses that the name has by now beside them. A pod that was
+    /// restarted has its old name and a new address, and its peers must not take it for dead because they remember the old one.
+    async fn moved(&self, tried: &[SocketAddr]) -> Vec<HttpPeer> {
+        let mut peers = self.peers_within(DOUBTED_FOR).await.unwrap_or_default();
+        peers.retain(|peer| !peer.address().as_inet().is_some_and(|address| tried.contains(address)));
+        peers
+    }
+
+    async fn peers_within(&self, fresh: Duration) -> Result<Vec<HttpPeer>, Fault> {
+        let addresses = self.resolve(fresh).await?;
         let peer = |address: SocketAddr| {
             let mut peer = HttpPeer::new(address, self.tls, if self.tls { self.host.clone() } else { String::new() });
             peer.options.connection_timeout = Some(self.connect_timeout);
@@ -226,13 +240,14 @@ impl Upstream {
         Ok(addresses.into_iter().map(peer).collect())
     }
 
-    async fn resolve(&self) -> Result<Vec<SocketAddr>, Fault> {
+    /// What the name resolves to, remembered for as long as this.
+    async fn resolve(&self, fresh: Duration) -> Result<Vec<SocketAddr>, Fault> {
         if let Ok(ip) = self.host.parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(ip, self.port)]);
         }
         let known = self.resolved.lock().clone();
         if let Some((at, addresses)) = &known
-            && at.elapsed() < RESOLVED_FOR
+            && at.elapsed() < fresh
         {
             return Ok(addresses.clone());
         }
@@ -264,34 +279,37 @@ impl Upstream {
     /// [`Self::exchange`], and as often again as `repeats` says if a connection breaks before the answer.
     async fn repeat(&self, request: &RequestHeader, body: &[u8], mut repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
-        let peers = self.peers().await?;
-        let mut last = None;
-        for peer in peers {
-            loop {
-                let (mut session, reused) = match self.connector.get_http_session(&peer).await {
-                    Ok(connected) => connected,
-                    Err(error) => {
-                        last = Some(error);
-                        break;
+        let (mut last, mut tried) = (None, Vec::new());
+        for again in [false, true] {
+            let peers = if again { self.moved(&tried).await } else { self.peers().await? };
+            for peer in peers {
+                loop {
+                    let (mut session, reused) = match self.connector.get_http_session(&peer).await {
+                        Ok(connected) => connected,
+                        Err(error) => {
+                            tried.extend(peer.address().as_inet().copied());
+                            last = Some(error);
+                            break;
+                        }
+                    };
+                    session.read_timeout = Some(self.read_timeout);
+                    session.write_timeout = Some(self.read_timeout);
+                    let answered = async {
+                        session.write_request_header(Box::new(request.clone())).await?;
+                        if !body.is_empty() {
+                            session.write_body(body).await?;
+                            session.finish_body().await?;
+                        }
+                        read_final(&mut session).await
+                    };
+                    match answered.await {
+                        Ok(()) => return Ok((session, peer)),
+                        // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
+                        Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
+                        // A source that restarts, or whose queue of new connections ran over.
+                        Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) => repeats -= 1,
+                        Err(error) => return Err(self.fault(&error)),
                     }
-                };
-                session.read_timeout = Some(self.read_timeout);
-                session.write_timeout = Some(self.read_timeout);
-                let answered = async {
-                    session.write_request_header(Box::new(request.clone())).await?;
-                    if !body.is_empty() {
-                        session.write_body(body).await?;
-                        session.finish_body().await?;
-                    }
-                    read_final(&mut session).await
-                };
-                match answered.await {
-                    Ok(()) => return Ok((session, peer)),
-                    // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
-                    Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
-                    // A source that restarts, or whose queue of new connections ran over.
-                    Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) => repeats -= 1,
-                    Err(error) => return Err(self.fault(&error)),
                 }
             }
         }

@@ -6,7 +6,10 @@ use bytes::Bytes;
 use castier_blob::{Digest, Verified, Verifier, wire};
 use futures::{StreamExt, stream::BoxStream};
 use http::{Method, StatusCode, header};
-use pingora::{protocols::http::v1::client::HttpSession, upstreams::peer::HttpPeer};
+use pingora::{
+    protocols::http::v1::client::HttpSession,
+    upstreams::peer::{HttpPeer, Peer as _},
+};
 use std::time::Duration;
 
 /// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
@@ -204,16 +207,22 @@ impl Upstream {
 
     /// A new connection: a large upload cannot be repeated, so it does not gamble on a kept-alive one.
     async fn connect_fresh(&self) -> Result<(HttpSession, HttpPeer), Fault> {
-        let mut last = None;
-        for mut peer in self.peers().await? {
-            // Pools go by the peer's hash: this one is never found in the pool, so connections are made anew.
-            peer.group_key = 1;
-            match self.connector.get_http_session(&peer).await {
-                Ok((mut session, _)) => {
-                    session.write_timeout = Some(self.read_timeout);
-                    return Ok((session, peer));
+        let (mut last, mut tried) = (None, Vec::new());
+        for again in [false, true] {
+            let peers = if again { self.moved(&tried).await } else { self.peers().await? };
+            for mut peer in peers {
+                // Pools go by the peer's hash: this one is never found in the pool, so connections are made anew.
+                peer.group_key = 1;
+                match self.connector.get_http_session(&peer).await {
+                    Ok((mut session, _)) => {
+                        session.write_timeout = Some(self.read_timeout);
+                        return Ok((session, peer));
+                    }
+                    Err(error) => {
+                        tried.extend(peer.address().as_inet().copied());
+                        last = Some(error);
+                    }
                 }
-                Err(error) => last = Some(error),
             }
         }
         Err(self.not_connected(last.as_deref()))

@@ -16,6 +16,7 @@ mod disk_faults;
 mod flight;
 mod herd;
 mod http;
+mod k8s_identity;
 mod lies;
 mod lifecycle;
 mod limits;
