@@ -353,7 +353,7 @@ fn memory_disk_and_grace_fit_the_configuration() {
         let disk = config.disk.as_ref().unwrap();
         // docs/kubernetes.md, "Memory"; blobs of 64 KiB on average.
         let index = disk.capacity.get() / (64 * 1024) * 264;
-        let tier = index + disk.write_behind.get() + 16 * 1024 * disk.open_files as u64 + 8 * MIB;
+        let tier = index + disk.write_behind.get() + 16 * 1024 * disk.open_files + 8 * MIB;
         let readers = 64 * 1024 * config.limits.max_connections as u64;
         let plan = config.memory.capacity.get() + config.fill.memory.get() + 64 * MIB + tier + readers;
         let resources = &container(set)["resources"];

@@ -52,11 +52,11 @@ async fn a_restart_under_a_new_address_moves_no_digest() {
     everybody_has(&cluster.nodes, &origin, &blobs, 40..=40).await;
     let before = shares(&cluster.nodes[0]).await;
 
-    for at in 0..3 {
+    for (at, leaving) in PODS.into_iter().enumerate() {
         let old = cluster.nodes[at].address;
         cluster.nodes[at].terminate().await;
         // The pod is gone, and so are its records, until the next pod of that name has its address.
-        server.says(pods(PODS.into_iter().zip(&cluster.nodes).filter(|(pod, _)| *pod != PODS[at])));
+        server.says(pods(PODS.into_iter().zip(&cluster.nodes).filter(|(pod, _)| *pod != leaving)));
         cluster.wait_for_peers(1, 0).await;
         let node = &mut cluster.nodes[at];
         node.address = own_address();
