@@ -1,6 +1,6 @@
 //! The image, `compose.yaml` and the Debian package.
 
-use crate::tools::{Running, bin, parse_yaml, read, root, run, skipped, stdout, text, tool};
+use crate::tools::{Running, bin, eventually, parse_yaml, read, root, run, skipped, stdout, text, tool};
 use serde_json::Value;
 use std::{
     env, fs,
@@ -60,6 +60,33 @@ fn the_image_has_all_that_its_programs_need() {
         let version = stdout(chroot.arg("--version"), b"");
         assert_eq!(version.trim(), format!("{program} {}", env!("CARGO_PKG_VERSION")));
     }
+}
+
+#[test]
+fn the_health_check_of_the_image_tells_life_from_death() {
+    if !stdout(Command::new(bin().join("castier")).arg("--help"), b"").contains("--health") {
+        return skipped("castier has no --health");
+    }
+    if !is_root() {
+        return skipped("only root may start a program in another root directory");
+    }
+    let dir = TempDir::new().unwrap();
+    let image = image_root(dir.path());
+    let mut command = Command::new(bin().join("castier"));
+    let mut castier = Running::start(command.envs([("CASTIER_LISTEN__PUBLIC", "127.0.0.1:0"), ("CASTIER_LISTEN__ADMIN", "127.0.0.1:0")]));
+    let admin = castier.address("listening admin ");
+    for program in ["castier", "castier-origin"] {
+        let check = || {
+            let mut chroot = Command::new("chroot");
+            chroot.args(["--userspec", "65532:65532"]).arg(&image).arg(format!("/usr/bin/{program}"));
+            run(chroot.arg("--health").arg(format!("http://{admin}/readyz")), b"").status.code()
+        };
+        eventually(&format!("{program} finds it ready"), || (check() == Some(0)).then_some(()));
+    }
+    drop(castier);
+    let mut chroot = Command::new("chroot");
+    chroot.args(["--userspec", "65532:65532"]).arg(&image).args(["/usr/bin/castier", "--health", &format!("http://{admin}/readyz")]);
+    assert_eq!(run(&mut chroot, b"").status.code(), Some(1));
 }
 
 #[test]
