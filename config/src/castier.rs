@@ -264,7 +264,8 @@ pub struct Limits {
     /// The most header fields in a request, 1 to 256. Default 100, as common servers have it.
     pub max_headers: usize,
     /// The longest pause between requests on a kept-alive connection, and the longest silence of an upload; a duration over
-    /// 0. Default `60s`: longer than load balancers and connection pools usually idle before they use a connection again.
+    /// 0. Default `75s`: ingress-nginx and the load balancers of AWS use a connection again after up to 60 s, and get an
+    /// error if castier closes it just then.
     pub idle_timeout: Span,
     /// The longest time in which a client may take no byte of an answer; a duration over 0. Default `60s`: a stalled reader
     /// holds memory, a slow one is welcome.
@@ -289,7 +290,7 @@ impl Default for Limits {
             header_timeout: Span::secs(10),
             max_header_bytes: Size::kib(32),
             max_headers: 100,
-            idle_timeout: Span::secs(60),
+            idle_timeout: Span::secs(75),
             write_timeout: Span::secs(60),
             negative_ttl: Span::secs(1),
             max_negative: 65_536,

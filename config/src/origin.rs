@@ -77,7 +77,7 @@ pub struct OriginLimits {
     /// The most header fields in a request, 1 to 256. Default 100, as castier has it.
     pub max_headers: usize,
     /// The longest pause between requests on a kept-alive connection, and the longest silence of an upload; a duration over
-    /// 0. Default `60s`, as castier has it.
+    /// 0. Default `75s`, as castier has it.
     pub idle_timeout: Span,
     /// The longest time in which a client may take no byte of an answer; a duration over 0. Default `60s`, as castier has it.
     pub write_timeout: Span,

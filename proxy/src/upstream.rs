@@ -264,8 +264,16 @@ impl Upstream {
         // The look-up has its own share of the time: what it took is not taken from the connection.
         let deadline = Instant::now() + self.connect_timeout;
         loop {
-            let (stream, address) =
-                self.addresses.connect(&addresses, deadline).await.map_err(|error| self.not_connected(&connect_error(error)))?;
+            let (stream, address) = match self.addresses.connect(&addresses, deadline).await {
+                Ok(connected) => connected,
+                Err(error) => {
+                    addresses = self.addresses.moved(&addresses, deadline).await;
+                    if addresses.is_empty() {
+                        return Err(self.not_connected(&connect_error(error)));
+                    }
+                    self.addresses.connect(&addresses, deadline).await.map_err(|error| self.not_connected(&connect_error(error)))?
+                }
+            };
             let mut peer = self.at(address);
             peer.options.custom_l4 = Some(Handed::over(stream.into()));
             // Boxed, as a TLS handshake needs much room, and this is within many others.

@@ -28,6 +28,11 @@ use tokio::{
 
 /// How long an answer counts as fresh. Short, since an origin moves by its name. After that a new look-up starts.
 const FRESH_FOR: Duration = Duration::from_secs(5);
+/// How long an answer counts as fresh once none of its addresses takes a connection. A source that is down is not looked up for every
+/// request.
+const DOUBTED_FOR: Duration = Duration::from_millis(100);
+/// How long a request waits for that. A name server that does not answer must not make a source that is down slow as well.
+const DOUBT: Duration = Duration::from_millis(500);
 /// How long a failure is remembered.
 const FAILED_FOR: Duration = Duration::from_secs(1);
 /// The end of a look-up whose name servers say nothing. More than the two attempts of 5 s that resolvers make by default.
@@ -112,6 +117,23 @@ impl Name {
         }
     }
 
+    /// The last good answer, after the end of a look-up that is no older than [`DOUBTED_FOR`]. Waits for [`DOUBT`], until `deadline` at the
+    /// latest, and then gives what is known.
+    async fn renewed(self: &Arc<Self>, deadline: Instant) -> Vec<IpAddr> {
+        let mut ended = self.ended.subscribe();
+        let looking = {
+            let mut state = self.state.lock();
+            if state.at.is_some_and(|at| at.elapsed() >= DOUBTED_FOR) && !state.failed_lately() {
+                self.look_up(&mut state);
+            }
+            state.looking.is_some()
+        };
+        if looking {
+            let _ = timeout_at(deadline.min(Instant::now() + DOUBT).into(), ended.changed()).await;
+        }
+        self.state.lock().known.clone()
+    }
+
     fn silent(&self) -> String {
         format!("the name servers do not say what {} is", self.host)
     }
@@ -182,6 +204,14 @@ impl Addresses {
     /// Why the name does not resolve.
     pub(super) async fn all(&self, deadline: Instant) -> Result<Vec<SocketAddr>, String> {
         Ok(self.in_order(self.name.addresses(deadline).await?))
+    }
+
+    /// The addresses that the name has by now beside these, of which none takes a connection. A pod that was restarted has its old name and
+    /// a new address, and its peers must not take it for dead because they remember the old one.
+    pub(super) async fn moved(&self, tried: &[SocketAddr], deadline: Instant) -> Vec<SocketAddr> {
+        let mut addresses = self.in_order(self.name.renewed(deadline).await);
+        addresses.retain(|address| !tried.contains(address));
+        addresses
     }
 
     fn in_order(&self, mut addresses: Vec<IpAddr>) -> Vec<SocketAddr> {

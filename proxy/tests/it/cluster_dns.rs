@@ -22,7 +22,7 @@ use tokio::{net::UdpSocket, task::JoinHandle};
 
 /// What the name server says of every name.
 #[derive(Clone, Default)]
-enum Zone {
+pub(super) enum Zone {
     /// Nothing at all.
     #[default]
     Silent,
@@ -33,7 +33,7 @@ enum Zone {
 }
 
 /// A name server on an address of its own.
-struct NameServer {
+pub(super) struct NameServer {
     zone: Arc<Mutex<Zone>>,
     asked: Arc<AtomicUsize>,
     task: JoinHandle<()>,
@@ -59,11 +59,11 @@ impl NameServer {
         Some(Self { zone, asked, task, dir })
     }
 
-    fn resolv_conf(&self) -> PathBuf {
+    pub(super) fn resolv_conf(&self) -> PathBuf {
         self.dir.path().join("resolv.conf")
     }
 
-    fn says(&self, zone: Zone) {
+    pub(super) fn says(&self, zone: Zone) {
         *self.zone.lock().unwrap() = zone;
     }
 
@@ -96,7 +96,7 @@ async fn serve(socket: UdpSocket, zone: Arc<Mutex<Zone>>, asked: Arc<AtomicUsize
 }
 
 /// A name server, an origin, what it holds, and so many nodes without mirrors that have not been started yet.
-async fn world(size: usize) -> Option<(NameServer, LyingOrigin, Vec<Blob>, Cluster)> {
+pub(super) async fn world(size: usize) -> Option<(NameServer, LyingOrigin, Vec<Blob>, Cluster)> {
     let Some(server) = NameServer::start().await else {
         println!("skipped: only root may serve names to a process of its own");
         return None;
@@ -112,7 +112,7 @@ fn addresses(nodes: &[Node]) -> Zone {
 }
 
 /// Every blob from every node: the right bytes, and this many loads in all.
-async fn everybody_has(nodes: &[Node], origin: &LyingOrigin, blobs: &[Blob], loads: std::ops::RangeInclusive<usize>) {
+pub(super) async fn everybody_has(nodes: &[Node], origin: &LyingOrigin, blobs: &[Blob], loads: std::ops::RangeInclusive<usize>) {
     for node in nodes {
         for blob in blobs {
             get(node.public(), blob).await.assert_is(blob);

@@ -28,6 +28,7 @@ mod eviction;
 mod flight;
 mod herd;
 mod http;
+mod k8s_identity;
 mod lies;
 mod lifecycle;
 mod limits;

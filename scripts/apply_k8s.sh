@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Brings castier into the cluster: the namespace, the nodes' secret if there is none yet, and an overlay. Then waits until all pods are ready.
+#
+#   scripts/apply_k8s.sh                 the overlay minikube
+#   scripts/apply_k8s.sh production      another folder of k8s/overlays, or the path of an overlay of yours
+#
+#   --delete    takes it out of the cluster; the claims with the blobs, the secret and the namespace stay
+#   --diff      shows what would change in the cluster
+#   --dry-run   prints the commands and runs none
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=scripts/lib.sh
+. "$here/scripts/lib.sh"
+
+overlay='' action=apply
+while (($#)); do
+  case $1 in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) dry_run=yes ;;
+    --delete) action=delete ;;
+    --diff) action='diff' ;;
+    -*) wrong "there is no option $1" ;;
+    *) [[ -z $overlay ]] || wrong "one overlay is enough"; overlay=$1 ;;
+  esac
+  shift
+done
+overlay=${overlay:-minikube}
+[[ $overlay == */* ]] || overlay=$here/k8s/overlays/$overlay
+[[ -f $overlay/kustomization.yaml ]] || wrong "there is no overlay $overlay"
+
+need kubectl "https://kubernetes.io/docs/tasks/tools"
+case $action in
+  diff)
+    # 1 means that there are differences.
+    run kubectl diff -k "$overlay" || (($? == 1))
+    exit 0 ;;
+  delete)
+    # Everything but the namespace: with it would go the secret and the claims.
+    if [[ -n $dry_run ]]; then
+      echo "kubectl kustomize $(printf '%q' "$overlay") | kubectl delete --ignore-not-found -f -  # without the Namespace"
+    else
+      kubectl kustomize "$overlay" | awk 'BEGIN { RS = ORS = "---\n" } !/(^|\n)kind: Namespace\n/' | kubectl delete --ignore-not-found -f -
+    fi
+    exit 0 ;;
+esac
+
+run kubectl apply --server-side -f "$here/k8s/base/namespace.yaml"
+# Once made it stays: new nodes with a new secret would not be let in by the old ones.
+if [[ -n $dry_run ]] || ! kubectl get secret castier-peer --namespace "$namespace" >/dev/null 2>&1; then
+  need openssl "your system's package manager"
+  if [[ -n $dry_run ]]; then
+    echo "openssl rand -hex 32 | kubectl create secret generic castier-peer --namespace $namespace --from-file=peer=/dev/stdin"
+  else
+    # By its standard input: other users of this machine can read a command's arguments.
+    openssl rand -hex 32 | kubectl create secret generic castier-peer --namespace "$namespace" --from-file=peer=/dev/stdin
+  fi
+fi
+run kubectl apply --server-side -k "$overlay"
+run kubectl rollout status statefulset/castier-origin --namespace "$namespace" --timeout=300s
+run kubectl rollout status statefulset/castier --namespace "$namespace" --timeout=600s
+say "castier runs; scripts/port_forward.sh opens a way to it"
