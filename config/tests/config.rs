@@ -48,8 +48,8 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 63);
-    assert_eq!(&keys[..4], ["allow_delete", "listen.public", "listen.admin", "listen.peer"]);
+    assert_eq!(keys.len(), 70);
+    assert_eq!(&keys[..4], ["allow_delete", "ac_validation", "listen.public", "listen.admin"]);
     assert_eq!(keys.last().unwrap(), "shutdown.grace");
 }
 
@@ -394,7 +394,7 @@ fn one_key_puts_a_section_in_force() {
     assert!(loaded.is_set("disk.capacity") && !loaded.is_set("disk.path"));
     assert_eq!(read::<Castier>("[disk]", &[]).unwrap().config.disk, Castier::complete().disk);
     let changes = changed(&Castier::default(), &Castier::complete());
-    assert!(changes.len() == 21 && changes.iter().all(|key| key.starts_with("disk.") || key.starts_with("cluster.")), "{changes:?}");
+    assert!(changes.len() == 23 && changes.iter().all(|key| key.starts_with("disk.") || key.starts_with("cluster.")), "{changes:?}");
     assert_eq!(changed(&Castier::complete(), &Castier::default()), changes);
 }
 

@@ -121,6 +121,7 @@ async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
     log.say(&format!("listening public {public_address} (blobs in {})", config.store.root.display()));
     log.say(&format!("listening admin {admin_address}"));
     log.say(&format!("try: curl -F file=@README.md http://{public_address}/cas"));
+    tell_files(&config.limits, granted);
 
     let (stop, stopped) = oneshot::channel::<()>();
     let admin = {
@@ -179,20 +180,24 @@ fn within(limits: &OriginLimits, granted: u64) -> OriginLimits {
     let admin = (limits.max_admin_connections as u64).min(granted / 16).max(1);
     let clients = (granted - granted / 4).saturating_sub(admin + OWN.min(granted / 4)).max(1);
     let most = |share: u64| usize::try_from(share).unwrap_or(usize::MAX);
-    let within = OriginLimits {
+    OriginLimits {
         max_connections: limits.max_connections.min(most(clients)),
         max_admin_connections: limits.max_admin_connections.min(most(admin)),
         ..limits.clone()
-    };
-    if within != *limits {
-        tracing::warn!(
+    }
+}
+
+/// Says so if fewer clients are let in than configured.
+fn tell_files(limits: &OriginLimits, granted: u64) {
+    let possible = within(limits, granted);
+    if possible != *limits {
+        tracing::info!(
             granted,
-            connections = within.max_connections,
+            connections = possible.max_connections,
             "the system grants fewer open files than limits.max_connections needs, so fewer clients are let in; raise its hard limit \
              (ulimit -Hn, LimitNOFILE=)"
         );
     }
-    within
 }
 
 /// What lies in the store, every now and then.
@@ -228,6 +233,7 @@ fn reload(mut running: OriginServer, wanted: &OriginServer, origin: &Origin, log
         running.log.level.clone_from(&wanted.log.level);
     }
     origin.set_limits(within(&wanted.limits, granted));
+    tell_files(&wanted.limits, granted);
     running.limits = wanted.limits.clone();
     tracing::info!("the configuration was re-read; limits and log level are in force");
     let rest = changed(&running, wanted);

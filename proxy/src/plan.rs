@@ -21,7 +21,7 @@ const OPEN_FILE: u64 = 16 << 10;
 const BUFFERS: u64 = 8 << 20;
 
 /// A request that is not answered at once from memory: its session, its task, and, for a GET, its part in a flight.
-pub const REQUEST: u64 = 32 << 10;
+pub const REQUEST: u64 = 8 << 10;
 /// A body that comes in: what pingora reads it into.
 pub const BODY: u64 = 32 << 10;
 /// A relayed request that waits for its answer: the session, both connections, and the futures between.
@@ -38,8 +38,8 @@ pub const RELAY_PIECE: usize = 1 << 10;
 pub fn request(head: &Head) -> u64 {
     let body = match head.framing {
         Framing::Length(0) => 0,
-        // Twice: as it came, and as one piece for the origin.
-        Framing::Length(length) => BODY + 2 * length.min(crate::upstream::Parcel::SMALL as u64),
+        // What pingora reads into is touched as far as bytes come. Then twice: as it came, and as one piece for the origin.
+        Framing::Length(length) => BODY.min(length.saturating_add(16 << 10)) + 2 * length.min(crate::upstream::Parcel::SMALL as u64),
         Framing::Chunked => BODY + 2 * crate::upstream::Parcel::SMALL as u64,
     };
     REQUEST + head.len as u64 + body
@@ -71,6 +71,8 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
         BASE,
         config.memory.capacity.get(),
         config.fill.memory.get(),
+        // An evicted blob that a client still reads may take `fill.memory` over its limit once.
+        config.memory.max_blob.get(),
         limits.client_memory.get(),
         connections * CONNECTION,
         sources * fills,

@@ -107,7 +107,8 @@ fn a_fresh_roots_parents_are_synced() {
         let calls = fs::read_to_string(&trace).unwrap();
         calls.contains(&format!("<{}>", dir.path().display())).then_some(calls)
     });
-    let traced = calls.split_whitespace().next().unwrap();
+    let synced = calls.lines().rfind(|line| line.contains("fsync(")).unwrap();
+    let traced = synced.split_whitespace().next().unwrap();
     assert!(Command::new("kill").args(["-s", "KILL", traced]).status().unwrap().success());
     for synced in ["new/deep/root", "new/deep", "new", ""] {
         let path = dir.path().join(synced);

@@ -264,13 +264,14 @@ impl AsyncRead for Lent {
                 this.ahead.extend_from_slice(part.filled());
                 continue;
             }
-            // A body is read straight to where it goes; what stands behind its end stays here.
-            let mut part = ReadBuf::new(buf.initialize_unfilled());
-            ready!(Pin::new(stream).poll_read(cx, &mut part))?;
-            let read = part.filled_mut();
+            // A body is read straight to where it goes; what stands behind its end stays here. The buffer is not initialised for it: a page
+            // that is never touched costs no memory, and most of pingora's 64 KiB are not, where an answer drips.
+            let before = buf.filled().len();
+            ready!(Pin::new(stream).poll_read(cx, buf))?;
+            let read = &mut buf.filled_mut()[before..];
             let passed = this.answer.pass(read)?;
             this.ahead.extend_from_slice(&read[passed..]);
-            buf.advance(passed);
+            buf.set_filled(before + passed);
             return Poll::Ready(Ok(()));
         }
     }

@@ -353,9 +353,7 @@ fn memory_disk_and_grace_fit_the_configuration() {
         let disk = config.disk.as_ref().unwrap();
         // docs/kubernetes.md, "Memory"; blobs of 64 KiB on average.
         let index = disk.capacity.get() / (64 * 1024) * 264;
-        let tier = index + disk.write_behind.get() + 16 * 1024 * disk.open_files + 8 * MIB;
-        let readers = 64 * 1024 * config.limits.max_connections as u64;
-        let plan = config.memory.capacity.get() + config.fill.memory.get() + 64 * MIB + tier + readers;
+        let plan = castier::plan::memory(&config, &config.limits) + index;
         let resources = &container(set)["resources"];
         let limit = quantity(&resources["limits"]["memory"]);
         assert_eq!(quantity(&resources["requests"]["memory"]), limit, "{name}");
@@ -507,7 +505,7 @@ fn the_config_maps_start_both_programs() {
             |set: &str| variables(named(&objects, "StatefulSet", set)).into_iter().filter(|(key, _)| !key.contains("__TLS__")).collect();
         let (public, admin) = (("LISTEN__PUBLIC", "127.0.0.1:0"), ("LISTEN__ADMIN", "127.0.0.1:0"));
         let mut origin = start("castier-origin", own("castier-origin"), &[public, admin, ("STORE__ROOT", &path("store"))]);
-        let url = format!("http://{}", origin.address("castier-origin: clients on http://"));
+        let url = format!("http://{}", origin.address("listening public "));
         fs::write(path("secret"), "0123456789abcdef0123456789abcdef\n").unwrap();
         fs::create_dir(path("claim")).unwrap();
         let here = [

@@ -147,7 +147,7 @@ impl Running {
         eventually(prefix, || {
             let log = self.log();
             assert!(!self.ended(), "it ended: {log}");
-            log.lines().find_map(|line| line.split_once(prefix)?.1.split([' ', ',']).next()?.parse().ok())
+            log.lines().find_map(|line| line.split_once(prefix)?.1.split([' ', ',', '"']).next()?.parse().ok())
         })
     }
 

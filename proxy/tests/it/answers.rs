@@ -196,7 +196,7 @@ async fn relays_and_blobs_share_connections() {
     // What castier asks at the start.
     crate::support::eventually("the first question", async || (!origin.heads().is_empty()).then_some(())).await;
     let before = origin.connections();
-    for n in 0..10 {
+    for n in 1..=10 {
         assert_eq!(Request::get("/x").send(castier.public).await.body, b"abc");
         assert_eq!(Request::new("HEAD", "/x").send(castier.public).await.status, 200);
         assert_eq!(get(castier.public, &Blob::new(n)).await.status, 404);

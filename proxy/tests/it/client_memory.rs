@@ -10,12 +10,14 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 const LIMIT: u64 = 160 * MIB;
 
 /// A node for a group of 160 MiB: the sum that docs/operations.md gives is a little less.
-const SIZED: &str = "memory.capacity = \"32MiB\"\nfill.memory = \"16MiB\"\nfill.max_in_flight = 32\norigin.max_requests = 32
+const SIZED: &str =
+    "memory.capacity = \"32MiB\"\nmemory.max_blob = \"4MiB\"\nfill.memory = \"16MiB\"\nfill.max_in_flight = 32\norigin.max_requests = 32
 limits.client_memory = \"24MiB\"\nlimits.max_connections = 5500\nlimits.header_timeout = \"40s\"\norigin.read_timeout = \"60s\"";
 
 fn sized() -> (Config, Limits) {
     let mut config = Config::default();
     config.memory.capacity = Size::mib(32);
+    config.memory.max_blob = Size::mib(4);
     config.fill.memory = Size::mib(16);
     (config.fill.max_in_flight, config.origin.max_requests) = (32, 32);
     (config.limits.client_memory, config.limits.max_connections) = (Size::mib(24), 5500);
@@ -135,11 +137,13 @@ async fn the_measured_costs_hold() {
     let pipelined: Vec<u8> = silence.iter().copied().cycle().take(64 << 10).collect();
     let upload = "PUT /cas/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef HTTP/1.1\r\nHost: castier.test\r\nContent-Length: 60000\r\n\r\n";
     let upload = [upload.as_bytes(), &[b'x'; 59_000]].concat();
+    let small = "PUT /cas/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef HTTP/1.1\r\nHost: castier.test\r\nContent-Length: 1000\r\n\r\nxxx";
     for (what, bytes, cost) in [
         ("an idle connection", b"".as_slice(), 0),
         ("a half head of 31 KiB", half.as_bytes(), 32 << 10),
         ("a GET that waits for a flight", absent, plan::REQUEST),
         ("a slow upload of 60,000 bytes", &upload, plan::REQUEST + plan::BODY + 3 * 60_000),
+        ("a slow upload of 1,000 bytes", small.as_bytes(), plan::REQUEST + (16 << 10) + 1_000 + 3 * 1_000),
         ("a relay that waits", silence, plan::RELAY),
         ("a relay that drips", drip, plan::RELAY),
         ("a relay with 64 KiB behind it", &pipelined, plan::RELAY),

@@ -124,7 +124,7 @@ async fn another_server_at_a_peers_address_is_no_peer() {
     assert_eq!(told["failed"], serde_json::json!([impostor.addr.to_string()]), "a purge there is none");
     assert!(impostor.heads.lock().iter().all(|head| !head.contains(SECRET)), "the secret has travelled");
     let output = node.castier().output();
-    let down: Vec<_> = output.lines().filter(|line| line.contains("WARN") && line.contains("is down")).collect();
+    let down: Vec<_> = output.lines().filter(|line| line.contains("level=warn") && line.contains("is down")).collect();
     assert!(down.len() == 1 && down[0].contains("secret"), "one line that says why: {down:#?}");
     assert!(!output.contains(SECRET));
     assert_ledger(node.castier()).await;

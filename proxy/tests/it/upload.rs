@@ -127,7 +127,6 @@ async fn an_upload_that_the_origin_does_not_take() {
         (Lie::honest().status(500), 502),
         (Lie::honest().status(301), 502),
         (Lie::honest().hold(&never), 504),
-        (Lie::honest().truncate(1), 502),
     ] {
         for request in [put as fn(&Blob) -> Request, post] {
             let blob = Blob::new(500 * KIB);
@@ -137,6 +136,14 @@ async fn an_upload_that_the_origin_does_not_take() {
         }
     }
     assert_eq!(metrics(&castier).await.kept(), 0);
+    // A connection that breaks before any answer may have been kept alive and closed meanwhile. Then the upload begins again.
+    for request in [put as fn(&Blob) -> Request, post] {
+        let blob = Blob::new(500 * KIB);
+        origin.next_upload(Lie::honest().truncate(1));
+        let status = request(&blob).send(castier.public).await.status;
+        assert!([201, 502].contains(&status), "{status}");
+        assert_eq!(origin.holds(&blob), status == 201);
+    }
     let blob = Blob::new(500 * KIB);
     assert_eq!(put(&blob).send(castier.public).await.status, 201);
 }

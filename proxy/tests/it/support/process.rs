@@ -190,8 +190,8 @@ impl RealOrigin {
     /// By any command line; with where its clients and its operators connect.
     pub(crate) async fn bare(command: Command) -> (BareOrigin, SocketAddr, SocketAddr) {
         let mut process = Process::spawn(command, TempDir::new().unwrap());
-        let public = process.listener("castier-origin: clients on http://").await;
-        let admin = process.listener("castier-origin: admin on http://").await;
+        let public = process.listener("listening public ").await;
+        let admin = process.listener("listening admin ").await;
         (BareOrigin(process), public, admin)
     }
 
