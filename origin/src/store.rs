@@ -383,7 +383,7 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 /// The size of the file at the path; none if there is none, or if it is no file.
 fn size_of(path: &Path) -> io::Result<Option<u64>> {
     match fs::symlink_metadata(path) {
-        Ok(metadata) => Ok(metadata.is_file().then(|| metadata.len())),
+        Ok(metadata) => Ok(metadata.is_file().then_some(metadata.len())),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
     }

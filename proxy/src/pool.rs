@@ -393,8 +393,10 @@ mod tests {
         mpsc::{Receiver, Sender, channel},
     };
 
+    type Turns = Arc<Mutex<Vec<Turn>>>;
+
     /// A pool, its turns, and what holds work that hangs until it is dropped.
-    fn pool(most: usize, timeout: u64, cooldown: u64) -> (Pool, Arc<Mutex<Vec<Turn>>>, Sender<()>, Arc<Mutex<Receiver<()>>>) {
+    fn pool(most: usize, timeout: u64, cooldown: u64) -> (Pool, Turns, Sender<()>, Arc<Mutex<Receiver<()>>>) {
         let turns = Arc::new(Mutex::new(Vec::new()));
         let told = turns.clone();
         let (timeout, cooldown) = (Duration::from_millis(timeout), Duration::from_millis(cooldown));
