@@ -1,6 +1,6 @@
 //! What stays when a tier is full. Memory and the disk's index keep their entries in here. With `disk`, the only place that sees moka.
 //!
-//! With `tiny-lfu` an entry first comes into a *window*, a small LRU cache. What leaves the window is admitted to the *main* segment, an
+//! With `tiny-lfu` an entry first comes into a *window*, a small LRU cache; while the main segment has room, straight into that. What leaves the window is admitted to the *main* segment, an
 //! LRU cache too, if it was asked for more often *per byte* than what main has let go of late. Else it is evicted. So
 //! - a blob that is asked for again and again is kept from its first get on, whatever its size: the window takes every blob;
 //! - one pass over many cold blobs goes through the window, and leaves main as it is;
@@ -193,15 +193,20 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     pub fn takes(&self, digest: &Digest, weight: u64) -> bool {
         let Some(admission) = &self.admission else { return weight <= self.largest() };
         let (window, main) = self.capacities;
-        let room = self.main.weighted_size() + weight <= main;
-        weight <= window || weight <= main && (room || admission.sketch.estimate(digest) >= AGAIN)
+        weight <= window || weight <= main && (self.has_room(weight) || admission.sketch.estimate(digest) >= AGAIN)
+    }
+
+    /// Whether main can take this without letting go of anything.
+    fn has_room(&self, weight: u64) -> bool {
+        self.main.weighted_size() + weight <= self.capacities.1
     }
 
     /// Keeps an entry of at most [`Self::largest`], whatever [`Self::takes`] says.
     pub fn insert(&self, digest: Digest, value: V) {
         let weight = (self.weigh)(&value);
         match &self.window {
-            Some(window) if weight <= self.capacities.0 && !self.main.contains_key(&digest) => {
+            // While main has room nothing has to prove itself, and a later get finds it with one look-up.
+            Some(window) if weight <= self.capacities.0 && !self.has_room(weight) && !self.main.contains_key(&digest) => {
                 window.insert(digest, value);
                 if weight >= self.at_once {
                     window.run_pending_tasks();

@@ -70,8 +70,8 @@ impl Sketch {
     /// so that no request waits for all of them.
     fn age(&self, kept: usize) -> f64 {
         let all = self.blocks.len();
-        // More gets than that would make the counters of a block overlap too much.
-        let sample = SAMPLE * kept.clamp(DIGESTS * 64, DIGESTS * all);
+        // With fewer gets than that, each would pay for the aging of more than one block; with more, the counters of a block would overlap too much.
+        let sample = SAMPLE * kept.clamp((DIGESTS * 64).max(all / SAMPLE), DIGESTS * all);
         let some = (all * TURN as usize).div_ceil(sample).min(all);
         let from = self.oldest.fetch_add(some, Ordering::Relaxed);
         for block in from..from.wrapping_add(some) {
