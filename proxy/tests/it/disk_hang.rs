@@ -4,7 +4,10 @@ use crate::support::{
     Blob, Castier, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_hit, assert_ledger, disk::kept, eventually, get,
     hang::HangingFs, light, metrics, within,
 };
-use rustix::process::Signal;
+use rustix::{
+    fs::{Advice, fadvise},
+    process::Signal,
+};
 use std::{
     fs,
     sync::atomic::Ordering,
@@ -37,7 +40,7 @@ async fn a_disk_that_hangs_costs_no_request() {
         get(castier.public, blob).await.assert_is(blob);
     }
     kept(&castier, 9).await;
-    fs.hang();
+    let hang = fs.hang().await;
     // Hits of memory, hits of the disk, and loads: large, small, by many at once.
     let mut clients = JoinSet::new();
     let start = Instant::now();
@@ -71,7 +74,7 @@ async fn a_disk_that_hangs_costs_no_request() {
     let purge = within(SOON, "a purge", Request::new("POST", format!("/purge/{}", blobs[7].digest)).send(castier.admin)).await;
     assert_eq!(purge.status, 200);
     assert_eq!(Request::get("/healthz").send(castier.admin).await.status, 200);
-    fs.answer();
+    hang.end();
     // Well again by itself, and what was kept is there.
     eventually("a hit of the disk", async || {
         let reply = get(castier.public, &blobs[0]).await;
@@ -103,13 +106,13 @@ async fn uploads_do_not_wait_for_the_disk() {
     let origin = LyingOrigin::start().await;
     let config = config(&fs).replace("\"500ms\"", "\"30s\"");
     let castier = Castier::start(&origin.url(), &config).await;
-    fs.hang();
+    let hang = fs.hang().await;
     for size in [10 * KIB, 300 * KIB, 20 * MIB] {
         let blob = Blob::new(size);
         let put = within(SOON, "an upload", Request::new("PUT", blob.path()).body(blob.whole()).send(castier.public)).await;
         assert_eq!(put.status, 201, "{size}");
     }
-    fs.answer();
+    hang.end();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -124,7 +127,7 @@ async fn the_start_and_the_end_do_not_wait_for_a_disk_that_hangs() {
         get(castier.public, blob).await.assert_is(blob);
     }
     kept(&castier, 4).await;
-    fs.hang();
+    let _hang = fs.hang().await;
     for blob in &blobs {
         get(castier.public, blob).await.assert_is(blob);
     }
@@ -158,7 +161,7 @@ async fn a_spool_directory_that_hangs_harms_no_hit() {
     let castier = Castier::start(&origin.url(), &config).await;
     let small = origin.blob(10 * KIB);
     get(castier.public, &small).await.assert_is(&small);
-    fs.hang();
+    let hang = fs.hang().await;
     let mut clients = JoinSet::new();
     for _ in 0..100 {
         let (blob, from) = (origin.blob(2 * MIB), castier.public);
@@ -175,7 +178,7 @@ async fn a_spool_directory_that_hangs_harms_no_hit() {
         }
     })
     .await;
-    fs.answer();
+    hang.end();
     eventually("large blobs pass again", async || (get(castier.public, &origin.blob(2 * MIB)).await.status == 200).then_some(())).await;
 }
 
@@ -198,7 +201,12 @@ async fn a_disk_that_hangs_under_a_flight_cuts_nobody() {
         .collect();
     eventually("two have what there is", async || (fast.received.load(Ordering::Relaxed) > 11 * MIB).then_some(())).await;
     eventually("one has little", async || (slow.received.load(Ordering::Relaxed) > 0).then_some(())).await;
-    fs.hang();
+    // What the file does not have yet is in memory, and what the page cache has is read from there: nothing hangs in either.
+    let files = castier.files(&fs.path());
+    eventually("the file has the beginning", async || files.iter().any(|file| file.metadata().unwrap().len() >= 5 * MIB).then_some(()))
+        .await;
+    files.iter().for_each(|file| fadvise(file, 0, None, Advice::DontNeed).unwrap());
+    let hang = fs.hang().await;
     let late = {
         let (blob, from) = (blob.clone(), castier.public);
         tokio::spawn(async move { Download::default().of(&blob, from).await.assert_is(&blob) })
@@ -208,6 +216,6 @@ async fn a_disk_that_hangs_under_a_flight_cuts_nobody() {
         within(6 * SOON, "a reader's end", reader).await.unwrap();
     }
     assert_eq!(origin.gets(&blob), 2, "the beginning was fetched once more, for all");
-    fs.answer();
+    hang.end();
     assert_ledger(&castier).await;
 }

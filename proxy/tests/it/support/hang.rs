@@ -56,14 +56,34 @@ impl HangingFs {
         Box::leak(self.dir.path().join("behind").into_boxed_path())
     }
 
-    /// From now on nothing is answered.
-    pub(crate) fn hang(&self) {
-        kill_process(Pid::from_child(&self.server), Signal::STOP).unwrap();
+    /// From now on nothing is answered, until what this returns is dropped. Whoever calls it after `Castier::start` has it dropped
+    /// before castier: a process with a call in a file system that hangs cannot be killed, so the end of a failed test would wait
+    /// for it for ever.
+    pub(crate) async fn hang(&self) -> Hang {
+        let server = Pid::from_child(&self.server);
+        kill_process(server, Signal::STOP).unwrap();
+        let hang = Hang(server);
+        // The signal takes a moment to reach each thread, and a thread that it has not reached still answers.
+        eventually("each thread's stop", async || {
+            let threads = fs::read_dir(format!("/proc/{}/task", server.as_raw_nonzero())).unwrap();
+            let stopped = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
+            threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap()).all(stopped).then_some(())
+        })
+        .await;
+        hang
     }
+}
 
-    /// And now it is again.
-    pub(crate) fn answer(&self) {
-        kill_process(Pid::from_child(&self.server), Signal::CONT).unwrap();
+/// As long as it is there, nothing is answered.
+pub(crate) struct Hang(Pid);
+
+impl Hang {
+    pub(crate) fn end(self) {}
+}
+
+impl Drop for Hang {
+    fn drop(&mut self) {
+        kill_process(self.0, Signal::CONT).ok();
     }
 }
 

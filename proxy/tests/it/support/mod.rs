@@ -27,7 +27,12 @@ pub(crate) use process::{Castier, RealOrigin};
 pub(crate) use raw::RawOrigin;
 pub(crate) use stats::{assert_ledger, metrics, stats};
 
-use std::time::{Duration, Instant};
+use std::{
+    io::Write,
+    sync::{Once, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// The longest that anything may take unless a test says otherwise. Generous: it turns a hang into a failure, and measures nothing.
@@ -40,14 +45,51 @@ pub(crate) const HELD_BACK: u64 = 64 * KIB;
 
 static TURN: RwLock<()> = RwLock::const_new(());
 
+/// A test's turn. A test that keeps it too long ends the whole run: the tests behind it would wait for it for ever.
+pub(crate) struct Turn<T> {
+    _turn: T,
+    _alarm: mpsc::Sender<()>,
+}
+
+/// The longest turn: several times what the longest test takes on two busy cores.
+const LONGEST_TURN: Duration = Duration::from_secs(900);
+
+impl<T> Turn<T> {
+    fn new(turn: T) -> Self {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            // A failure is told at once, also where the test does not come to its end, which is when the harness would tell it.
+            let usual = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| {
+                uncaptured(&format!("{:?}: {panic}\n", thread::current().name()));
+                usual(panic);
+            }));
+        });
+        let (alarm, ended) = mpsc::channel::<()>();
+        let test = thread::current().name().unwrap_or_default().to_owned();
+        thread::spawn(move || {
+            if ended.recv_timeout(LONGEST_TURN) == Err(mpsc::RecvTimeoutError::Timeout) {
+                uncaptured(&format!("{test} has not ended within {LONGEST_TURN:?}: the run is given up\n"));
+                std::process::abort();
+            }
+        });
+        Self { _turn: turn, _alarm: alarm }
+    }
+}
+
+/// Past the harness, which keeps what a test prints until the test has ended.
+fn uncaptured(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
 /// A test that may run beside others.
-pub(crate) async fn light() -> RwLockReadGuard<'static, ()> {
-    TURN.read().await
+pub(crate) async fn light() -> Turn<RwLockReadGuard<'static, ()>> {
+    Turn::new(TURN.read().await)
 }
 
 /// A test that needs the machine for itself: many clients or many bytes.
-pub(crate) async fn heavy() -> RwLockWriteGuard<'static, ()> {
-    TURN.write().await
+pub(crate) async fn heavy() -> Turn<RwLockWriteGuard<'static, ()>> {
+    Turn::new(TURN.write().await)
 }
 
 /// Asks until there is an answer.

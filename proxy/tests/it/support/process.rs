@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::Once,
+    time::{Duration, Instant},
 };
 use tempfile::TempDir;
 
@@ -66,7 +67,10 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        let start = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < DEADLINE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if std::thread::panicking() {
             let output = self.output();
             let from = output.len().saturating_sub(8000);
@@ -160,6 +164,13 @@ impl Castier {
     /// How many file descriptors it has open.
     pub(crate) fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.process.child.id())).unwrap().count()
+    }
+
+    /// The files below `dir` that it has open, those without a name included.
+    pub(crate) fn files(&self, dir: &Path) -> Vec<File> {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.process.child.id())).unwrap().flatten().map(|fd| fd.path());
+        let below = open.filter(|fd| fs::read_link(fd).is_ok_and(|path| path.starts_with(dir)));
+        below.filter_map(|fd| File::open(fd).ok()).filter(|file| file.metadata().is_ok_and(|meta| meta.is_file())).collect()
     }
 }
 
