@@ -1,4 +1,6 @@
-//! The admin listener: metrics, health, statistics, purge, and a page for people.
+//! The admin listener: metrics, health, statistics, purge, and the status page. In `admin/`: `page`, that page.
+
+mod page;
 
 use crate::{
     conn::Conn,
@@ -13,7 +15,7 @@ use axum::{
     body::Body,
     extract::{Path, State},
     http::{HeaderValue, Request, StatusCode, header},
-    response::{Html, IntoResponse, Response},
+    response::{IntoResponse, Response},
     routing::{get, post},
 };
 use castier_blob::{Digest, MalformedDigest, wire::Problem};
@@ -75,7 +77,7 @@ impl Admin {
 /// The admin interface.
 pub fn router(admin: Arc<Admin>) -> Router {
     Router::new()
-        .route("/", get(page))
+        .route("/", get(page::page))
         .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
@@ -157,53 +159,6 @@ async fn stats(State(admin): State<Arc<Admin>>) -> Response {
 async fn purge(State(admin): State<Arc<Admin>>, Path(digest): Path<String>) -> Response {
     let Ok(digest) = digest.parse::<Digest>() else { return problem(StatusCode::BAD_REQUEST, &MalformedDigest.to_string()) };
     json(&admin.purge.everywhere(&digest).await)
-}
-
-async fn page(State(admin): State<Arc<Admin>>) -> Html<String> {
-    let stats = serde_json::to_value(admin.stats()).unwrap_or_default();
-    let figure = |name: &str| stats[name].as_u64().unwrap_or(0);
-    let share = 100.0 * figure("CacheHits") as f64 / figure("Gets").max(1) as f64;
-    let mut rows = String::new();
-    for (name, value) in stats.as_object().into_iter().flatten().filter(|(_, value)| value.is_u64()) {
-        rows += &format!("<tr><th>{name}<td>{value}");
-    }
-    let mut tiers = String::new();
-    for (name, tier) in stats["tiers"].as_object().into_iter().flatten().filter(|(_, tier)| tier["capacity"].as_u64() > Some(0)) {
-        let mib = |key: &str| tier[key].as_u64().unwrap_or(0) as f64 / 1048576.0;
-        let plain = |key: &str| tier[key].as_u64().unwrap_or(0);
-        tiers += &format!(
-            "<tr><th>{name}<td>{:.1} of {:.1} MiB<td>{}<td>{}<td>{}",
-            mib("bytes"),
-            mib("capacity"),
-            plain("blobs"),
-            plain("hits"),
-            plain("evictions")
-        );
-    }
-    Html(format!(
-        "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=5><title>castier {name}</title>\
-         <style>body{{font:16px system-ui;margin:2rem auto;max-width:46rem;padding:0 1rem}}table{{border-collapse:collapse;margin:1rem 0}}\
-         th,td{{padding:.3rem .9rem;border-bottom:1px solid #8884;text-align:right}}th{{text-align:left;font-weight:500}}b{{font-size:2rem}}</style>\
-         <h1>castier {version}</h1><p>{name} · {ready} · <b>{share:.1} %</b> of gets were hits\
-         <table><tr><th>tier<th>holds<th>blobs<th>hits<th>evictions{tiers}</table><table>{rows}</table>{cluster}\
-         <p><a href=/metrics>metrics</a> · <a href=/stats>stats</a> · <a href=/readyz>readyz</a></html>",
-        name = admin.name,
-        cluster = cluster_table(&stats["cluster"]),
-        version = env!("CARGO_PKG_VERSION"),
-        ready = if admin.ready.load(Ordering::Relaxed) { "ready" } else { "not ready" },
-    ))
-}
-
-/// The members, for people; nothing if this node is alone.
-fn cluster_table(cluster: &serde_json::Value) -> String {
-    let Some(members) = cluster["members"].as_array() else { return String::new() };
-    let mut rows = String::new();
-    for member in members {
-        let text = |key: &str| member[key].as_str().unwrap_or_default();
-        rows += &format!("<tr><th>{}<td>{}<td>{:.1} %", text("name"), text("state"), member["share"].as_f64().unwrap_or(0.0) * 100.0);
-    }
-    let changed = &cluster["changed_seconds_ago"];
-    format!("<table><tr><th>node<th>state<th>owns{rows}</table><p>the cluster last changed {changed} seconds ago")
 }
 
 fn json(value: &impl serde::Serialize) -> Response {

@@ -37,6 +37,7 @@ mod malformed;
 mod memory;
 mod operate;
 mod outage;
+mod page;
 mod peer;
 mod peer_proof;
 mod peer_tls;
