@@ -113,7 +113,7 @@ await until("all eight answers", () => {
 });
 await until("the other node", ([peer]) => document.querySelector("#members").textContent.includes(peer), [peer]);
 await until("a client and a digest", () => document.querySelector("#clients tbody tr") && /^[0-9a-f]{64}$/.test(document.querySelector("#digests tbody th")?.textContent));
-await until("the memory tier", () => /of 256\sMiB/.test(document.querySelector("#tiers tbody")?.textContent));
+await until("the memory tier", () => /of [\d.]+\sMiB/.test(document.querySelector("#tiers tbody")?.textContent));
 await until("points of a plot", () => document.querySelectorAll("#charts circle").length >= 4);
 assert.match(await page.locator("#charts svg").first().getAttribute("aria-label"), /^Requests per second, the last 15 minutes: requests now .*highest/);
 await page.locator("#minutes summary").click();
