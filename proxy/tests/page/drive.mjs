@@ -25,7 +25,7 @@ async function please(step) {
   assert(!done, "nobody is there to " + step);
 }
 function step(name) {
-  console.error("step: " + name);
+  console.error(`step: ${name} (after ${performance.now().toFixed()} ms)`);
 }
 
 const browser = await chromium.launch({

@@ -69,7 +69,8 @@ async function shot(name, options, fullPage, seen) {
   await page.screenshot({ path: join(out, name), fullPage });
   await page.close();
 }
-await shot("status-page.png", { viewport: { width: 1200, height: 760 } }, true, "^ok");
+await shot("status-page.png", { viewport: { width: 1200, height: 734 } }, false, "^ok");
+await shot("status-page-full.png", { viewport: { width: 1200, height: 734 } }, true, "^ok");
 await shot("status-page-phone.png", { viewport: { width: 360, height: 740 }, deviceScaleFactor: 2 }, false, "^ok");
 process.kill(Number(pid), "SIGKILL");
 await shot("status-page-dark.png", { viewport: { width: 1200, height: 660 }, colorScheme: "dark" }, false, "is down since");
