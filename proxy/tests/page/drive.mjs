@@ -159,6 +159,16 @@ await page.locator("#pause").press("Enter");
 const resumed = await figure("Gets");
 await until("more gets", ([before]) => Number(document.querySelector("#counters tbody td").textContent.replaceAll(",", "")) > before, [resumed]);
 
+step("what is selected stays");
+const cell = () => page.locator("#counters tbody td").first().textContent();
+await page.evaluate(() => getSelection().selectAllChildren(document.querySelector("#counters tbody td")));
+const selected = await cell();
+for (let answers = 0; answers < 2; answers++) await page.waitForResponse("**/stats");
+await until("the time of the figures moves", ([before]) => document.querySelector("#about").textContent !== before, [await page.locator("#about").textContent()]);
+assert.equal(await cell(), selected);
+await page.evaluate(() => getSelection().removeAllRanges());
+await until("it moves again", ([before]) => document.querySelector("#counters tbody td").textContent !== before, [selected]);
+
 step("reduced motion");
 await page.emulateMedia({ reducedMotion: "reduce" });
 assert.equal(await page.evaluate(() => getComputedStyle(document.querySelector(".bar > span")).transitionProperty), "none");
@@ -166,17 +176,16 @@ await page.emulateMedia({ reducedMotion: null });
 
 step("what strangers say stays text");
 const bad = "<img src=x onerror=\"alert('run')\"><b>bold</b>";
-await page.route("**/stats", async route => {
-  const response = await route.fetch(), stats = await response.json();
-  stats.problems = [{ what: bad, text: bad, since: null, severity: bad }];
-  stats.node = stats.version = bad;
-  stats.top.clients = [{ client: bad, requests: 1, bytes: 1 }];
-  stats.top.digests = stats.top.refused = [{ digest: bad, requests: 1, bytes: 1 }];
-  stats.flights = [{ digest: bad, bytes: 1, size: 2, age_seconds: 1, readers: 1, from: bad }];
-  stats.members = [{ name: bad, self: false, up: false, since: bad, share: .5, probe_ms: 1, errors: 1 }];
-  stats.disk_tier = { state: bad, since: bad, path: bad, filesystem_avail_bytes: 1, errors: 1 };
-  await route.fulfill({ response, json: stats });
-});
+const stats = await (await fetch(new URL("stats", address))).json();
+stats.problems = [{ what: bad, text: bad, since: null, severity: bad }];
+stats.node = stats.version = bad;
+stats.top.clients = [{ client: bad, requests: 1, bytes: 1 }];
+stats.top.digests = stats.top.refused = [{ digest: bad, requests: 1, bytes: 1 }];
+stats.flights = [{ digest: bad, bytes: 1, size: 2, age_seconds: 1, readers: 1, from: bad }];
+stats.members = [{ name: bad, self: false, up: false, since: bad, share: .5, probe_ms: 1, errors: 1 }];
+stats.disk_tier = { state: bad, since: bad, path: bad, filesystem_avail_bytes: 1, errors: 1 };
+// The page may have gone on without this answer.
+await page.route("**/stats", route => route.fulfill({ json: stats }).catch(() => {}));
 await until("the text", ([bad]) => document.querySelector("#clients tbody th")?.textContent === bad && document.getElementById("verdict").textContent.includes(bad), [bad]);
 assert.equal(await page.locator("main img, main b").count(), 0);
 await page.unroute("**/stats");
