@@ -1,25 +1,31 @@
-//! The admin listener: metrics, health, statistics, purge, and a page for people.
+//! The admin listener: metrics, health, statistics, purge, and the status page.
 
-use crate::{
-    conn::Conn,
-    ladder::{self, Ladder},
-    members::{self, Members},
-    metrics::Metrics,
-    purge::Purge,
-};
+mod history;
+mod page;
+mod problems;
+mod stats;
+mod utc;
+
+pub use history::STEP;
+pub use stats::{Brief, Stats};
+
+use crate::{conn::Conn, ladder::Ladder, members::Members, metrics::Metrics, plan, purge::Purge};
 use arc_swap::ArcSwap;
 use axum::{
     Router,
     body::Body,
     extract::{Path, State},
     http::{HeaderValue, Request, StatusCode, header},
-    response::{Html, IntoResponse, Response},
+    response::{IntoResponse, Response},
     routing::{get, post},
 };
 use castier_blob::{Digest, MalformedDigest, wire::Problem};
 use castier_config::Limits;
+use history::History;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use problems::Problems;
 use serde::Serialize;
 use std::{
     collections::VecDeque,
@@ -27,7 +33,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -50,32 +56,59 @@ pub struct Admin {
     pub members: Option<Arc<Members>>,
     /// Forgets blobs, on every node.
     pub purge: Arc<Purge>,
-    /// False while starting and draining. An origin that is down does not change it: what is kept is served.
-    pub ready: AtomicBool,
-    /// This node, as the page names it.
-    pub name: String,
+    phase: Mutex<Phase>,
+    /// When this node began, on both clocks.
+    began: Instant,
+    started: SystemTime,
+    /// What the control group of this process may hold.
+    memory_limit: Option<u64>,
+    history: Mutex<History>,
+    problems: Mutex<Problems>,
 }
 
-/// What `/stats` tells, and what goes to the log.
-#[derive(Debug, Serialize)]
-pub struct Stats {
-    #[serde(flatten)]
-    node: ladder::Stats,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cluster: Option<members::Status>,
+/// How far a node is. An origin that is down does not change it: what is kept is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Not yet for clients.
+    Starting,
+    /// For clients.
+    Ready,
+    /// No more for clients.
+    Draining,
 }
 
 impl Admin {
-    /// The figures as of now.
-    pub fn stats(&self) -> Stats {
-        Stats { node: self.ladder.stats(), cluster: self.members.as_ref().map(|members| members.status()) }
+    /// Tells about these. The node is starting.
+    pub fn new(ladder: Arc<Ladder>, metrics: Arc<Metrics>, members: Option<Arc<Members>>, purge: Arc<Purge>) -> Self {
+        Self {
+            ladder,
+            metrics,
+            members,
+            purge,
+            phase: Mutex::new(Phase::Starting),
+            began: Instant::now(),
+            started: SystemTime::now(),
+            memory_limit: plan::memory_limit(),
+            history: Mutex::default(),
+            problems: Mutex::default(),
+        }
+    }
+
+    /// The node has come so far.
+    pub fn enter(&self, phase: Phase) {
+        *self.phase.lock() = phase;
+    }
+
+    fn phase(&self) -> Phase {
+        *self.phase.lock()
     }
 }
 
 /// The admin interface.
 pub fn router(admin: Arc<Admin>) -> Router {
     Router::new()
-        .route("/", get(page))
+        .route("/", get(page::page))
         .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
@@ -143,11 +176,7 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
 }
 
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {
-    if admin.ready.load(Ordering::Relaxed) {
-        "ready\n".into_response()
-    } else {
-        problem(StatusCode::SERVICE_UNAVAILABLE, "starting or draining")
-    }
+    if admin.phase() == Phase::Ready { "ready\n".into_response() } else { problem(StatusCode::SERVICE_UNAVAILABLE, "starting or draining") }
 }
 
 async fn stats(State(admin): State<Arc<Admin>>) -> Response {
@@ -157,53 +186,6 @@ async fn stats(State(admin): State<Arc<Admin>>) -> Response {
 async fn purge(State(admin): State<Arc<Admin>>, Path(digest): Path<String>) -> Response {
     let Ok(digest) = digest.parse::<Digest>() else { return problem(StatusCode::BAD_REQUEST, &MalformedDigest.to_string()) };
     json(&admin.purge.everywhere(&digest).await)
-}
-
-async fn page(State(admin): State<Arc<Admin>>) -> Html<String> {
-    let stats = serde_json::to_value(admin.stats()).unwrap_or_default();
-    let figure = |name: &str| stats[name].as_u64().unwrap_or(0);
-    let share = 100.0 * figure("CacheHits") as f64 / figure("Gets").max(1) as f64;
-    let mut rows = String::new();
-    for (name, value) in stats.as_object().into_iter().flatten().filter(|(_, value)| value.is_u64()) {
-        rows += &format!("<tr><th>{name}<td>{value}");
-    }
-    let mut tiers = String::new();
-    for (name, tier) in stats["tiers"].as_object().into_iter().flatten().filter(|(_, tier)| tier["capacity"].as_u64() > Some(0)) {
-        let mib = |key: &str| tier[key].as_u64().unwrap_or(0) as f64 / 1048576.0;
-        let plain = |key: &str| tier[key].as_u64().unwrap_or(0);
-        tiers += &format!(
-            "<tr><th>{name}<td>{:.1} of {:.1} MiB<td>{}<td>{}<td>{}",
-            mib("bytes"),
-            mib("capacity"),
-            plain("blobs"),
-            plain("hits"),
-            plain("evictions")
-        );
-    }
-    Html(format!(
-        "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=5><title>castier {name}</title>\
-         <style>body{{font:16px system-ui;margin:2rem auto;max-width:46rem;padding:0 1rem}}table{{border-collapse:collapse;margin:1rem 0}}\
-         th,td{{padding:.3rem .9rem;border-bottom:1px solid #8884;text-align:right}}th{{text-align:left;font-weight:500}}b{{font-size:2rem}}</style>\
-         <h1>castier {version}</h1><p>{name} · {ready} · <b>{share:.1} %</b> of gets were hits\
-         <table><tr><th>tier<th>holds<th>blobs<th>hits<th>evictions{tiers}</table><table>{rows}</table>{cluster}\
-         <p><a href=/metrics>metrics</a> · <a href=/stats>stats</a> · <a href=/readyz>readyz</a></html>",
-        name = admin.name,
-        cluster = cluster_table(&stats["cluster"]),
-        version = env!("CARGO_PKG_VERSION"),
-        ready = if admin.ready.load(Ordering::Relaxed) { "ready" } else { "not ready" },
-    ))
-}
-
-/// The members, for people; nothing if this node is alone.
-fn cluster_table(cluster: &serde_json::Value) -> String {
-    let Some(members) = cluster["members"].as_array() else { return String::new() };
-    let mut rows = String::new();
-    for member in members {
-        let text = |key: &str| member[key].as_str().unwrap_or_default();
-        rows += &format!("<tr><th>{}<td>{}<td>{:.1} %", text("name"), text("state"), member["share"].as_f64().unwrap_or(0.0) * 100.0);
-    }
-    let changed = &cluster["changed_seconds_ago"];
-    format!("<table><tr><th>node<th>state<th>owns{rows}</table><p>the cluster last changed {changed} seconds ago")
 }
 
 fn json(value: &impl serde::Serialize) -> Response {

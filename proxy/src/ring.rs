@@ -72,6 +72,13 @@ impl Ring {
         self.weights.get(member).map_or(0.0, |weight| weight / self.weights.iter().sum::<f64>())
     }
 
+    /// A number that is equal for equal members, in whatever order they are listed, and hardly ever for others. It has 48 bits, so that it
+    /// is exact as a float.
+    pub fn fingerprint(&self) -> u64 {
+        let text: String = self.names.iter().zip(&self.weights).map(|(name, weight)| format!("{name} {weight}\n")).collect();
+        word(&Digest::of(text.as_bytes())) >> 16
+    }
+
     /// The first member that ranks behind `last` for this word of a digest.
     fn first_behind(&self, word: u64, last: Option<Rank>) -> Option<Rank> {
         let mut best: Option<Rank> = None;
@@ -197,6 +204,19 @@ mod tests {
             let digest = Digest::of(content.as_bytes());
             let shown = |ring: &Ring| ring.order(&digest).map(|i| i.to_string()).collect::<String>();
             assert_eq!((shown(&even), shown(&weighted)), (in_even.into(), in_weighted.into()), "{content:?}");
+        }
+    }
+
+    #[test]
+    fn equal_members_have_one_fingerprint() {
+        let of = |members: &[(&str, u32)]| Ring::new(members.iter().map(|(name, weight)| ((*name).to_owned(), *weight))).fingerprint();
+        let (seven, eight) = ("10.0.0.7:8081", "10.0.0.8:8081");
+        let both = of(&[(seven, 1), (eight, 2)]);
+        assert_eq!(both, 103_926_228_819_296, "nodes of all versions must agree");
+        assert_eq!(both, of(&[(eight, 2), (seven, 1), (eight, 1)]));
+        for other in [&[(seven, 1)][..], &[(seven, 1), (eight, 1)], &[(seven, 2), (eight, 1)], &[(seven, 1), (eight, 2), ("x:1", 1)], &[]] {
+            assert_ne!(of(other), both, "{other:?}");
+            assert!(of(other) < 1 << 48);
         }
     }
 

@@ -80,6 +80,11 @@ async fn health_stats_and_the_page() {
     }
     let page = Request::get("/").send(castier.admin).await;
     assert!(page.header("content-type").is_some_and(|kind| kind.starts_with("text/html")), "{:?}", page.head);
+    for (name, value) in [("x-content-type-options", "nosniff"), ("cache-control", "no-store"), ("referrer-policy", "no-referrer")] {
+        assert_eq!(page.header(name), Some(value), "{:?}", page.head);
+    }
+    let policy = page.header("content-security-policy").unwrap_or_default();
+    assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'") && !policy.contains("unsafe"), "{policy}");
     Request::get("/nowhere").send(castier.admin).await.assert_problem(404);
     let wrong = Request::new("POST", "/stats").send(castier.admin).await;
     wrong.assert_problem(405);

@@ -1,7 +1,7 @@
 //! The books: what castier counts, and that it adds up.
 
 use super::{Castier, Request, eventually};
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 /// One reading of `/metrics`.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,6 +43,11 @@ impl Metrics {
         self.sum("castier_tier_blobs", &[("tier", "memory")])
     }
 
+    /// All series with their labels, and their values.
+    pub(crate) fn figures(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.series.iter().map(|(series, value)| (series.as_str(), *value))
+    }
+
     pub(crate) fn series(&self) -> impl Iterator<Item = &str> {
         self.series.iter().map(|(series, _)| series.as_str())
     }
@@ -56,7 +61,12 @@ impl Metrics {
 }
 
 pub(crate) async fn metrics(castier: &Castier) -> Metrics {
-    let reply = Request::get("/metrics").send(castier.admin).await;
+    metrics_at(castier.admin).await
+}
+
+/// Of whatever program has its admin listener there.
+pub(crate) async fn metrics_at(admin: SocketAddr) -> Metrics {
+    let reply = Request::get("/metrics").send(admin).await;
     assert_eq!(reply.status, 200);
     let text = String::from_utf8(reply.body).unwrap();
     let parse = |line: &str| {
