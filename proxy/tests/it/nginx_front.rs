@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
 
 /// By how much all of nginx's processes together may grow: buffers, and nothing of a blob.
-const NGINX_MEMORY: u64 = 8 * MIB;
+const NGINX_MEMORY: u64 = 24 * MIB;
 /// Of castier, for one large blob: the program, its buffers, and a window.
 const CASTIER_MEMORY: u64 = 100 * MIB;
 
