@@ -41,7 +41,8 @@ fn each_fault_of_the_demo_raises_its_alert_and_no_client_notices() {
     let output = run(&mut demo, b"");
     let told = text(&output);
     assert!(output.status.success(), "{told}");
-    assert!(start.elapsed() < Duration::from_secs(90), "{:?}: {told}", start.elapsed());
+    // A minute, the start and the end, and what a busy machine adds.
+    assert!(start.elapsed() < Duration::from_secs(150), "{:?}: {told}", start.elapsed());
     for fault in ["the origin is stopped", "a node is killed", "the origin lies"] {
         assert!(told.contains(&format!("demo: {fault}: Prometheus raised Castier")), "{fault}: {told}");
     }
