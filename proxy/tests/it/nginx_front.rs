@@ -407,7 +407,7 @@ async fn an_idle_connection_is_closed_by_nginx_and_not_by_castier() {
         conf.replace(&line, "        keepalive_timeout 300ms;")
     };
     let Some(nginx) = Nginx::start_with(&[castier.public], change).await else { return };
-    // Whoever closes first cannot be asked something on that connection at the same moment.
+    // The side that closes first never gets a request on a connection that it is just closing.
     assert!(Duration::from_secs(of_the_controller.unwrap()) + Duration::from_secs(10) < idle.get(), "{of_the_controller:?}");
     let blob = origin.blob(10 * KIB);
     let mut conn = Conn::open(nginx.addr).await;
