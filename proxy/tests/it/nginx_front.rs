@@ -413,7 +413,7 @@ async fn an_idle_connection_is_closed_by_nginx_and_not_by_castier() {
     let mut conn = Conn::open(nginx.addr).await;
     for _ in 0..3 {
         conn.ask(&Request::get(blob.path())).await.assert_is(&blob);
-        assert_eq!(connections(&castier).await, 1, "it stays open for a while");
+        // castier would not, for longer than this waits.
         eventually("nginx closes it", async || (connections(&castier).await == 0).then_some(())).await;
     }
 }
