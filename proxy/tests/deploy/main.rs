@@ -3,6 +3,7 @@
 //! `scripts/setup-tests` installs the tools. A test without its tool says so and is skipped.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
 
+mod demo;
 mod k8s;
 mod packages;
 mod scripts;

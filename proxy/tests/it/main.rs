@@ -35,6 +35,7 @@ mod limits;
 mod loops;
 mod malformed;
 mod memory;
+mod nginx_front;
 mod operate;
 mod outage;
 mod page;

@@ -224,6 +224,12 @@ impl RealOrigin {
         format!("http://{}", self.addr)
     }
 
+    /// Bytes of uploads that are still on their way.
+    pub(crate) fn unfinished(&self) -> u64 {
+        let files = fs::read_dir(self.root.path().join("tmp")).unwrap();
+        files.filter_map(|file| file.unwrap().metadata().ok()).map(|file| file.len()).sum()
+    }
+
     /// kill -9.
     pub(crate) async fn kill(&mut self) {
         self.process.signal(Signal::KILL);
