@@ -81,10 +81,20 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     parts.into_iter().fold(0, u64::saturating_add)
 }
 
-/// Warns if what is configured is more than the control group that this process is in may hold.
-pub fn tell(config: &Castier, limits: &Limits) {
+/// What is planned, and what the control group allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// What this node may come to hold, in bytes.
+    pub planned: u64,
+    /// The limit of the control group that this process is in, in bytes; none if there is no limit.
+    pub limit: Option<u64>,
+}
+
+/// Warns if what is configured is more than the control group that this process is in may hold. Both numbers.
+pub fn tell(config: &Castier, limits: &Limits) -> Memory {
     let planned = memory(config, limits);
-    if let Some(limit) = group_limit(Path::new("/proc/self"))
+    let group = group_limit(Path::new("/proc/self"));
+    if let Some(limit) = group
         && planned > limit
     {
         tracing::warn!(
@@ -96,6 +106,7 @@ pub fn tell(config: &Castier, limits: &Limits) {
             shown(limit),
         );
     }
+    Memory { planned, limit: group }
 }
 
 fn shown(bytes: u64) -> Size {
