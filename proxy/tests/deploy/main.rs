@@ -4,6 +4,8 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
 
 mod k8s;
+mod live;
+mod monitoring;
 mod packages;
 mod scripts;
 mod tools;
