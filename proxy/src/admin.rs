@@ -1,12 +1,14 @@
 //! The admin listener: metrics, health, statistics, purge, and a page for people.
 
-use crate::{
-    conn::Conn,
-    ladder::{self, Ladder},
-    members::{self, Members},
-    metrics::Metrics,
-    purge::Purge,
-};
+mod history;
+mod problems;
+mod stats;
+mod utc;
+
+pub use history::STEP;
+pub use stats::{Brief, Stats};
+
+use crate::{conn::Conn, ladder::Ladder, members::Members, metrics::Metrics, plan, purge::Purge};
 use arc_swap::ArcSwap;
 use axum::{
     Router,
@@ -18,8 +20,11 @@ use axum::{
 };
 use castier_blob::{Digest, MalformedDigest, wire::Problem};
 use castier_config::Limits;
+use history::History;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use problems::Problems;
 use serde::Serialize;
 use std::{
     collections::VecDeque,
@@ -27,7 +32,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -50,25 +55,55 @@ pub struct Admin {
     pub members: Option<Arc<Members>>,
     /// Forgets blobs, on every node.
     pub purge: Arc<Purge>,
-    /// False while starting and draining. An origin that is down does not change it: what is kept is served.
-    pub ready: AtomicBool,
     /// This node, as the page names it.
     pub name: String,
+    phase: Mutex<Phase>,
+    /// When this node began, on both clocks.
+    began: Instant,
+    started: SystemTime,
+    /// What the control group of this process may hold.
+    memory_limit: Option<u64>,
+    history: Mutex<History>,
+    problems: Mutex<Problems>,
 }
 
-/// What `/stats` tells, and what goes to the log.
-#[derive(Debug, Serialize)]
-pub struct Stats {
-    #[serde(flatten)]
-    node: ladder::Stats,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cluster: Option<members::Status>,
+/// How far a node is. An origin that is down does not change it: what is kept is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Not yet for clients.
+    Starting,
+    /// For clients.
+    Ready,
+    /// No more for clients.
+    Draining,
 }
 
 impl Admin {
-    /// The figures as of now.
-    pub fn stats(&self) -> Stats {
-        Stats { node: self.ladder.stats(), cluster: self.members.as_ref().map(|members| members.status()) }
+    /// Tells about these. The node is starting.
+    pub fn new(ladder: Arc<Ladder>, metrics: Arc<Metrics>, members: Option<Arc<Members>>, purge: Arc<Purge>, name: String) -> Self {
+        Self {
+            ladder,
+            metrics,
+            members,
+            purge,
+            name,
+            phase: Mutex::new(Phase::Starting),
+            began: Instant::now(),
+            started: SystemTime::now(),
+            memory_limit: plan::memory_limit(),
+            history: Mutex::default(),
+            problems: Mutex::default(),
+        }
+    }
+
+    /// The node has come so far.
+    pub fn enter(&self, phase: Phase) {
+        *self.phase.lock() = phase;
+    }
+
+    fn phase(&self) -> Phase {
+        *self.phase.lock()
     }
 }
 
@@ -143,11 +178,7 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
 }
 
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {
-    if admin.ready.load(Ordering::Relaxed) {
-        "ready\n".into_response()
-    } else {
-        problem(StatusCode::SERVICE_UNAVAILABLE, "starting or draining")
-    }
+    if admin.phase() == Phase::Ready { "ready\n".into_response() } else { problem(StatusCode::SERVICE_UNAVAILABLE, "starting or draining") }
 }
 
 async fn stats(State(admin): State<Arc<Admin>>) -> Response {
@@ -190,7 +221,7 @@ async fn page(State(admin): State<Arc<Admin>>) -> Html<String> {
         name = admin.name,
         cluster = cluster_table(&stats["cluster"]),
         version = env!("CARGO_PKG_VERSION"),
-        ready = if admin.ready.load(Ordering::Relaxed) { "ready" } else { "not ready" },
+        ready = if admin.phase() == Phase::Ready { "ready" } else { "not ready" },
     ))
 }
 

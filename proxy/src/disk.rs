@@ -16,6 +16,8 @@ mod file;
 mod format;
 mod health;
 mod owner;
+mod space;
+mod standing;
 mod store;
 mod walk;
 
@@ -25,6 +27,7 @@ mod tests;
 pub use blob::DiskBlob;
 pub use copy::DiskCopy;
 pub use file::DiskFile;
+pub use standing::DiskState;
 
 use crate::{
     metrics::{DiskOp, Metrics, Skip},
@@ -39,12 +42,13 @@ use parking_lot::Mutex;
 use std::{
     convert::Infallible,
     io,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 use store::{Accepted, Store};
 use tokio::sync::mpsc;
@@ -99,6 +103,11 @@ impl Disk {
         let (queue, waiting) = crossbeam_channel::unbounded();
         let used = Arc::new(AtomicU64::new(0));
         let rate = config.scrub_rate.get();
+        // Nobody waits for its end: it holds nothing, and the file system may keep it.
+        spawn("disk-space", {
+            let (root, metrics, stop) = (config.path.clone(), store.metrics.clone(), Stop(stopped.clone()));
+            move || space::keep_looking(&root, &metrics, &stop)
+        })?;
         let threads = vec![
             spawn("disk-walk", {
                 let (store, stop) = (store.clone(), Stop(stopped.clone()));
@@ -140,6 +149,16 @@ impl Disk {
     /// Whether the file system answers, as far as is known. That it does not has been told.
     pub fn answers(&self) -> bool {
         self.store.may_read()
+    }
+
+    /// How the tier is, and since when; none if it has always been so.
+    pub fn state(&self) -> (DiskState, Option<SystemTime>) {
+        self.store.state()
+    }
+
+    /// `disk.path`.
+    pub fn path(&self) -> &Path {
+        self.store.root()
     }
 
     /// Whether [`Self::find`] would look for the blob on the disk and should find it there. Touches no file.

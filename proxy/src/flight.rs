@@ -38,11 +38,11 @@ use fill::End;
 use futures::FutureExt;
 use parking_lot::Mutex;
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     panic::AssertUnwindSafe,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -54,6 +54,10 @@ pub const HOLD_BACK: u64 = 64 << 10;
 /// All flights of this node, and what they need to fly.
 pub struct Flights {
     map: Mutex<HashMap<Digest, Arc<Flight>>>,
+    /// Flights that have not ended, in the order in which they began.
+    going: Mutex<BTreeMap<u64, Arc<Flight>>>,
+    /// How many have begun.
+    begun: AtomicU64,
     /// Absences being remembered: flights in the map that have ended.
     remembered: AtomicUsize,
     places: Semaphore,
@@ -90,8 +94,26 @@ pub enum Joined {
     Followed(Reader),
 }
 
+/// A flight as operators see it.
+#[derive(Clone, Debug)]
+pub struct Going {
+    /// What is being fetched.
+    pub digest: Digest,
+    /// How much of it has come.
+    pub bytes: u64,
+    /// The blob's size, as far as it is known.
+    pub size: Option<u64>,
+    /// How long it has been on its way.
+    pub age: Duration,
+    /// How many requests read it.
+    pub readers: usize,
+    /// Where the bytes come from now: `origin` or `peer`.
+    pub from: &'static str,
+}
+
 struct Flight {
     digest: Digest,
+    started: Instant,
     state: Mutex<State>,
     /// Told after every change of `state`.
     tick: watch::Sender<()>,
@@ -142,6 +164,8 @@ impl Flights {
     ) -> Arc<Self> {
         Arc::new(Self {
             map: Mutex::default(),
+            going: Mutex::default(),
+            begun: AtomicU64::new(0),
             remembered: AtomicUsize::new(0),
             places: Semaphore::new(config.fill.max_in_flight),
             room,
@@ -175,6 +199,7 @@ impl Flights {
         }
         let flight = Arc::new(Flight {
             digest: *digest,
+            started: Instant::now(),
             state: Mutex::new(State::new(asker == Asker::Peer)),
             tick: watch::Sender::new(()),
             readers: AtomicUsize::new(0),
@@ -191,6 +216,26 @@ impl Flights {
     pub fn is_flying(&self, digest: &Digest) -> bool {
         let Some(flight) = self.map.lock().get(digest).cloned() else { return false };
         matches!(flight.state.lock().phase, Phase::Opening | Phase::Filling)
+    }
+
+    /// How many flights have not ended, and those that have been on their way for the longest.
+    pub fn going(&self, most: usize) -> (usize, Vec<Going>) {
+        let (count, oldest) = {
+            let going = self.going.lock();
+            (going.len(), going.values().take(most).cloned().collect::<Vec<_>>())
+        };
+        let going = oldest.iter().map(|flight| {
+            let state = flight.state.lock();
+            Going {
+                digest: flight.digest,
+                bytes: state.spool.length(),
+                size: state.size,
+                age: flight.started.elapsed(),
+                readers: flight.readers.load(Ordering::Relaxed),
+                from: state.leg.source(),
+            }
+        });
+        (count, going.collect())
     }
 
     /// What flights know of a blob without asking anybody: its size, or that it is absent.
@@ -227,7 +272,8 @@ impl Flights {
 
     /// Runs a flight from start to end, whatever happens on the way.
     async fn fly(self: Arc<Self>, flight: Arc<Flight>) {
-        let started = Instant::now();
+        let number = self.begun.fetch_add(1, Ordering::Relaxed);
+        self.going.lock().insert(number, flight.clone());
         self.metrics.flights_in_progress.inc();
         let phase = match AssertUnwindSafe(self.fill(&flight)).catch_unwind().await {
             Ok(Ok(phase)) => phase,
@@ -243,7 +289,8 @@ impl Flights {
             _ => Outcome::Ok,
         };
         let source = flight.state.lock().leg.source();
-        self.metrics.source_load(source, outcome, started.elapsed());
+        self.metrics.source_load(source, outcome, flight.started.elapsed());
+        self.going.lock().remove(&number);
         self.metrics.flights_in_progress.dec();
         let ttl = self.limits.load().negative_ttl.get();
         // What a peer has heard from the origin is the peer's to remember: an upload that comes there ends it for all.

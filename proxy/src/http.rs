@@ -200,6 +200,7 @@ impl Front {
             };
             wait = limits.idle_timeout.get();
             conn.set_patience(limits.write_timeout.get());
+            let _answering = self.metrics.answering();
             // The lease lives as long as the request does, as the head's bytes do.
             let (head, _lease) = match head {
                 Ok(head) => head,
@@ -344,7 +345,8 @@ impl Front {
             error.get_or_insert_with(|| "cut before its end".to_owned());
         }
         let (proto, user_agent) = (Some(session.req_header().version), record::user_agent(&session.req_header().headers));
-        let more = More { first_byte, proto, user_agent, error: error.as_deref() };
+        let digest = if let Target::Blob(digest) = target { Some(digest) } else { None };
+        let more = More { first_byte, proto, user_agent, error: error.as_deref(), digest };
         Record { listener, route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer, more }
             .log(&self.metrics);
         if !whole {
@@ -483,6 +485,7 @@ impl Front {
 
     /// PUT with a digest, POST without.
     async fn put(&self, session: &mut ServerSession, digest: Option<Digest>, limits: &Limits) -> Result<Reply, Fault> {
+        let _uploading = self.metrics.uploading();
         let max = limits.max_blob.get();
         let request = session.req_header();
         let announced = request.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.trim().parse::<u64>().ok());
@@ -531,7 +534,7 @@ impl Front {
             whole => {
                 let sent = write(session, Reply { status, headers, body: whole, served, tier }).await;
                 if let Some(tier) = tier {
-                    self.metrics.served_from(tier, session.body_bytes_sent() as u64);
+                    self.metrics.served_from(self.door.listener(), Some(tier), session.body_bytes_sent() as u64);
                 }
                 return sent.map_err(Cut::client);
             }
@@ -550,10 +553,7 @@ impl Front {
             };
             match piece {
                 Ok(Some(piece)) => {
-                    match tier {
-                        Some(tier) => self.metrics.served_from(tier, piece.len() as u64),
-                        None => self.metrics.flight_bytes.inc_by(piece.len() as u64),
-                    }
+                    self.metrics.served_from(self.door.listener(), tier, piece.len() as u64);
                     session.write_response_body(piece, false).await.map_err(Cut::client)?;
                 }
                 Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(Cut::client),
@@ -567,6 +567,7 @@ impl Front {
         if let Fault::Busy(limit) = fault {
             self.metrics.shed(*limit);
         }
+        self.metrics.answer_cut(self.door.listener());
         tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
         Cut { why: fault.to_string() }
     }

@@ -10,12 +10,12 @@ pub use stats::Stats;
 use crate::{
     disk::{Disk, DiskBlob},
     fault::Fault,
-    flight::{Asker, Flights, Joined, Opened, Reader, Tiers},
+    flight::{Asker, Flights, Going, Joined, Opened, Reader, Tiers},
     members::Member,
     metrics::Metrics,
     spool,
     tier::Damaged,
-    upstream::{Peers, Sources},
+    upstream::{OriginState, Peers, Sources},
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verifier};
@@ -83,7 +83,7 @@ impl Ladder {
         }
         let blob = self.tiers.disk.as_ref()?.find(digest).await?;
         self.count(digest, Asker::Peer, Some(TierName::Disk));
-        self.metrics.hit(TierName::Disk);
+        self.hit(TierName::Disk, Asker::Peer);
         Some(Found::Disk(blob))
     }
 
@@ -109,6 +109,29 @@ impl Ladder {
         }
     }
 
+    /// Counts a get that a tier answered.
+    fn hit(&self, tier: TierName, asker: Asker) {
+        self.metrics.hit(tier);
+        if asker == Asker::Peer {
+            self.metrics.hits_from_peers.inc();
+        }
+    }
+
+    /// See [`Flights::going`].
+    pub fn going(&self, most: usize) -> (usize, Vec<Going>) {
+        self.flights.going(most)
+    }
+
+    /// The disk tier, if there is one.
+    pub const fn disk(&self) -> Option<&Arc<Disk>> {
+        self.tiers.disk.as_ref()
+    }
+
+    /// How the origin is, as the last requests found it.
+    pub fn origin_state(&self) -> Option<OriginState> {
+        self.sources.origin.origin_state()
+    }
+
     /// Whether a flight of the blob is on its way.
     pub fn is_flying(&self, digest: &Digest) -> bool {
         self.flights.is_flying(digest)
@@ -123,13 +146,13 @@ impl Ladder {
         let mut sure = disk.is_none();
         loop {
             if let Some(disk) = disk
-                && let Some(blob) = self.find_on_disk(digest, disk).await
+                && let Some(blob) = self.find_on_disk(digest, asker, disk).await
             {
                 return Found::Disk(blob);
             }
             return match self.flights.join(digest, asker, sure) {
                 Joined::Kept(bytes, tier) => {
-                    self.metrics.hit(tier);
+                    self.hit(tier, asker);
                     Found::Memory(bytes, tier)
                 }
                 Joined::OnDisk => {
@@ -151,9 +174,9 @@ impl Ladder {
         }
     }
 
-    async fn find_on_disk(self: &Arc<Self>, digest: &Digest, disk: &Disk) -> Option<Arc<DiskBlob>> {
+    async fn find_on_disk(self: &Arc<Self>, digest: &Digest, asker: Asker, disk: &Disk) -> Option<Arc<DiskBlob>> {
         let blob = disk.find(digest).await?;
-        self.metrics.hit(TierName::Disk);
+        self.hit(TierName::Disk, asker);
         // Two, four, eight … hits: worth an offer to memory, whose admission policy has seen every one of these gets.
         if let hits @ 2.. = blob.hit()
             && hits.is_power_of_two()
@@ -201,13 +224,13 @@ impl Ladder {
     pub fn get_from_memory(&self, digest: &Digest, asker: Asker) -> Option<(Bytes, TierName)> {
         let (bytes, tier) = self.tiers.in_memory(digest)?;
         self.count(digest, asker, Some(tier));
-        self.metrics.hit(tier);
+        self.hit(tier, asker);
         Some((bytes, tier))
     }
 
     /// The second rung alone, for whom the first had nothing. As there, finding nothing is no get yet.
     pub async fn get_from_disk(self: &Arc<Self>, digest: &Digest, asker: Asker) -> Option<Arc<DiskBlob>> {
-        let blob = self.find_on_disk(digest, self.tiers.disk.as_deref()?).await?;
+        let blob = self.find_on_disk(digest, asker, self.tiers.disk.as_deref()?).await?;
         self.count(digest, asker, Some(TierName::Disk));
         Some(blob)
     }

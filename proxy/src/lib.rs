@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod plan;
 pub mod pool;
 pub mod purge;
+pub mod recent;
 pub mod record;
 pub mod relay;
 pub mod ring;

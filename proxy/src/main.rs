@@ -2,7 +2,7 @@
 
 use arc_swap::ArcSwap;
 use castier::{
-    admin::{self, Admin},
+    admin::{self, Admin, Phase},
     descriptors::{self, Descriptors, Shares},
     disk::Disk,
     fault::Fault,
@@ -168,7 +168,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let tiers = tiers(&config, &shares, &fill_memory, &metrics, tell_rotten)?;
     let room = Room::new(&config, fill_memory.clone(), metrics.clone());
     room.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.files.dir().display()))?;
-    let origin = Upstream::origin(&origin_url, &config.origin)?;
+    let origin = Upstream::origin(&origin_url, &config.origin, metrics.clone())?;
     let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
     let sources = Sources { origin: origin.clone(), peers: peers.clone() };
     let flights = Flights::new(&config, limits.clone(), tiers.clone(), sources.clone(), room, metrics.clone());
@@ -180,8 +180,8 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     log.name_instance(config.cluster.as_ref().map_or_else(|| format!("{}:{port}", log::host()), |cluster| cluster.advertise.clone()));
     let purge = Purge::new(ladder.clone(), peers, own_name);
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
-    let (ready, door) = (AtomicBool::new(false), Door::Clients { relay, purge: purge.clone() });
-    let admin = Arc::new(Admin { ladder: ladder.clone(), metrics: metrics.clone(), members, purge, ready, name: name.clone() });
+    let door = Door::Clients { relay, purge: purge.clone() };
+    let admin = Arc::new(Admin::new(ladder.clone(), metrics.clone(), members, purge, name.clone()));
     let client_memory = Budget::new(config.limits.client_memory.get());
     let descriptors = Descriptors::new(shares);
     let front = |door| Front::new(ladder.clone(), door, limits.clone(), client_memory.clone(), descriptors.clone(), metrics.clone());
@@ -205,6 +205,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let public = Listening::open("public", front(door), public)?;
     tokio::spawn(refetch(ladder.clone(), rotten));
     tokio::spawn(log_stats(admin.clone(), config.log.stats_interval.get()));
+    tokio::spawn(keep_history(admin.clone()));
     // The embedded one is here.
     if embedded.is_none() {
         tokio::spawn(ask_origin(origin, config.origin.url.to_string()));
@@ -212,7 +213,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     if let Some(nodes) = &nodes {
         nodes.wait_for_members().await;
     }
-    admin.ready.store(true, Ordering::Relaxed);
+    admin.enter(Phase::Ready);
     shares.tell(&config);
     tell_plan(&config, &limits.load(), &metrics);
     metrics.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
@@ -241,7 +242,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
         }
     }
 
-    admin.ready.store(false, Ordering::Relaxed);
+    admin.enter(Phase::Draining);
     let Live { config, nodes, log, .. } = live;
     let ending = async {
         drain(&config, &metrics, nodes.as_ref(), public, peer).await;
@@ -294,9 +295,9 @@ fn shown(listener: &TcpListener) -> String {
 
 /// Tells what may be held in memory, and whether it fits: to the log and in the series.
 fn tell_plan(config: &Castier, limits: &Limits, metrics: &Metrics) {
-    let memory = plan::tell(config, limits);
-    metrics.memory_planned.set(gauged(memory.planned));
-    metrics.memory_limit.set(memory.limit.map_or(0, gauged));
+    plan::tell(config, limits);
+    metrics.memory_planned.set(gauged(plan::memory(config, limits)));
+    metrics.memory_limit.set(plan::memory_limit().map_or(0, gauged));
 }
 
 /// As a gauge takes it.
@@ -313,7 +314,10 @@ fn tiers(
     rotten: mpsc::Sender<Digest>,
 ) -> Result<Tiers, String> {
     let share = config.cluster.as_ref().map(|cluster| cluster.mirror_share);
-    let (memory, mirror) = Memory::with_mirror(&config.memory, share, fill_memory);
+    let (memory, mirror) = {
+        let metrics = metrics.clone();
+        Memory::with_mirror(&config.memory, share, fill_memory, move |tier, age| metrics.evicted(tier, age))
+    };
     let disk = match &config.disk {
         Some(disk) => {
             let disk = config::Disk { open_files: shares.open_files, ..disk.clone() };
@@ -451,21 +455,44 @@ async fn refetch(ladder: Arc<Ladder>, mut rotten: mpsc::Receiver<Digest>) {
 async fn log_stats(admin: Arc<Admin>, every: Duration) {
     loop {
         tokio::time::sleep(every).await;
-        match serde_json::to_string(&admin.stats()) {
+        match serde_json::to_string(&admin.brief()) {
             Ok(stats) => tracing::info!(target: "stats", "{stats}"),
             Err(error) => tracing::error!(%error, "statistics could not be written"),
         }
     }
 }
 
+/// Ends a step of the history again and again.
+async fn keep_history(admin: Arc<Admin>) {
+    let mut steps = tokio::time::interval(admin::STEP);
+    steps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        steps.tick().await;
+        admin.step();
+    }
+}
+
+/// How often an origin that is down is asked whether it is back, beside every miss: with hits alone nobody would notice.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
 /// An origin that is down at the start is worth a line; castier serves what it keeps and asks again with every miss.
 async fn ask_origin(origin: Arc<Upstream>, url: String) {
-    if let Err(fault) = origin.stat(&Digest::of(b"")).await {
-        if matches!(fault, Fault::Unusable { .. }) {
+    match origin.stat(&Digest::EMPTY).await {
+        Err(fault @ Fault::Unusable { .. }) => {
             let hint = "check origin.url";
-            return tracing::warn!(%fault, "the origin {url} answers, but not as a store of blobs does to a HEAD; {hint}");
+            tracing::warn!(%fault, "the origin {url} answers, but not as a store of blobs does to a HEAD; {hint}");
         }
-        tracing::warn!(%fault, "the origin {url} does not answer yet; castier serves what it keeps, and goes on trying with every miss");
+        Err(fault) => {
+            tracing::warn!(%fault, "the origin {url} does not answer yet; castier serves what it keeps, and goes on trying with every miss");
+        }
+        Ok(_) => {}
+    }
+    loop {
+        tokio::time::sleep(ASK_AGAIN).await;
+        if origin.origin_state().is_some_and(|state| !state.up) {
+            // What it answers is noted where it is asked.
+            origin.stat(&Digest::EMPTY).await.ok();
+        }
     }
 }
 

@@ -15,9 +15,12 @@ mod health;
 mod status;
 
 pub use health::{Probe, Report};
-pub use status::{MemberStatus, Status};
+pub use status::{MemberFigures, MemberStatus, Status};
 
-use crate::{metrics::Metrics, ring::Ring};
+use crate::{
+    metrics::{Metrics, PeerSeries},
+    ring::Ring,
+};
 use castier_blob::Digest;
 use castier_config::{Cluster, Peer};
 use dns::{Dns, Resolve};
@@ -28,7 +31,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     hash::{BuildHasher, RandomState},
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 use tokio::{
     sync::{Notify, watch},
@@ -108,6 +111,11 @@ pub struct Members {
 
 struct Watched {
     health: Health,
+    /// When it last fell or rose.
+    since: Option<SystemTime>,
+    /// How long the last probe took.
+    probe: Option<Duration>,
+    series: PeerSeries,
     /// Asks for a probe right now.
     doubt: Arc<Notify>,
     _probing: AbortOnDropHandle<()>,
@@ -192,6 +200,7 @@ impl Members {
         let names = |members: &[Member], known: &View| {
             members.iter().filter(|member| known.find(&member.name).is_none()).map(|member| member.name.to_string()).collect::<Vec<_>>()
         };
+        self.metrics.set_members_hash(ring.fingerprint());
         let new = View { ring: Arc::new(ring), members, changed_at: Instant::now() };
         let (joined, left) = (names(&new.members, &old), names(&old.members, &new));
         tracing::info!(members = new.members.len(), ?joined, ?left, "the cluster changed");
@@ -210,18 +219,30 @@ impl Members {
         self.learn(member, report.into(), "reported by a request");
     }
 
+    /// An attempt at this member failed: for the figures alone, see [`Self::report`]. Of one that has left nothing is counted.
+    pub fn failed(&self, member: &str) {
+        if let Some(peer) = self.watched.lock().get(member) {
+            self.metrics.peer_failed(&peer.series);
+        }
+    }
+
     fn watch(self: &Arc<Self>, member: &Member) -> Watched {
         let doubt = Arc::new(Notify::new());
         let learn = {
             let (members, name) = (Arc::downgrade(self), member.name.clone());
-            move |answer| members.upgrade().and_then(|members| members.probed(&name, answer))
+            move |answer, took| members.upgrade().and_then(|members| members.probed(&name, answer, took))
         };
         let probing = health::keep_probing(member.clone(), self.probe.clone(), self.pace, doubt.clone(), learn);
-        Watched { health: Health::default(), doubt, _probing: AbortOnDropHandle::new(tokio::spawn(probing)) }
+        let _probing = AbortOnDropHandle::new(tokio::spawn(probing));
+        Watched { health: Health::default(), since: None, probe: None, series: self.metrics.peer(&member.name), doubt, _probing }
     }
 
     /// Takes note of a probe's end. None: nobody wants to know more of this member. Else whether it is up.
-    fn probed(&self, name: &str, answer: Result<Option<String>, String>) -> Option<bool> {
+    fn probed(&self, name: &str, answer: Result<Option<String>, String>, took: Duration) -> Option<bool> {
+        if let Some(peer) = self.watched.lock().get_mut(name) {
+            peer.probe = Some(took);
+            peer.series.set_probe(took);
+        }
         match answer {
             Ok(node) if node.as_deref() == Some(&self.node) => {
                 self.recognise(name);
@@ -243,6 +264,8 @@ impl Members {
             peer.doubt.notify_one();
         }
         if after.is_up() != before.is_up() {
+            peer.since = Some(SystemTime::now());
+            peer.series.set_up(after.is_up());
             match after.is_up() {
                 true => tracing::info!(peer = name, "the peer is up again"),
                 false => tracing::warn!(peer = name, why, "the peer is down: the next in order take its blobs until it is back"),

@@ -3,15 +3,18 @@
 use crate::{
     eviction::{Index, Shape},
     spool::{Budget, Lease, PIECE},
-    tier::{Tier, TierStats},
+    tier::{Tier, TierName, TierStats},
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
 use castier_config::{self as config, Policy, Share, Size};
 use parking_lot::Mutex;
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 /// What the index, the allocator's rounding and our own headers cost beside the bytes of a blob. Measured as resident
@@ -34,6 +37,8 @@ pub struct Memory {
 #[derive(Clone)]
 struct Entry {
     bytes: Bytes,
+    /// When it came; see [`now`].
+    since: u32,
     /// None for a blob of one piece, which a slow reader may hold anyway.
     pin: Option<Arc<Pin>>,
 }
@@ -65,22 +70,42 @@ impl AsRef<[u8]> for Pinned {
     }
 }
 
+/// Tenths of a second since the first call: a quarter of an `Instant`, for entries of which there are millions. It runs for thirteen years.
+fn now() -> u32 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    u32::try_from(START.elapsed().as_millis() / 100).unwrap_or(u32::MAX)
+}
+
 fn weigh(entry: &Entry) -> u64 {
     entry.bytes.len() as u64 + OVERHEAD
 }
 
 impl Memory {
     /// The memory tier, and beside it, in a part of the same capacity, the mirror: what other nodes own and is hot here. Heat is what
-    /// the mirror is about, so its policy is not asked for.
-    pub fn with_mirror(config: &config::Memory, share: Option<Share>, budget: &Arc<Budget>) -> (Self, Option<Self>) {
+    /// the mirror is about, so its policy is not asked for. `evicted` is told of every blob that makes room, and how long it had been there.
+    pub fn with_mirror(
+        config: &config::Memory,
+        share: Option<Share>,
+        budget: &Arc<Budget>,
+        evicted: impl Fn(TierName, Duration) + Clone + Send + Sync + 'static,
+    ) -> (Self, Option<Self>) {
         let part = share.map_or(0, |share| share.of(config.capacity).get());
         let own = config::Memory { capacity: Size::new(config.capacity.get() - part), ..config.clone() };
         let mirror = config::Memory { capacity: Size::new(part), policy: Policy::TinyLfu, ..config.clone() };
-        (Self::new(&own, budget), (part > 0).then(|| Self::new(&mirror, budget)))
+        let told = |tier| {
+            let evicted = evicted.clone();
+            move |age| evicted(tier, age)
+        };
+        let mirror = (part > 0).then(|| Self::telling(&mirror, budget, told(TierName::Mirror)));
+        (Self::telling(&own, budget, told(TierName::Memory)), mirror)
     }
 
     /// An empty tier as configured. `budget` is `fill.memory`.
     pub fn new(config: &config::Memory, budget: &Arc<Budget>) -> Self {
+        Self::telling(config, budget, |_| {})
+    }
+
+    fn telling(config: &config::Memory, budget: &Arc<Budget>, told: impl Fn(Duration) + Send + Sync + 'static) -> Self {
         let evictions = Arc::new(AtomicU64::new(0));
         let counter = evictions.clone();
         let capacity = config.capacity.get();
@@ -91,6 +116,7 @@ impl Memory {
         let index = Index::new(config.policy, shape, weigh, move |_, entry: Entry, evicted| {
             if evicted {
                 counter.fetch_add(1, Ordering::Relaxed);
+                told(Duration::from_millis(u64::from(now().saturating_sub(entry.since)) * 100));
             }
             if let Some(pin) = &entry.pin {
                 pin.left_the_tier();
@@ -128,10 +154,10 @@ impl Memory {
         }
         let bytes = blob.into_content();
         let entry = if size <= PIECE as u64 {
-            Entry { bytes, pin: None }
+            Entry { bytes, since: now(), pin: None }
         } else {
             let pin = Arc::new(Pin { size, budget: self.budget.clone(), lease: Mutex::new(None) });
-            Entry { bytes: Bytes::from_owner(Pinned { bytes, _pin: pin.clone() }), pin: Some(pin) }
+            Entry { bytes: Bytes::from_owner(Pinned { bytes, _pin: pin.clone() }), since: now(), pin: Some(pin) }
         };
         let shared = entry.bytes.clone();
         self.index.insert(digest, entry);

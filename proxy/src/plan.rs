@@ -81,20 +81,22 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     parts.into_iter().fold(0, u64::saturating_add)
 }
 
-/// What is planned, and what the control group allows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Memory {
-    /// What this node may come to hold, in bytes.
-    pub planned: u64,
-    /// The limit of the control group that this process is in, in bytes; none if there is no limit.
-    pub limit: Option<u64>,
+/// What the control group that this process is in may hold; none if there is no limit.
+pub fn memory_limit() -> Option<u64> {
+    group_limit(Path::new("/proc/self"))
 }
 
-/// Warns if what is configured is more than the control group that this process is in may hold. Both numbers.
-pub fn tell(config: &Castier, limits: &Limits) -> Memory {
+/// What this process holds now, as far as the kernel tells.
+pub fn resident() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let kibibytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())?;
+    kibibytes.checked_mul(1024)
+}
+
+/// Warns if what is configured is more than the control group that this process is in may hold.
+pub fn tell(config: &Castier, limits: &Limits) {
     let planned = memory(config, limits);
-    let group = group_limit(Path::new("/proc/self"));
-    if let Some(limit) = group
+    if let Some(limit) = memory_limit()
         && planned > limit
     {
         tracing::warn!(
@@ -106,7 +108,6 @@ pub fn tell(config: &Castier, limits: &Limits) -> Memory {
             shown(limit),
         );
     }
-    Memory { planned, limit: group }
 }
 
 fn shown(bytes: u64) -> Size {

@@ -1,11 +1,14 @@
 //! One access record per request, and the same facts to the metrics.
 
-use crate::metrics::{Listener, Metrics, Route, Served};
-use http::{HeaderMap, Version, header};
-use std::{net::SocketAddr, time::Duration};
+pub use crate::metrics::CLIENT_GONE;
 
-/// Stands for a status where the client left before there was one, as in nginx.
-pub const CLIENT_GONE: u16 = 499;
+use crate::metrics::{Listener, Metrics, Request, Route, Served};
+use castier_blob::Digest;
+use http::{HeaderMap, Version, header};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 /// What is said of a request when it is over.
 pub struct Record<'a> {
@@ -44,6 +47,8 @@ pub struct More<'a> {
     pub user_agent: Option<&'a str>,
     /// Why the response was cut, or failed.
     pub error: Option<&'a str>,
+    /// The blob that the request was about.
+    pub digest: Option<Digest>,
 }
 
 /// `User-Agent`, if it is text.
@@ -85,9 +90,25 @@ fn words(cache_status: &str) -> (Option<&'static str>, Option<&'static str>, Opt
 }
 
 impl Record<'_> {
+    /// The client's address.
+    fn client(&self) -> Option<IpAddr> {
+        self.peer.map(|peer| peer.ip())
+    }
+
     /// Counts it, and writes the record if anybody listens.
     pub fn log(&self, metrics: &Metrics) {
-        metrics.request(self.listener, method_label(self.method), self.route, self.code, self.served, self.took);
+        metrics.request(&Request {
+            listener: self.listener,
+            method: method_label(self.method),
+            route: self.route,
+            code: self.code,
+            served: self.served,
+            took: self.took,
+            first_byte: self.more.first_byte,
+            bytes: self.bytes,
+            client: self.client(),
+            digest: self.more.digest,
+        });
         // Every node asks every other each second how it is.
         let control = self.route == Route::Control;
         if (control && tracing::enabled!(target: "castier::access", tracing::Level::DEBUG))
@@ -104,7 +125,7 @@ impl Record<'_> {
         let (cache, tier, source) = words(self.cache);
         // The origin alone answers what goes past the cache.
         let source = if cache == Some("bypass") { Some("origin") } else { source };
-        let client = self.peer.map(|peer| tracing::field::display(peer.ip()));
+        let client = self.client().map(tracing::field::display);
         let (proto, error) = (self.more.proto.map(tracing::field::debug), self.more.error);
         let user_agent = self.more.user_agent.map(|agent| beginning(agent, LOGGED_AGENT));
         if control {

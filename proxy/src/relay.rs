@@ -79,6 +79,8 @@ impl Relay {
 /// What a relayed request's record needs.
 struct Passage {
     started: Instant,
+    /// How long the first byte of the answer took.
+    first_byte: Option<Duration>,
     failed: bool,
     /// Why, for the record.
     error: Option<String>,
@@ -137,6 +139,7 @@ impl ProxyHttp for Rules {
     fn new_ctx(&self) -> Passage {
         Passage {
             started: Instant::now(),
+            first_byte: None,
             failed: false,
             error: None,
             connections: 0,
@@ -231,8 +234,11 @@ impl ProxyHttp for Rules {
         &self,
         _session: &mut Session,
         response: &mut ResponseHeader,
-        _ctx: &mut Passage,
+        ctx: &mut Passage,
     ) -> pingora::Result<()> {
+        if !response.status.is_informational() {
+            self.origin.found(ctx.started, Ok(response.status));
+        }
         // Two lengths that differ are refused before this.
         let status = response.status;
         if status.is_informational() || status == StatusCode::NO_CONTENT {
@@ -248,6 +254,7 @@ impl ProxyHttp for Rules {
 
     async fn response_filter(&self, session: &mut Session, response: &mut ResponseHeader, ctx: &mut Passage) -> pingora::Result<()> {
         if !response.status.is_informational() {
+            ctx.first_byte = Some(ctx.started.elapsed());
             let empty = session.req_header().method == http::Method::HEAD || matches!(response.status.as_u16(), 204 | 304);
             let length = response.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.trim().parse().ok());
             match length {
@@ -287,6 +294,9 @@ impl ProxyHttp for Rules {
         };
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
         let downstream = error.esource == pingora::ErrorSource::Downstream;
+        if !downstream && !ctx.shed {
+            self.origin.found(ctx.started, Err(&fault));
+        }
         let answered = session
             .response_written()
             .is_some_and(|head| !head.status.is_informational() || head.status == StatusCode::SWITCHING_PROTOCOLS);
@@ -331,6 +341,7 @@ impl ProxyHttp for Rules {
             more: record::More {
                 proto: Some(request.version),
                 user_agent: record::user_agent(&request.headers),
+                first_byte: ctx.first_byte,
                 error: ctx.error.as_deref().or(error.as_deref()).or_else(|| failed.then_some("cut before its end")),
                 ..record::More::default()
             },

@@ -6,17 +6,20 @@ mod peers;
 mod probe;
 mod put;
 mod resolver;
+mod standing;
 
 pub use access::ca_file;
 pub use lent::Expected;
 pub use peers::{Answer, FILLING, FLIGHT, Peers};
 pub use probe::{HttpProbe, peer_options};
 pub use put::{Parcel, Put, Upload};
+pub use standing::OriginState;
 
 use crate::{
     descriptors,
     fault::{Fault, Limit},
     members::Report,
+    metrics::Metrics,
     secret::Asked,
     via,
 };
@@ -38,6 +41,7 @@ use pingora::{
     upstreams::peer::{HttpPeer, Peer as _},
 };
 use resolver::Addresses;
+use standing::Standing;
 use std::{
     fmt, io,
     net::SocketAddr,
@@ -82,6 +86,9 @@ pub struct Upstream {
     connect_timeout: Duration,
     /// Longest silence, not the whole transfer.
     read_timeout: Duration,
+    metrics: Arc<Metrics>,
+    /// How the origin is; none of a peer, whose members know.
+    standing: Option<Standing>,
     /// `origin.max_requests`, here and at each peer.
     requests: Semaphore,
     /// [`put::REPEATERS`].
@@ -95,7 +102,7 @@ impl Upstream {
     ///
     /// # Errors
     /// A text that names what in the URL cannot be used.
-    pub fn origin(url: &url::Url, config: &config::Origin) -> Result<Arc<Self>, String> {
+    pub fn origin(url: &url::Url, config: &config::Origin, metrics: Arc<Metrics>) -> Result<Arc<Self>, String> {
         let host = url.host_str().ok_or("origin.url: names no host")?.trim_matches(['[', ']']).to_owned();
         let port = url.port_or_known_default().ok_or("origin.url: names no port")?;
         let default_port = url.port().is_none();
@@ -112,6 +119,8 @@ impl Upstream {
             credentials: access::basic(url),
             connect_timeout: config.connect_timeout.get(),
             read_timeout: config.read_timeout.get(),
+            standing: Some(Standing::default()),
+            metrics,
             requests: Semaphore::new(config.max_requests),
             repeaters: Semaphore::new(put::REPEATERS),
             ties: None,
@@ -307,7 +316,14 @@ impl Upstream {
     }
 
     /// [`Self::exchange`], and as often again as `repeats` says if a connection breaks before the answer.
-    async fn repeat(&self, request: &RequestHeader, body: &[u8], mut repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
+    async fn repeat(&self, request: &RequestHeader, body: &[u8], repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
+        let asked = Instant::now();
+        let answered = self.try_repeat(request, body, repeats).await;
+        self.found(asked, answered.as_ref().map(|(session, _)| session.get_status().unwrap_or_default()));
+        answered
+    }
+
+    async fn try_repeat(&self, request: &RequestHeader, body: &[u8], mut repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
         loop {
             let connection = self.connection().await?;
@@ -332,6 +348,25 @@ impl Upstream {
                 Err(error) => return Err(self.fault(&error)),
             }
         }
+    }
+
+    /// A request that was sent at `asked` has come to this: the status of an answer, or what kept it from coming.
+    pub fn found(&self, asked: Instant, answer: Result<StatusCode, &Fault>) {
+        if let Some(standing) = &self.standing {
+            standing.found(asked, answer, &self.metrics);
+        }
+    }
+
+    /// The body of an answer broke off. Whether the origin is well the next request will find.
+    fn broke(&self) {
+        if let Some(standing) = &self.standing {
+            standing.broke();
+        }
+    }
+
+    /// How the origin is, as the last requests found it; none of a peer.
+    pub fn origin_state(&self) -> Option<OriginState> {
+        self.standing.as_ref().map(Standing::state)
     }
 
     /// Reads response heads up to the first that is not informational, all of them within `origin.read_timeout`: interim answers and parts
@@ -479,12 +514,14 @@ impl Incoming {
     async fn read(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
             let Some(session) = &mut self.session else { return Ok(None) };
-            let Some(mut bytes) = session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error))? else {
+            let read = session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error));
+            let Some(mut bytes) = read.inspect_err(|_| self.upstream.broke())? else {
                 if let Some(session) = self.session.take() {
                     self.upstream.finish(session, &self.peer).await;
                 }
                 return Ok(None);
             };
+            self.upstream.metrics.received(self.upstream.name, bytes.len() as u64);
             if self.skip > 0 {
                 let skip = self.skip.min(bytes.len() as u64);
                 self.skip -= skip;

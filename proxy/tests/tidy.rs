@@ -12,7 +12,7 @@ const OPERATIONS: &str = "docs/operations.md";
 
 /// Who uses whom in `proxy/src`, exactly, tests in files of their own aside. `main` uses everything and `lib` nothing.
 const USES: &[(&str, &[&str])] = &[
-    ("admin", &["conn", "ladder", "members", "metrics", "purge"]),
+    ("admin", &["conn", "disk", "ladder", "members", "metrics", "plan", "purge", "recent", "tier"]),
     ("buffer", &[]),
     ("chunks", &[]),
     ("conn", &["chunks", "gate", "serve", "spool"]),
@@ -49,10 +49,11 @@ const USES: &[(&str, &[&str])] = &[
     ("ladder", &["disk", "fault", "flight", "members", "metrics", "spool", "tier", "upstream"]),
     ("members", &["metrics", "ring"]),
     ("memory", &["eviction", "spool", "tier"]),
-    ("metrics", &["fault", "tier"]),
+    ("metrics", &["fault", "recent", "tier"]),
     ("pool", &[]),
     ("plan", &["gate", "upstream"]),
     ("purge", &["ladder", "members", "upstream"]),
+    ("recent", &[]),
     ("record", &["metrics"]),
     ("relay", &["conn", "fault", "gate", "metrics", "plan", "record", "serve", "spool", "upstream", "via"]),
     ("ring", &[]),

@@ -86,7 +86,7 @@ fn tier(origin: SocketAddr) -> (Arc<Flights>, Arc<Memory>) {
     let memory = Arc::new(Memory::new(&config.memory, &budget));
     let metrics = Arc::new(Metrics::new().unwrap());
     let room = Room::new(&config, budget, metrics.clone());
-    let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin).unwrap();
+    let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin, metrics.clone()).unwrap();
     let limits = Arc::new(arc_swap::ArcSwap::from_pointee(config.limits.clone()));
     let tiers = Tiers { memory: memory.clone(), mirror: None, disk: None };
     (Flights::new(&config, limits, tiers, Sources { origin, peers: None }, room, metrics), memory)

@@ -13,12 +13,14 @@ use super::{
     format,
     health::{self, Health},
     owner::{self, Owner},
+    space,
+    standing::{DiskState, Standing, Trouble},
 };
 use crate::{
     eviction::{Index, Shape},
     metrics::{DiskError, DiskOp, Metrics, Skip},
     pool::{Pool, Turn, Undone},
-    tier::TierStats,
+    tier::{TierName, TierStats},
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
@@ -35,6 +37,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 /// What file systems hand out at once, and so the unit of the index's weights: 32 bits of it are 16 TiB.
@@ -51,8 +54,8 @@ pub(super) struct Store {
     capacity: u64,
     /// `disk.quarantine`.
     quarantine_capacity: u64,
-    /// Every blob that is kept, with its size.
-    index: Index<u64>,
+    /// Every blob that is kept.
+    index: Index<Listed>,
     /// Blobs that were read lately.
     open: Cache<Digest, Arc<DiskBlob>>,
     /// By the first byte of the digest, as the directories are.
@@ -60,6 +63,7 @@ pub(super) struct Store {
     /// What the index let go, until its file is gone too.
     pub(super) evicted: Receiver<Digest>,
     evictions: Arc<AtomicU64>,
+    standing: Arc<Standing>,
     /// The index does not know every file yet.
     scanning: AtomicBool,
     pub(super) health: Health,
@@ -71,6 +75,29 @@ pub(super) struct Store {
     pub(super) writes: Pool,
     /// Keeps other processes out for as long as anything here may still write.
     owner: Owner,
+}
+
+/// What the index knows of a blob.
+#[derive(Clone, Copy)]
+struct Listed {
+    size: u64,
+    /// When its file was written, in seconds since 1970: it outlives restarts.
+    since: u32,
+}
+
+impl Listed {
+    fn at(size: u64, since: SystemTime) -> Self {
+        let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { size, since: u32::try_from(since.as_secs()).unwrap_or(u32::MAX) }
+    }
+
+    fn now(size: u64) -> Self {
+        Self::at(size, SystemTime::now())
+    }
+
+    fn age(self) -> Duration {
+        Duration::from_secs(u64::from(Self::now(0).since.saturating_sub(self.since)))
+    }
 }
 
 #[derive(Default)]
@@ -105,16 +132,17 @@ impl Store {
         let capacity = capacity(&root, config.capacity.get());
         let (evict, evicted) = crossbeam_channel::unbounded();
         let evictions = Arc::new(AtomicU64::new(0));
-        let counter = evictions.clone();
+        let (counter, told) = (evictions.clone(), metrics.clone());
         let blocks = capacity / DISK_BLOCK;
         let shape = Shape { capacity: blocks, window: blocks / WINDOW_PART, counts: blocks.clamp(COUNTS.0, COUNTS.1), unit: DISK_BLOCK };
         // Runs wherever the index is touched, so it must not touch files itself.
         let index = Index::new(
             config.policy,
             shape,
-            |size| disk_blocks(*size),
-            move |digest, _, evicted| {
+            |listed: &Listed| disk_blocks(listed.size),
+            move |digest, listed, evicted| {
                 if evicted {
+                    told.evicted(TierName::Disk, listed.age());
                     counter.fetch_add(1, Ordering::Relaxed);
                     evict.send(*digest).ok();
                 }
@@ -125,21 +153,26 @@ impl Store {
             .weigher(|_, blob: &Arc<DiskBlob>| blob.cost())
             .eviction_policy(EvictionPolicy::lru())
             .build();
-        let pool = |name: &'static str, does: &'static str, most: usize| {
-            let root = root.clone();
+        let standing = Arc::new(Standing::default());
+        let pool = |name: &'static str, does: &'static str, trouble: Trouble, most: usize| {
+            let (root, standing) = (root.clone(), standing.clone());
             let (timeout, cooldown) = (config.timeout.get(), config.cooldown.get());
-            Pool::new(name, most, timeout, cooldown, move |turn| match turn {
+            let tell = move |turn| match turn {
                 Turn::Hangs => tracing::warn!(
                     path = %root.display(), ?timeout, ?cooldown,
                     "the disk tier's file system does not answer: nothing is {does} it for disk.cooldown, clients get their blobs from                      elsewhere. Look at the kernel's log and at what it is mounted from"
                 ),
                 Turn::Well => tracing::info!(path = %root.display(), "the disk tier's file system answers again"),
+            };
+            Pool::new(name, most, timeout, cooldown, move |turn| {
+                standing.set(trouble, turn == Turn::Hangs);
+                tell(turn);
             })
         };
         let threads = config.threads;
         Ok(Self {
-            reads: pool("disk-read", "read from", threads),
-            writes: pool("disk-file", "written to", threads.div_ceil(4)),
+            reads: pool("disk-read", "read from", Trouble::Reads, threads),
+            writes: pool("disk-file", "written to", Trouble::Writes, threads.div_ceil(4)),
             capacity,
             quarantine_capacity: config.quarantine.get(),
             index,
@@ -148,7 +181,8 @@ impl Store {
             evicted,
             evictions,
             scanning: AtomicBool::new(true),
-            health: Health::new(root.clone(), config.cooldown.get(), metrics.clone()),
+            health: Health::new(root.clone(), config.cooldown.get(), standing.clone(), metrics.clone()),
+            standing,
             metrics,
             owner,
             root,
@@ -157,7 +191,16 @@ impl Store {
 
     /// The blob's size, as far as the index knows. To have been looked for lately helps a blob to stay.
     pub(super) fn size_of(&self, digest: &Digest) -> Option<u64> {
-        self.index.get(digest)
+        self.index.get(digest).map(|listed| listed.size)
+    }
+
+    /// See [`super::Disk::state`].
+    pub(super) fn state(&self) -> (DiskState, Option<SystemTime>) {
+        // Nobody tells of that.
+        if self.owner.is_lost() {
+            self.standing.set(Trouble::Lost, true);
+        }
+        self.standing.state()
     }
 
     /// Counts one get, whether or not the blob is here.
@@ -216,7 +259,7 @@ impl Store {
                     if !self.is_scanning() {
                         return None;
                     }
-                    self.index.insert(*digest, blob.size());
+                    self.index.insert(*digest, Listed::now(blob.size()));
                 }
                 let blob = Arc::new(blob);
                 self.open.insert(*digest, blob.clone());
@@ -299,9 +342,10 @@ impl Store {
             return self.metrics.disk_skipped(Skip::Failed);
         }
         self.open.invalidate(digest);
-        self.index.insert(*digest, size);
+        self.index.insert(*digest, Listed::now(size));
         drop(shelf);
         self.health.worked();
+        space::look(&self.root, &self.metrics);
         self.index.settle();
         self.sweep();
     }
@@ -391,7 +435,7 @@ impl Store {
             self.remove_rubbish(&entry.path());
             return Ok(Scanned::Rubbish);
         };
-        self.index.insert(*digest, size);
+        self.index.insert(*digest, Listed::at(size, metadata.modified()?));
         Ok(Scanned::Blob)
     }
 

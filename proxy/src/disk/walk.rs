@@ -27,7 +27,7 @@ pub(super) struct Stop(pub(super) Receiver<Infallible>);
 
 impl Stop {
     /// Waits; true if the tier closes before the time is over.
-    fn within(&self, wait: Duration) -> bool {
+    pub(super) fn within(&self, wait: Duration) -> bool {
         !matches!(self.0.recv_timeout(wait), Err(RecvTimeoutError::Timeout))
     }
 }

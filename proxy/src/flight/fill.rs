@@ -12,7 +12,10 @@ use crate::{
     upstream::Answer,
 };
 use castier_blob::Verifier;
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::sync::SemaphorePermit;
 
 /// How a leg ended, if not with a fault.
@@ -102,7 +105,10 @@ impl Flights {
 
     /// A place among the fills from the origin.
     async fn place(&self) -> Result<SemaphorePermit<'_>, Fault> {
-        match tokio::time::timeout(self.max_wait, self.places.acquire()).await {
+        let asked = Instant::now();
+        let place = tokio::time::timeout(self.max_wait, self.places.acquire()).await;
+        self.metrics.waited(asked.elapsed());
+        match place {
             Ok(Ok(place)) => Ok(place),
             _ => Err(Fault::Busy(Limit::Fills)),
         }

@@ -158,6 +158,9 @@ impl Reader {
         let mut next = match flights.join(&digest, self.asker, true) {
             Joined::Kept(bytes, tier) => {
                 metrics.hit(tier);
+                if self.asker == Asker::Peer {
+                    metrics.hits_from_peers.inc();
+                }
                 self.whole = Some(bytes);
                 return Ok(());
             }

@@ -58,7 +58,7 @@ impl Front {
             prove(&mut reply, asked);
             let ready = started.elapsed();
             let (_, sent) = send(conn, &mut reply.head(&get_cached_date(), !head.close, 0)).await;
-            let done = self.fast_hit_done(&reply, head, ahead, (0, sent), (started, ready), peer);
+            let done = self.fast_hit_done(&reply, head, ahead, digest, (0, sent), (started, ready), peer);
             ahead.advance(head.len);
             return done;
         }
@@ -70,7 +70,7 @@ impl Front {
         prove(&mut reply, asked);
         let ready = started.elapsed();
         let sent = self.send_memory(conn, &reply, !head.close, tier, blob).await;
-        let done = self.fast_hit_done(&reply, head, ahead, sent, (started, ready), peer);
+        let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), peer);
         ahead.advance(head.len);
         done
     }
@@ -95,16 +95,18 @@ impl Front {
         prove(&mut reply, asked);
         let ready = started.elapsed();
         let sent = self.send_disk(conn, &reply, !head.close, first.unwrap_or_default(), rest).await;
-        let done = self.fast_hit_done(&reply, head, ahead, sent, (started, ready), peer);
+        let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), peer);
         ahead.advance(head.len);
         done
     }
 
+    #[expect(clippy::too_many_arguments, reason = "each is a part of the one record")]
     fn fast_hit_done(
         &self,
         reply: &Reply,
         head: &Head,
         ahead: &[u8],
+        digest: &Digest,
         (bytes, sent): (u64, Result<(), Cut>),
         (started, ready): (Instant, Duration),
         peer: Option<SocketAddr>,
@@ -113,7 +115,13 @@ impl Front {
         let error = sent.as_ref().err().map(|cut| &*cut.why);
         let (cache, took, code) = (cache_status(&reply.headers), started.elapsed(), reply.status.as_u16());
         let (listener, path) = (self.door.listener(), head.path(ahead));
-        let more = More { first_byte: Some(ready), proto: Some(Version::HTTP_11), user_agent: head.user_agent(ahead), error };
+        let more = More {
+            first_byte: Some(ready),
+            proto: Some(Version::HTTP_11),
+            user_agent: head.user_agent(ahead),
+            error,
+            digest: Some(*digest),
+        };
         Record { listener, route: Route::Blob, method: "GET", path, code, bytes, took, cache, served, peer, more }.log(&self.metrics);
         sent.map(|()| true)
     }
@@ -130,7 +138,7 @@ impl Front {
             send(conn, &mut head.chain(&blob[..])).await
         };
         let bytes = out.saturating_sub(before_body) as u64;
-        self.metrics.served_from(tier, bytes);
+        self.metrics.served_from(self.door.listener(), Some(tier), bytes);
         (bytes, sent)
     }
 
@@ -150,7 +158,7 @@ impl Front {
             let [first, second, third, fourth] = pieces;
             let (out, sent) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
             let part = out.saturating_sub(before_body) as u64;
-            self.metrics.served_from(TierName::Disk, part);
+            self.metrics.served_from(self.door.listener(), Some(TierName::Disk), part);
             bytes += part;
             if sent.is_err() {
                 return (bytes, sent);

@@ -29,17 +29,6 @@ pub struct Stats {
     local_load_errs: u64,
     /// Gets that came from peers.
     server_requests: u64,
-    /// What the tiers hold.
-    #[serde(rename = "tiers")]
-    tiers: Tiers,
-}
-
-/// The tiers' state by name. Tiers that are not configured are empty.
-#[derive(Debug, Serialize)]
-struct Tiers {
-    memory: TierStats,
-    mirror: TierStats,
-    disk: TierStats,
 }
 
 impl Ladder {
@@ -69,7 +58,6 @@ impl Ladder {
             local_loads: ended("origin", Outcome::Ok) + ended("origin", Outcome::Absent),
             local_load_errs: ended("origin", Outcome::Error),
             server_requests: metrics.gets_from_peers.get(),
-            tiers: Tiers { memory, mirror, disk },
         }
     }
 }

@@ -8,7 +8,7 @@ use super::Member;
 use async_trait::async_trait;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use std::{sync::Arc, time::Duration};
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 /// Asks a peer whether it lives.
 #[async_trait]
@@ -99,23 +99,24 @@ impl Pace {
     }
 }
 
-/// Probes a peer until `learn`, which is told of every probe's end and says whether the peer is up, wants no more. A doubt calls for a
+/// Probes a peer until `learn`, which is told of every probe's end and how long it took, and says whether the peer is up, wants no more. A doubt calls for a
 /// probe at once.
 pub(super) async fn keep_probing(
     member: Member,
     probe: Arc<dyn Probe>,
     pace: Pace,
     doubt: Arc<Notify>,
-    learn: impl Fn(Result<Option<String>, String>) -> Option<bool>,
+    learn: impl Fn(Result<Option<String>, String>, Duration) -> Option<bool>,
 ) {
     let mut pauses = pace.while_down();
     // However many doubts there are, a peer has some peace between two probes.
     let peace = (pace.interval / 10).min(Duration::from_millis(100));
     loop {
+        let asked = Instant::now();
         let answer = tokio::time::timeout(pace.timeout, probe.probe(&member)).await;
         let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {:?}", pace.timeout)));
         let failed = answer.is_err();
-        let Some(up) = learn(answer) else { return };
+        let Some(up) = learn(answer, asked.elapsed()) else { return };
         let pause = if up {
             pauses = pace.while_down();
             // The first failure is settled at once, so that a dead peer is known to be within an interval and two time-outs.

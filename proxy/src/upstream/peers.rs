@@ -215,7 +215,7 @@ impl Peers {
         };
         if its_doing {
             tracing::debug!(peer = &*member.name, %fault, "a peer failed");
-            self.metrics.peer_errors.inc();
+            self.members.failed(&member.name);
             self.members.report(&member.name, Report::Broken);
         }
     }
@@ -258,7 +258,7 @@ impl Peers {
             Said::Absent => Answer::Absent,
             Said::NotKept => Answer::NotKept,
             Said::Unable => {
-                self.metrics.peer_errors.inc();
+                self.members.failed(&member.name);
                 Answer::Unable
             }
             Said::Other => {
@@ -273,7 +273,10 @@ impl Peers {
 
     /// Waits for half of `fill.max_wait`, since the fill goes on to the next source without it, and may have to wait there.
     async fn place(&self, peer: &Peer) -> Result<OwnedSemaphorePermit, Fault> {
-        match timeout(self.max_wait / 2, peer.places.clone().acquire_owned()).await {
+        let asked = Instant::now();
+        let place = timeout(self.max_wait / 2, peer.places.clone().acquire_owned()).await;
+        self.metrics.waited(asked.elapsed());
+        match place {
             Ok(Ok(place)) => Ok(place),
             _ => Err(Fault::Busy(Limit::Fills)),
         }
@@ -415,6 +418,8 @@ impl Peers {
                 connect_timeout: self.stall_timeout * 3 / 4,
                 // A watch is over all that may take long.
                 read_timeout: self.patience,
+                metrics: self.metrics.clone(),
+                standing: None,
                 requests: Semaphore::new(self.requests),
                 repeaters: Semaphore::new(REPEATERS),
                 ties: Some(Ties { members: self.members.clone(), secrets: self.secrets.clone() }),

@@ -110,6 +110,25 @@ impl Upstream {
     /// # Errors
     /// [`Fault::Mismatch`] when the bytes are not the blob of that name; else as [`Self::open`].
     pub async fn put(&self, parcel: &mut Parcel<'_>) -> Result<(Put, Verified<()>), Fault> {
+        // A small one is counted by `repeat`, as all requests are that can be repeated.
+        let streams = parcel.whole.is_none();
+        let asked = std::time::Instant::now();
+        let put = self.send(parcel).await;
+        if streams {
+            match &put {
+                Ok(_) => self.found(asked, Ok(StatusCode::OK)),
+                Err(fault @ (Fault::Unreachable { .. } | Fault::Silent { .. })) => self.found(asked, Err(fault)),
+                Err(Fault::OriginFull | Fault::Unusable { .. } | Fault::Busy(Limit::Origin)) => {
+                    self.found(asked, Ok(StatusCode::INTERNAL_SERVER_ERROR));
+                }
+                // By the client's doing.
+                Err(_) => {}
+            }
+        }
+        put
+    }
+
+    async fn send(&self, parcel: &mut Parcel<'_>) -> Result<(Put, Verified<()>), Fault> {
         let by_name = parcel.digest.is_some();
         let (method, path) = parcel.digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
         let mut request = self.request(method, &path)?;

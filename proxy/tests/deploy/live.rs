@@ -281,7 +281,8 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
     };
     up(5.0);
     // With the third node the load is spread over three; then it is gone.
-    let hits = |tier: &str| prometheus.ask(&format!("sum(castier_hits_total{{tier=\"{tier}\"}})")).first().map_or(0.0, |(_, number)| *number);
+    let hits =
+        |tier: &str| prometheus.ask(&format!("sum(castier_hits_total{{tier=\"{tier}\"}})")).first().map_or(0.0, |(_, number)| *number);
     while ["memory", "mirror", "disk"].iter().any(|tier| hits(tier) == 0.0) {
         assert!(began.elapsed() < DEADLINE, "no hits in some tier: {}", load.log());
         std::thread::sleep(Duration::from_millis(200));
@@ -302,7 +303,9 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
         faults = wanted.iter().filter_map(|wanted| fault(&prometheus, wanted)).collect();
         let rising: BTreeSet<_> = items(&prometheus.get("alerts", &[])["alerts"])
             .iter()
-            .map(|alert| format!("{} {}", alert["labels"]["alertname"].as_str().unwrap(), alert["labels"]["instance"].as_str().unwrap_or_default()))
+            .map(|alert| {
+                format!("{} {}", alert["labels"]["alertname"].as_str().unwrap(), alert["labels"]["instance"].as_str().unwrap_or_default())
+            })
             .collect();
         let expected = [
             format!("CastierNodeDown {}:{ADMIN}", nodes[2]),
@@ -319,12 +322,20 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
         std::thread::sleep(Duration::from_millis(500));
     };
     // No noise about what works.
-    for alert in ["CastierDown", "CastierOriginStoreDown", "CastierOriginStoreDamaged", "CastierScrubOverdue", "CastierCertificateExpires", "CastierDiskErrors"] {
+    for alert in [
+        "CastierDown",
+        "CastierOriginStoreDown",
+        "CastierOriginStoreDamaged",
+        "CastierScrubOverdue",
+        "CastierCertificateExpires",
+        "CastierDiskErrors",
+    ] {
         assert!(!rising.iter().any(|rising| rising.starts_with(&format!("{alert} "))), "{alert}: {rising:?}");
     }
 
     // ---- each name is one that Prometheus knows ----
-    let known: BTreeSet<_> = items(&prometheus.get("label/__name__/values", &[])).iter().map(|name| name.as_str().unwrap().to_owned()).collect();
+    let known: BTreeSet<_> =
+        items(&prometheus.get("label/__name__/values", &[])).iter().map(|name| name.as_str().unwrap().to_owned()).collect();
     for wanted in &wanted {
         for name in series(&wanted.expression) {
             assert!(known.contains(&name), "{}: there is no series {name}", wanted.what);

@@ -43,7 +43,10 @@ pub(crate) fn dashboards() -> Vec<(String, Value)> {
         .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), serde_json::from_slice(&fs::read(&path).unwrap()).unwrap()))
         .collect();
     found.sort_by(|(one, _), (other, _)| one.cmp(other));
-    assert_eq!(found.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["cluster.json", "disk.json", "logs.json", "origin.json", "overview.json"]);
+    assert_eq!(
+        found.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
+        ["cluster.json", "disk.json", "logs.json", "origin.json", "overview.json"]
+    );
     found
 }
 
@@ -128,7 +131,10 @@ fn every_alert_has_cases_that_hold_and_that_would_notice_a_broken_alert() {
         let (held, said, count) = promtool(&tool, replace, |name| name.starts_with(kind));
         assert!(!held);
         for name in names.iter().filter(|name| name.starts_with(kind)) {
-            assert!(said.contains(&format!("name: {name},")), "with {expression} in place of its expression this case still holds: {name}\n{said}");
+            assert!(
+                said.contains(&format!("name: {name},")),
+                "with {expression} in place of its expression this case still holds: {name}\n{said}"
+            );
         }
         assert_eq!(names.iter().filter(|name| name.starts_with(kind)).count(), count);
     };
@@ -238,8 +244,15 @@ fn the_dashboards_are_made_by_their_script_and_copied_for_kubernetes() {
     let copies = root().join("k8s/components/monitoring/dashboards");
     for (file, dashboard) in dashboards() {
         let copy = fs::read(copies.join(&file)).unwrap_or_else(|error| panic!("{file}: {error}; run scripts/monitoring.sh --write-rule"));
-        assert_eq!(copy, fs::read(root().join("grafana/dashboards").join(&file)).unwrap(), "{file}: run scripts/monitoring.sh --write-rule");
-        assert!(read("k8s/components/monitoring/kustomization.yaml").contains(&format!("dashboards/{file}]")), "{file}: add it to kustomization.yaml");
+        assert_eq!(
+            copy,
+            fs::read(root().join("grafana/dashboards").join(&file)).unwrap(),
+            "{file}: run scripts/monitoring.sh --write-rule"
+        );
+        assert!(
+            read("k8s/components/monitoring/kustomization.yaml").contains(&format!("dashboards/{file}]")),
+            "{file}: add it to kustomization.yaml"
+        );
         assert_eq!(string(&dashboard["uid"]), format!("castier-{}", file.trim_end_matches(".json")));
     }
     assert_eq!(fs::read_dir(copies).unwrap().count(), dashboards().len(), "run scripts/monitoring.sh --write-rule");
@@ -270,7 +283,8 @@ fn grafana_takes_the_dashboards() {
     panel["options"]["colorMode"] = json!("loud");
     panel["fieldConfig"]["defaults"]["unti"] = json!("s");
     let mut target = panel["targets"][0].clone();
-    let mut manual: Vec<_> = expressions("loki").into_iter().filter(|(file, _)| file == OPERATIONS).map(|(_, expression)| expression).collect();
+    let mut manual: Vec<_> =
+        expressions("loki").into_iter().filter(|(file, _)| file == OPERATIONS).map(|(_, expression)| expression).collect();
     manual.push("{job=\"castier\"} | jsn | status >".to_owned());
     panel["targets"] = manual
         .iter()
@@ -302,7 +316,11 @@ fn every_panel_says_what_it_shows_and_names_no_data_source() {
         for name in ["namespace", "node"] {
             let variable = variable(name).unwrap_or_else(|| panic!("{file}: no variable {name}"));
             // `.*` matches a label that is not there, too.
-            assert_eq!((&variable["type"], &variable["allValue"], &variable["includeAll"]), (&json!("query"), &json!(".*"), &json!(true)), "{file}, {name}");
+            assert_eq!(
+                (&variable["type"], &variable["allValue"], &variable["includeAll"]),
+                (&json!("query"), &json!(".*"), &json!(true)),
+                "{file}, {name}"
+            );
         }
         let mut ids = BTreeSet::new();
         for panel in items(&dashboard["panels"]) {
@@ -337,18 +355,27 @@ fn every_panel_says_what_it_shows_and_names_no_data_source() {
             }
             for target in items(&panel["targets"]) {
                 let expression = string(&target["expr"]);
-                for name in expression.split('$').skip(1).map(|rest| rest.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap()) {
+                for name in
+                    expression.split('$').skip(1).map(|rest| rest.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap())
+                {
                     assert!(name.starts_with("__") || variable(name).is_some(), "{what}: nobody knows ${name}");
                 }
                 if metrics && expression.contains("rate(") {
-                    assert!(expression.contains("$__rate_interval]") || expression.contains("$__range]"), "{what}: a window of its own: {expression}");
+                    assert!(
+                        expression.contains("$__rate_interval]") || expression.contains("$__range]"),
+                        "{what}: a window of its own: {expression}"
+                    );
                 }
             }
         }
     }
     // The first row of the first dashboard is the eight questions, in numbers.
     let overview = dashboards().pop().unwrap().1;
-    let first: Vec<_> = items(&overview["panels"])[1..].iter().take_while(|panel| panel["type"] != "row").map(|panel| (string(&panel["type"]), string(&panel["title"]))).collect();
+    let first: Vec<_> = items(&overview["panels"])[1..]
+        .iter()
+        .take_while(|panel| panel["type"] != "row")
+        .map(|panel| (string(&panel["type"]), string(&panel["title"])))
+        .collect();
     assert_eq!(first.len(), 8);
     assert!(first.iter().all(|(kind, title)| *kind == "stat" && title.ends_with('?')), "{first:?}");
     let manual = &sections()["The eight questions"];
@@ -419,7 +446,9 @@ pub(crate) fn fields(logql: &str) -> BTreeSet<String> {
 
 #[test]
 fn the_fields_of_a_query_are_found() {
-    let found = fields(r#"topk(20, sum by (path, level) (max_over_time({job=~"a=b"} |= `c=d` | json | status >= 500 or error!="" | unwrap bytes | __error__="" [5m])))"#);
+    let found = fields(
+        r#"topk(20, sum by (path, level) (max_over_time({job=~"a=b"} |= `c=d` | json | status >= 500 or error!="" | unwrap bytes | __error__="" [5m])))"#,
+    );
     assert_eq!(found, ["bytes", "error", "path", "status"].map(str::to_owned).into());
 }
 

@@ -46,6 +46,7 @@ mod read_your_writes;
 mod relay;
 mod sanity;
 mod slow_clients;
+mod stats;
 mod support;
 mod threads;
 mod upload;
