@@ -59,6 +59,6 @@ run helm repo update prometheus-community
 run helm upgrade --install kube-prometheus-stack prometheus-community/kube-prometheus-stack \
   --version "$version" --namespace monitoring --create-namespace --wait --timeout 10m
 # The ServiceMonitors and alerts are of kinds that exist only now. An installation made without the component gets them here.
-run kubectl apply --server-side -n "$namespace" -f "$here/k8s/components/monitoring/servicemonitors.yaml" \
-  -f "$here/k8s/components/monitoring/prometheusrule.yaml"
+# The dashboards are ConfigMaps, which Grafana's sidecar finds by their label.
+run kubectl apply --server-side -n "$namespace" -k "$here/k8s/components/monitoring"
 say "Prometheus and Grafana are installed; scripts/port_forward.sh grafana opens them"

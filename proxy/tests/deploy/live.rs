@@ -62,7 +62,7 @@ fn lying_origin() -> SocketAddr {
     address
 }
 
-/// A node, and what it is called with.
+/// A program with this configuration.
 fn start(dir: &Path, name: &str, program: &str, config: &str) -> Running {
     let file = dir.join(format!("{name}.toml"));
     fs::write(&file, config).unwrap();
@@ -71,7 +71,7 @@ fn start(dir: &Path, name: &str, program: &str, config: &str) -> Running {
 
 struct Certificates {
     authority: PathBuf,
-    /// Of all nodes and of the stranger: whoever has it is let in as far as the proof.
+    /// Of all nodes, and of the stranger, which TLS lets in as well.
     certificate: PathBuf,
     key: PathBuf,
 }
