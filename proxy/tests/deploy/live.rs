@@ -7,7 +7,7 @@
 
 use crate::{
     monitoring::{dashboards, expressions, fields, items, rules, series},
-    tools::{Running, bin, python, root, run, skipped, stdout, text, tool},
+    tools::{Running, bin, eventually, python, root, run, skipped, stdout, text, tool},
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use serde_json::{Value, json};
@@ -102,7 +102,9 @@ impl Prometheus {
     fn get(&self, path: &str, parameters: &[&str]) -> Value {
         let mut command = Command::new(&self.curl);
         command.args(["--silent", "--show-error", "--max-time", "20", "--get"]);
-        parameters.iter().for_each(|parameter| drop(command.args(["--data-urlencode", parameter])));
+        for parameter in parameters {
+            command.args(["--data-urlencode", parameter]);
+        }
         let said = stdout(command.arg(format!("http://{}/api/v1/{path}", self.address)), b"");
         let said: Value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}"));
         assert_eq!(said["status"], "success", "{path} {parameters:?}: {said}");
@@ -249,6 +251,10 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
         .arg("--web.enable-lifecycle");
     let mut prometheus = Prometheus { running: Running::start(&mut command), address: listen, curl: curl.clone() };
     prometheus.running.wait_for(listen);
+    eventually("Prometheus is ready", || {
+        let asked = run(Command::new(&curl).args(["--silent", "--fail", "--max-time", "5", &format!("http://{listen}/-/ready")]), b"");
+        asked.status.success().then_some(())
+    });
 
     // ---- the load, and what goes wrong ----
     let mut load = Command::new(bin().join("castier-load"));
@@ -345,7 +351,7 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
     // ---- the records have the fields that LogQL asks for ----
     let mut seen: BTreeMap<String, Value> = BTreeMap::new();
     let logs = running.iter().chain([&deceived]).map(Running::log).collect::<Vec<_>>().join("\n");
-    for line in logs.lines() {
+    for line in logs.lines().filter(|line| !line.is_empty()) {
         let record: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
         seen.extend(record.as_object().unwrap().iter().map(|(name, value)| (name.clone(), value.clone())));
     }
