@@ -45,6 +45,7 @@ mod peers;
 mod read_your_writes;
 mod relay;
 mod sanity;
+mod series;
 mod slow_clients;
 mod stats;
 mod support;

@@ -122,6 +122,11 @@ impl Node {
         self.castier.as_ref().expect("the node runs")
     }
 
+    /// Its process, if it runs.
+    pub(crate) fn running(&self) -> Option<&Castier> {
+        self.castier.as_ref()
+    }
+
     pub(crate) fn public(&self) -> SocketAddr {
         (self.address, PUBLIC).into()
     }

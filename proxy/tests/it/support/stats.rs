@@ -43,6 +43,11 @@ impl Metrics {
         self.sum("castier_tier_blobs", &[("tier", "memory")])
     }
 
+    /// All series with their labels, and their values.
+    pub(crate) fn figures(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.series.iter().map(|(series, value)| (series.as_str(), *value))
+    }
+
     pub(crate) fn series(&self) -> impl Iterator<Item = &str> {
         self.series.iter().map(|(series, _)| series.as_str())
     }
