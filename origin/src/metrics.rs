@@ -8,8 +8,8 @@ use prometheus::{
 };
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
-/// From a blob in the page cache to a huge one over a slow line.
-const SECONDS: [f64; 13] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 60.0, 600.0];
+/// From a blob in the page cache to a huge one over a slow line; as castier has them.
+const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
 /// Counts what the origin does.
 pub(crate) struct Metrics {

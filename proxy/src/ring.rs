@@ -207,6 +207,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn equal_members_have_one_fingerprint() {
+        let of = |members: &[(&str, u32)]| Ring::new(members.iter().map(|(name, weight)| ((*name).to_owned(), *weight))).fingerprint();
+        let (seven, eight) = ("10.0.0.7:8081", "10.0.0.8:8081");
+        let both = of(&[(seven, 1), (eight, 2)]);
+        assert_eq!(both, 103_926_228_819_296, "nodes of all versions must agree");
+        assert_eq!(both, of(&[(eight, 2), (seven, 1), (eight, 1)]));
+        for other in [&[(seven, 1)][..], &[(seven, 1), (eight, 1)], &[(seven, 2), (eight, 1)], &[(seven, 1), (eight, 2), ("x:1", 1)], &[]] {
+            assert_ne!(of(other), both, "{other:?}");
+            assert!(of(other) < 1 << 48);
+        }
+    }
+
     const GOLDEN_SEED: u64 = 13_187_733_438_433_784_478;
     /// Computed by an independent program from the documentation above.
     const GOLDEN: [(&str, &str, &str); 6] = [

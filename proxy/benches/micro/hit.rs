@@ -4,6 +4,7 @@ use bytes::{Bytes, BytesMut};
 use castier::{
     gate,
     memory::Memory,
+    recent::{Asked, Recent},
     serve::{Body, Reply, Via},
     spool::Budget,
     tier::TierName,
@@ -13,7 +14,7 @@ use castier_config::{Limits, Memory as Config, Policy, Size};
 use criterion::Criterion;
 use futures::FutureExt;
 use http::HeaderValue;
-use std::{hint::black_box, time::Duration};
+use std::{hint::black_box, net::Ipv4Addr, time::Duration};
 
 /// The blobs in the tier. More than the processor's caches hold the bookkeeping of.
 const BLOBS: u64 = 100_000;
@@ -58,6 +59,22 @@ pub(crate) fn memory_get(criterion: &mut Criterion) {
     group.bench_function("hit", |bencher| bencher.iter(|| hits.next().and_then(|digest| tier.find(digest))));
     let absent = Digest::of(b"");
     group.bench_function("miss", |bencher| bencher.iter(|| tier.find(black_box(&absent))));
+}
+
+/// What it costs to remember who asked for what, where few blobs are hot and where none is.
+pub(crate) fn note(criterion: &mut Criterion) {
+    let recent = Recent::default();
+    let mut group = criterion.benchmark_group("who asks for what");
+    for (name, blobs) in [("200 blobs", 200), ("100,000 blobs", BLOBS)] {
+        let digests: Vec<_> = (0..blobs).map(|number| Digest::of(&number.to_le_bytes())).collect();
+        let mut next = digests.iter().cycle();
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                let (client, first_byte) = (Some(Ipv4Addr::LOCALHOST.into()), Some(Duration::from_micros(7)));
+                recent.note(&Asked { client, digest: next.next().copied(), reads: true, code: 200, bytes: 1024, first_byte });
+            });
+        });
+    }
 }
 
 /// The head of a hit's answer: its headers, and what goes over the wire.

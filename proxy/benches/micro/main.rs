@@ -18,6 +18,7 @@ fn main() {
     hit::request_head(&mut criterion);
     hit::memory_get(&mut criterion);
     hit::reply_head(&mut criterion);
+    hit::note(&mut criterion);
     ring::look_up(&mut criterion);
     flight::fan_out(&mut criterion);
     criterion.final_summary();

@@ -1,20 +1,22 @@
-//! Every series of castier, and the event that moves it: one table, held against `/metrics` and the manual both ways. A small cluster with a
+//! Every series of both programs, and the event that moves it: a table for each, held against `/metrics` and the manual both ways. A small cluster with a
 //! disk tier goes through all the events. So a series without an event fails here, and so does one that its event no longer moves.
 
 use crate::support::{
-    Blob, Castier, Cluster, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request,
+    Blob, Castier, Cluster, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, RealOrigin, Request,
     cluster::wait_for_peers,
-    eventually, get, heavy,
-    stats::{Metrics, metrics},
+    eventually, get, heavy, light,
+    stats::{Metrics, metrics, metrics_at},
 };
 use rustix::process::Signal;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     os::unix::fs::FileExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
+    process::Command,
     time::Instant,
 };
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpListener,
@@ -44,7 +46,11 @@ const NO_ORIGIN: &str = "no origin";
 const NO_PEER: &str = "a node that is gone";
 const LEFT: &str = "a member that leaves";
 
-/// All of them.
+// Those of castier-origin, from its start on.
+const STORED: &str = "an upload to the origin";
+const ROTTED: &str = "a file of the origin that rotted";
+
+/// All of castier's.
 const SERIES: &[Series] = &[
     (
         "castier_http_requests_total",
@@ -189,6 +195,23 @@ const ELSEWHERE_TESTED: &[(&str, &str)] = &[
     ),
 ];
 
+/// All of castier-origin's.
+const ORIGIN_SERIES: &[Series] = &[
+    ("castier_origin_requests_total", "counter", &["method", "code"], &[(STORED, r#"code="201",method="PUT""#)]),
+    ("castier_origin_request_duration_seconds", "histogram", &["method"], &[(STORED, r#"method="PUT""#)]),
+    ("castier_origin_blobs", "gauge", &[], &[(STORED, "")]),
+    ("castier_origin_bytes", "gauge", &[], &[(STORED, "")]),
+    ("castier_origin_corrupt_blobs_total", "counter", &[], &[(ROTTED, "")]),
+    ("castier_origin_log_dropped_total", "counter", &["sink"], &[(STORED, r#"sink="loki""#)]),
+    ("process_cpu_seconds_total", "counter", &[], &[(STORED, "")]),
+    ("process_max_fds", "gauge", &[], &[(STORED, "")]),
+    ("process_open_fds", "gauge", &[], &[(STORED, "")]),
+    ("process_resident_memory_bytes", "gauge", &[], &[(STORED, "")]),
+    ("process_start_time_seconds", "gauge", &[], &[(STORED, "")]),
+    ("process_threads", "gauge", &[], &[(STORED, "")]),
+    ("process_virtual_memory_bytes", "gauge", &[], &[(STORED, "")]),
+];
+
 /// The upper ends of the buckets of a duration.
 const BUCKETS: &[&str] =
     &["0.001", "0.0025", "0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "120", "+Inf"];
@@ -215,6 +238,14 @@ fn is_of(series: &str, name: &str, labels: &str) -> bool {
     let (own, rest) = series.split_once('{').unwrap_or((series, ""));
     let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| own.strip_suffix(suffix)).filter(|family| *family == name);
     (own == name || family.is_some()) && labels.split(',').all(|label| rest.contains(label))
+}
+
+/// What the table says of an event, and is not among what has `moved`.
+fn missing(table: &[Series], event: &str, moved: &BTreeSet<String>) -> Vec<String> {
+    let all = table.iter().flat_map(|(name, .., events)| events.iter().map(move |(event, labels)| (*name, *event, *labels)));
+    let due = all.filter(|(_, its, _)| *its == event);
+    let missing = due.filter(|(name, _, labels)| !moved.iter().any(|series| is_of(series, name, labels)));
+    missing.map(|(name, _, labels)| format!("{name}{{{labels}}}")).collect()
 }
 
 impl World {
@@ -261,11 +292,7 @@ impl World {
 
     /// What the table says of the event that is going on, and has not happened.
     fn missing(&self) -> Vec<String> {
-        let moved = &self.moved[self.event];
-        let all = SERIES.iter().flat_map(|(name, .., events)| events.iter().map(move |(event, labels)| (*name, *event, *labels)));
-        let due = all.filter(|(_, event, _)| *event == self.event);
-        let missing = due.filter(|(name, _, labels)| !moved.iter().any(|series| is_of(series, name, labels)));
-        missing.map(|(name, _, labels)| format!("{name}{{{labels}}}")).collect()
+        missing(SERIES, self.event, &self.moved[self.event])
     }
 
     /// Waits until the event has moved all that the table says, and begins the next.
@@ -291,6 +318,14 @@ impl World {
     }
 }
 
+/// Flips a bit of a file.
+fn flip(path: &Path) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 100).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 100).unwrap();
+}
+
 /// A Loki that refuses every batch for good.
 async fn refusing_loki() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -309,10 +344,10 @@ async fn refusing_loki() -> String {
     url
 }
 
-/// The rows of the manual's table: name, type, labels.
-fn documented() -> BTreeMap<String, (String, BTreeSet<String>)> {
+/// The rows of a table of the manual: name, type, labels.
+fn documented(section: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let manual = fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs/operations.md")).unwrap();
-    let section = manual.split("\n## Metrics of castier\n").nth(1).unwrap().split("\n#").next().unwrap();
+    let section = manual.split(&format!("\n## {section}\n")).nth(1).unwrap().split("\n#").next().unwrap();
     let code = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<BTreeSet<_>>();
     let rows = section.lines().filter(|line| line.starts_with("| `"));
     let entries = rows.flat_map(|row| {
@@ -441,10 +476,7 @@ async fn every_series_moves() {
     let disk = world.cluster.nodes[0].path("disk");
     let shelves = fs::read_dir(&disk).unwrap().flatten().filter(|shelf| shelf.file_name().len() == 2);
     let rotten = shelves.flat_map(|shelf| fs::read_dir(shelf.path()).unwrap().flatten()).next().expect("a file").path();
-    let file = File::options().read(true).write(true).open(rotten).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, 100).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], 100).unwrap();
+    flip(&rotten);
     world.before[0].clear();
     world.cluster.nodes[0].start().await;
     world.cluster.wait_until_whole().await;
@@ -478,7 +510,7 @@ async fn every_series_moves() {
     eventually("their series are gone", async || of_peers(&world.cluster.nodes[0].metrics().await).is_empty().then_some(())).await;
     world.then("the end").await;
 
-    assert_table(&all, &world);
+    assert_table(SERIES, "Metrics of castier", &all, &world.moved.keys().copied().collect());
 }
 
 /// A blob of node 0 that nobody has.
@@ -489,20 +521,19 @@ fn absent(world: &World) -> Blob {
 }
 
 /// The table is what `/metrics` has, and what the manual says; and each series in it has an event that came.
-fn assert_table(all: &Metrics, world: &World) {
-    let types: BTreeMap<_, _> = all.text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
-    let table: BTreeMap<_, _> = SERIES.iter().map(|(name, kind, ..)| (*name, *kind)).collect();
-    assert_eq!(table.len(), SERIES.len(), "a series stands in the table twice");
+fn assert_table(table: &[Series], section: &str, all: &Metrics, came: &BTreeSet<&str>) {
     let is_here = |name: &str| ELSEWHERE_TESTED.iter().all(|(other, _)| *other != name);
-    let types: BTreeMap<_, _> = types.into_iter().filter(|(name, _)| is_here(name)).collect();
-    assert_eq!(types, table, "/metrics on the left; give a new series an event in this table");
-    let mut manual = documented();
-    for (name, test) in ELSEWHERE_TESTED {
-        assert!(manual.remove(*name).is_some(), "the manual has no {name}, which is tested by {test}");
-    }
-    assert_eq!(manual.keys().map(String::as_str).collect::<Vec<_>>(), table.keys().copied().collect::<Vec<_>>(), "the manual on the left");
-    for (name, kind, labels, events) in SERIES {
-        assert!(!events.is_empty() && events.iter().all(|(event, _)| world.moved.contains_key(event)), "{name}: which event moves it?");
+    let types = all.text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+    let types: BTreeMap<_, _> = types.filter(|(name, _)| is_here(name)).collect();
+    let names: BTreeMap<_, _> = table.iter().map(|(name, kind, ..)| (*name, *kind)).collect();
+    assert_eq!(names.len(), table.len(), "a series stands in the table twice");
+    assert_eq!(types, names, "/metrics on the left; give a new series an event in this table");
+    let manual = documented(section);
+    let own = |name: &&str| name.starts_with("castier_") && is_here(name);
+    let told: Vec<_> = manual.keys().map(String::as_str).filter(own).collect();
+    assert_eq!(told, names.keys().copied().filter(own).collect::<Vec<_>>(), "the manual on the left");
+    for (name, kind, labels, events) in table {
+        assert!(!events.is_empty() && events.iter().all(|(event, _)| came.contains(event)), "{name}: which event moves it?");
         let labels: BTreeSet<_> = labels.iter().map(ToString::to_string).collect();
         for series in all.series().filter(|series| is_of(series, name, "")) {
             let own = series.split_once('{').map_or("", |(_, rest)| rest.trim_end_matches('}'));
@@ -510,8 +541,7 @@ fn assert_table(all: &Metrics, world: &World) {
             assert_eq!(keys.filter(|key| key != "le").collect::<BTreeSet<_>>(), labels, "{series}");
         }
         assert!(all.text.contains(&format!("# HELP {name} ")), "{name} is not explained");
-        let (told, with) = &manual[*name];
-        if name.starts_with("castier_") {
+        if let Some((told, with)) = manual.get(*name).filter(|_| own(name)) {
             assert_eq!((told.as_str(), with), (*kind, &labels), "{name} in the manual, on the left");
         }
         if *kind == "histogram" {
@@ -525,4 +555,32 @@ fn assert_table(all: &Metrics, world: &World) {
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_series_of_the_origin_moves() {
+    let _turn = light().await;
+    let root = TempDir::new().unwrap();
+    let mut command = Command::new(Path::new(Castier::program()).with_file_name("castier-origin"));
+    command.args(["--listen", "127.0.0.1:0", "--root"]).arg(root.path());
+    command.envs([("CASTIER_LISTEN__ADMIN", "127.0.0.1:0"), ("CASTIER_LOG__LOKI__WAIT", "50ms")]);
+    command.env("CASTIER_LOG__LOKI_URL", refusing_loki().await);
+    let (_origin, public, admin) = RealOrigin::bare(command).await;
+    let moves = async |event: &str, before: &BTreeMap<String, f64>| {
+        eventually(event, async || {
+            let now = metrics_at(admin).await;
+            let moved = figures(&now).into_iter().filter(|(series, value)| before.get(series).unwrap_or(&0.0) != value);
+            missing(ORIGIN_SERIES, event, &moved.map(|(series, _)| series).collect()).is_empty().then_some(now)
+        })
+        .await
+    };
+    let blob = Blob::new(10 * KIB);
+    assert_eq!(Request::new("PUT", blob.path()).body(blob.whole()).send(public).await.status, 201);
+    let before = moves(STORED, &BTreeMap::new()).await;
+
+    let name = blob.digest.to_string();
+    flip(&root.path().join(&name[..2]).join(&name[2..4]).join(&name));
+    get(public, &blob).await;
+    let all = moves(ROTTED, &figures(&before)).await;
+    assert_table(ORIGIN_SERIES, "Metrics of castier-origin", &all, &[STORED, ROTTED].into());
 }

@@ -1,7 +1,7 @@
 //! The books: what castier counts, and that it adds up.
 
 use super::{Castier, Request, eventually};
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 /// One reading of `/metrics`.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,7 +61,12 @@ impl Metrics {
 }
 
 pub(crate) async fn metrics(castier: &Castier) -> Metrics {
-    let reply = Request::get("/metrics").send(castier.admin).await;
+    metrics_at(castier.admin).await
+}
+
+/// Of whatever program has its admin listener there.
+pub(crate) async fn metrics_at(admin: SocketAddr) -> Metrics {
+    let reply = Request::get("/metrics").send(admin).await;
     assert_eq!(reply.status, 200);
     let text = String::from_utf8(reply.body).unwrap();
     let parse = |line: &str| {
