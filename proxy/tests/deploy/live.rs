@@ -297,7 +297,6 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
     up(4.0);
 
     let mut number = 0;
-    let mut faults: Vec<String>;
     let rising = loop {
         // Each of these once in a while, since a counter has no rate before it has moved twice.
         number += 1;
@@ -306,7 +305,7 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
         assert_eq!(fetch(&format!("https://{}/cas/{}", names[0], digest(1)), &stranger), "403");
         fetch(&format!("http://{}:{PUBLIC}/other", nodes[0]), &[]);
 
-        faults = wanted.iter().filter_map(|wanted| fault(&prometheus, wanted)).collect();
+        let mut faults: Vec<_> = wanted.iter().filter_map(|wanted| fault(&prometheus, wanted)).collect();
         let rising: BTreeSet<_> = items(&prometheus.get("alerts", &[])["alerts"])
             .iter()
             .map(|alert| {
