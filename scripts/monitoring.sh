@@ -2,7 +2,8 @@
 # Installs Prometheus and Grafana (kube-prometheus-stack) in the namespace `monitoring`, and has them watch castier.
 #
 #   scripts/monitoring.sh                    installs or upgrades; a second run changes nothing
-#   scripts/monitoring.sh --write-rule       only writes k8s/components/monitoring/prometheusrule.yaml from grafana/prometheus/*.rules.yaml
+#   scripts/monitoring.sh --write-rule       only writes k8s/components/monitoring/prometheusrule.yaml from grafana/prometheus/*.rules.yaml, and
+#                                            copies grafana/dashboards/*.json beside it, where kustomize can read them
 #
 #   --chart-version VERSION   of kube-prometheus-stack (77.5.0)
 #   --dry-run                 prints the commands and runs none
@@ -43,7 +44,11 @@ YAML
 }
 
 if [[ -n $only_rule ]]; then
-  if [[ -n $dry_run ]]; then rule; else rule >"$here/k8s/components/monitoring/prometheusrule.yaml"; fi
+  if [[ -n $dry_run ]]; then rule; exit 0; fi
+  rule >"$here/k8s/components/monitoring/prometheusrule.yaml"
+  mkdir -p "$here/k8s/components/monitoring/dashboards"
+  rm -f "$here"/k8s/components/monitoring/dashboards/*.json
+  cp "$here"/grafana/dashboards/*.json "$here/k8s/components/monitoring/dashboards/"
   exit 0
 fi
 
@@ -54,6 +59,6 @@ run helm repo update prometheus-community
 run helm upgrade --install kube-prometheus-stack prometheus-community/kube-prometheus-stack \
   --version "$version" --namespace monitoring --create-namespace --wait --timeout 10m
 # The ServiceMonitors and alerts are of kinds that exist only now. An installation made without the component gets them here.
-run kubectl apply --server-side -n "$namespace" -f "$here/k8s/components/monitoring/servicemonitors.yaml" \
-  -f "$here/k8s/components/monitoring/prometheusrule.yaml"
+# The dashboards are ConfigMaps, which Grafana's sidecar finds by their label.
+run kubectl apply --server-side -n "$namespace" -k "$here/k8s/components/monitoring"
 say "Prometheus and Grafana are installed; scripts/port_forward.sh grafana opens them"

@@ -11,7 +11,7 @@ use castier::{
     ladder::Ladder,
     members::Members,
     memory::Memory,
-    metrics::Metrics,
+    metrics::{Listener, Metrics},
     plan,
     purge::Purge,
     relay::Relay,
@@ -199,7 +199,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let admin_server = tokio::spawn(admin::serve(admin_listener, admin::router(admin.clone()), limits.clone()));
     // Peers first: a node that asks them is one that they can ask.
     let peer = match (peer, &nodes) {
-        (Some(listener), Some(nodes)) => Some(Listening::open("peer", front(Door::Peers(nodes.door(&config)?)), listener)?),
+        (Some(listener), Some(nodes)) => Some(Listening::open("peer", front(Door::Peers(nodes.door(&config, &metrics)?)), listener)?),
         _ => None,
     };
     let public = Listening::open("public", front(door), public)?;
@@ -215,7 +215,8 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     }
     admin.enter(Phase::Ready);
     shares.tell(&config);
-    plan::tell(&config, &limits.load());
+    tell_plan(&config, &limits.load(), &metrics);
+    metrics.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
     let secrets = nodes.as_ref().map(|nodes| nodes.secrets.clone());
@@ -225,8 +226,16 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
         let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
         (loaded, secrets)
     });
-    let mut live =
-        Live { config, limits: limits.clone(), client_memory, shares, embedded: embedded.map(|(.., origin)| origin), nodes, log };
+    let mut live = Live {
+        config,
+        limits: limits.clone(),
+        metrics: metrics.clone(),
+        client_memory,
+        shares,
+        embedded: embedded.map(|(.., origin)| origin),
+        nodes,
+        log,
+    };
     while let Told::Reload((loaded, secrets)) = signals.next(&mut reading).await {
         if let Some(new) = told(loaded) {
             live.reload(new, secrets);
@@ -284,6 +293,18 @@ fn shown(listener: &TcpListener) -> String {
     listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
 }
 
+/// Tells what may be held in memory, and whether it fits: to the log and in the series.
+fn tell_plan(config: &Castier, limits: &Limits, metrics: &Metrics) {
+    plan::tell(config, limits);
+    metrics.memory_planned.set(gauged(plan::memory(config, limits)));
+    metrics.memory_limit.set(plan::memory_limit().map_or(0, gauged));
+}
+
+/// As a gauge takes it.
+fn gauged(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
 /// The places for blobs. A cluster takes its mirror's part out of the memory.
 fn tiers(
     config: &Castier,
@@ -329,9 +350,13 @@ impl Nodes {
         Ok(Some(Self { members, secrets, peers, leaving: Arc::default() }))
     }
 
-    fn door(&self, config: &Castier) -> Result<PeerDoor, String> {
+    fn door(&self, config: &Castier, metrics: &Metrics) -> Result<PeerDoor, String> {
         let tls = config.cluster.as_ref().map(|cluster| cluster.tls.clone()).unwrap_or_default();
-        PeerDoor::new(&tls, self.secrets.clone(), self.members.clone(), self.leaving.clone())
+        let door = PeerDoor::new(&tls, self.secrets.clone(), self.members.clone(), self.leaving.clone())?;
+        if let Some(expiry) = door.certificate_expiry() {
+            metrics.certificate_expires(Listener::Peer, expiry);
+        }
+        Ok(door)
     }
 
     async fn wait_for_members(&self) {
@@ -476,6 +501,7 @@ struct Live {
     /// As it is in force.
     config: Castier,
     limits: Arc<ArcSwap<Limits>>,
+    metrics: Arc<Metrics>,
     client_memory: Arc<Budget>,
     shares: Shares,
     embedded: Option<Origin>,
@@ -508,7 +534,7 @@ impl Live {
         }
         (self.config.limits, self.config.log.level) = (new.limits, new.log.level);
         self.shares.tell(&self.config);
-        plan::tell(&self.config, &self.limits.load());
+        tell_plan(&self.config, &self.limits.load(), &self.metrics);
         tracing::info!(changed = ?live, "config reloaded");
         if !later.is_empty() {
             tracing::warn!(keys = ?later, "these changes need a restart");

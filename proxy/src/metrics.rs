@@ -373,6 +373,13 @@ pub struct Metrics {
     disk_io: [Histogram; 2],
     disk_write_errors: IntCounterVec,
     disk_skipped_writes: IntCounterVec,
+    /// How fast the scrub reads, in bytes a second; 0 if it never does.
+    pub disk_scrub_rate: IntGauge,
+    certificate_expiry: IntGaugeVec,
+    /// What the control group lets this process hold, in bytes; 0 if there is no limit.
+    pub memory_limit: IntGauge,
+    /// What the configuration lets this process hold, in bytes.
+    pub memory_planned: IntGauge,
     cluster_peers: IntGaugeVec,
     cluster_changes: IntCounter,
     /// Gets that came from peers.
@@ -481,6 +488,15 @@ impl Metrics {
             disk_io: ["read", "write"].map(|op| disk_io.with_label_values(&[op])),
             disk_write_errors: counters(&r, "castier_disk_write_errors_total", "Writes to the disk tier that failed", &["reason"])?,
             disk_skipped_writes: counters(&r, "castier_disk_skipped_writes_total", "Blobs not written to the disk tier", &["reason"])?,
+            disk_scrub_rate: gauge(&r, "castier_disk_scrub_rate_bytes", "Bytes a second that are read back to find what rotted; 0: none")?,
+            certificate_expiry: gauges(
+                &r,
+                "castier_certificate_expiry_timestamp_seconds",
+                "When the first of a listener's certificates expires",
+                &["listener"],
+            )?,
+            memory_limit: gauge(&r, "castier_memory_limit_bytes", "The memory limit of the control group; 0: none")?,
+            memory_planned: gauge(&r, "castier_memory_planned_bytes", "The memory that the configuration may come to take")?,
             cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
             cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of who is in the cluster, and who of them is up")?,
             gets_from_peers: counter(&r, "castier_gets_from_peers_total", "Gets that came from other nodes of the cluster")?,
@@ -715,6 +731,11 @@ impl Metrics {
     /// A request was turned away.
     pub fn shed(&self, limit: Limit) {
         self.shed.with_label_values(&[limit.as_str()]).inc();
+    }
+
+    /// The certificates of a listener are good until then, in seconds since 1970.
+    pub fn certificate_expires(&self, listener: Listener, at: i64) {
+        self.certificate_expiry.with_label_values(&[listener.as_str()]).set(at);
     }
 
     /// How often requests were turned away, by the limit.

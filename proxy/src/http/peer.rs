@@ -40,6 +40,8 @@ pub struct PeerDoor {
     members: Arc<Members>,
     /// None: plain TCP.
     tls: Option<Acceptor>,
+    /// When the certificate that is shown expires, in seconds since 1970; none without TLS.
+    certificate_expiry: Option<i64>,
     /// This node is about to go, and should not be asked any more.
     leaving: Arc<AtomicBool>,
 }
@@ -50,7 +52,13 @@ impl PeerDoor {
     /// # Errors
     /// A text that names the key of `cluster.tls` whose file cannot be used.
     pub fn new(tls: &ClusterTls, secrets: Arc<Secrets>, members: Arc<Members>, leaving: Arc<AtomicBool>) -> Result<Self, String> {
-        Ok(Self { secrets, members, tls: tls::acceptor(tls)?, leaving })
+        let (acceptor, certificate_expiry) = tls::acceptor(tls)?.unzip();
+        Ok(Self { secrets, members, tls: acceptor, certificate_expiry: certificate_expiry.flatten(), leaving })
+    }
+
+    /// When the certificate that is shown to peers expires, or one of those that vouch for it, in seconds since 1970.
+    pub const fn certificate_expiry(&self) -> Option<i64> {
+        self.certificate_expiry
     }
 
     /// Whether connections here speak TLS.

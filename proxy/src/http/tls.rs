@@ -9,9 +9,11 @@ use pingora::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use std::{path::Path, sync::Arc, time::Duration};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// Accepts those whose certificate is signed by `cluster.tls.ca_file`, and shows them this node's. None if there is no TLS.
-pub(super) fn acceptor(tls: &ClusterTls) -> Result<Option<Acceptor>, String> {
+/// Accepts those whose certificate is signed by `cluster.tls.ca_file`, and shows them this node's. None if there is no TLS. Beside it,
+/// when the first of this node's certificates expires.
+pub(super) fn acceptor(tls: &ClusterTls) -> Result<Option<(Acceptor, Option<i64>)>, String> {
     if !tls.is_on() {
         return Ok(None);
     }
@@ -24,8 +26,16 @@ pub(super) fn acceptor(tls: &ClusterTls) -> Result<Option<Acceptor>, String> {
         WebPkiClientVerifier::builder(roots.into()).build().map_err(|error| unusable("cluster.tls.ca_file", &tls.ca_file, &error))?;
     let own = certificates("cluster.tls.cert_file", &tls.cert_file)?;
     let key = PrivateKeyDer::from_pem_file(&tls.key_file).map_err(|error| unusable("cluster.tls.key_file", &tls.key_file, &error))?;
+    let expiry = expiry(&own);
     let config = ServerConfig::builder().with_client_cert_verifier(peers).with_single_cert(own, key);
-    Ok(Some(Acceptor::from_server_config(Arc::new(config.map_err(|error| unusable("cluster.tls.key_file", &tls.key_file, &error))?))))
+    let config = config.map_err(|error| unusable("cluster.tls.key_file", &tls.key_file, &error))?;
+    Ok(Some((Acceptor::from_server_config(Arc::new(config)), expiry)))
+}
+
+/// When the first of these certificates expires, in seconds since 1970. None if none of them can be read, which is for rustls to judge.
+fn expiry(certificates: &[CertificateDer<'_>]) -> Option<i64> {
+    let parsed = certificates.iter().filter_map(|der| X509Certificate::from_der(der).ok());
+    parsed.map(|(_, certificate)| certificate.validity().not_after.timestamp()).min()
 }
 
 /// The connection as its two ends read it; none if the other end is no peer, or too slow to become one.

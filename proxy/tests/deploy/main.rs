@@ -5,6 +5,8 @@
 
 mod demo;
 mod k8s;
+mod live;
+mod monitoring;
 mod packages;
 mod scripts;
 mod tools;

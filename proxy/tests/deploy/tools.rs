@@ -61,6 +61,26 @@ pub(crate) fn node_packages() -> Option<PathBuf> {
     there.then_some(folder)
 }
 
+/// The folder of what Grafana publishes about its dashboards, one folder for each version. None, after saying so, if it could not be installed.
+pub(crate) fn grafana_packages() -> Option<PathBuf> {
+    let folder = installed().join("grafana");
+    let there = installed().join("grafana.done").is_file();
+    if !there {
+        skipped("the types of Grafana's dashboards could not be installed");
+    }
+    there.then_some(folder)
+}
+
+/// Python with the packages that `scripts/setup-tests` installs. None, after saying so, if there is none.
+pub(crate) fn python() -> Option<PathBuf> {
+    let python = installed().join("venv/bin/python");
+    let there = python.is_file();
+    if !there {
+        skipped("the packages for Python could not be installed");
+    }
+    there.then_some(python)
+}
+
 /// Says, past the test's own capture, that a check was left out.
 pub(crate) fn skipped(why: &str) {
     let test = std::thread::current().name().unwrap_or_default().to_owned();

@@ -202,4 +202,8 @@ async fn a_plan_that_does_not_fit_is_told() {
     })
     .await;
     assert!(warned.contains(&format!("limit={LIMIT}")) && warned.contains("planned="), "both numbers: {warned}");
+    let metrics = metrics(&castier).await;
+    assert_eq!(metrics.total("castier_memory_limit_bytes"), LIMIT);
+    let planned = metrics.total("castier_memory_planned_bytes");
+    assert!(planned > LIMIT && warned.contains(&format!("planned={planned}")), "{planned}: {warned}");
 }

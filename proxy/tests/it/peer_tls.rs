@@ -1,7 +1,7 @@
 //! Mutual TLS between nodes: who has no certificate of the cluster's is nobody.
 
 use crate::support::{Blob, Castier, Cluster, LyingOrigin, Request, assert_ledger, cluster::Node, get, light};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -9,6 +9,9 @@ use std::{
 };
 use tempfile::TempDir;
 use tokio::{io::AsyncReadExt, net::TcpStream};
+
+/// When the certificates that it signs expire: with the year 2099, in seconds since 1970.
+const EXPIRY: u64 = 4_102_444_800;
 
 /// A certificate authority with its certificate in a file.
 pub(crate) struct Authority {
@@ -37,6 +40,7 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![host.to_owned()]).unwrap();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_after = date_time_ymd(2100, 1, 1);
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let (certificate_file, key_file) = (into.join("cert.pem"), into.join("key.pem"));
         fs::write(&certificate_file, certificate.pem()).unwrap();
@@ -93,6 +97,10 @@ async fn nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in() {
     }
     assert!(cluster.sum("castier_source_loads_total", &[("source", "peer"), ("result", "ok")]).await > 0);
     assert_eq!(cluster.sum("castier_peer_errors_total", &[]).await, 0);
+    for node in &cluster.nodes {
+        let expiry = node.metrics().await.sum("castier_certificate_expiry_timestamp_seconds", &[("listener", "peer")]);
+        assert_eq!(expiry, EXPIRY, "the node's own certificate, not the authority's");
+    }
 
     let node = &cluster.nodes[0];
     let (dir, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
