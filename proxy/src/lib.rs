@@ -31,6 +31,7 @@ pub mod secret;
 pub mod serve;
 pub mod spool;
 pub mod tier;
+pub mod trace;
 pub mod upload;
 pub mod upstream;
 pub mod via;

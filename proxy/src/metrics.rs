@@ -51,7 +51,8 @@ pub enum Listener {
 }
 
 impl Listener {
-    const fn as_str(self) -> &'static str {
+    /// As it stands in labels.
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Public => "public",
             Self::Peer => "peer",
@@ -224,7 +225,7 @@ impl Skip {
 }
 
 /// Tells how many log records each sink has dropped so far.
-pub type LogDrops = fn() -> [(&'static str, u64); 2];
+pub type LogDrops = fn() -> [(&'static str, u64); 3];
 
 /// The series.
 pub struct Metrics {

@@ -5,6 +5,7 @@ mod lent;
 mod peers;
 mod probe;
 mod put;
+mod reach;
 mod resolver;
 
 pub use access::ca_file;
@@ -12,13 +13,14 @@ pub use lent::Expected;
 pub use peers::{Answer, FILLING, FLIGHT, Peers};
 pub use probe::{HttpProbe, peer_options};
 pub use put::{Parcel, Put, Upload};
+pub use reach::Reach;
 
 use crate::{
     descriptors,
     fault::{Fault, Limit},
     members::Report,
     secret::Asked,
-    via,
+    trace, via,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -37,6 +39,7 @@ use pingora::{
     },
     upstreams::peer::{HttpPeer, Peer as _},
 };
+use reach::Missed;
 use resolver::Addresses;
 use std::{
     fmt, io,
@@ -88,6 +91,8 @@ pub struct Upstream {
     repeaters: Semaphore,
     /// What this node and a peer have in common; none with the origin.
     ties: Option<peers::Ties>,
+    /// Whether the origin can be reached; none with a peer, which `members` watches.
+    watched: Option<reach::Watched>,
 }
 
 impl Upstream {
@@ -115,12 +120,37 @@ impl Upstream {
             requests: Semaphore::new(config.max_requests),
             repeaters: Semaphore::new(put::REPEATERS),
             ties: None,
+            watched: Some(reach::Watched::default()),
         }))
     }
 
     /// Host and port as they stand in `Host`.
     pub fn authority(&self) -> &str {
         &self.authority
+    }
+
+    /// Its URL, without a password.
+    pub fn url(&self) -> String {
+        format!("{}://{}", if self.tls { "https" } else { "http" }, self.authority)
+    }
+
+    /// Whether the origin can be reached, as the last requests found it.
+    pub fn reach(&self) -> Option<Reach> {
+        self.watched.as_ref().map(reach::Watched::reach)
+    }
+
+    /// It has answered, whatever it said.
+    pub fn answered(&self) {
+        if let Some(watched) = &self.watched {
+            watched.answered(&self.authority);
+        }
+    }
+
+    /// A request that began at `begun` had no answer.
+    fn missed(&self, begun: Instant, how: Missed, fault: &Fault) {
+        if let Some(watched) = &self.watched {
+            watched.missed(&self.authority, begun, how, fault);
+        }
     }
 
     /// What the source wants to see of a user, if its URL names one.
@@ -258,6 +288,16 @@ impl Upstream {
     /// # Errors
     /// None does, or the name has never resolved.
     async fn connect(&self) -> Result<Connection, Fault> {
+        let begun = Instant::now();
+        self.connect_anew().await.inspect_err(|fault| {
+            // Not when this node has run out of files: that says nothing of the origin.
+            if matches!(fault, Fault::Unreachable { .. } | Fault::Silent { .. }) {
+                self.missed(begun, Missed::Nobody, fault);
+            }
+        })
+    }
+
+    async fn connect_anew(&self) -> Result<Connection, Fault> {
         let deadline = Instant::now() + self.connect_timeout;
         let unresolved = |why| Fault::Unreachable { source_name: self.name, why };
         let mut addresses = self.addresses.all(deadline).await.map_err(unresolved)?;
@@ -311,7 +351,7 @@ impl Upstream {
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
         loop {
             let connection = self.connection().await?;
-            let reused = connection.reused;
+            let (begun, reused) = (Instant::now(), connection.reused);
             let (mut session, peer) = connection.session(self.read_timeout);
             let mut request = request.clone();
             let asked = self.prove(&mut request)?;
@@ -329,7 +369,15 @@ impl Upstream {
                 Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
                 // A source that restarts, or whose queue of new connections ran over.
                 Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) => repeats -= 1,
-                Err(error) => return Err(self.fault(&error)),
+                Err(error) => {
+                    let fault = self.fault(&error);
+                    match fault {
+                        Fault::Silent { .. } => self.missed(begun, Missed::Nobody, &fault),
+                        Fault::Unreachable { .. } => self.missed(begun, Missed::Broken, &fault),
+                        _ => {}
+                    }
+                    return Err(fault);
+                }
             }
         }
     }
@@ -338,7 +386,7 @@ impl Upstream {
     /// of a head give a source no more time. Not safe to cancel and call again.
     async fn final_head(&self, session: &mut HttpSession) -> pingora::Result<()> {
         let why = || pingora::Error::explain(ErrorType::ReadTimedout, "no final answer in time");
-        timeout(self.read_timeout, read_final(session)).await.unwrap_or_else(|_| Err(why()))
+        timeout(self.read_timeout, read_final(session)).await.unwrap_or_else(|_| Err(why())).inspect(|()| self.answered())
     }
 
     /// Gives a session back to the pool if it can be used again.
@@ -375,6 +423,9 @@ impl Upstream {
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
         insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
         request.insert_header(header::VIA, via::whole()).map_err(|error| Fault::Internal(error.to_string()))?;
+        for (name, value) in trace::tell() {
+            request.insert_header(name, value).map_err(|error| Fault::Internal(error.to_string()))?;
+        }
         if let Some(credentials) = &self.credentials {
             request.insert_header(header::AUTHORIZATION, credentials.clone()).map_err(|error| Fault::Internal(error.to_string()))?;
         }

@@ -225,7 +225,7 @@ impl Upstream {
         let error = loop {
             let chunk = tokio::select! {
                 biased;
-                answer = read_final(&mut session) => match answer {
+                answer = read_final(&mut session) => match answer.inspect(|()| self.answered()) {
                     Ok(()) => return Ok(Sent::Answered { session, asked, early: true, sent: None }),
                     Err(error) => break error,
                 },
