@@ -8,13 +8,18 @@
 //! - [`Selection`]: what part of a blob a request asks for, given its headers.
 //! - [`entry`]: names of what is stored under a key.
 //! - [`wire`]: paths, headers and error bodies as they stand on the wire.
+//! - [`forwarded`], [`trace`]: who a request comes from, and which request it is.
 
 mod digest;
 pub mod entry;
+mod fields;
+pub mod forwarded;
 mod select;
+pub mod trace;
 mod verify;
 pub mod wire;
 
 pub use digest::{Digest, MalformedDigest};
+pub use fields::Fields;
 pub use select::{Selection, names_this_blob, select};
 pub use verify::{Mismatch, Verified, Verifier};

@@ -1,11 +1,11 @@
 //! The configuration of `castier`, section by section.
 
-use crate::{Cluster, Log, OriginUrl, Policy, Shutdown, Size, Span};
+use crate::{Cluster, Log, OriginUrl, Otlp, Policy, Shutdown, Size, Span};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Everything that can be told to `castier`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Castier {
     /// Whether clients may delete blobs of the embedded origin, true or false; a remote origin decides for itself. Default false:
@@ -32,6 +32,8 @@ pub struct Castier {
     pub limits: Limits,
     /// What is written about it.
     pub log: Log,
+    /// Which spans are sent to a collector.
+    pub otlp: Otlp,
     /// How the program ends.
     pub shutdown: Shutdown,
 }

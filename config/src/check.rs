@@ -1,8 +1,8 @@
 //! What can be read and still makes no sense.
 
 use crate::{
-    Castier, Cluster, Config, Disk, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Problems, Size, Span,
-    cluster::check_cluster, file::first_byte,
+    Castier, Cluster, Config, Disk, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp, Problems, Size,
+    Span, cluster::check_cluster, file::first_byte,
 };
 use url::{Host, Url};
 
@@ -16,7 +16,7 @@ impl Config for Castier {
     }
 
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, ac_validation: _, listen, origin, memory, disk, cluster, verify, fill, limits, log, shutdown: _ } =
+        let Self { allow_delete: _, ac_validation: _, listen, origin, memory, disk, cluster, verify, fill, limits, log, otlp, shutdown: _ } =
             self;
         check_addresses(&listen.public, &listen.admin, problems);
         let peer = check_address("listen.peer", &listen.peer, problems);
@@ -51,6 +51,7 @@ impl Config for Castier {
             problems.add("limits.client_memory", format!("{} is too little for a request; write 1MiB or more", limits.client_memory));
         }
         check_log(log, problems);
+        check_otlp(otlp, problems);
     }
 }
 
@@ -60,13 +61,14 @@ impl Config for OriginServer {
     }
 
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, ac_validation: _, listen, store, limits, log, shutdown: _ } = self;
+        let Self { allow_delete: _, ac_validation: _, listen, store, limits, log, otlp, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
         if store.root.as_os_str().is_empty() {
             problems.add("store.root", "names no directory; write one, such as \"./castier-data/origin\"");
         }
         check_limits(limits, problems);
         check_log(log, problems);
+        check_otlp(otlp, problems);
     }
 }
 
@@ -266,11 +268,27 @@ fn check_log(log: &Log, problems: &mut Problems) {
         );
     }
     // The text is not repeated: it may hold a password.
-    let is_http = |url: &Url| matches!(url.scheme(), "http" | "https") && log.loki_url.contains("://");
-    if !log.loki_url.is_empty() && !Url::parse(&log.loki_url).is_ok_and(|url| is_http(&url)) {
+    if !log.loki_url.is_empty() && !is_http(&log.loki_url) {
         problems.add("log.loki_url", "is not a URL of Loki; write \"http://HOST:3100\" or \"https://HOST\", or \"\" for none");
     }
     check_loki(&log.loki, problems);
+}
+
+fn is_http(text: &str) -> bool {
+    Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https")) && text.contains("://")
+}
+
+fn check_otlp(otlp: &Otlp, problems: &mut Problems) {
+    let Otlp { endpoint, sample, buffer, timeout } = otlp;
+    // The text is not repeated: it may hold a password.
+    if !endpoint.is_empty() && !is_http(endpoint) {
+        problems.add("otlp.endpoint", "is not a URL of a collector; write \"http://HOST:4318\" or \"https://HOST\", or \"\" for none");
+    }
+    if !(0.0..=1.0).contains(sample) {
+        problems.add("otlp.sample", format!("{sample} is out of range; write a number from 0 to 1, such as 0.01"));
+    }
+    check_size("otlp.buffer", *buffer, problems);
+    check_span("otlp.timeout", *timeout, problems);
 }
 
 fn check_loki(loki: &Loki, problems: &mut Problems) {

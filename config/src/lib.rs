@@ -22,4 +22,4 @@ pub use load::{Config, Loaded, environment, load, load_offline};
 pub use origin::{OriginLimits, OriginListen, OriginServer, Store};
 pub use problems::Problems;
 pub use shape::{changed, keys, print};
-pub use value::{Labels, Log, LogFormat, Loki, Malformed, OriginUrl, Policy, Share, Shutdown, Size, Span};
+pub use value::{Labels, Log, LogFormat, Loki, Malformed, Network, OriginUrl, Otlp, Policy, Proxies, Share, Shutdown, Size, Span};

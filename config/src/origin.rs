@@ -1,11 +1,11 @@
 //! The configuration of `castier-origin`: the same words and shapes as [`crate::Castier`], and fewer of them.
 
-use crate::{Limits, Log, Shutdown, Size, Span, castier::path_text};
+use crate::{Limits, Log, Otlp, Shutdown, Size, Span, castier::path_text};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Everything that can be told to `castier-origin`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OriginServer {
     /// Whether clients may delete blobs, true or false. Default false: this is the source of truth, and what is deleted here
@@ -22,6 +22,8 @@ pub struct OriginServer {
     pub limits: OriginLimits,
     /// What is written about it.
     pub log: Log,
+    /// Which spans are sent to a collector.
+    pub otlp: Otlp,
     /// How the program ends.
     pub shutdown: Shutdown,
 }

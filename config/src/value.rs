@@ -1,7 +1,8 @@
 //! The types of single values, and the two sections that both programs share.
 
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use std::{collections::BTreeMap, fmt, marker::PhantomData, path::PathBuf, str::FromStr, time::Duration};
+use std::{collections::BTreeMap, fmt, marker::PhantomData, net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 use url::Url;
 
 /// The text of a value cannot be read. Says what would be right; never repeats the text of a URL, which may hold a password.
@@ -321,6 +322,9 @@ pub struct Log {
     /// How often the figures of `/stats` go to the log, a duration over 0. Default `60s`: a day is 1440 lines, and a minute
     /// is the resolution at which people look back.
     pub stats_interval: Span,
+    /// The proxies in front, as networks such as `10.0.0.0/8` or single addresses: only these are believed when `X-Forwarded-For` or
+    /// `Forwarded` names a client. Default none: anybody can write such a header.
+    pub trusted_proxies: Proxies,
     /// How records get to Loki. Means nothing without `log.loki_url`.
     pub loki: Loki,
 }
@@ -332,6 +336,7 @@ impl Default for Log {
             format: LogFormat::Text,
             loki_url: String::new(),
             stats_interval: Span::secs(60),
+            trusted_proxies: Proxies::default(),
             loki: Loki::default(),
         }
     }
@@ -422,7 +427,92 @@ impl fmt::Debug for Log {
             .field("format", &self.format)
             .field("loki_url", &masked(&self.loki_url))
             .field("stats_interval", &self.stats_interval)
+            .field("trusted_proxies", &self.trusted_proxies)
             .field("loki", &self.loki)
+            .finish()
+    }
+}
+
+/// A network, or one address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network(IpNet);
+
+impl FromStr for Network {
+    type Err = Malformed;
+    fn from_str(text: &str) -> Result<Self, Malformed> {
+        let network = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
+        let network = network.ok_or_else(|| {
+            Malformed::new(format!(
+                "{text:?} is no network; write one such as \"10.0.0.0/8\" or \"fd00::/8\", or an address such as \"10.0.0.7\""
+            ))
+        })?;
+        Ok(Self(network.trunc()))
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<'de> Deserialize<'de> for Network {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(Text(PhantomData))
+    }
+}
+
+impl Serialize for Network {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// Who is believed about the client that a request comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Proxies(pub Vec<Network>);
+
+impl Proxies {
+    /// Whether the address is one of theirs. An IPv4 address within IPv6 counts as the IPv4 address.
+    pub fn contains(&self, address: &IpAddr) -> bool {
+        !self.0.is_empty() && self.0.iter().any(|network| network.0.contains(&address.to_canonical()))
+    }
+}
+
+/// `[otlp]`: spans of sampled requests, for a collector that speaks OTLP over HTTP.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Otlp {
+    /// The collector, `http://HOST:4318` or `https://…`; `/v1/traces` is added. Empty: no spans. Default empty, since nobody wants
+    /// surprise connections.
+    pub endpoint: String,
+    /// Which part of the requests without a `traceparent` is sampled, 0 to 1; a `traceparent` says itself whether its request is. Default
+    /// `0.01`: enough to see what is slow, and cheap.
+    pub sample: f64,
+    /// Bytes of spans that may wait for the collector; a size over 0. Further spans are counted and dropped. Default `4MiB`: some
+    /// thousand spans.
+    pub buffer: Size,
+    /// How long the collector may take for a batch, before it is counted as dropped; a duration over 0. Default `5s`: longer than a healthy
+    /// collector ever needs.
+    pub timeout: Span,
+}
+
+impl Default for Otlp {
+    fn default() -> Self {
+        Self { endpoint: String::new(), sample: 0.01, buffer: Size::mib(4), timeout: Span::secs(5) }
+    }
+}
+
+impl fmt::Debug for Otlp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { endpoint, sample, buffer, timeout } = self;
+        let endpoint = masked(endpoint);
+        f.debug_struct("Otlp")
+            .field("endpoint", &endpoint)
+            .field("sample", sample)
+            .field("buffer", buffer)
+            .field("timeout", timeout)
             .finish()
     }
 }

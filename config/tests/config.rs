@@ -48,7 +48,7 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 70);
+    assert_eq!(keys.len(), 75);
     assert_eq!(&keys[..4], ["allow_delete", "ac_validation", "listen.public", "listen.admin"]);
     assert_eq!(keys.last().unwrap(), "shutdown.grace");
 }
@@ -131,6 +131,34 @@ fn labels_are_a_table_or_a_list() {
         assert_eq!(labels, [("dc", "a=b"), ("env", "prod")]);
         assert_eq!(read::<Castier>(&print(&config), &[]).unwrap().config, config);
     }
+}
+
+#[test]
+fn proxies_are_networks_or_addresses() {
+    let text = "[log]\ntrusted_proxies = [\"10.1.2.3/8\", \"192.0.2.7\", \"fd00::/8\", \"2001:db8::1\"]";
+    let config = read::<Castier>(text, &[]).unwrap().config;
+    let proxies = &config.log.trusted_proxies;
+    for (address, theirs) in [
+        ("10.255.0.1", true),
+        ("11.0.0.1", false),
+        ("192.0.2.7", true),
+        ("192.0.2.8", false),
+        ("::ffff:10.0.0.1", true),
+        ("fd12::1", true),
+        ("2001:db8::1", true),
+        ("2001:db8::2", false),
+    ] {
+        assert_eq!(proxies.contains(&address.parse().unwrap()), theirs, "{address}");
+    }
+    assert_eq!(read::<Castier>(&print(&config), &[]).unwrap().config, config);
+    let listed = read::<OriginServer>("", &[("CASTIER_LOG__TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.7")]).unwrap().config;
+    assert_eq!(listed.log.trusted_proxies.0.len(), 2);
+    assert!(!Castier::default().log.trusted_proxies.contains(&"127.0.0.1".parse().unwrap()));
+    let problems = read::<Castier>("[log]\ntrusted_proxies = [\"10.0.0.0/8\", \"10.0.0.0/33\"]", &[]).unwrap_err().to_string();
+    assert!(
+        problems.contains("log.trusted_proxies") && problems.contains("10.0.0.0/33") && !problems.contains("10.0.0.0/8\" is"),
+        "{problems}"
+    );
 }
 
 #[test]
@@ -299,6 +327,14 @@ fn values_that_make_no_sense_are_refused() {
         ("log.format", "[log]\nformat = \"xml\""),
         ("log.loki_url", "[log]\nloki_url = \"loki:3100\""),
         ("log.stats_interval", "[log]\nstats_interval = \"0s\""),
+        ("log.trusted_proxies", "[log]\ntrusted_proxies = [\"10.0.0.0/33\"]"),
+        ("log.trusted_proxies", "[log]\ntrusted_proxies = [\"10.0.0.0/8\", \"proxy.internal\"]"),
+        ("log.trusted_proxies", "[log]\ntrusted_proxies = \"10.0.0.0/8\""),
+        ("otlp.endpoint", "[otlp]\nendpoint = \"collector:4318\""),
+        ("otlp.sample", "[otlp]\nsample = 1.1"),
+        ("otlp.sample", "[otlp]\nsample = nan"),
+        ("otlp.buffer", "[otlp]\nbuffer = 0"),
+        ("otlp.timeout", "[otlp]\ntimeout = \"0s\""),
     ];
     assert_refused(&refused);
     let origin = read::<OriginServer>("[store]\nroot = \"\"\n[limits]\nmax_headers = 0\n[log]\nlevel = \"x\"\n[disk]\n", &[]).unwrap_err();

@@ -12,7 +12,7 @@
 //! rotted. A part of a blob is *not* checked, since a digest of the whole cannot judge it.
 
 use arc_swap::ArcSwap;
-use castier_config::{OriginLimits, OriginServer};
+use castier_config::{OriginLimits, OriginServer, Proxies};
 use entries::Entries;
 use std::{
     io,
@@ -34,6 +34,7 @@ pub mod health;
 mod intake;
 pub mod log;
 mod metrics;
+pub mod otlp;
 mod patience;
 mod refused;
 mod reply;
@@ -48,7 +49,7 @@ const VALIDATIONS: usize = 8;
 pub mod threads;
 
 /// What an origin may do, and how much of it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Options {
     /// Whether clients may delete blobs.
     pub allow_delete: bool,
@@ -56,6 +57,10 @@ pub struct Options {
     pub ac_validation: bool,
     /// What clients may do; can be changed later with [`Origin::set_limits`].
     pub limits: OriginLimits,
+    /// Who is believed about the client that a request comes from.
+    pub trusted_proxies: Proxies,
+    /// Where spans of sampled requests go, if anywhere.
+    pub spans: Option<otlp::Spans>,
     /// How long what is in flight at the end may take to finish.
     pub grace: Duration,
     /// What names the root to whoever runs this: the key, and the option if there is one. For errors.
@@ -68,6 +73,8 @@ impl From<&OriginServer> for Options {
             allow_delete: config.allow_delete,
             ac_validation: config.ac_validation,
             limits: config.limits.clone(),
+            trusted_proxies: config.log.trusted_proxies.clone(),
+            spans: None,
             grace: config.shutdown.grace.get(),
             root_key: "store.root (--root)",
         }
@@ -87,6 +94,8 @@ pub(crate) struct Shared {
     ac_validation: bool,
     validations: Arc<Semaphore>,
     limits: ArcSwap<OriginLimits>,
+    trusted_proxies: Proxies,
+    spans: Option<otlp::Spans>,
     grace: Duration,
     phase: AtomicU8,
     /// Blobs on their way in or out.
@@ -160,6 +169,8 @@ impl Origin {
             ac_validation: options.ac_validation,
             validations: Arc::new(Semaphore::new(VALIDATIONS)),
             limits: ArcSwap::from_pointee(options.limits),
+            trusted_proxies: options.trusted_proxies,
+            spans: options.spans,
             grace: options.grace,
             phase: AtomicU8::new(Phase::Starting as u8),
             transfers: Arc::default(),

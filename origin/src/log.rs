@@ -46,22 +46,24 @@ pub enum LogError {
     Twice,
 }
 
-/// Where records go, as `castier_log_dropped_total` has it.
+/// Where records and spans go, as `castier_log_dropped_total` has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sink {
+pub(crate) enum Sink {
     Stderr,
     Loki,
+    /// Of spans: see [`crate::otlp`].
+    Otlp,
 }
 
-static DROPPED: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
+static DROPPED: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 
-fn dropped(sink: Sink, records: u64) {
+pub(crate) fn dropped(sink: Sink, records: u64) {
     DROPPED[sink as usize].fetch_add(records, Relaxed);
 }
 
-/// How many records each sink did not take since the start: the label `sink`, and the count.
-pub fn drops() -> [(&'static str, u64); 2] {
-    [("stderr", DROPPED[Sink::Stderr as usize].load(Relaxed)), ("loki", DROPPED[Sink::Loki as usize].load(Relaxed))]
+/// How many records or spans each sink did not take since the start: the label `sink`, and the count.
+pub fn drops() -> [(&'static str, u64); 3] {
+    [("stderr", Sink::Stderr), ("loki", Sink::Loki), ("otlp", Sink::Otlp)].map(|(name, sink)| (name, DROPPED[sink as usize].load(Relaxed)))
 }
 
 /// Keeps the log going. [`Guard::close`] writes out what waits; dropping it does so for stderr alone.

@@ -4,7 +4,7 @@ use castier_config::{Loaded, LogFormat, OriginLimits, OriginServer, changed, env
 use castier_origin::{
     Options, Origin,
     health::health,
-    log,
+    log, otlp,
     signals::{Reading, Signals, Told, told},
 };
 use clap::Parser;
@@ -115,9 +115,12 @@ async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
     let public = bind("listen.public", &config.listen.public).await?;
     let admin = bind("listen.admin", &config.listen.admin).await?;
     let granted = raise_files();
-    let origin = Origin::open(&config.store.root, Options { limits: within(&config.limits, granted), ..Options::from(&config) })?;
     let (public_address, admin_address) = (public.local_addr()?, admin.local_addr()?);
-    log.name_instance(format!("{}:{}", log::host(), public_address.port()));
+    let instance = format!("{}:{}", log::host(), public_address.port());
+    log.name_instance(instance.clone());
+    let (spans, exporter) = otlp::start(&config.otlp, PROGRAM, instance).map_err(io::Error::other)?.unzip();
+    let options = Options { limits: within(&config.limits, granted), spans, ..Options::from(&config) };
+    let origin = Origin::open(&config.store.root, options)?;
     log.say(&format!("listening public {public_address} (blobs in {})", config.store.root.display()));
     log.say(&format!("listening admin {admin_address}"));
     log.say(&format!("try: curl -F file=@README.md http://{public_address}/cas"));
@@ -153,6 +156,9 @@ async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
         drop(stop);
         admin.await.ok();
         tracing::info!("finished");
+        if let Some(exporter) = exporter {
+            exporter.close().await;
+        }
         log.close().await;
     };
     tokio::select! {

@@ -7,11 +7,15 @@ use crate::{
     store::{Fault, Reader},
 };
 use bytes::Bytes;
-use http::{Method, StatusCode, Version, header, request};
+use castier_blob::{
+    forwarded,
+    trace::{Chance, Trace, Value},
+};
+use http::{HeaderValue, Method, StatusCode, Version, header, request};
 use http_body::{Body, Frame, SizeHint};
 use std::{
     mem,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -180,7 +184,9 @@ fn milliseconds(duration: Duration) -> f64 {
 pub(crate) struct Record {
     shared: Arc<Shared>,
     activity: Arc<Activity>,
-    peer: SocketAddr,
+    /// As far as trusted proxies tell.
+    client: IpAddr,
+    trace: Trace,
     method: Method,
     path: String,
     proto: Version,
@@ -200,10 +206,13 @@ impl Record {
     pub(crate) fn begin(shared: &Arc<Shared>, activity: Arc<Activity>, peer: SocketAddr, head: &request::Parts) -> Self {
         let agent = head.headers.get(header::USER_AGENT).map(|agent| String::from_utf8_lossy(agent.as_bytes()));
         activity.begin();
+        let sampled = shared.spans.as_ref().is_some_and(|spans| rand::random::<f64>() < spans.sample());
+        let chance = Chance { trace: rand::random(), request: rand::random(), span: rand::random(), sampled };
         Self {
+            client: forwarded::client(peer.ip(), &head.headers, |address| shared.trusted_proxies.contains(address)),
+            trace: Trace::of(&head.headers, chance),
             shared: Arc::clone(shared),
             activity,
-            peer,
             method: head.method.clone(),
             path: head.uri.path().chars().take(LOGGED_PATH).collect(),
             proto: head.version,
@@ -214,6 +223,35 @@ impl Record {
             status: None,
             bytes: 0,
         }
+    }
+
+    /// The name of the request.
+    pub(crate) fn request_id(&self) -> Option<HeaderValue> {
+        self.trace.tell_id()
+    }
+
+    /// The same in the words of OpenTelemetry's conventions for HTTP.
+    fn span(&self, status: u16, took: Duration) -> castier_blob::trace::Span {
+        const KNOWN: [&str; 9] = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "PROPFIND", "MKCOL"];
+        let method = KNOWN.into_iter().find(|known| *known == self.method.as_str()).unwrap_or("_OTHER");
+        let mut attributes = vec![
+            ("http.request.method", Value::Word(method)),
+            ("url.path", Value::Text(self.path.clone())),
+            ("url.scheme", Value::Word("http")),
+            ("http.response.status_code", Value::Number(status.into())),
+            ("http.response.body.size", Value::Number(i64::try_from(self.bytes).unwrap_or(i64::MAX))),
+            ("client.address", Value::Text(self.client.to_string())),
+            ("network.protocol.version", Value::Word(if self.proto == Version::HTTP_10 { "1.0" } else { "1.1" })),
+            ("castier.request_id", Value::Text(self.trace.request_id().to_string())),
+        ];
+        attributes.extend(self.user_agent.clone().map(|agent| ("user_agent.original", Value::Text(agent))));
+        // What the client did wrong is no error of this server.
+        let failed = self.error.is_some() && !(400..500).contains(&status);
+        let error = failed.then(|| self.error.clone().unwrap_or_default());
+        if failed {
+            attributes.push(("error.type", if status >= 500 { Value::Text(status.to_string()) } else { Value::Word("cut") }));
+        }
+        self.trace.server_span(if method == "_OTHER" { "HTTP" } else { method }.to_owned(), took, error, attributes)
     }
 
     /// There is an answer; and why it is not the one that was wanted.
@@ -231,6 +269,9 @@ impl Drop for Record {
         // The client left before it had an answer: 499, as nginx says.
         let status = self.status.map_or(499, |status| status.as_u16());
         self.shared.metrics.count_request(&self.method, status, duration);
+        if let Some(spans) = self.shared.spans.as_ref().filter(|_| self.trace.is_sampled()) {
+            spans.send(self.span(status, duration));
+        }
         tracing::info!(
             target: "castier_origin::access",
             method = %self.method,
@@ -239,8 +280,10 @@ impl Drop for Record {
             bytes = self.bytes,
             duration_ms = milliseconds(duration),
             first_byte_ms = self.answered.map(milliseconds),
-            client = %self.peer.ip(),
+            client = %self.client,
             proto = ?self.proto,
+            trace_id = %self.trace.trace_id(),
+            request_id = %self.trace.request_id(),
             user_agent = self.user_agent,
             error = self.error,
         );

@@ -16,6 +16,7 @@ use castier_blob::{
     Digest, Selection, Verifier,
     entry::{Entry, Name},
     names_this_blob, select,
+    trace::X_REQUEST_ID,
     wire::{Stored, Target, blob_head, blob_path, entry_head, split_instance},
 };
 use castier_config::OriginLimits;
@@ -70,7 +71,9 @@ impl Handler for Clients {
             if let Refused::Store(fault) = &refused {
                 self.0.note(fault);
             }
-            let (status, headers, body) = refused.tell();
+            let (status, mut headers, body) = refused.tell();
+            // What a client may have to report names its request.
+            headers.extend(record.request_id().map(|id| (X_REQUEST_ID, id)));
             (status, headers, Content::Bytes(body.into()))
         });
         record.answer(status, error);

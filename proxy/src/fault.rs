@@ -78,6 +78,27 @@ pub enum Fault {
     Internal(String),
 }
 
+impl Fault {
+    /// Its kind in one word, for what groups by it.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Mismatch(_) => "mismatch",
+            Self::BadRequest(_) => "bad_request",
+            Self::TooLarge { .. } | Self::OriginRefusesSize => "too_large",
+            Self::Unreachable { .. } => "unreachable",
+            Self::Silent { .. } => "silent",
+            Self::Unusable { .. } => "unusable",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Busy(_) => "busy",
+            Self::OriginFull => "full",
+            Self::NotAllowed => "not_allowed",
+            Self::ClientGone(_) | Self::ClientSilent => "client_gone",
+            Self::Abandoned => "abandoned",
+            Self::Internal(_) => "internal",
+        }
+    }
+}
+
 /// The limits that a request can run into. The text is the `reason` label of `castier_shed_requests_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {

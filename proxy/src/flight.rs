@@ -26,6 +26,7 @@ use crate::{
     metrics::{Metrics, Outcome},
     spool::{self, Room, Spool},
     tier::TierName,
+    trace,
     upstream::{Incoming, Sources},
     via,
 };
@@ -208,7 +209,7 @@ impl Flights {
         map.insert(*digest, flight.clone());
         let reader = Reader::new(self, flight.clone(), asker, false);
         drop(map);
-        tokio::spawn(via::carry(self.clone().fly(flight)));
+        tokio::spawn(via::carry(trace::carry(self.clone().fly(flight))));
         Joined::Led(reader)
     }
 

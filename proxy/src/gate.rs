@@ -8,13 +8,14 @@ use crate::{
     via,
 };
 use bytes::{Buf, BytesMut};
-use castier_blob::wire::Target;
+use castier_blob::{Fields, wire::Target};
 use castier_config::Limits;
 use http::{
     HeaderName, Method, StatusCode, header,
     uri::{Authority, PathAndQuery},
 };
 use std::{
+    borrow::Cow,
     future::poll_fn,
     io,
     mem::MaybeUninit,
@@ -59,6 +60,8 @@ pub struct Head {
     pub looped: bool,
     /// Where `User-Agent` stands, if there is one.
     user_agent: Option<Range<usize>>,
+    /// It says whom it comes from, or which request it is.
+    introduced: bool,
     /// Where a peer's proof stands, if there is one. Of two none counts: then it is empty, which no proof is.
     proof: Option<Range<usize>>,
 }
@@ -114,8 +117,19 @@ impl Head {
     }
 
     /// What the client calls itself, for the record.
-    pub fn user_agent<'a>(&self, bytes: &'a [u8]) -> Option<&'a str> {
-        str::from_utf8(bytes.get(self.user_agent.clone()?)?).ok()
+    pub fn user_agent<'a>(&self, bytes: &'a [u8]) -> Option<Cow<'a, str>> {
+        Some(String::from_utf8_lossy(bytes.get(self.user_agent.clone()?)?))
+    }
+
+    /// What `read` makes of the fields in which a request says whom it comes from and which one it is. Parsed once more, since only those who
+    /// log or trace need them; where there are none, `read` sees none.
+    pub fn introduction<T>(&self, bytes: &[u8], read: impl FnOnce(&Parsed<'_, '_>) -> T) -> T {
+        let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
+        let mut request = httparse::Request::new(&mut []);
+        if self.introduced && request.parse_with_uninit_headers(bytes, &mut headers).is_ok() {
+            return read(&Parsed(request.headers));
+        }
+        read(&Parsed(&[]))
     }
 
     /// What the request is for.
@@ -123,6 +137,19 @@ impl Head {
         Target::of(self.path(bytes))
     }
 }
+
+/// The fields of a head that was parsed and not copied.
+pub struct Parsed<'h, 'b>(&'h [httparse::Header<'b>]);
+
+impl Fields for Parsed<'_, '_> {
+    fn values<'a>(&'a self, name: &'static str) -> impl DoubleEndedIterator<Item = &'a [u8]> {
+        let named = self.0.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
+        named.map(|header| header.value)
+    }
+}
+
+/// The fields in which a request says whom it comes from and which one it is.
+const INTRODUCING: [&str; 4] = ["x-forwarded-for", "forwarded", "traceparent", "x-request-id"];
 
 /// Reads until `ahead` begins with a whole head. What follows the head stays in `ahead`.
 ///
@@ -298,7 +325,8 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     let looped = named("via").any(|header| via::names_this_node(header.value));
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
     let user_agent = the_one(bytes, request.headers, &header::USER_AGENT);
-    Ok(Some(Head { user_agent, len, method, authority, path, upgrade, plain, close, validator, framing, looped, proof }))
+    let introduced = request.headers.iter().any(|header| INTRODUCING.iter().any(|name| header.name.eq_ignore_ascii_case(name)));
+    Ok(Some(Head { user_agent, introduced, len, method, authority, path, upgrade, plain, close, validator, framing, looped, proof }))
 }
 
 /// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer. Sets `close` at the one

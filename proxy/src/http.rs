@@ -20,19 +20,23 @@ use crate::{
     plan,
     purge::Purge,
     record::{self, CLIENT_GONE, More, Record},
-    relay::Relay,
+    relay::{Known, Relay},
     secret::Asked,
     serve::{Body, Reply, Via},
     spool::Budget,
-    upload,
+    trace, upload,
     upstream::{Parcel, Put},
     via,
 };
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use castier_blob::{Digest, Selection, wire, wire::Target};
-use castier_config::Limits;
+use castier_blob::{
+    Digest, Selection,
+    trace::X_REQUEST_ID,
+    wire::{self, Target},
+};
+use castier_config::{Limits, Proxies};
 use http::{HeaderMap, Method, StatusCode, Version, header};
 use pingora::{
     apps::ServerApp,
@@ -40,7 +44,7 @@ use pingora::{
     server::ShutdownWatch,
 };
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -53,6 +57,8 @@ pub struct Front {
     ladder: Arc<Ladder>,
     door: Door,
     limits: Arc<ArcSwap<Limits>>,
+    /// `log.trusted_proxies`.
+    proxies: Proxies,
     /// `limits.client_memory`.
     memory: Arc<Budget>,
     /// Who may open how many files and connections.
@@ -131,11 +137,23 @@ impl Front {
         ladder: Arc<Ladder>,
         door: Door,
         limits: Arc<ArcSwap<Limits>>,
+        proxies: Proxies,
         memory: Arc<Budget>,
         descriptors: Arc<Descriptors>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { ladder, door, limits, memory, descriptors, metrics }
+        Self { ladder, door, limits, proxies, memory, descriptors, metrics }
+    }
+
+    /// The client that a request comes from: the one that trusted proxies name, else the one that is connected. At the peer listener it is
+    /// the other node: its flight may be for many clients.
+    fn client(&self, peer: Option<SocketAddr>, head: &Head, bytes: &[u8]) -> Option<IpAddr> {
+        let peer = peer?.ip();
+        let trusted = |address: &IpAddr| self.proxies.contains(address);
+        if matches!(self.door, Door::Peers(_)) || !trusted(&peer) {
+            return Some(peer.to_canonical());
+        }
+        Some(head.introduction(bytes, |fields| castier_blob::forwarded::client(peer, fields, trusted)))
     }
 
     /// What a connection to the origin takes that only this request needs.
@@ -187,6 +205,7 @@ impl Front {
     /// boxed and lives no longer than it.
     async fn serve_connection(&self, mut conn: Conn, shutdown: &ShutdownWatch) {
         let peer = conn.peer();
+        let address = peer.map(|peer| peer.ip().to_canonical());
         let mut draining = shutdown.clone();
         let mut ahead = BytesMut::new();
         let mut wait = self.limits.load().header_timeout.get();
@@ -207,11 +226,11 @@ impl Front {
                 Err(NoHead::Closed) => return,
                 Err(NoHead::Refused(status, why)) => {
                     drop(ahead);
-                    return Box::pin(self.refuse_request(conn, status, &why, peer)).await;
+                    return Box::pin(self.refuse_request(conn, status, &why, address)).await;
                 }
                 Err(NoHead::NoMemory) => {
                     drop(ahead);
-                    return Box::pin(self.shed_request(conn, Limit::ClientMemory, peer)).await;
+                    return Box::pin(self.shed_request(conn, Limit::ClientMemory, address)).await;
                 }
             };
             let asked = match &self.door {
@@ -220,50 +239,52 @@ impl Front {
                     Some(asked) => asked,
                     None => {
                         let why = "this listener is for the nodes of the cluster";
-                        return Box::pin(self.refuse_request(conn, StatusCode::FORBIDDEN, why, peer)).await;
+                        return Box::pin(self.refuse_request(conn, StatusCode::FORBIDDEN, why, address)).await;
                     }
                 },
             };
             // Between nodes a question may come back: the owner peeks at the node that asked it. It goes no further than one hop.
             if head.looped && matches!(self.door, Door::Clients { .. }) {
                 let why = "the request has come back to the node that sent it: this node and its origin lead to each other; see origin.url";
-                return Box::pin(self.refuse_request(conn, StatusCode::LOOP_DETECTED, why, peer)).await;
+                return Box::pin(self.refuse_request(conn, StatusCode::LOOP_DETECTED, why, address)).await;
             }
+            let client = self.client(peer, &head, &ahead);
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
-                    match self.fast_hit(&mut conn, &mut ahead, &head, &digest, &asked, peer).await {
+                    match self.fast_hit(&mut conn, &mut ahead, &head, &digest, &asked, client).await {
                         Ok(true) if head.close => {
                             let _ = timeout(limits.write_timeout.get(), conn.shutdown()).await;
                             None
                         }
                         Ok(true) => Some((conn, ahead)),
-                        Ok(false) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await,
+                        Ok(false) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, client)).await,
                         Err(Cut { .. }) => return,
                     }
                 }
                 Target::Blob(_) | Target::Malformed(_)
                     if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) =>
                 {
-                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await
+                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, client)).await
                 }
                 Target::Collection if head.method == Method::POST => {
-                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await
+                    Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, client)).await
                 }
                 _ => match &self.door {
                     Door::Clients { relay, .. } => {
                         let Some(memory) = self.memory.lease(plan::relay(&head)) else {
                             drop(ahead);
-                            return Box::pin(self.shed_request(conn, Limit::ClientMemory, peer)).await;
+                            return Box::pin(self.shed_request(conn, Limit::ClientMemory, client)).await;
                         };
                         let Some(connection) = self.outgoing() else {
                             drop(ahead);
-                            return Box::pin(self.shed_request(conn, Limit::Files, peer)).await;
+                            return Box::pin(self.shed_request(conn, Limit::Files, client)).await;
                         };
-                        let next = Box::pin(relay.pass(conn, ahead, &head, &limits, shutdown, memory)).await;
+                        let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)) };
+                        let next = Box::pin(relay.pass(conn, ahead, &head, &limits, shutdown, known)).await;
                         drop(connection);
                         next
                     }
-                    Door::Peers(_) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, peer)).await,
+                    Door::Peers(_) => Box::pin(self.serve_session(conn, ahead, &head, &limits, &draining, &asked, client)).await,
                 },
             };
             match next {
@@ -283,17 +304,18 @@ impl Front {
         limits: &Limits,
         draining: &ShutdownWatch,
         asked: &Asked,
-        peer: Option<SocketAddr>,
+        client: Option<IpAddr>,
     ) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
         let Some(_memory) = self.memory.lease(plan::request(head)) else {
             drop(ahead);
-            self.shed_request(conn, Limit::ClientMemory, peer).await;
+            self.shed_request(conn, Limit::ClientMemory, client).await;
             return None;
         };
         // The session sees one request and no more: behind pipelined bytes, pingora would not notice that the client has left; and the fence
         // is stricter about chunks than pingora is.
         let prefix = ahead.split_to(head.len);
+        let request = Arc::new(head.introduction(&prefix, |fields| trace::of(fields)));
         conn.fence(ahead, Some(head.framing));
         let mut session = ServerSession::new_http1(conn.into_stream());
         // Pipelining is switched on for the sake of `finish`, which then gives back what was read too much.
@@ -308,7 +330,7 @@ impl Front {
             let code = reply.status.as_u16();
             let _ = write(&mut session, reply).await;
             session.shutdown().await;
-            raw::refused(self.door.listener(), code, started, peer).log(&self.metrics);
+            raw::refused(self.door.listener(), code, started, client).log(&self.metrics);
             return None;
         }
         if *draining.borrow() {
@@ -318,14 +340,18 @@ impl Front {
         let path = session.req_header().uri.path().to_owned();
         let target = Target::of(&path);
         let before = via::of(&session.req_header().headers);
-        let (reply, fault) = via::along(before, self.answer(&mut session, &method, target, limits)).await;
+        let (reply, fault) = via::along(before, trace::along(request.clone(), self.answer(&mut session, &method, target, limits))).await;
         let mut error = fault.map(|fault| fault.to_string());
         let first_byte = reply.is_some().then(|| started.elapsed());
         let (code, served, cache, whole) = match reply {
             Some(mut reply) => {
+                // What a client may have to report names its request. Blobs' heads are fixed, and kept by caches.
+                if reply.status.as_u16() >= 400 && matches!(self.door, Door::Clients { .. }) {
+                    reply.headers.extend(request.tell_id().map(|id| (X_REQUEST_ID, id)));
+                }
                 peer::prove(&mut reply, asked);
                 let (code, mut served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
-                let written = self.write_reply(&mut session, reply).await;
+                let written = trace::along(request.clone(), self.write_reply(&mut session, reply)).await;
                 let whole = written.is_ok();
                 if let Err(cut) = written {
                     served = Served::Error;
@@ -346,8 +372,8 @@ impl Front {
         }
         let (proto, user_agent) = (Some(session.req_header().version), record::user_agent(&session.req_header().headers));
         let digest = if let Target::Blob(digest) = target { Some(digest) } else { None };
-        let more = More { first_byte, proto, user_agent, error: error.as_deref(), digest };
-        Record { listener, route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, peer, more }
+        let more = More { first_byte, proto, user_agent, error: error.as_deref(), digest, trace: Some(&request) };
+        Record { listener, route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, client, more }
             .log(&self.metrics);
         if !whole {
             session.shutdown().await;

@@ -32,6 +32,7 @@ pub mod secret;
 pub mod serve;
 pub mod spool;
 pub mod tier;
+pub mod trace;
 pub mod upload;
 pub mod upstream;
 pub mod via;

@@ -17,6 +17,7 @@ use castier::{
     relay::Relay,
     secret::Secrets,
     spool::{Budget, Room},
+    trace,
     upstream::{self, HttpProbe, Peers, Sources, Upstream},
 };
 use castier_blob::Digest;
@@ -25,6 +26,7 @@ use castier_origin::{
     Origin,
     health::health,
     log::{self, Guard},
+    otlp,
     signals::{Reading, Signals, Told, told},
 };
 use clap::Parser;
@@ -177,14 +179,22 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let name = shown(&public);
     let own_name = config.cluster.as_ref().map_or_else(|| name.clone(), |cluster| cluster.advertise.clone());
     let port = name.rsplit(':').next().unwrap_or_default();
-    log.name_instance(config.cluster.as_ref().map_or_else(|| format!("{}:{port}", log::host()), |cluster| cluster.advertise.clone()));
+    let instance = config.cluster.as_ref().map_or_else(|| format!("{}:{port}", log::host()), |cluster| cluster.advertise.clone());
+    log.name_instance(instance.clone());
+    let exporter = otlp::start(&config.otlp, PROGRAM, instance)?.map(|(spans, exporter)| {
+        trace::export_to(spans.sample(), move |span| spans.send(span));
+        exporter
+    });
     let purge = Purge::new(ladder.clone(), peers, own_name);
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
     let door = Door::Clients { relay, purge: purge.clone() };
     let admin = Arc::new(Admin::new(ladder.clone(), metrics.clone(), members, purge));
     let client_memory = Budget::new(config.limits.client_memory.get());
     let descriptors = Descriptors::new(shares);
-    let front = |door| Front::new(ladder.clone(), door, limits.clone(), client_memory.clone(), descriptors.clone(), metrics.clone());
+    let front = |door| {
+        let proxies = config.log.trusted_proxies.clone();
+        Front::new(ladder.clone(), door, limits.clone(), proxies, client_memory.clone(), descriptors.clone(), metrics.clone())
+    };
 
     log.say(&format!("listening public {name}"));
     log.say(&format!("listening admin {}", shown(&admin_listener)));
@@ -254,6 +264,9 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
         stop_origin.send_replace(true);
         admin_server.abort();
         tracing::info!("bye");
+        if let Some(exporter) = exporter {
+            exporter.close().await;
+        }
         log.close().await;
     };
     tokio::select! {
@@ -384,7 +397,11 @@ async fn embedded_origin(root: &Path, config: &Castier, mut stopped: watch::Rece
     let grace = config.shutdown.grace.get();
     let root_key = "origin.url (embedded)";
     let (allow_delete, ac_validation) = (config.allow_delete, config.ac_validation);
-    let options = castier_origin::Options { allow_delete, ac_validation, limits: (&config.limits).into(), grace, root_key };
+    // castier itself is the proxy in front of it, and names its clients as it was told of them.
+    let mut trusted_proxies = config.log.trusted_proxies.clone();
+    trusted_proxies.0.extend("127.0.0.1".parse::<config::Network>());
+    let limits = (&config.limits).into();
+    let options = castier_origin::Options { allow_delete, ac_validation, limits, trusted_proxies, spans: None, grace, root_key };
     let origin = Origin::open(root, options).map_err(|error| error.to_string())?;
     let listener = bind("origin.url (embedded)", "127.0.0.1:0").await?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;
@@ -475,17 +492,17 @@ async fn keep_history(admin: Arc<Admin>) {
 /// How often an origin that is down is asked whether it is back, beside every miss: with hits alone nobody would notice.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
 
-/// An origin that is down at the start is worth a line; castier serves what it keeps and asks again with every miss.
+/// An origin that is down at the start is worth a line, which `upstream` writes; so is one that is none.
 async fn ask_origin(origin: Arc<Upstream>, url: String) {
     match origin.stat(&Digest::EMPTY).await {
         Err(fault @ Fault::Unusable { .. }) => {
             let hint = "check origin.url";
             tracing::warn!(%fault, "the origin {url} answers, but not as a store of blobs does to a HEAD; {hint}");
         }
-        Err(fault) => {
-            tracing::warn!(%fault, "the origin {url} does not answer yet; castier serves what it keeps, and goes on trying with every miss");
+        Err(fault) if origin.origin_state().is_some_and(|state| state.up) => {
+            tracing::warn!(%fault, "the origin {url} could not be asked yet; castier serves what it keeps, and goes on trying with every miss");
         }
-        Ok(_) => {}
+        _ => {}
     }
     loop {
         tokio::time::sleep(ASK_AGAIN).await;

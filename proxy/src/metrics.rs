@@ -62,7 +62,8 @@ pub enum Listener {
 }
 
 impl Listener {
-    const fn as_str(self) -> &'static str {
+    /// As it stands in labels.
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Public => "public",
             Self::Peer => "peer",
@@ -308,7 +309,7 @@ impl Skip {
 }
 
 /// Tells how many log records each sink has dropped so far.
-pub type LogDrops = fn() -> [(&'static str, u64); 2];
+pub type LogDrops = fn() -> [(&'static str, u64); 3];
 
 /// The series.
 pub struct Metrics {
@@ -744,8 +745,8 @@ impl Metrics {
     }
 
     /// How many log records were dropped, by the sink.
-    pub fn log_dropped(&self) -> [(&'static str, u64); 2] {
-        self.log_drops.get().map_or([("stderr", 0), ("loki", 0)], |drops| drops())
+    pub fn log_dropped(&self) -> [(&'static str, u64); 3] {
+        self.log_drops.get().map_or([("stderr", 0), ("loki", 0), ("otlp", 0)], |drops| drops())
     }
 
     /// Makes the series of another node.

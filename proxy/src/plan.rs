@@ -67,8 +67,12 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     let sources = 1 + config.cluster.as_ref().map_or(0, |cluster| cluster.peers.len() as u64);
     let fills = config.fill.max_in_flight as u64 * FILL + config.origin.max_requests as u64 * UPSTREAM;
     let disk = config.disk.as_ref().map_or(0, |disk| disk.write_behind.get() + disk.open_files * OPEN_FILE + BUFFERS);
+    let logged = if config.log.loki_url.is_empty() { 0 } else { config.log.loki.buffer.get() };
+    let traced = if config.otlp.endpoint.is_empty() { 0 } else { config.otlp.buffer.get() };
     let parts = [
         BASE,
+        logged,
+        traced,
         config.memory.capacity.get(),
         config.fill.memory.get(),
         // An evicted blob that a client still reads may take `fill.memory` over its limit once.

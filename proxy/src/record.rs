@@ -2,13 +2,16 @@
 
 pub use crate::metrics::CLIENT_GONE;
 
-use crate::metrics::{Listener, Metrics, Request, Route, Served};
-use castier_blob::Digest;
-use http::{HeaderMap, Version, header};
-use std::{
-    net::{IpAddr, SocketAddr},
-    time::Duration,
+use crate::{
+    metrics::{Listener, Metrics, Request, Route, Served},
+    trace,
 };
+use castier_blob::{
+    Digest,
+    trace::{Trace, Value},
+};
+use http::{HeaderMap, Version, header};
+use std::{borrow::Cow, net::IpAddr, time::Duration};
 
 /// What is said of a request when it is over.
 pub struct Record<'a> {
@@ -30,30 +33,37 @@ pub struct Record<'a> {
     pub cache: &'a str,
     /// How it was answered.
     pub served: Served,
-    /// The client.
-    pub peer: Option<SocketAddr>,
+    /// The client, as far as trusted proxies tell.
+    pub client: Option<IpAddr>,
     /// What is not known of every request.
     pub more: More<'a>,
 }
 
 /// What is not known of every request.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 pub struct More<'a> {
     /// From the head's arrival to the first byte of the answer.
     pub first_byte: Option<Duration>,
     /// The version of HTTP that the client speaks.
     pub proto: Option<Version>,
     /// What the client calls itself.
-    pub user_agent: Option<&'a str>,
+    pub user_agent: Option<Cow<'a, str>>,
     /// Why the response was cut, or failed.
     pub error: Option<&'a str>,
     /// The blob that the request was about.
     pub digest: Option<Digest>,
+    /// Which request it was; none if nobody wants to know, or it could not be read.
+    pub trace: Option<&'a Trace>,
 }
 
-/// `User-Agent`, if it is text.
-pub fn user_agent(headers: &HeaderMap) -> Option<&str> {
-    str::from_utf8(headers.get(header::USER_AGENT)?.as_bytes()).ok()
+/// Whether anybody wants to know which request it was: if not, nothing is spent on that where a request is answered at once.
+pub fn is_wanted() -> bool {
+    tracing::enabled!(target: "castier::access", tracing::Level::INFO) || trace::is_exported()
+}
+
+/// `User-Agent`; what is no text in it is marked.
+pub fn user_agent(headers: &HeaderMap) -> Option<Cow<'_, str>> {
+    Some(String::from_utf8_lossy(headers.get(header::USER_AGENT)?.as_bytes()))
 }
 
 /// How much of a path is logged: any that means something to an origin of ours, and not all of what somebody may have made up.
@@ -90,11 +100,6 @@ fn words(cache_status: &str) -> (Option<&'static str>, Option<&'static str>, Opt
 }
 
 impl Record<'_> {
-    /// The client's address.
-    fn client(&self) -> Option<IpAddr> {
-        self.peer.map(|peer| peer.ip())
-    }
-
     /// Counts it, and writes the record if anybody listens.
     pub fn log(&self, metrics: &Metrics) {
         metrics.request(&Request {
@@ -106,7 +111,7 @@ impl Record<'_> {
             took: self.took,
             first_byte: self.more.first_byte,
             bytes: self.bytes,
-            client: self.client(),
+            client: self.client,
             digest: self.more.digest,
         });
         // Every node asks every other each second how it is.
@@ -116,22 +121,73 @@ impl Record<'_> {
         {
             self.write(control);
         }
+        if let Some(trace) = self.more.trace.filter(|trace| trace.is_sampled() && !control) {
+            trace::export(|| self.span(trace));
+        }
+    }
+
+    /// The same in the words of OpenTelemetry's conventions for HTTP.
+    fn span(&self, trace: &Trace) -> castier_blob::trace::Span {
+        let text = |text: &str| Value::Text(text.to_owned());
+        let route = match self.route {
+            Route::Blob => Some("/cas/{digest}"),
+            Route::Collection => Some("/cas"),
+            Route::Relay | Route::Refused | Route::Control => None,
+        };
+        let (cache, tier, source) = self.words();
+        let method = method_label(self.method);
+        let mut attributes = vec![
+            ("http.request.method", Value::Word(if method == "OTHER" { "_OTHER" } else { method })),
+            ("url.path", text(beginning(self.path, LOGGED_PATH))),
+            ("url.scheme", Value::Word("http")),
+            ("http.response.status_code", Value::Number(self.code.into())),
+            ("http.response.body.size", Value::Number(i64::try_from(self.bytes).unwrap_or(i64::MAX))),
+            ("castier.request_id", Value::Text(trace.request_id().to_string())),
+            ("castier.listener", Value::Word(self.listener.as_str())),
+        ];
+        let proto = self.more.proto.map(|proto| if proto == Version::HTTP_10 { "1.0" } else { "1.1" });
+        let words = [
+            ("http.route", route),
+            ("network.protocol.version", proto),
+            ("castier.cache", cache),
+            ("castier.tier", tier),
+            ("castier.source", source),
+        ];
+        attributes.extend(words.into_iter().filter_map(|(name, word)| Some((name, Value::Word(word?)))));
+        attributes.extend(self.client.map(|client| ("client.address", Value::Text(client.to_string()))));
+        attributes.extend(self.more.user_agent.as_deref().map(|agent| ("user_agent.original", text(beginning(agent, LOGGED_AGENT)))));
+        // What the client did wrong is no error of this server, and neither is a 504 that a peer has asked for.
+        let failed = self.more.error.is_some() && !(400..500).contains(&self.code);
+        let error = failed.then(|| beginning(self.more.error.unwrap_or_default(), LOGGED_AGENT).to_owned());
+        if failed {
+            attributes.push(("error.type", if self.code >= 500 { Value::Text(self.code.to_string()) } else { Value::Word("cut") }));
+        }
+        let method = if method == "OTHER" { "HTTP" } else { method };
+        let name = route.map_or_else(|| method.to_owned(), |route| format!("{method} {route}"));
+        trace.server_span(name, self.took, error, attributes)
+    }
+
+    /// `cache`, `tier`, `source`.
+    fn words(&self) -> (Option<&'static str>, Option<&'static str>, Option<&'static str>) {
+        let (cache, tier, source) = words(self.cache);
+        // The origin alone answers what goes past the cache.
+        (cache, tier, if cache == Some("bypass") { Some("origin") } else { source })
     }
 
     fn write(&self, control: bool) {
         let milliseconds = |duration: Duration| duration.as_micros() as f64 / 1000.0;
         let (duration_ms, first_byte_ms) = (milliseconds(self.took), self.more.first_byte.map(milliseconds));
         let (method, path, status, bytes) = (self.method, beginning(self.path, LOGGED_PATH), self.code, self.bytes);
-        let (cache, tier, source) = words(self.cache);
-        // The origin alone answers what goes past the cache.
-        let source = if cache == Some("bypass") { Some("origin") } else { source };
-        let client = self.client().map(tracing::field::display);
+        let (cache, tier, source) = self.words();
+        let client = self.client.map(tracing::field::display);
+        let trace_id = self.more.trace.map(|trace| tracing::field::display(trace.trace_id()));
+        let request_id = self.more.trace.map(|trace| tracing::field::display(trace.request_id()));
         let (proto, error) = (self.more.proto.map(tracing::field::debug), self.more.error);
-        let user_agent = self.more.user_agent.map(|agent| beginning(agent, LOGGED_AGENT));
+        let user_agent = self.more.user_agent.as_deref().map(|agent| beginning(agent, LOGGED_AGENT));
         if control {
-            tracing::debug!(target: "castier::access", method, path, status, bytes, duration_ms, first_byte_ms, cache, tier, source, client, proto, user_agent, error);
+            tracing::debug!(target: "castier::access", method, path, status, bytes, duration_ms, first_byte_ms, cache, tier, source, client, proto, trace_id, request_id, user_agent, error);
         } else {
-            tracing::info!(target: "castier::access", method, path, status, bytes, duration_ms, first_byte_ms, cache, tier, source, client, proto, user_agent, error);
+            tracing::info!(target: "castier::access", method, path, status, bytes, duration_ms, first_byte_ms, cache, tier, source, client, proto, trace_id, request_id, user_agent, error);
         }
     }
 }

@@ -14,7 +14,10 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use castier_blob::wire;
+use castier_blob::{
+    trace::{Trace, X_REQUEST_ID},
+    wire,
+};
 use castier_config::Limits;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::{
@@ -28,6 +31,7 @@ use pingora::{
 };
 use std::{
     any::Any,
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -60,20 +64,30 @@ impl Relay {
         head: &Head,
         limits: &Limits,
         shutdown: &ShutdownWatch,
-        memory: Lease,
+        known: Known,
     ) -> Option<(Conn, BytesMut)> {
         let prefix = ahead.split_to(head.len);
         conn.fence(ahead, (!head.upgrade).then_some(head.framing));
         let mut session = ServerSession::new_http1(conn.into_stream());
         session.set_pipelined_prefix(prefix);
         session.set_read_timeout(Some(limits.idle_timeout.get()));
-        // pingora makes the request's context itself, so the lease goes along with the session.
-        session.set_connection_user_context(Some(Box::new(memory)));
+        // pingora makes the request's context itself, so what is known of the request goes along with the session.
+        session.set_connection_user_context(Some(Box::new(known)));
         let (stream, _) = self.proxy.process_new_http(session, shutdown).await?.consume();
         let mut conn = Conn::from_stream(stream)?;
         let ahead = conn.unfence()?;
         Some((conn, ahead))
     }
+}
+
+/// What is known of a request before it is relayed.
+pub struct Known {
+    /// What it may hold, out of `limits.client_memory`.
+    pub memory: Lease,
+    /// Whom it comes from.
+    pub client: Option<IpAddr>,
+    /// Which request it is.
+    pub trace: Trace,
 }
 
 /// What a relayed request's record needs.
@@ -88,8 +102,7 @@ struct Passage {
     connections: u32,
     /// The last of them was kept alive.
     reused: bool,
-    /// What it may hold, out of `limits.client_memory`.
-    memory: Option<Lease>,
+    known: Option<Known>,
     /// The answer is paid for, however fast it comes.
     answer_paid: bool,
     /// It had to end, since `limits.client_memory` was used up.
@@ -99,7 +112,7 @@ struct Passage {
 impl Passage {
     /// Pays for an answer, or says that it must not go on.
     fn pay(&mut self, bytes: u64) -> pingora::Result<()> {
-        if self.memory.as_mut().is_none_or(|memory| memory.grow(bytes)) {
+        if self.known.as_mut().is_none_or(|known| known.memory.grow(bytes)) {
             return Ok(());
         }
         self.shed = true;
@@ -144,14 +157,14 @@ impl ProxyHttp for Rules {
             error: None,
             connections: 0,
             reused: false,
-            memory: None,
+            known: None,
             answer_paid: false,
             shed: false,
         }
     }
 
-    fn on_connection_reuse(&self, _session: &mut Session, ctx: &mut Passage, memory: Box<dyn Any + Send + Sync>) {
-        ctx.memory = memory.downcast().ok().map(|lease| *lease);
+    fn on_connection_reuse(&self, _session: &mut Session, ctx: &mut Passage, known: Box<dyn Any + Send + Sync>) {
+        ctx.known = known.downcast().ok().map(|known| *known);
     }
 
     fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
@@ -197,7 +210,7 @@ impl ProxyHttp for Rules {
         error
     }
 
-    async fn upstream_request_filter(&self, session: &mut Session, request: &mut RequestHeader, _ctx: &mut Passage) -> pingora::Result<()> {
+    async fn upstream_request_filter(&self, session: &mut Session, request: &mut RequestHeader, ctx: &mut Passage) -> pingora::Result<()> {
         let upgrade = session.is_upgrade_req();
         for name in hop_by_hop(&request.headers) {
             if !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
@@ -210,9 +223,15 @@ impl ProxyHttp for Rules {
             request.insert_header("X-Forwarded-Host", host)?;
         }
         request.insert_header(header::HOST, self.origin.authority())?;
-        if let Some(client) = session.client_addr().and_then(|address| address.as_inet()) {
+        if let Some(peer) = session.client_addr().and_then(|address| address.as_inet()) {
+            let peer = peer.ip().to_canonical();
             let before = request.headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
-            let chain: Vec<_> = before.map(str::to_owned).chain([client.ip().to_string()]).collect();
+            let mut chain: Vec<_> = before.map(str::to_owned).collect();
+            // Told in `Forwarded` alone: the origin shall not have to read both.
+            if let Some(client) = ctx.known.as_ref().and_then(|known| known.client).filter(|client| chain.is_empty() && *client != peer) {
+                chain.push(client.to_string());
+            }
+            chain.push(peer.to_string());
             request.insert_header("X-Forwarded-For", chain.join(", "))?;
         }
         if !request.headers.contains_key("x-forwarded-proto") {
@@ -220,6 +239,12 @@ impl ProxyHttp for Rules {
         }
         if let Some(length) = one_length(&request.headers) {
             request.insert_header(header::CONTENT_LENGTH, length)?;
+        }
+        for (name, value) in ctx.known.iter().flat_map(|known| known.trace.tell()) {
+            match value {
+                Some(value) => request.insert_header(name, value)?,
+                None => drop(request.remove_header(&name)),
+            }
         }
         request.append_header(header::VIA, via::own(session.req_header().version))?;
         if let Some(credentials) = self.origin.credentials()
@@ -303,7 +328,7 @@ impl ProxyHttp for Rules {
         if answered || (downstream && matches!(error.etype, ConnectionClosed | ReadError | WriteError)) {
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
         }
-        let reply = if downstream {
+        let mut reply = if downstream {
             Reply::error(http::StatusCode::BAD_REQUEST, "malformed request body")
         } else {
             if !ctx.shed {
@@ -314,6 +339,7 @@ impl ProxyHttp for Rules {
                 _ => Reply::fault(&fault),
             }
         };
+        reply.headers.extend(ctx.known.as_ref().and_then(|known| known.trace.tell_id()).map(|id| (X_REQUEST_ID, id)));
         session.set_keepalive(None);
         let error_code = reply.status.as_u16();
         if let Err(error) = conn::write(session.as_downstream_mut(), reply).await {
@@ -337,11 +363,12 @@ impl ProxyHttp for Rules {
             took: ctx.started.elapsed(),
             cache: "castier; fwd=bypass",
             served: if failed || code >= 400 { Served::Error } else { Served::Miss },
-            peer: session.client_addr().and_then(|address| address.as_inet()).copied(),
+            client: ctx.known.as_ref().and_then(|known| known.client),
             more: record::More {
                 proto: Some(request.version),
                 user_agent: record::user_agent(&request.headers),
                 first_byte: ctx.first_byte,
+                trace: ctx.known.as_ref().map(|known| &known.trace),
                 error: ctx.error.as_deref().or(error.as_deref()).or_else(|| failed.then_some("cut before its end")),
                 ..record::More::default()
             },

@@ -21,7 +21,7 @@ use crate::{
     members::Report,
     metrics::Metrics,
     secret::Asked,
-    via,
+    trace, via,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -130,6 +130,11 @@ impl Upstream {
     /// Host and port as they stand in `Host`.
     pub fn authority(&self) -> &str {
         &self.authority
+    }
+
+    /// Its URL, without a password.
+    pub fn url(&self) -> String {
+        format!("{}://{}", if self.tls { "https" } else { "http" }, self.authority)
     }
 
     /// What the source wants to see of a user, if its URL names one.
@@ -267,6 +272,16 @@ impl Upstream {
     /// # Errors
     /// None does, or the name has never resolved.
     async fn connect(&self) -> Result<Connection, Fault> {
+        let begun = Instant::now();
+        self.connect_anew().await.inspect_err(|fault| {
+            // Not when this node has run out of files: that says nothing of the origin.
+            if matches!(fault, Fault::Unreachable { .. } | Fault::Silent { .. }) {
+                self.unreached(begun, fault);
+            }
+        })
+    }
+
+    async fn connect_anew(&self) -> Result<Connection, Fault> {
         let deadline = Instant::now() + self.connect_timeout;
         let unresolved = |why| Fault::Unreachable { source_name: self.name, why };
         let mut addresses = self.addresses.all(deadline).await.map_err(unresolved)?;
@@ -353,7 +368,14 @@ impl Upstream {
     /// A request that was sent at `asked` has come to this: the status of an answer, or what kept it from coming.
     pub fn found(&self, asked: Instant, answer: Result<StatusCode, &Fault>) {
         if let Some(standing) = &self.standing {
-            standing.found(asked, answer, &self.metrics);
+            standing.found(&self.authority, asked, answer, &self.metrics);
+        }
+    }
+
+    /// No connection could be had since `begun`.
+    fn unreached(&self, begun: Instant, fault: &Fault) {
+        if let Some(standing) = &self.standing {
+            standing.unreached(&self.authority, begun, fault, &self.metrics);
         }
     }
 
@@ -410,6 +432,9 @@ impl Upstream {
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
         insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
         request.insert_header(header::VIA, via::whole()).map_err(|error| Fault::Internal(error.to_string()))?;
+        for (name, value) in trace::tell() {
+            request.insert_header(name, value).map_err(|error| Fault::Internal(error.to_string()))?;
+        }
         if let Some(credentials) = &self.credentials {
             request.insert_header(header::AUTHORIZATION, credentials.clone()).map_err(|error| Fault::Internal(error.to_string()))?;
         }

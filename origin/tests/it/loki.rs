@@ -180,6 +180,22 @@ fn what_is_refused_for_good_is_in_nobodys_way() {
 }
 
 #[test]
+fn a_bad_loki_costs_no_request_any_time() {
+    for say in [Say::Hang, Say::Status(500), Say::Status(429), Say::Status(400)] {
+        let loki = Loki::start(move |_| say);
+        let node = node(&loki.url(), &[("CASTIER_LOG__LOKI__TIMEOUT", "2s"), ("CASTIER_LOG__LOKI__BATCH", "1KiB")]);
+        requests(&node, "first", 3);
+        wait_for("a batch", || (!loki.pushes().is_empty()).then_some(()));
+        let start = Instant::now();
+        requests(&node, "then", 200);
+        // Each batch of a few records would have taken two seconds, or as long as the pauses between attempts.
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+        // Read by nobody else, stderr has them all.
+        wait_for("all records on stderr", || (node.log().matches("path=/then-").count() == 200).then_some(()));
+    }
+}
+
+#[test]
 fn six_seconds_away_lose_nothing() {
     let address = reserve();
     let node = node(&format!("http://{address}"), &[]);

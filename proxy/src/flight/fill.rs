@@ -9,9 +9,14 @@ use super::{
 use crate::{
     disk::DiskFile,
     fault::{Fault, Limit},
+    trace::Part,
     upstream::Answer,
 };
-use castier_blob::Verifier;
+use castier_blob::{
+    Digest, Verifier,
+    trace::{Attributes, Value},
+    wire,
+};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -61,7 +66,16 @@ impl Flights {
             if fill.verifier.seen() > 0 {
                 self.metrics.source_resume(leg.source());
             }
-            let fault = match self.go(flight, &leg, &mut fill).await {
+            let (part, before) = (Part::begin(), fill.verifier.seen());
+            let went = part.over(self.go(flight, &leg, &mut fill)).await;
+            part.end("GET", || {
+                let from = match (&leg, &self.sources.peers) {
+                    (Leg::Peer(member) | Leg::Peek(member), Some(peers)) => peers.url(member),
+                    _ => self.sources.origin.url(),
+                };
+                told_of(&went, &flight.digest, &from, leg.source(), fill.verifier.seen().saturating_sub(before))
+            });
+            let fault = match went {
                 Ok(End::Whole) => {
                     fill.course.answered(&leg);
                     let file = match fill.writer.finish(self, flight).await {
@@ -193,6 +207,31 @@ fn fetch_again(flight: &Flight, fill: &mut Fill, fault: Fault) -> Result<(), Fau
     fill.writer = Writer::without_tier();
     flight.fetch_again();
     Ok(())
+}
+
+/// What a span tells of one source that was asked: how it failed, if it did, and the rest.
+fn told_of(went: &Result<End, Fault>, digest: &Digest, from: &str, source: &'static str, bytes: u64) -> (Option<String>, Attributes) {
+    let (scheme, authority) = from.split_once("://").unwrap_or_default();
+    let default = if scheme == "https" { 443 } else { 80 };
+    // Behind the last colon of `[::1]` there is no port.
+    let split = authority.rsplit_once(':').and_then(|(address, port)| Some((address, port.parse().ok()?)));
+    let (address, port) = split.unwrap_or((authority, default));
+    let mut attributes = vec![
+        ("http.request.method", Value::Word("GET")),
+        ("url.full", Value::Text(format!("{from}{}", wire::blob_path(digest)))),
+        ("server.address", Value::Text(address.trim_matches(['[', ']']).to_owned())),
+        ("server.port", Value::Number(port)),
+        ("castier.source", Value::Word(source)),
+        ("http.response.body.size", Value::Number(i64::try_from(bytes).unwrap_or(i64::MAX))),
+    ];
+    match went {
+        Ok(End::Whole) => attributes.push(("http.response.status_code", Value::Number(200))),
+        Ok(End::Absent) => attributes.push(("http.response.status_code", Value::Number(404))),
+        // The peer does not keep it, or this node turned to somebody else.
+        Ok(End::Elsewhere) => {}
+        Err(fault) => attributes.push(("error.type", Value::Word(fault.kind()))),
+    }
+    (went.as_ref().err().map(ToString::to_string), attributes)
 }
 
 /// Whether a limit of this node keeps it from asking this source now. Another source may be free.

@@ -8,9 +8,10 @@ use crate::{
     gate::Head,
     ladder::{DiskReader, TierName},
     metrics::{Listener, Route, Served},
-    record::{More, Record},
+    record::{self, More, Record},
     secret::Asked,
     serve::{Body, Reply, Via},
+    trace,
 };
 use bytes::{Buf, Bytes, BytesMut};
 use castier_blob::{Digest, Selection};
@@ -20,7 +21,7 @@ use std::{
     future::poll_fn,
     io,
     mem::MaybeUninit,
-    net::SocketAddr,
+    net::IpAddr,
     pin::Pin,
     task::{Poll, ready},
     time::{Duration, Instant},
@@ -47,7 +48,7 @@ impl Front {
         head: &Head,
         digest: &Digest,
         asked: &Asked,
-        peer: Option<SocketAddr>,
+        client: Option<IpAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
         if let Some(validator) = head.validator(ahead) {
@@ -58,19 +59,19 @@ impl Front {
             prove(&mut reply, asked);
             let ready = started.elapsed();
             let (_, sent) = send(conn, &mut reply.head(&get_cached_date(), !head.close, 0)).await;
-            let done = self.fast_hit_done(&reply, head, ahead, digest, (0, sent), (started, ready), peer);
+            let done = self.fast_hit_done(&reply, head, ahead, digest, (0, sent), (started, ready), client);
             ahead.advance(head.len);
             return done;
         }
         // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
         let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else {
-            return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, asked, peer)).await;
+            return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, asked, client)).await;
         };
         let mut reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
         prove(&mut reply, asked);
         let ready = started.elapsed();
         let sent = self.send_memory(conn, &reply, !head.close, tier, blob).await;
-        let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), peer);
+        let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), client);
         ahead.advance(head.len);
         done
     }
@@ -83,7 +84,7 @@ impl Front {
         head: &Head,
         digest: &Digest,
         asked: &Asked,
-        peer: Option<SocketAddr>,
+        client: Option<IpAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
         let Some(blob) = self.ladder.get_from_disk(digest, self.door.asker()).await else { return Ok(false) };
@@ -95,7 +96,7 @@ impl Front {
         prove(&mut reply, asked);
         let ready = started.elapsed();
         let sent = self.send_disk(conn, &reply, !head.close, first.unwrap_or_default(), rest).await;
-        let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), peer);
+        let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), client);
         ahead.advance(head.len);
         done
     }
@@ -109,20 +110,22 @@ impl Front {
         digest: &Digest,
         (bytes, sent): (u64, Result<(), Cut>),
         (started, ready): (Instant, Duration),
-        peer: Option<SocketAddr>,
+        client: Option<IpAddr>,
     ) -> Result<bool, Cut> {
         let served = if sent.is_ok() { reply.served } else { Served::Error };
         let error = sent.as_ref().err().map(|cut| &*cut.why);
         let (cache, took, code) = (cache_status(&reply.headers), started.elapsed(), reply.status.as_u16());
         let (listener, path) = (self.door.listener(), head.path(ahead));
+        let trace = record::is_wanted().then(|| head.introduction(ahead, |fields| trace::of(fields)));
         let more = More {
             first_byte: Some(ready),
             proto: Some(Version::HTTP_11),
             user_agent: head.user_agent(ahead),
             error,
             digest: Some(*digest),
+            trace: trace.as_ref(),
         };
-        Record { listener, route: Route::Blob, method: "GET", path, code, bytes, took, cache, served, peer, more }.log(&self.metrics);
+        Record { listener, route: Route::Blob, method: "GET", path, code, bytes, took, cache, served, client, more }.log(&self.metrics);
         sent.map(|()| true)
     }
 
@@ -176,29 +179,29 @@ impl Front {
     }
 
     /// A request that could not be read: says why, and closes.
-    pub(super) async fn refuse_request(&self, conn: Conn, status: StatusCode, why: &str, peer: Option<SocketAddr>) {
-        self.refuse(conn, Reply::error(status, why), peer).await;
+    pub(super) async fn refuse_request(&self, conn: Conn, status: StatusCode, why: &str, client: Option<IpAddr>) {
+        self.refuse(conn, Reply::error(status, why), client).await;
     }
 
     /// A request over a limit: says so, and closes.
-    pub(super) async fn shed_request(&self, conn: Conn, limit: Limit, peer: Option<SocketAddr>) {
+    pub(super) async fn shed_request(&self, conn: Conn, limit: Limit, client: Option<IpAddr>) {
         self.metrics.shed(limit);
-        self.refuse(conn, Reply::fault(&Fault::Busy(limit)), peer).await;
+        self.refuse(conn, Reply::fault(&Fault::Busy(limit)), client).await;
     }
 
-    async fn refuse(&self, mut conn: Conn, reply: Reply, peer: Option<SocketAddr>) {
+    async fn refuse(&self, mut conn: Conn, reply: Reply, client: Option<IpAddr>) {
         let started = Instant::now();
         let within = if self.descriptors.may_linger(self.connections()) { REFUSAL } else { Duration::ZERO };
         let _ = timeout(within, write_and_close(&mut conn, &reply)).await;
-        refused(self.door.listener(), reply.status.as_u16(), started, peer).log(&self.metrics);
+        refused(self.door.listener(), reply.status.as_u16(), started, client).log(&self.metrics);
     }
 }
 
 /// The record of a request that could not be read.
-pub(super) fn refused(listener: Listener, code: u16, started: Instant, peer: Option<SocketAddr>) -> Record<'static> {
+pub(super) fn refused(listener: Listener, code: u16, started: Instant, client: Option<IpAddr>) -> Record<'static> {
     let (took, served) = (started.elapsed(), Served::Error);
     let more = More { first_byte: Some(took), error: Some("the request head was refused"), ..More::default() };
-    Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, peer, more }
+    Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, client, more }
 }
 
 /// Up to `many` pieces; none at the end.

@@ -186,6 +186,11 @@ impl Peers {
         &self.members
     }
 
+    /// Where a member is asked.
+    pub fn url(&self, member: &Member) -> String {
+        format!("{}://{}", if self.tls { "https" } else { "http" }, member.name)
+    }
+
     /// The other member to hand the digest's requests to; none if that is up to this node.
     pub fn owner(&self, digest: &Digest) -> Option<Member> {
         self.members.view().owner(digest).filter(|owner| !owner.itself).cloned()

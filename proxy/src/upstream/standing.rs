@@ -1,7 +1,8 @@
-//! How the origin is, as the last requests found it.
+//! How the origin is, as the last requests found it. Told once per change.
 //!
-//! It is down when it gives no answer, or when a gateway in front of it says so (502, 504). Any other answer shows that it is up: a
-//! status of 500 may be about one blob, and 503 says that it has much to do.
+//! It is down when no connection to it can be had, when it gives no answer in time, or when a gateway in front of it says so (502, 504). Any
+//! other answer shows that it is up: a status of 500 may be about one blob, and 503 says that it has much to do. A connection that breaks
+//! before the answer may be one request's bad luck, so it takes a few in a row.
 //!
 //! Requests overlap. So one that came to nothing proves nothing if the origin has answered another since it was sent: a silence is noticed
 //! half a minute late.
@@ -10,6 +11,7 @@ use crate::{fault::Fault, metrics::Metrics};
 use http::StatusCode;
 use parking_lot::Mutex;
 use std::{
+    fmt,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::{Instant, SystemTime},
 };
@@ -34,39 +36,79 @@ pub(super) struct Standing {
     errors: AtomicU64,
 }
 
+/// So many connections in a row must break before the answer.
+const BROKEN: u32 = 3;
+
 #[derive(Default)]
 struct Known {
-    down: bool,
+    /// When it went down, if it is.
+    down: Option<Instant>,
     since: Option<SystemTime>,
     /// When it last answered.
     answered: Option<Instant>,
+    /// How many connections have broken since.
+    broken: u32,
 }
 
 impl Standing {
-    /// See [`super::Upstream::found`].
-    pub(super) fn found(&self, asked: Instant, answer: Result<StatusCode, &Fault>, metrics: &Metrics) {
-        let (down, failed) = match answer {
-            Ok(status) => (matches!(status, StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT), status.is_server_error()),
-            Err(Fault::Unreachable { .. } | Fault::Silent { .. }) => (true, true),
-            Err(Fault::Unusable { .. } | Fault::Corrupt { .. }) => (false, true),
-            // A limit of this node: nobody was asked.
-            Err(_) => return,
-        };
+    /// See [`super::Upstream::found`]. `origin` is the name that the log has.
+    pub(super) fn found(&self, origin: &str, asked: Instant, answer: Result<StatusCode, &Fault>, metrics: &Metrics) {
         self.requests.fetch_add(1, Relaxed);
-        if failed {
-            self.errors.fetch_add(1, Relaxed);
+        match answer {
+            Ok(status) => {
+                if status.is_server_error() {
+                    self.errors.fetch_add(1, Relaxed);
+                }
+                if matches!(status, StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT) {
+                    self.fell(origin, asked, false, &status, metrics);
+                } else {
+                    self.answered(origin, metrics);
+                }
+            }
+            Err(fault) => {
+                match fault {
+                    Fault::Unreachable { .. } => self.fell(origin, asked, true, fault, metrics),
+                    Fault::Silent { .. } => self.fell(origin, asked, false, fault, metrics),
+                    Fault::Unusable { .. } | Fault::Corrupt { .. } => self.answered(origin, metrics),
+                    // A limit of this node: nobody was asked.
+                    _ => {
+                        self.requests.fetch_sub(1, Relaxed);
+                        return;
+                    }
+                }
+                self.errors.fetch_add(1, Relaxed);
+            }
         }
+    }
+
+    /// No connection could be had since `begun`. Which request it was for will be counted by [`Self::found`].
+    pub(super) fn unreached(&self, origin: &str, begun: Instant, fault: &Fault, metrics: &Metrics) {
+        self.fell(origin, begun, false, fault, metrics);
+    }
+
+    fn answered(&self, origin: &str, metrics: &Metrics) {
         let mut known = self.known.lock();
-        if down && known.answered.is_some_and(|answered| answered >= asked) {
+        (known.answered, known.broken) = (Some(Instant::now()), 0);
+        if let Some(down) = known.down.take() {
+            known.since = Some(SystemTime::now());
+            metrics.set_origin_up(true);
+            tracing::info!(origin, seconds = down.elapsed().as_secs_f64(), "the origin is up again");
+        }
+    }
+
+    /// What was begun at `asked` had no answer of the origin's own; `broke`: its connection broke.
+    fn fell(&self, origin: &str, asked: Instant, broke: bool, why: &dyn fmt::Display, metrics: &Metrics) {
+        let mut known = self.known.lock();
+        if known.down.is_some() || known.answered.is_some_and(|answered| answered >= asked) {
             return;
         }
-        if !down {
-            known.answered = Some(Instant::now());
+        known.broken += 1;
+        if broke && known.broken < BROKEN {
+            return;
         }
-        if known.down != down {
-            (known.down, known.since) = (down, Some(SystemTime::now()));
-            metrics.set_origin_up(!down);
-        }
+        (known.down, known.since) = (Some(Instant::now()), Some(SystemTime::now()));
+        metrics.set_origin_up(false);
+        tracing::warn!(origin, %why, "the origin is down: what is kept is served, and misses fail until it answers");
     }
 
     /// The body of an answer broke off.
@@ -76,7 +118,12 @@ impl Standing {
 
     pub(super) fn state(&self) -> OriginState {
         let known = self.known.lock();
-        OriginState { up: !known.down, since: known.since, requests: self.requests.load(Relaxed), errors: self.errors.load(Relaxed) }
+        OriginState {
+            up: known.down.is_none(),
+            since: known.since,
+            requests: self.requests.load(Relaxed),
+            errors: self.errors.load(Relaxed),
+        }
     }
 }
 
@@ -92,26 +139,31 @@ mod tests {
         let silent = Fault::Silent { source_name: "origin", why: String::new() };
         assert_eq!(standing.state(), OriginState { up: true, since: None, requests: 0, errors: 0 });
         let early = Instant::now();
-        standing.found(early, Ok(StatusCode::OK), &metrics);
+        standing.found("o", early, Ok(StatusCode::OK), &metrics);
         assert_eq!(standing.state().since, None, "nothing has changed");
-        standing.found(early, Err(&silent), &metrics);
+        standing.found("o", early, Err(&silent), &metrics);
         assert!(up(&standing), "another request was answered meanwhile");
-        standing.found(Instant::now(), Err(&unreachable), &metrics);
+        standing.unreached("o", Instant::now(), &unreachable, &metrics);
         let since = standing.state().since.unwrap();
-        standing.found(Instant::now(), Err(&silent), &metrics);
+        standing.found("o", Instant::now(), Err(&silent), &metrics);
         assert_eq!((up(&standing), standing.state().since), (false, Some(since)), "down since the first");
         for status in [404, 500, 503] {
-            standing.found(Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
+            standing.found("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
             assert!(up(&standing), "{status}");
         }
         for status in [502, 504] {
-            standing.found(Instant::now(), Ok(StatusCode::OK), &metrics);
-            standing.found(Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
+            standing.found("o", Instant::now(), Ok(StatusCode::OK), &metrics);
+            standing.found("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
             assert!(!up(&standing), "{status}");
         }
         let before = standing.state();
-        standing.found(Instant::now(), Err(&Fault::Abandoned), &metrics);
+        standing.found("o", Instant::now(), Err(&Fault::Abandoned), &metrics);
         assert_eq!(standing.state(), before, "the origin was not asked");
-        assert_eq!((before.requests, before.errors), (11, 7));
+        standing.found("o", Instant::now(), Ok(StatusCode::OK), &metrics);
+        for still_up in [true, true, false] {
+            standing.found("o", Instant::now(), Err(&unreachable), &metrics);
+            assert_eq!(up(&standing), still_up, "connections that broke");
+        }
+        assert_eq!((before.requests, before.errors), (10, 6));
     }
 }

@@ -19,7 +19,8 @@ async fn a_large_blob_in_a_row(config: &str, hit: &str) {
         for _ in 0..30 {
             let reply = get(castier.public, &large).await;
             reply.assert_is(&large);
-            hits += usize::from(reply.cache_status() == hit);
+            // A flight has sent its last byte a moment before it leaves the map; who asks in that moment joins it.
+            hits += usize::from(reply.cache_status() == hit || reply.cache_status().contains("collapsed"));
         }
         let loads = origin.gets(&large);
         assert!(loads <= 3 && hits == 30 - loads, "{loads} loads and {hits} hits of 30 gets of {size} bytes");

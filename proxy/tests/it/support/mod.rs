@@ -7,6 +7,7 @@ pub(crate) mod disk;
 pub(crate) mod group;
 pub(crate) mod hang;
 pub(crate) mod lie;
+pub(crate) mod log;
 pub(crate) mod mute;
 pub(crate) mod origin;
 pub(crate) mod process;

@@ -182,6 +182,8 @@ pub(crate) fn config_text(origin: &str, more: &str) -> String {
 /// The real origin: a durable store that can be killed and started again on the same files and the same port.
 pub(crate) struct RealOrigin {
     process: Process,
+    /// Its configuration beside its addresses and its root.
+    env: Vec<(String, String)>,
     /// The store's files. Outlives the process.
     root: TempDir,
     pub(crate) addr: SocketAddr,
@@ -207,14 +209,26 @@ impl RealOrigin {
     }
 
     pub(crate) async fn start() -> Self {
-        let root = TempDir::new().unwrap();
-        let (process, addr) = Self::spawn(root.path(), "127.0.0.1:0").await;
-        Self { process, root, addr }
+        Self::start_with(&[]).await
     }
 
-    async fn spawn(root: &Path, listen: &str) -> (Process, SocketAddr) {
+    /// With this configuration, as variables of the environment.
+    pub(crate) async fn start_with(env: &[(&str, &str)]) -> Self {
+        let root = TempDir::new().unwrap();
+        let env: Vec<_> = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let (process, addr) = Self::spawn(root.path(), "127.0.0.1:0", &env).await;
+        Self { process, env, root, addr }
+    }
+
+    /// Everything it has written so far.
+    pub(crate) fn output(&self) -> String {
+        self.process.output()
+    }
+
+    async fn spawn(root: &Path, listen: &str, env: &[(String, String)]) -> (Process, SocketAddr) {
         let mut command = Command::new(Path::new(Castier::program()).with_file_name("castier-origin"));
         command.arg("--listen").arg(listen).arg("--root").arg(root).env("CASTIER_LISTEN__ADMIN", "127.0.0.1:0");
+        command.envs(env.iter().map(|(name, value)| (name, value)));
         let mut process = Process::spawn(command, TempDir::new().unwrap());
         let addr = process.listener("listening public ").await;
         (process, addr)
@@ -236,7 +250,13 @@ impl RealOrigin {
         self.process.exit().await;
     }
 
+    /// Told to end, and waits until it has.
+    pub(crate) async fn terminate(&mut self) -> ExitStatus {
+        self.process.signal(Signal::TERM);
+        self.process.exit().await
+    }
+
     pub(crate) async fn restart(&mut self) {
-        (self.process, self.addr) = Self::spawn(self.root.path(), &self.addr.to_string()).await;
+        (self.process, self.addr) = Self::spawn(self.root.path(), &self.addr.to_string(), &self.env).await;
     }
 }

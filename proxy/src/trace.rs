@@ -1,0 +1,118 @@
+//! Which request a task works for, so that its log records, its spans and what it asks of sources can be joined with those of other programs.
+//!
+//! What a client's request said of itself ([`Trace`]) goes along with the work, as `via` does: into the task of a flight, and from there to
+//! peers and the origin. A flight that several requests join works for the one that began it.
+//!
+//! Spans go to whoever [`export_to`] names; until then nobody wants them, and nothing is spent on them.
+
+use castier_blob::{
+    Fields,
+    trace::{Attributes, Chance, Span, Trace},
+};
+use http::{HeaderName, HeaderValue};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
+
+/// Where spans go.
+struct Export {
+    /// Which part of the requests without a `traceparent` is sampled.
+    sample: f64,
+    send: Box<dyn Fn(Span) + Send + Sync>,
+}
+
+static EXPORT: OnceLock<Export> = OnceLock::new();
+
+tokio::task_local! {
+    /// What this task works for.
+    static CURRENT: Option<Arc<Trace>>;
+}
+
+fn current() -> Option<Arc<Trace>> {
+    CURRENT.try_with(Clone::clone).ok().flatten()
+}
+
+/// From now on, spans go there, and this part of the requests that do not say so themselves has some. Only the first call counts.
+pub fn export_to(sample: f64, send: impl Fn(Span) + Send + Sync + 'static) {
+    EXPORT.get_or_init(|| Export { sample, send: Box::new(send) });
+}
+
+/// Whether anybody wants spans.
+pub fn is_exported() -> bool {
+    EXPORT.get().is_some()
+}
+
+/// Sends a span if anybody wants it.
+pub fn export(span: impl FnOnce() -> Span) {
+    if let Some(export) = EXPORT.get() {
+        (export.send)(span());
+    }
+}
+
+/// Which request this is, as its fields say, or a new one.
+pub fn of(fields: &impl Fields) -> Trace {
+    let sampled = EXPORT.get().is_some_and(|export| rand::random::<f64>() < export.sample);
+    Trace::of(fields, Chance { trace: rand::random(), request: rand::random(), span: rand::random(), sampled })
+}
+
+/// Does the work of this request. Like all here, it is no `async fn`: that would hold the work twice, and a fill is large.
+pub fn along<F: Future>(trace: Arc<Trace>, work: F) -> impl Future<Output = F::Output> + use<F> {
+    CURRENT.scope(Some(trace), work)
+}
+
+/// Work for a task of its own, that goes on with what this task has.
+pub fn carry<F: Future + Send>(work: F) -> impl Future<Output = F::Output> + Send + use<F> {
+    CURRENT.scope(current(), work)
+}
+
+/// What a source is told of the request that this task works for.
+pub fn tell() -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+    let told = CURRENT.try_with(|trace| trace.as_ref().map(|trace| trace.tell())).ok().flatten();
+    told.into_iter().flatten().filter_map(|(name, value)| Some((name, value?)))
+}
+
+/// A part of a request's work: one source that is asked. Nothing, if nobody wants its span.
+pub struct Part {
+    begun: Instant,
+    trace: Option<Arc<Trace>>,
+}
+
+impl Part {
+    /// It begins.
+    pub fn begin() -> Self {
+        let sampled = if is_exported() { current().filter(|trace| trace.is_sampled()) } else { None };
+        Self { begun: Instant::now(), trace: sampled.map(|trace| Arc::new(trace.part(rand::random()))) }
+    }
+
+    /// Does it: the source learns that this part asks.
+    pub fn over<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
+        CURRENT.scope(self.trace.clone().or_else(current), work)
+    }
+
+    /// It is over: with this error, if it failed, and with what is known of it.
+    pub fn end(self, name: &str, told: impl FnOnce() -> (Option<String>, Attributes)) {
+        if let Some(trace) = self.trace {
+            let (error, attributes) = told();
+            export(|| trace.client_span(name.to_owned(), self.begun.elapsed(), error, attributes));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderMap;
+
+    #[tokio::test]
+    async fn a_request_goes_along_with_its_work() {
+        assert_eq!(tell().count(), 0);
+        let mut headers = HeaderMap::new();
+        headers.insert("x-request-id", HeaderValue::from_static("abc"));
+        let trace = Arc::new(of(&headers));
+        let elsewhere = along(trace.clone(), async { tokio::spawn(carry(async { tell().collect::<HeaderMap>() })).await.unwrap() }).await;
+        assert_eq!(elsewhere["x-request-id"], "abc");
+        assert!(elsewhere["traceparent"].to_str().unwrap().contains(&trace.trace_id().to_string()));
+        assert_ne!(of(&headers).trace_id().to_string(), trace.trace_id().to_string());
+    }
+}
