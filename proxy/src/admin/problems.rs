@@ -110,7 +110,7 @@ impl Problems {
             }
             _ => None,
         };
-        found.sort_by(|a, b| (a.severity, a.since).cmp(&(b.severity, b.since)));
+        found.sort_by_key(|problem| (problem.severity, problem.since));
         found
     }
 
