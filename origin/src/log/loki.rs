@@ -128,6 +128,7 @@ impl Shipper {
             stop: stop.clone(),
             waiting: Arc::clone(&waiting),
             away: false,
+            refused: false,
         };
         let most = usize::try_from(settings.buffer.get()).unwrap_or(usize::MAX);
         let queue = Queue { sender, waiting: Arc::clone(&waiting), most };
@@ -192,6 +193,8 @@ struct Task {
     waiting: Arc<Waiting>,
     /// Loki did not take the last batch.
     away: bool,
+    /// It refused the last batch for good.
+    refused: bool,
 }
 
 impl Task {
@@ -244,6 +247,7 @@ impl Task {
         loop {
             match self.send(body.clone()).await {
                 Sent::Taken => {
+                    self.refused = false;
                     if std::mem::take(&mut self.away) {
                         tracing::info!("Loki takes records again");
                     }
@@ -251,7 +255,10 @@ impl Task {
                 }
                 Sent::Refused(why) => {
                     dropped(Sink::Loki, records);
-                    tracing::warn!(records, why, "Loki refused a batch of records for good; they are on stderr alone");
+                    // Once until it takes one: this record is in the next batch, which may be refused as well, and so on without end.
+                    if !std::mem::replace(&mut self.refused, true) {
+                        tracing::warn!(records, why, "Loki refused a batch of records for good; they are on stderr alone");
+                    }
                     break;
                 }
                 Sent::Later(why) => {

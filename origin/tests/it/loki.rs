@@ -192,6 +192,9 @@ fn a_bad_loki_costs_no_request_any_time() {
         assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
         // Read by nobody else, stderr has them all.
         wait_for("all records on stderr", || (node.log().matches("path=/then-").count() == 200).then_some(()));
+        // The record that tells it is in a batch that is refused as well.
+        let told = node.log().matches("Loki refused a batch").count();
+        assert!(told <= 1, "told {told} times for one change");
     }
 }
 
