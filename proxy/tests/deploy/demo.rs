@@ -1,6 +1,6 @@
 //! `scripts/demo`, with the real nginx and the real Prometheus.
 
-use crate::tools::{bin, eventually, read, root, run, stdout, text, tool};
+use crate::tools::{bin, eventually, interruptible, read, root, run, stdout, text, tool};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use std::{
     collections::BTreeMap,
@@ -59,7 +59,7 @@ struct Shown {
 impl Shown {
     fn start() -> Option<Self> {
         let dir = TempDir::new().unwrap();
-        let mut command = demo(dir.path(), &[])?;
+        let mut command = interruptible(&demo(dir.path(), &[])?);
         let log = || fs::File::options().create(true).append(true).open(dir.path().with_extension("log")).unwrap();
         let child = command.process_group(0).stdout(log()).stderr(log()).spawn().unwrap();
         Some(Self { child, dir })

@@ -1,6 +1,6 @@
 //! The scripts for containers and Kubernetes, with programs in place of kubectl, docker, helm and minikube that write down how they are called.
 
-use crate::tools::{Running, eventually, root, run, stdout, text, tool};
+use crate::tools::{Running, eventually, interruptible, root, run, stdout, text, tool};
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs,
@@ -234,8 +234,7 @@ fn forwards_end_with_the_script() {
     let world = World::new();
     for signal in [Signal::INT, Signal::TERM] {
         let _ = fs::remove_file(world.path("bin/forwards"));
-        // A shell's background jobs ignore SIGINT unless it is reset, as a terminal's foreground has it.
-        let mut script = Running::start(&mut world.command("port_forward.sh", &["castier", "admin", "grafana"]));
+        let mut script = Running::start(&mut interruptible(&world.command("port_forward.sh", &["castier", "admin", "grafana"])));
         let forwards = || fs::read_to_string(world.path("bin/forwards")).unwrap_or_default();
         eventually("three forwards", || (forwards().lines().count() == 3).then_some(()));
         assert!(script.log().contains("castier on http://127.0.0.1:8080"), "{}", script.log());

@@ -135,6 +135,22 @@ pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T
     }
 }
 
+/// The same command, which a SIGINT reaches: where the tests run as a shell's background job, what they start ignores it.
+pub(crate) fn interruptible(command: &Command) -> Command {
+    let mut with_default = Command::new("/usr/bin/env");
+    with_default.arg("--default-signal=INT").arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => with_default.env(name, value),
+            None => with_default.env_remove(name),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        with_default.current_dir(dir);
+    }
+    with_default
+}
+
 /// A program that runs until this is dropped, in a directory of its own.
 pub(crate) struct Running {
     child: Child,
