@@ -107,6 +107,9 @@ pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdow
                 let (seat, mut taken) = Seat::take(&open);
                 if H::FULL == Full::OldestIdleMakesWay {
                     idle.retain(|(_, task)| !task.is_finished());
+                    // Not by the seats: on a busy machine a task that was aborted keeps its seat until it runs again, and the newcomer
+                    // would be turned away for it.
+                    taken = idle.len() + 1;
                     while taken > most
                         && let Some(oldest) = idle.iter().position(|(activity, _)| !activity.is_busy())
                         && let Some((_, task)) = idle.remove(oldest)
