@@ -138,6 +138,8 @@ async fn connections(castier: &Castier) -> u64 {
 fn essence(reply: Reply) -> (u16, bool, Vec<(String, String)>, Vec<u8>) {
     let own = ["connection", "keep-alive", "server", "date"];
     let mut headers: Vec<_> = reply.head.headers.into_iter().filter(|(name, _)| !own.contains(&name.as_str())).collect();
+    // Each error names its own request.
+    headers.iter_mut().filter(|(name, _)| name == "x-request-id").for_each(|(_, value)| value.clear());
     headers.sort();
     (reply.status, reply.complete, headers, reply.body)
 }
