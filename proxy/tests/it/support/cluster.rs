@@ -28,8 +28,9 @@ const ADMIN: u16 = 8082;
 pub(crate) fn own_address() -> Ipv4Addr {
     static SERIAL: AtomicU32 = AtomicU32::new(0);
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-    // 16 bits of the process, 6 of the test's: neither 127.0.0.x nor the broadcast address.
-    let host = ((std::process::id() & 0xffff) << 6 | (serial & 0x3f)) + (1 << 16);
+    // 14 bits of the process, 9 of the node's, which are more than there are nodes in a run: a test may take long, and keeps its addresses.
+    // Neither 127.0.0.x nor the broadcast address.
+    let host = ((std::process::id() & 0x3fff) << 9 | (serial & 0x1ff)) + (1 << 16);
     Ipv4Addr::from((127 << 24) | host)
 }
 
