@@ -29,6 +29,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 mod action;
 mod admin;
+mod byte_queue;
 mod entries;
 pub mod health;
 mod intake;

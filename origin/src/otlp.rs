@@ -4,7 +4,10 @@
 //! not fit, and what the collector does not take, is counted (`castier_log_dropped_total{sink="otlp"}`) and gone: spans are samples, and the
 //! next ones tell as much.
 
-use crate::log::{Sink, dropped};
+use crate::{
+    byte_queue::{Receiver, Sender, Shipping, Waiting},
+    log::{Sink, dropped},
+};
 use async_trait::async_trait;
 use bytes::Bytes;
 use castier_blob::trace::{Kind, Span, Value};
@@ -21,25 +24,15 @@ use opentelemetry_sdk::{
 };
 use reqwest::{Client, redirect};
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
-    },
+    sync::Arc,
     time::{Duration, SystemTime},
 };
-use tokio::{
-    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
-    task::JoinHandle,
-    time::{Instant, sleep_until, timeout},
-};
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, timeout};
 
 /// The most spans that leave together.
 const BATCH: usize = 512;
 /// A batch leaves at the latest so long after its first span.
 const WAIT: Duration = Duration::from_secs(1);
-/// How long the end of the program may wait for the collector.
-const LAST: Duration = Duration::from_secs(2);
 /// What a span takes in the queue beside its texts.
 const SPAN: usize = 512;
 /// How much of the collector's answer is read. It says little more than yes.
@@ -52,26 +45,10 @@ struct Ended {
     weight: usize,
 }
 
-/// How much waits.
-#[derive(Default)]
-struct Waiting {
-    bytes: AtomicUsize,
-    spans: AtomicU64,
-}
-
-impl Waiting {
-    fn done(&self, bytes: usize, spans: u64) {
-        self.bytes.fetch_sub(bytes, Relaxed);
-        self.spans.fetch_sub(spans, Relaxed);
-    }
-}
-
 /// Takes spans. Never waits.
 #[derive(Clone)]
 pub struct Spans {
-    sender: UnboundedSender<Ended>,
-    waiting: Arc<Waiting>,
-    most: usize,
+    sender: Sender<Ended>,
     sample: f64,
 }
 
@@ -84,15 +61,7 @@ impl Spans {
     /// Takes a span that ends now, or counts it as dropped.
     pub fn send(&self, span: Span) {
         let weight = weight_of(&span);
-        if self.waiting.bytes.fetch_add(weight, Relaxed) + weight > self.most {
-            self.waiting.bytes.fetch_sub(weight, Relaxed);
-            return dropped(Sink::Otlp, 1);
-        }
-        self.waiting.spans.fetch_add(1, Relaxed);
-        if self.sender.send(Ended { span, at: SystemTime::now(), weight }).is_err() {
-            self.waiting.done(weight, 1);
-            dropped(Sink::Otlp, 1);
-        }
+        self.sender.send(Ended { span, at: SystemTime::now(), weight }, weight);
     }
 }
 
@@ -102,11 +71,7 @@ fn weight_of(span: &Span) -> usize {
 }
 
 /// The task that sends, and how to end it.
-pub struct Exporter {
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-    waiting: Arc<Waiting>,
-}
+pub struct Exporter(Shipping);
 
 /// Starts sending spans as `otlp` says; nothing if it names no collector. `program` and `instance` are what the spans say of who made them.
 ///
@@ -131,23 +96,18 @@ pub fn start(otlp: &Otlp, program: &'static str, instance: String) -> Result<Opt
     let version = env!("CARGO_PKG_VERSION");
     let names = [("service.name", program.to_owned()), ("service.version", version.to_owned()), ("service.instance.id", instance)];
     exporter.set_resource(&Resource::builder().with_attributes(names.map(|(name, value)| KeyValue::new(name, value))).build());
-    let (sender, receiver) = unbounded_channel();
-    let (waiting, stop) = (Arc::new(Waiting::default()), CancellationToken::new());
     let scope = InstrumentationScope::builder(program).with_version(version).build();
-    let task = Task { exporter, scope, limit: otlp.timeout.get(), stop: stop.clone(), waiting: Arc::clone(&waiting), away: false };
-    let most = usize::try_from(otlp.buffer.get()).unwrap_or(usize::MAX);
-    let spans = Spans { sender, waiting: Arc::clone(&waiting), most, sample: otlp.sample };
-    Ok(Some((spans, Exporter { stop, task: tokio::spawn(task.run(receiver)), waiting })))
+    let limit = otlp.timeout.get();
+    let (sender, shipping) = Shipping::start(Sink::Otlp, otlp.buffer.get(), |receiver, waiting, _stop| {
+        Task { exporter, scope, limit, waiting, away: false }.run(receiver)
+    });
+    Ok(Some((Spans { sender, sample: otlp.sample }, Exporter(shipping))))
 }
 
 impl Exporter {
     /// Sends what waits, within a moment; with nothing waiting, at once.
-    pub async fn close(mut self) {
-        self.stop.cancel();
-        if timeout(LAST, &mut self.task).await.is_err() {
-            self.task.abort();
-            let lost = self.waiting.spans.load(Relaxed);
-            dropped(Sink::Otlp, lost);
+    pub async fn close(self) {
+        if let Some(lost) = self.0.close().await {
             tracing::warn!(lost, "the collector did not take the last spans in time");
         }
     }
@@ -158,41 +118,24 @@ struct Task {
     scope: InstrumentationScope,
     /// For a batch.
     limit: Duration,
-    stop: CancellationToken,
     waiting: Arc<Waiting>,
     /// The collector did not take the last batch.
     away: bool,
 }
 
 impl Task {
-    async fn run(mut self, mut receiver: UnboundedReceiver<Ended>) {
+    async fn run(mut self, mut receiver: Receiver<Ended>) {
         // Nothing comes, and nothing is left: the program ends.
-        while let Some(first) = self.next(&mut receiver, None).await {
+        while let Some(first) = receiver.next(None).await {
             let (mut weight, mut batch) = (first.weight, vec![self.data(first)]);
             let leave = Instant::now() + WAIT;
             while batch.len() < BATCH
-                && let Some(ended) = self.next(&mut receiver, Some(leave)).await
+                && let Some(ended) = receiver.next(Some(leave)).await
             {
                 weight += ended.weight;
                 batch.push(self.data(ended));
             }
             self.deliver(batch, weight).await;
-        }
-    }
-
-    /// The next span; none if it does not come by `leave`, or if the program ends and there is none.
-    async fn next(&self, receiver: &mut UnboundedReceiver<Ended>, leave: Option<Instant>) -> Option<Ended> {
-        let late = async {
-            match leave {
-                Some(leave) => sleep_until(leave).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            biased;
-            ended = receiver.recv() => ended,
-            () = self.stop.cancelled() => None,
-            () = late => None,
         }
     }
 

@@ -197,3 +197,55 @@ async fn refuse(mut stream: TcpStream, _seat: Seat) {
     // A client that does not listen has been told nothing, and is let go all the same.
     tokio::time::timeout(REFUSAL_TIME, telling).await.ok();
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::Full as Whole;
+
+    /// An admin listener of eight connections.
+    #[derive(Clone)]
+    struct Small(Arc<OriginLimits>);
+
+    impl Handler for Small {
+        type Body = Whole<Bytes>;
+        const FULL: Full = Full::OldestIdleMakesWay;
+
+        fn max_connections(_: &OriginLimits) -> usize {
+            8
+        }
+
+        fn limits(&self) -> Arc<OriginLimits> {
+            Arc::clone(&self.0)
+        }
+
+        async fn answer(&self, _: Request<Incoming>, _: SocketAddr, activity: Arc<Activity>) -> Response<Self::Body> {
+            activity.begin();
+            activity.end();
+            Response::new(Whole::default())
+        }
+    }
+
+    /// One thread accepts all that wait before any task that was aborted runs again and gives its seat back.
+    #[tokio::test]
+    async fn a_health_check_behind_many_half_heads_is_answered() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap();
+        let mut half_heads = Vec::new();
+        for _ in 0..60 {
+            let mut stream = TcpStream::connect(to).await.unwrap();
+            stream.write_all(b"GET /healthz HTTP/1.1\r\nX: ").await.unwrap();
+            half_heads.push(stream);
+        }
+        let mut check = TcpStream::connect(to).await.unwrap();
+        check.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+        let serving = serve(listener, Small(Arc::default()), std::future::pending(), Duration::ZERO);
+        let mut answer = Vec::new();
+        tokio::select! {
+            () = serving => {}
+            read = tokio::time::timeout(Duration::from_secs(30), check.read_to_end(&mut answer)) => { read.unwrap().unwrap(); }
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 200 "), "{}", String::from_utf8_lossy(&answer));
+        drop(half_heads);
+    }
+}

@@ -7,6 +7,7 @@
 //!    429, 5xx, silence or no connection: the same batch again after a pause. Meanwhile records wait in the queue.
 
 use super::{Sink, dropped, line::level_name};
+use crate::byte_queue::{Receiver, Sender, Shipping, Waiting};
 use castier_config::Loki;
 use loki_api::{
     logproto::{EntryAdapter, PushRequest, StreamAdapter},
@@ -17,19 +18,12 @@ use reqwest::{Client, StatusCode, Url, header, redirect};
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
-    },
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tokio::{
-    sync::{
-        mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
-        watch,
-    },
-    task::JoinHandle,
-    time::{Instant, sleep, sleep_until, timeout},
+    sync::watch,
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Level;
@@ -40,8 +34,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// The pause once the program is ending.
 const LAST_PAUSE: Duration = Duration::from_millis(100);
-/// How long the end of the program may wait for Loki.
-const LAST: Duration = Duration::from_secs(2);
 /// How long the first batch waits for the name of this instance, which is known when the listeners are.
 const NAMED_WITHIN: Duration = Duration::from_secs(5);
 /// What a record takes in the queue beside its line.
@@ -60,18 +52,8 @@ struct Entry {
     line: Box<str>,
 }
 
-/// How much waits.
-struct Waiting {
-    bytes: AtomicUsize,
-    records: AtomicU64,
-}
-
 /// Takes records. Never waits.
-pub(super) struct Queue {
-    sender: UnboundedSender<Entry>,
-    waiting: Arc<Waiting>,
-    most: usize,
-}
+pub(super) struct Queue(Sender<Entry>);
 
 impl Queue {
     /// Takes a record, or counts it as dropped.
@@ -81,30 +63,13 @@ impl Queue {
         }
         let line = line.trim_end();
         let size = line.len() + RECORD;
-        if self.waiting.bytes.fetch_add(size, Relaxed) + size > self.most {
-            self.waiting.bytes.fetch_sub(size, Relaxed);
-            return dropped(Sink::Loki, 1);
-        }
-        self.waiting.records.fetch_add(1, Relaxed);
-        if self.sender.send(Entry { at, level, line: line.into() }).is_err() {
-            self.waiting.done(size, 1);
-            dropped(Sink::Loki, 1);
-        }
-    }
-}
-
-impl Waiting {
-    fn done(&self, bytes: usize, records: u64) {
-        self.bytes.fetch_sub(bytes, Relaxed);
-        self.records.fetch_sub(records, Relaxed);
+        self.0.send(Entry { at, level, line: line.into() }, size);
     }
 }
 
 /// The task that sends, and how to end it.
 pub(super) struct Shipper {
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-    waiting: Arc<Waiting>,
+    shipping: Shipping,
     instance: watch::Sender<Option<String>>,
 }
 
@@ -116,23 +81,13 @@ impl Shipper {
         let path = format!("{path}/loki/api/v1/push");
         url.set_path(&path);
         let client = Client::builder().redirect(redirect::Policy::none()).timeout(settings.timeout.get()).build();
-        let (sender, receiver) = unbounded_channel();
-        let waiting = Arc::new(Waiting { bytes: AtomicUsize::new(0), records: AtomicU64::new(0) });
-        let (stop, (instance, named)) = (CancellationToken::new(), watch::channel(None));
-        let task = Task {
-            client: client.map_err(|error| error.to_string())?,
-            url,
-            settings: settings.clone(),
-            job: program.to_owned(),
-            named,
-            stop: stop.clone(),
-            waiting: Arc::clone(&waiting),
-            away: false,
-            refused: false,
-        };
-        let most = usize::try_from(settings.buffer.get()).unwrap_or(usize::MAX);
-        let queue = Queue { sender, waiting: Arc::clone(&waiting), most };
-        Ok((queue, Self { stop, task: tokio::spawn(task.run(receiver)), waiting, instance }))
+        let client = client.map_err(|error| error.to_string())?;
+        let (instance, named) = watch::channel(None);
+        let (settings, job) = (settings.clone(), program.to_owned());
+        let (sender, shipping) = Shipping::start(Sink::Loki, settings.buffer.get(), |receiver, waiting, stop| {
+            Task { client, url, settings, job, named, stop, waiting, away: false, refused: false }.run(receiver)
+        });
+        Ok((Queue(sender), Self { shipping, instance }))
     }
 
     /// Says which instance this is.
@@ -141,12 +96,8 @@ impl Shipper {
     }
 
     /// Sends what waits, within a moment; with nothing waiting, at once.
-    pub(super) async fn close(mut self) {
-        self.stop.cancel();
-        if timeout(LAST, &mut self.task).await.is_err() {
-            self.task.abort();
-            let lost = self.waiting.records.load(Relaxed);
-            dropped(Sink::Loki, lost);
+    pub(super) async fn close(self) {
+        if let Some(lost) = self.shipping.close().await {
             tracing::warn!(lost, "Loki did not take the last records in time; they are on stderr alone");
         }
     }
@@ -198,21 +149,21 @@ struct Task {
 }
 
 impl Task {
-    async fn run(mut self, mut receiver: UnboundedReceiver<Entry>) {
+    async fn run(mut self, mut receiver: Receiver<Entry>) {
         let most = usize::try_from(self.settings.batch.get()).unwrap_or(usize::MAX);
         // The first record of the next batch, where it did not fit into the last.
         let mut left_over = None;
         loop {
             let first = match left_over.take() {
                 Some(entry) => Some(entry),
-                None => self.next(&mut receiver, None).await,
+                None => receiver.next(None).await,
             };
             // Nothing comes, and nothing is left: the program ends.
             let Some(first) = first else { return };
             let mut batch = Batch::default();
             batch.add(first);
             let leave = Instant::now() + self.settings.wait.get();
-            while let Some(entry) = self.next(&mut receiver, Some(leave)).await {
+            while let Some(entry) = receiver.next(Some(leave)).await {
                 if batch.size + entry.line.len() + FRAMING > most {
                     left_over = Some(entry);
                     break;
@@ -220,22 +171,6 @@ impl Task {
                 batch.add(entry);
             }
             self.deliver(batch).await;
-        }
-    }
-
-    /// The next record; none if it does not come by `leave`, or if the program ends and there is none.
-    async fn next(&self, receiver: &mut UnboundedReceiver<Entry>, leave: Option<Instant>) -> Option<Entry> {
-        let late = async {
-            match leave {
-                Some(leave) => sleep_until(leave).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            biased;
-            entry = receiver.recv() => entry,
-            () = self.stop.cancelled() => None,
-            () = late => None,
         }
     }
 
