@@ -14,7 +14,7 @@ import urllib.request
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TARGET = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(HERE, "target")), "release")
 PROGRAMS = ["castier", "castier-origin", "castier-load"]
-# Whatever http_proxy says, requests to this machine go straight there.
+# Requests to this machine go straight there. http_proxy does not count.
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 NAME = os.path.basename(sys.argv[0])
 # What is set for another castier is not meant for these.

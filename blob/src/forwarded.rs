@@ -13,7 +13,7 @@ const MOST: usize = 32;
 /// The client of a request that came from `peer`. `trusted` says whose word counts.
 ///
 /// Without a trusted proxy that is the peer. With proxies alone it is the one that is farthest away. An element that cannot be read, or
-/// hides its address, ends the list: whoever is behind it is not known.
+/// hides its address, ends the list: the addresses behind it cannot be trusted.
 pub fn client(peer: IpAddr, fields: &impl Fields, trusted: impl Fn(&IpAddr) -> bool) -> IpAddr {
     let mut client = peer.to_canonical();
     if !trusted(&client) {

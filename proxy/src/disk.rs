@@ -17,7 +17,7 @@ mod format;
 mod health;
 mod owner;
 mod space;
-mod standing;
+mod state;
 mod store;
 mod walk;
 
@@ -27,7 +27,7 @@ mod tests;
 pub use blob::DiskBlob;
 pub use copy::DiskCopy;
 pub use file::DiskFile;
-pub use standing::DiskState;
+pub use state::DiskState;
 
 use crate::{
     metrics::{DiskOp, Metrics, Skip},

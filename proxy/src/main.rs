@@ -492,7 +492,7 @@ async fn keep_history(admin: Arc<Admin>) {
 /// How often an origin that is down is asked whether it is back, beside every miss: with hits alone nobody would notice.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
 
-/// An origin that is down at the start is worth a line, which `upstream` writes; so is one that is none.
+/// Asks the origin once at the start. If it is down, `upstream` logs that. If it answers, but not as a store of blobs, that is logged here.
 async fn ask_origin(origin: Arc<Upstream>, url: String) {
     match origin.stat(&Digest::EMPTY).await {
         Err(fault @ Fault::Unusable { .. }) => {

@@ -82,7 +82,7 @@ fn weigh(entry: &Entry) -> u64 {
 
 impl Memory {
     /// The memory tier, and beside it, in a part of the same capacity, the mirror: what other nodes own and is hot here. Heat is what
-    /// the mirror is about, so its policy is not asked for. `evicted` is told of every blob that makes room, and how long it had been there.
+    /// the mirror is about, so its policy is not asked for. `evicted` gets the tier and the age of every blob that is evicted.
     pub fn with_mirror(
         config: &config::Memory,
         share: Option<Share>,

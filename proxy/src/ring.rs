@@ -72,7 +72,7 @@ impl Ring {
         self.weights.get(member).map_or(0.0, |weight| weight / self.weights.iter().sum::<f64>())
     }
 
-    /// A number that is equal for equal members, in whatever order they are listed, and hardly ever for others. It has 48 bits, so that it
+    /// A number that is equal for equal members, in any order, and hardly ever for others. It has 48 bits, so that it
     /// is exact as a float.
     pub fn fingerprint(&self) -> u64 {
         let text: String = self.names.iter().zip(&self.weights).map(|(name, weight)| format!("{name} {weight}\n")).collect();

@@ -3,7 +3,7 @@
 //! What a client's request said of itself ([`Trace`]) goes along with the work, as `via` does: into the task of a flight, and from there to
 //! peers and the origin. A flight that several requests join works for the one that began it.
 //!
-//! Spans go to whoever [`export_to`] names; until then nobody wants them, and nothing is spent on them.
+//! Spans go to the function that [`export_to`] was given. Without one, no span is made.
 
 use castier_blob::{
     Fields,

@@ -2,18 +2,18 @@
 
 mod access;
 mod lent;
+mod origin_state;
 mod peers;
 mod probe;
 mod put;
 mod resolver;
-mod standing;
 
 pub use access::ca_file;
 pub use lent::Expected;
+pub use origin_state::OriginState;
 pub use peers::{Answer, FILLING, FLIGHT, Peers};
 pub use probe::{HttpProbe, peer_options};
 pub use put::{Parcel, Put, Upload};
-pub use standing::OriginState;
 
 use crate::{
     descriptors,
@@ -28,6 +28,7 @@ use bytes::Bytes;
 use castier_blob::{Digest, wire};
 use castier_config as config;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use origin_state::OriginHealth;
 use parking_lot::Mutex;
 use pingora::{
     ErrorType, RetryType,
@@ -41,7 +42,6 @@ use pingora::{
     upstreams::peer::{HttpPeer, Peer as _},
 };
 use resolver::Addresses;
-use standing::Standing;
 use std::{
     fmt, io,
     net::SocketAddr,
@@ -88,7 +88,7 @@ pub struct Upstream {
     read_timeout: Duration,
     metrics: Arc<Metrics>,
     /// How the origin is; none of a peer, whose members know.
-    standing: Option<Standing>,
+    health: Option<OriginHealth>,
     /// `origin.max_requests`, here and at each peer.
     requests: Semaphore,
     /// [`put::REPEATERS`].
@@ -119,7 +119,7 @@ impl Upstream {
             credentials: access::basic(url),
             connect_timeout: config.connect_timeout.get(),
             read_timeout: config.read_timeout.get(),
-            standing: Some(Standing::default()),
+            health: Some(OriginHealth::default()),
             metrics,
             requests: Semaphore::new(config.max_requests),
             repeaters: Semaphore::new(put::REPEATERS),
@@ -367,28 +367,28 @@ impl Upstream {
 
     /// A request that was sent at `asked` has come to this: the status of an answer, or what kept it from coming.
     pub fn found(&self, asked: Instant, answer: Result<StatusCode, &Fault>) {
-        if let Some(standing) = &self.standing {
-            standing.found(&self.authority, asked, answer, &self.metrics);
+        if let Some(health) = &self.health {
+            health.found(&self.authority, asked, answer, &self.metrics);
         }
     }
 
     /// No connection could be had since `begun`.
     fn unreached(&self, begun: Instant, fault: &Fault) {
-        if let Some(standing) = &self.standing {
-            standing.unreached(&self.authority, begun, fault, &self.metrics);
+        if let Some(health) = &self.health {
+            health.unreached(&self.authority, begun, fault, &self.metrics);
         }
     }
 
     /// The body of an answer broke off. Whether the origin is well the next request will find.
     fn broke(&self) {
-        if let Some(standing) = &self.standing {
-            standing.broke();
+        if let Some(health) = &self.health {
+            health.broke();
         }
     }
 
     /// How the origin is, as the last requests found it; none of a peer.
     pub fn origin_state(&self) -> Option<OriginState> {
-        self.standing.as_ref().map(Standing::state)
+        self.health.as_ref().map(OriginHealth::state)
     }
 
     /// Reads response heads up to the first that is not informational, all of them within `origin.read_timeout`: interim answers and parts

@@ -61,7 +61,7 @@ mod tests {
         assert_eq!(PAGE.matches("<script").count(), 1);
         // A browser hashes the text after it has made line feeds of all line ends.
         assert!(!PAGE.contains('\r'));
-        // The policy would block these, silently for whoever does not look at the console.
+        // The policy would block these, and only the browser's console would say so.
         for attribute in [" style=", " onclick=", " onload=", " src="] {
             assert!(!PAGE.contains(attribute), "{attribute}");
         }

@@ -100,7 +100,11 @@ impl Problems {
             tell("corrupt", text.to_owned(), since, severity);
         }
         for (sink, since) in self.going_on("log", &seen.log_dropped, now, LATELY) {
-            tell("log", format!("log records are dropped: {sink} does not take them in time"), since, Warning);
+            let text = match sink {
+                "otlp" => "spans are dropped: the collector of otlp.endpoint does not take them".to_owned(),
+                _ => format!("log records are dropped: {sink} does not take them in time"),
+            };
+            tell("log", text, since, Warning);
         }
         self.memory_since = match seen.memory {
             Some((held, limit)) if held as f64 >= limit as f64 * MEMORY => {

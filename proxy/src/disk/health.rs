@@ -1,7 +1,7 @@
 //! What errors of the disk mean. One that belongs to a path costs that path. One that speaks for the whole file system makes the tier
 //! read-only for a while.
 
-use super::standing::{Standing, Trouble};
+use super::state::{Trouble, Troubles};
 use crate::metrics::{DiskError, DiskOp, Metrics};
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -24,7 +24,7 @@ pub(super) struct Health {
     writes: Mutex<Writes>,
     /// When a failure that belongs to one path was last told, and how many there were since.
     told: Mutex<(Option<Instant>, u64)>,
-    standing: Arc<Standing>,
+    troubles: Arc<Troubles>,
     metrics: Arc<Metrics>,
 }
 
@@ -37,8 +37,8 @@ struct Writes {
 }
 
 impl Health {
-    pub(super) fn new(root: PathBuf, cooldown: Duration, standing: Arc<Standing>, metrics: Arc<Metrics>) -> Self {
-        Self { root, cooldown, writes: Mutex::default(), told: Mutex::default(), standing, metrics }
+    pub(super) fn new(root: PathBuf, cooldown: Duration, troubles: Arc<Troubles>, metrics: Arc<Metrics>) -> Self {
+        Self { root, cooldown, writes: Mutex::default(), told: Mutex::default(), troubles, metrics }
     }
 
     /// Whether a write may be tried. Once a cool-down is over the next write finds out whether it was long enough.
@@ -82,7 +82,7 @@ impl Health {
             turned
         };
         if turned {
-            self.standing.set(Trouble::ReadOnly, true);
+            self.troubles.set(Trouble::ReadOnly, true);
             tracing::warn!(
                 %error, path = %self.root.display(), cooldown = ?self.cooldown, advice = advice(kind),
                 "the disk tier cannot write and is read-only for now; it goes on serving, and tries again after disk.cooldown"
@@ -105,7 +105,7 @@ impl Health {
             recovered
         };
         if recovered {
-            self.standing.set(Trouble::ReadOnly, false);
+            self.troubles.set(Trouble::ReadOnly, false);
             tracing::info!(path = %self.root.display(), "the disk tier can write again");
         }
     }

@@ -14,7 +14,7 @@ use super::{
     health::{self, Health},
     owner::{self, Owner},
     space,
-    standing::{DiskState, Standing, Trouble},
+    state::{DiskState, Trouble, Troubles},
 };
 use crate::{
     eviction::{Index, Shape},
@@ -63,7 +63,7 @@ pub(super) struct Store {
     /// What the index let go, until its file is gone too.
     pub(super) evicted: Receiver<Digest>,
     evictions: Arc<AtomicU64>,
-    standing: Arc<Standing>,
+    troubles: Arc<Troubles>,
     /// The index does not know every file yet.
     scanning: AtomicBool,
     pub(super) health: Health,
@@ -153,9 +153,9 @@ impl Store {
             .weigher(|_, blob: &Arc<DiskBlob>| blob.cost())
             .eviction_policy(EvictionPolicy::lru())
             .build();
-        let standing = Arc::new(Standing::default());
+        let troubles = Arc::new(Troubles::default());
         let pool = |name: &'static str, does: &'static str, trouble: Trouble, most: usize| {
-            let (root, standing) = (root.clone(), standing.clone());
+            let (root, troubles) = (root.clone(), troubles.clone());
             let (timeout, cooldown) = (config.timeout.get(), config.cooldown.get());
             let tell = move |turn| match turn {
                 Turn::Hangs => tracing::warn!(
@@ -165,7 +165,7 @@ impl Store {
                 Turn::Well => tracing::info!(path = %root.display(), "the disk tier's file system answers again"),
             };
             Pool::new(name, most, timeout, cooldown, move |turn| {
-                standing.set(trouble, turn == Turn::Hangs);
+                troubles.set(trouble, turn == Turn::Hangs);
                 tell(turn);
             })
         };
@@ -181,8 +181,8 @@ impl Store {
             evicted,
             evictions,
             scanning: AtomicBool::new(true),
-            health: Health::new(root.clone(), config.cooldown.get(), standing.clone(), metrics.clone()),
-            standing,
+            health: Health::new(root.clone(), config.cooldown.get(), troubles.clone(), metrics.clone()),
+            troubles,
             metrics,
             owner,
             root,
@@ -198,9 +198,9 @@ impl Store {
     pub(super) fn state(&self) -> (DiskState, Option<SystemTime>) {
         // Nobody tells of that.
         if self.owner.is_lost() {
-            self.standing.set(Trouble::Lost, true);
+            self.troubles.set(Trouble::Lost, true);
         }
-        self.standing.state()
+        self.troubles.state()
     }
 
     /// Counts one get, whether or not the blob is here.

@@ -8,7 +8,7 @@ use std::{
 /// So many are remembered.
 const KEPT: usize = 63;
 
-/// The last ages, in seconds and one more; 0 is none yet. Written wherever a tier makes room, so without a lock: of two writers at once one
+/// The last ages, in seconds and one more; 0 is none yet. Written at each eviction, on any thread, and so without a lock: of two writers at once one
 /// may be lost, which changes no median that anybody could tell.
 pub(super) struct Ages {
     next: AtomicUsize,

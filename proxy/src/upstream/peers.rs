@@ -424,7 +424,7 @@ impl Peers {
                 // A watch is over all that may take long.
                 read_timeout: self.patience,
                 metrics: self.metrics.clone(),
-                standing: None,
+                health: None,
                 requests: Semaphore::new(self.requests),
                 repeaters: Semaphore::new(REPEATERS),
                 ties: Some(Ties { members: self.members.clone(), secrets: self.secrets.clone() }),

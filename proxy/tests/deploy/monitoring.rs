@@ -14,7 +14,7 @@ const RULES: &str = "grafana/prometheus/castier.rules.yaml";
 const CASES: &str = "grafana/prometheus/castier.tests.yaml";
 const OPERATIONS: &str = "docs/operations.md";
 
-/// The labels of streams in Loki. Whatever else a query names is a field of a record.
+/// The labels of streams in Loki. All other names in a query are fields of records.
 const STREAM_LABELS: [&str; 4] = ["job", "instance", "level", "namespace"];
 
 pub(crate) fn items(value: &Value) -> &[Value] {
@@ -74,7 +74,7 @@ pub(crate) fn expressions(kind: &str) -> Vec<(String, String)> {
     found
 }
 
-/// Whatever in a text looks like a series of ours.
+/// All parts of a text that look like series of ours.
 pub(crate) fn series(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'));
     words.filter(|word| ["castier_", "castier:", "process_"].iter().any(|start| word.starts_with(start))).map(str::to_owned).collect()

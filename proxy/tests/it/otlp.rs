@@ -75,7 +75,7 @@ struct Collector {
     address: SocketAddr,
     say: Arc<Mutex<Say>>,
     taken: Arc<Mutex<Vec<Seen>>>,
-    /// Batches that came, whatever was said to them.
+    /// All batches that came, accepted or not.
     asked: Arc<Mutex<usize>>,
 }
 

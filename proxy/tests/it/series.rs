@@ -39,7 +39,7 @@ const OTHER_BYTES: &str = "an upload of other bytes";
 const BREAK: &str = "a transfer that breaks";
 const WRONG: &str = "wrong bytes from the origin";
 const TOO_MANY: &str = "more fills than permits";
-const TOO_MUCH: &str = "more blobs than there is room for";
+const TOO_MUCH: &str = "more blobs than the tiers hold";
 const ROT: &str = "a restart over a file that rotted";
 const NO_DISK: &str = "a disk that cannot be written";
 const NO_ORIGIN: &str = "no origin";
@@ -49,6 +49,16 @@ const LEFT: &str = "a member that leaves";
 // Those of castier-origin, from its start on.
 const STORED: &str = "an upload to the origin";
 const ROTTED: &str = "a file of the origin that rotted";
+
+/// What moves each of the results that a request for a blob can have.
+const BY_RESULT: &[(&str, &str)] = &[
+    (MISS, r#"result="miss""#),
+    (HIT, r#"result="hit""#),
+    (ABSENT, r#"result="absent",route="blob""#),
+    (HERD, r#"result="collapsed""#),
+    (WRONG, r#"result="error""#),
+    (ABSENT, r#"route="relay""#),
+];
 
 /// All of castier's.
 const SERIES: &[Series] = &[
@@ -64,32 +74,8 @@ const SERIES: &[Series] = &[
             (ABSENT, r#"route="relay""#),
         ],
     ),
-    (
-        "castier_http_request_duration_seconds",
-        "histogram",
-        &["route", "result"],
-        &[
-            (MISS, r#"result="miss""#),
-            (HIT, r#"result="hit""#),
-            (ABSENT, r#"result="absent",route="blob""#),
-            (HERD, r#"result="collapsed""#),
-            (WRONG, r#"result="error""#),
-            (ABSENT, r#"route="relay""#),
-        ],
-    ),
-    (
-        "castier_http_first_byte_seconds",
-        "histogram",
-        &["route", "result"],
-        &[
-            (MISS, r#"result="miss""#),
-            (HIT, r#"result="hit""#),
-            (ABSENT, r#"result="absent",route="blob""#),
-            (HERD, r#"result="collapsed""#),
-            (WRONG, r#"result="error""#),
-            (ABSENT, r#"route="relay""#),
-        ],
-    ),
+    ("castier_http_request_duration_seconds", "histogram", &["route", "result"], BY_RESULT),
+    ("castier_http_first_byte_seconds", "histogram", &["route", "result"], BY_RESULT),
     ("castier_http_requests_in_flight", "gauge", &[], &[(HERD, "")]),
     ("castier_uploads_in_progress", "gauge", &[], &[(UPLOAD, "")]),
     (

@@ -202,7 +202,7 @@ const EVIL: [&[u8]; 7] = [
 ];
 
 #[tokio::test]
-async fn every_line_is_a_record_whatever_clients_send() {
+async fn every_line_is_a_record_for_any_request() {
     let _turn = light().await;
     for format in ["text", "json"] {
         let origin = RealOrigin::start_with(&[("CASTIER_LOG__FORMAT", format), ("CASTIER_LOG__LEVEL", "debug")]).await;

@@ -56,7 +56,7 @@ impl HangingFs {
         Box::leak(self.dir.path().join("behind").into_boxed_path())
     }
 
-    /// From now on nothing is answered, until what this returns is dropped. Whoever calls it after `Castier::start` has it dropped
+    /// From now on nothing is answered, until what this returns is dropped. Call it after `Castier::start`, so that it is dropped
     /// before castier: a process with a call in a file system that hangs cannot be killed, so the end of a failed test would wait
     /// for it for ever.
     pub(crate) async fn hang(&self) -> Hang {

@@ -64,7 +64,7 @@ pub(crate) async fn metrics(castier: &Castier) -> Metrics {
     metrics_at(castier.admin).await
 }
 
-/// Of whatever program has its admin listener there.
+/// Of the program whose admin listener that is.
 pub(crate) async fn metrics_at(admin: SocketAddr) -> Metrics {
     let reply = Request::get("/metrics").send(admin).await;
     assert_eq!(reply.status, 200);

@@ -29,7 +29,7 @@ pub(super) enum Trouble {
 }
 
 #[derive(Default)]
-pub(super) struct Standing(Mutex<Known>);
+pub(super) struct Troubles(Mutex<Known>);
 
 #[derive(Default)]
 struct Known {
@@ -39,7 +39,7 @@ struct Known {
     since: Option<SystemTime>,
 }
 
-impl Standing {
+impl Troubles {
     /// Some trouble has begun, or is over.
     pub(super) fn set(&self, trouble: Trouble, there: bool) {
         let mut known = self.0.lock();
@@ -67,22 +67,22 @@ mod tests {
 
     #[test]
     fn the_worst_trouble_is_told_since_it_began() {
-        let standing = Standing::default();
-        assert_eq!(standing.state(), (DiskState::Ok, None));
-        standing.set(Trouble::Reads, false);
-        assert_eq!(standing.state(), (DiskState::Ok, None), "nothing has changed");
-        standing.set(Trouble::ReadOnly, true);
-        let (state, since) = standing.state();
+        let tier = Troubles::default();
+        assert_eq!(tier.state(), (DiskState::Ok, None));
+        tier.set(Trouble::Reads, false);
+        assert_eq!(tier.state(), (DiskState::Ok, None), "nothing has changed");
+        tier.set(Trouble::ReadOnly, true);
+        let (state, since) = tier.state();
         assert!(state == DiskState::ReadOnly && since.is_some());
-        standing.set(Trouble::ReadOnly, true);
-        assert_eq!(standing.state(), (state, since), "it goes on");
+        tier.set(Trouble::ReadOnly, true);
+        assert_eq!(tier.state(), (state, since), "it goes on");
         for trouble in [Trouble::Reads, Trouble::Writes, Trouble::Lost] {
-            standing.set(trouble, true);
-            assert_eq!(standing.state().0, DiskState::NotAnswering, "{trouble:?}");
-            standing.set(trouble, false);
-            assert_eq!(standing.state().0, DiskState::ReadOnly, "{trouble:?}");
+            tier.set(trouble, true);
+            assert_eq!(tier.state().0, DiskState::NotAnswering, "{trouble:?}");
+            tier.set(trouble, false);
+            assert_eq!(tier.state().0, DiskState::ReadOnly, "{trouble:?}");
         }
-        standing.set(Trouble::ReadOnly, false);
-        assert!(standing.state().0 == DiskState::Ok && standing.state().1 >= since);
+        tier.set(Trouble::ReadOnly, false);
+        assert!(tier.state().0 == DiskState::Ok && tier.state().1 >= since);
     }
 }

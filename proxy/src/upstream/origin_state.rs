@@ -30,7 +30,7 @@ pub struct OriginState {
 }
 
 #[derive(Default)]
-pub(super) struct Standing {
+pub(super) struct OriginHealth {
     known: Mutex<Known>,
     requests: AtomicU64,
     errors: AtomicU64,
@@ -50,7 +50,7 @@ struct Known {
     broken: u32,
 }
 
-impl Standing {
+impl OriginHealth {
     /// See [`super::Upstream::found`]. `origin` is the name that the log has.
     pub(super) fn found(&self, origin: &str, asked: Instant, answer: Result<StatusCode, &Fault>, metrics: &Metrics) {
         self.requests.fetch_add(1, Relaxed);
@@ -133,36 +133,36 @@ mod tests {
 
     #[test]
     fn the_last_word_counts_and_late_news_do_not() {
-        let (standing, metrics) = (Standing::default(), Metrics::new().unwrap());
-        let up = |standing: &Standing| standing.state().up;
+        let (health, metrics) = (OriginHealth::default(), Metrics::new().unwrap());
+        let up = |health: &OriginHealth| health.state().up;
         let unreachable = Fault::Unreachable { source_name: "origin", why: String::new() };
         let silent = Fault::Silent { source_name: "origin", why: String::new() };
-        assert_eq!(standing.state(), OriginState { up: true, since: None, requests: 0, errors: 0 });
+        assert_eq!(health.state(), OriginState { up: true, since: None, requests: 0, errors: 0 });
         let early = Instant::now();
-        standing.found("o", early, Ok(StatusCode::OK), &metrics);
-        assert_eq!(standing.state().since, None, "nothing has changed");
-        standing.found("o", early, Err(&silent), &metrics);
-        assert!(up(&standing), "another request was answered meanwhile");
-        standing.unreached("o", Instant::now(), &unreachable, &metrics);
-        let since = standing.state().since.unwrap();
-        standing.found("o", Instant::now(), Err(&silent), &metrics);
-        assert_eq!((up(&standing), standing.state().since), (false, Some(since)), "down since the first");
+        health.found("o", early, Ok(StatusCode::OK), &metrics);
+        assert_eq!(health.state().since, None, "nothing has changed");
+        health.found("o", early, Err(&silent), &metrics);
+        assert!(up(&health), "another request was answered meanwhile");
+        health.unreached("o", Instant::now(), &unreachable, &metrics);
+        let since = health.state().since.unwrap();
+        health.found("o", Instant::now(), Err(&silent), &metrics);
+        assert_eq!((up(&health), health.state().since), (false, Some(since)), "down since the first");
         for status in [404, 500, 503] {
-            standing.found("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
-            assert!(up(&standing), "{status}");
+            health.found("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
+            assert!(up(&health), "{status}");
         }
         for status in [502, 504] {
-            standing.found("o", Instant::now(), Ok(StatusCode::OK), &metrics);
-            standing.found("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
-            assert!(!up(&standing), "{status}");
+            health.found("o", Instant::now(), Ok(StatusCode::OK), &metrics);
+            health.found("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
+            assert!(!up(&health), "{status}");
         }
-        let before = standing.state();
-        standing.found("o", Instant::now(), Err(&Fault::Abandoned), &metrics);
-        assert_eq!(standing.state(), before, "the origin was not asked");
-        standing.found("o", Instant::now(), Ok(StatusCode::OK), &metrics);
+        let before = health.state();
+        health.found("o", Instant::now(), Err(&Fault::Abandoned), &metrics);
+        assert_eq!(health.state(), before, "the origin was not asked");
+        health.found("o", Instant::now(), Ok(StatusCode::OK), &metrics);
         for still_up in [true, true, false] {
-            standing.found("o", Instant::now(), Err(&unreachable), &metrics);
-            assert_eq!(up(&standing), still_up, "connections that broke");
+            health.found("o", Instant::now(), Err(&unreachable), &metrics);
+            assert_eq!(up(&health), still_up, "connections that broke");
         }
         assert_eq!((before.requests, before.errors), (10, 6));
     }
