@@ -32,7 +32,7 @@ pub use state::DiskState;
 use crate::{
     metrics::{DiskOp, Metrics, Skip},
     pool,
-    tier::{Tier, TierStats},
+    tier::TierStats,
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
@@ -219,11 +219,16 @@ impl Disk {
 
     /// Keeps a blob that was spooled into a file of this tier: a rename. What is forgotten between this call and the end of the
     /// future is not kept, so call it where nothing can come between the decision to keep and the call. Ends within `disk.timeout`.
-    ///
-    /// Invariant: `blob` proves the very bytes that were appended to its file.
     pub fn keep_file(&self, blob: Verified<DiskFile>) -> impl Future<Output = ()> + Send + use<> {
-        let (store, accepted) = (self.store.clone(), self.store.accept(&blob.digest()));
-        place(store, blob, accepted)
+        let (store, digest, size) = (self.store.clone(), blob.digest(), blob.size());
+        let (accepted, file) = (store.accept(&digest), blob.into_content());
+        async move {
+            if file.size() != size {
+                tracing::error!(%digest, size, written = file.size(), "a spooled blob is not as long as what was verified, and is not kept");
+                return;
+            }
+            place(store, digest, file, accepted).await;
+        }
     }
 
     /// Keeps a blob from memory, later: the caller waits for nothing. With `disk.write_behind` full it is not kept.
@@ -288,27 +293,19 @@ impl Disk {
         }
     }
 
-    /// Its state now. `hits` are counted by the ladder, which alone knows what was a get.
+    /// Its state now. `hits` are counted by the cache, which alone knows what was a get.
     pub fn stats(&self, hits: u64) -> TierStats {
         self.store.stats(hits)
     }
 }
 
-impl Tier for Disk {
-    type Kept = Arc<DiskBlob>;
-
-    async fn find(&self, digest: &Digest) -> Option<Arc<DiskBlob>> {
-        Self::find(self, digest).await
-    }
-
-    async fn keep(&self, blob: Verified<Bytes>) {
+#[cfg(test)]
+impl Disk {
+    /// Keeps a blob from memory, and waits for it.
+    pub(crate) async fn keep_now(&self, blob: Verified<Bytes>) {
         let (store, accepted) = (self.store.clone(), self.store.accept(&blob.digest()));
         let kept = self.store.writes.run(move || store.keep(&blob, accepted)).await;
         kept.inspect_err(|undone| self.store.undone(DiskOp::Write, *undone)).ok();
-    }
-
-    async fn forget(&self, digest: &Digest) {
-        Self::forget(self, digest).await;
     }
 }
 
@@ -318,14 +315,8 @@ impl Drop for Disk {
     }
 }
 
-/// Gives a file that holds all of a blob its place, within `disk.timeout`.
-async fn place(store: Arc<Store>, blob: Verified<DiskFile>, accepted: Accepted) {
-    let (digest, size) = (blob.digest(), blob.size());
-    let file = blob.into_content();
-    if file.size() != size {
-        tracing::error!(%digest, size, written = file.size(), "a spooled blob is not as long as what was verified, and is not kept");
-        return;
-    }
+/// Gives a file that holds all of a blob its name, within `disk.timeout`.
+async fn place(store: Arc<Store>, digest: Digest, file: DiskFile, accepted: Accepted) {
     let placing = store.clone();
     if let Err(undone) = store.writes.run(move || placing.place(&digest, file, accepted)).await {
         store.undone(DiskOp::Write, undone);

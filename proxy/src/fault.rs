@@ -1,11 +1,10 @@
-//! The error taxonomy of the data path: what went wrong, by whose doing. Knows nothing of HTTP; [`crate::serve`] maps each
-//! fault to a status in one exhaustive match.
+//! What can go wrong on the data path, and whose fault it is. Knows no HTTP status: one exhaustive match maps each fault to one.
 //!
 //! Invariant: "absent" is not a fault. It is an answer, and only the origin can give it.
 
 use castier_blob::Mismatch;
 
-/// Something that kept a request from its blob. Cheap to clone: everyone in a flight gets the same one.
+/// Why a request did not get its blob. Cheap to clone: every reader of a flight gets the same one.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Fault {
     /// The uploaded bytes are not the blob they were announced as.
@@ -28,7 +27,7 @@ pub enum Fault {
     Unreachable {
         /// Which source.
         source_name: &'static str,
-        /// What the attempts died of.
+        /// How the last attempt failed.
         why: String,
     },
     /// The source sent no byte for `origin.read_timeout`.
@@ -70,16 +69,26 @@ pub enum Fault {
     /// The client sent no byte of its upload for `limits.idle_timeout`.
     #[error("client silent for too long")]
     ClientSilent,
-    /// Nobody reads the flight any more and too much was left to finish it.
+    /// All readers of the flight have left, and too much was missing to finish it.
     #[error("abandoned by all its readers")]
     Abandoned,
-    /// Our own failing.
+    /// A fault of this program.
     #[error("internal: {0}")]
     Internal(String),
 }
 
 impl Fault {
-    /// Its kind in one word, for what groups by it.
+    /// Whether the transfer from the source broke, so that another source may do better.
+    pub const fn is_broken_transfer(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Silent { .. } | Self::Unusable { .. })
+    }
+
+    /// Whether a limit of this node keeps it from asking this source now. Another source may be free.
+    pub const fn is_source_limit(&self) -> bool {
+        matches!(self, Self::Busy(Limit::Fills | Limit::Requests | Limit::Files | Limit::Origin))
+    }
+
+    /// Its kind in one word, for spans.
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Mismatch(_) => "mismatch",

@@ -1,9 +1,11 @@
 //! The memory tier.
 
 use crate::{
+    budget::{Budget, Lease},
     eviction::{Index, Shape},
-    spool::{Budget, Lease, PIECE},
-    tier::{Tier, TierName, TierStats},
+    reader::PIECE,
+    tier::TierStats,
+    via::Tier,
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
@@ -87,7 +89,7 @@ impl Memory {
         config: &config::Memory,
         share: Option<Share>,
         budget: &Arc<Budget>,
-        evicted: impl Fn(TierName, Duration) + Clone + Send + Sync + 'static,
+        evicted: impl Fn(Tier, Duration) + Clone + Send + Sync + 'static,
     ) -> (Self, Option<Self>) {
         let part = share.map_or(0, |share| share.of(config.capacity).get());
         let own = config::Memory { capacity: Size::new(config.capacity.get() - part), ..config.clone() };
@@ -96,8 +98,8 @@ impl Memory {
             let evicted = evicted.clone();
             move |age| evicted(tier, age)
         };
-        let mirror = (part > 0).then(|| Self::telling(&mirror, budget, told(TierName::Mirror)));
-        (Self::telling(&own, budget, told(TierName::Memory)), mirror)
+        let mirror = (part > 0).then(|| Self::telling(&mirror, budget, told(Tier::Mirror)));
+        (Self::telling(&own, budget, told(Tier::Memory)), mirror)
     }
 
     /// An empty tier as configured. `budget` is `fill.memory`.
@@ -169,26 +171,10 @@ impl Memory {
         self.index.remove(digest)
     }
 
-    /// Its state now. `hits` are counted by the ladder, which alone knows what was a get.
+    /// Its state now. `hits` are counted by the cache, which alone knows what was a get.
     pub fn stats(&self, hits: u64) -> TierStats {
         let (bytes, blobs) = self.index.size();
         TierStats { bytes, capacity: self.capacity, blobs, hits, evictions: self.evictions.load(Ordering::Relaxed) }
-    }
-}
-
-impl Tier for Memory {
-    type Kept = Bytes;
-
-    async fn find(&self, digest: &Digest) -> Option<Bytes> {
-        Self::find(self, digest)
-    }
-
-    async fn keep(&self, blob: Verified<Bytes>) {
-        Self::keep(self, blob);
-    }
-
-    async fn forget(&self, digest: &Digest) {
-        Self::forget(self, digest);
     }
 }
 
@@ -198,9 +184,9 @@ mod tests {
     use castier_blob::Verifier;
 
     fn verified(bytes: Vec<u8>) -> Verified<Bytes> {
-        let mut verifier = Verifier::any();
-        verifier.update(&bytes);
-        verifier.finish(Bytes::from(bytes)).unwrap()
+        let mut verifier = Verifier::any(Vec::new());
+        verifier.write(&bytes.into()).unwrap();
+        verifier.finish().unwrap()
     }
 
     fn tier(capacity: u64, max_blob: u64) -> Memory {

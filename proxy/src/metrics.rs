@@ -7,8 +7,10 @@ mod ages;
 
 use crate::{
     fault::Limit,
+    flights::Asker,
     recent::{Asked, Recent},
-    tier::{TierName, TierStats},
+    tier::TierStats,
+    via::{From, Tier},
 };
 use ages::Ages;
 use castier_blob::Digest;
@@ -28,12 +30,9 @@ const AGES: [f64; 7] = [300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0, 2_5
 /// Stands for a status where the client left before there was one, as in nginx.
 pub const CLIENT_GONE: u16 = 499;
 
-/// As the arrays have them.
-const TIERS: [TierName; 3] = [TierName::Memory, TierName::Mirror, TierName::Disk];
-
-/// How a load from a source ended.
+/// How a flight ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum LoadResult {
     /// The blob came, and verified.
     Ok,
     /// The source says that there is no such blob.
@@ -42,7 +41,7 @@ pub enum Outcome {
     Error,
 }
 
-impl Outcome {
+impl LoadResult {
     const fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -321,7 +320,7 @@ pub struct Metrics {
     first_bytes: [[Histogram; 5]; 5],
     in_flight: IntGauge,
     uploads: IntGauge,
-    /// Bytes served: by listener, and from the tiers in the order of [`TierName`] or from flights.
+    /// Bytes served: by listener, and from the tiers in the order of [`Tier`] or from flights.
     served: [[IntCounter; 4]; 2],
     /// Bytes received from the origin and from peers.
     source_bytes: [IntCounter; 2],
@@ -330,17 +329,17 @@ pub struct Metrics {
     /// Who asks for what.
     pub recent: Recent,
     /// Gets: requests for the bytes of a blob.
-    pub gets: IntCounter,
+    gets: IntCounter,
     /// Gets that no tier could answer.
-    pub loads: IntCounter,
+    loads: IntCounter,
     /// Loads that started a flight.
-    pub flights: IntCounter,
+    flights: IntCounter,
     /// Loads that joined one.
-    pub collapsed: IntCounter,
-    /// Gets answered by tiers, in the order of [`TierName`].
+    collapsed: IntCounter,
+    /// Gets answered by tiers, in the order of [`Tier`].
     hits: [IntCounter; 3],
     /// Those of them that came from peers.
-    pub hits_from_peers: IntCounter,
+    hits_from_peers: IntCounter,
     /// How long fills waited for a permit.
     fill_wait: Histogram,
     origin_up: IntGauge,
@@ -355,7 +354,7 @@ pub struct Metrics {
     tier_capacity: IntGaugeVec,
     tier_blobs: IntGaugeVec,
     tier_evictions: IntCounterVec,
-    /// In the order of [`TierName`].
+    /// In the order of [`Tier`].
     evicted_age: [Histogram; 3],
     evicted_lately: [Ages; 3],
     following: Mutex<()>,
@@ -384,7 +383,7 @@ pub struct Metrics {
     cluster_peers: IntGaugeVec,
     cluster_changes: IntCounter,
     /// Gets that came from peers.
-    pub gets_from_peers: IntCounter,
+    gets_from_peers: IntCounter,
     /// Attempts at peers that failed, those that have left included.
     pub peer_errors: IntCounter,
     peer_up: IntGaugeVec,
@@ -450,7 +449,7 @@ impl Metrics {
             loads: counter(&r, "castier_loads_total", "Gets that no tier could answer")?,
             flights: counter(&r, "castier_flights_total", "Loads that started a flight")?,
             collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight, a remembered absence included")?,
-            hits: TIERS.map(|tier| hits.with_label_values(&[tier.as_str()])),
+            hits: Tier::ALL.map(|tier| hits.with_label_values(&[tier.as_str()])),
             hits_from_peers: counter(&r, "castier_hits_from_peers_total", "Gets from other nodes of the cluster that a tier answered")?,
             fill_wait: add(
                 &r,
@@ -468,7 +467,7 @@ impl Metrics {
             tier_capacity: gauges(&r, "castier_tier_capacity_bytes", "Bytes that a tier may take up", &["tier"])?,
             tier_blobs: gauges(&r, "castier_tier_blobs", "Blobs in a tier", &["tier"])?,
             tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs dropped for lack of room", &["tier"])?,
-            evicted_age: TIERS.map(|tier| evicted_age.with_label_values(&[tier.as_str()])),
+            evicted_age: Tier::ALL.map(|tier| evicted_age.with_label_values(&[tier.as_str()])),
             evicted_lately: Default::default(),
             following: Mutex::new(()),
             corrupt: counters(&r, "castier_corrupt_blobs_total", "Blobs whose bytes did not match their digest", &["source"])?,
@@ -523,9 +522,9 @@ impl Metrics {
 
     /// Makes the series with known labels exist, so that rates have a start.
     fn begin_at_zero(&self) {
-        for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
+        for result in [LoadResult::Ok, LoadResult::Absent, LoadResult::Error] {
             for source in ["origin", "peer"] {
-                self.source_loads.with_label_values(&[source, outcome.as_str()]);
+                self.source_loads.with_label_values(&[source, result.as_str()]);
             }
         }
         for source in ["origin", "peer"] {
@@ -612,19 +611,57 @@ impl Metrics {
         (total, self.client_errors.get(), u64::try_from(self.in_flight.get()).unwrap_or(0))
     }
 
+    /// A request asks for the bytes of a blob.
+    pub fn get(&self, asker: Asker) {
+        self.gets.inc();
+        if asker == Asker::Peer {
+            self.gets_from_peers.inc();
+        }
+    }
+
     /// A tier answered a get.
-    pub fn hit(&self, tier: TierName) {
+    pub fn hit(&self, tier: Tier, asker: Asker) {
         self.hits[tier as usize].inc();
+        if asker == Asker::Peer {
+            self.hits_from_peers.inc();
+        }
+    }
+
+    /// A load started a flight.
+    pub fn flight(&self) {
+        self.loads.inc();
+        self.flights.inc();
+    }
+
+    /// A load joined a flight, or found a remembered absence.
+    pub fn collapsed(&self) {
+        self.loads.inc();
+        self.collapsed.inc();
+    }
+
+    /// Gets of clients.
+    pub fn client_gets(&self) -> u64 {
+        self.gets.get().saturating_sub(self.gets_from_peers.get())
+    }
+
+    /// Gets of clients that a tier answered.
+    pub fn client_hits(&self) -> u64 {
+        self.hits.iter().map(IntCounter::get).sum::<u64>().saturating_sub(self.hits_from_peers.get())
+    }
+
+    /// Gets, gets from peers, loads, and loads that started a flight.
+    pub fn ledger(&self) -> (u64, u64, u64, u64) {
+        (self.gets.get(), self.gets_from_peers.get(), self.loads.get(), self.flights.get())
     }
 
     /// How many gets this tier answered.
-    pub fn hits(&self, tier: TierName) -> u64 {
+    pub fn hits(&self, tier: Tier) -> u64 {
         self.hits[tier as usize].get()
     }
 
     /// So many bytes of answers came from this tier, or, without one, from a flight.
-    pub fn served_from(&self, listener: Listener, tier: Option<TierName>, bytes: u64) {
-        self.served[listener as usize][tier.map_or(TIERS.len(), |tier| tier as usize)].inc_by(bytes);
+    pub fn served_from(&self, listener: Listener, tier: Option<Tier>, bytes: u64) {
+        self.served[listener as usize][tier.map_or(Tier::ALL.len(), |tier| tier as usize)].inc_by(bytes);
     }
 
     /// How many bytes of blobs clients were sent.
@@ -654,13 +691,13 @@ impl Metrics {
     }
 
     /// A tier evicted what it had for so long.
-    pub fn evicted(&self, tier: TierName, age: Duration) {
+    pub fn evicted(&self, tier: Tier, age: Duration) {
         self.evicted_age[tier as usize].observe(age.as_secs_f64());
         self.evicted_lately[tier as usize].add(age);
     }
 
     /// The median age of what a tier evicted lately; none if it has evicted nothing.
-    pub fn evicted_age(&self, tier: TierName) -> Option<Duration> {
+    pub fn evicted_age(&self, tier: Tier) -> Option<Duration> {
         self.evicted_lately[tier as usize].median()
     }
 
@@ -671,19 +708,20 @@ impl Metrics {
     }
 
     /// A flight ended.
-    pub fn source_load(&self, source: &str, outcome: Outcome, took: Duration) {
-        self.source_loads.with_label_values(&[source, outcome.as_str()]).inc();
+    pub fn load_ended(&self, source: From, result: LoadResult, took: Duration) {
+        let source = source.as_str();
+        self.source_loads.with_label_values(&[source, result.as_str()]).inc();
         self.source_duration.with_label_values(&[source]).observe(took.as_secs_f64());
     }
 
     /// How many flights ended so.
-    pub fn source_loads(&self, source: &str, outcome: Outcome) -> u64 {
-        self.source_loads.with_label_values(&[source, outcome.as_str()]).get()
+    pub fn source_loads(&self, source: From, result: LoadResult) -> u64 {
+        self.source_loads.with_label_values(&[source.as_str(), result.as_str()]).get()
     }
 
     /// A broken transfer was taken up again.
-    pub fn source_resume(&self, source: &str) {
-        self.source_resumes.with_label_values(&[source]).inc();
+    pub fn resumed(&self, source: From) {
+        self.source_resumes.with_label_values(&[source.as_str()]).inc();
     }
 
     /// Bytes that did not match their digest came from `source`.
@@ -786,14 +824,15 @@ impl Metrics {
     }
 
     /// The text that Prometheus scrapes, with the tiers' state as of now.
-    pub fn render(&self, tiers: &[(&str, TierStats)]) -> String {
+    pub fn render(&self, tiers: &[(Tier, TierStats)]) -> String {
         for (tier, stats) in tiers {
-            let gauge = |series: &IntGaugeVec, value: u64| series.with_label_values(&[*tier]).set(i64::try_from(value).unwrap_or(i64::MAX));
+            let tier = tier.as_str();
+            let gauge = |series: &IntGaugeVec, value: u64| series.with_label_values(&[tier]).set(i64::try_from(value).unwrap_or(i64::MAX));
             gauge(&self.tier_bytes, stats.bytes);
             gauge(&self.tier_capacity, stats.capacity);
             gauge(&self.tier_blobs, stats.blobs);
             // The tier counts; this follows. Two scrapes at once must not both add the difference.
-            let evictions = self.tier_evictions.with_label_values(&[*tier]);
+            let evictions = self.tier_evictions.with_label_values(&[tier]);
             let _alone = self.following.lock();
             evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
         }

@@ -1,133 +1,54 @@
-//! The growing buffer behind a flight: in memory while the blob may end up in the memory tier, else in an unlinked file with a
-//! window of its newest bytes in memory. Readers cost an offset each, never a copy of the blob.
+//! The growing buffer behind a flight. It is in memory while the blob may end up in the memory tier. Else it is a file without a name, with a window of
+//! the newest bytes in memory. A reader costs an offset, never a copy of the blob.
 //!
-//! The file may lag behind: a byte stays in memory until [`Spool::wrote`] says that the file has it, so readers find every byte in one
-//! of the two.
+//! The file may lag behind: a byte stays in memory until [`Spool::wrote`] says that the file has it. So readers find every byte in one of the two.
 //!
-//! What a spool holds is unverified until its flight says otherwise. Two budgets bound all spools together: `fill.memory` and
-//! `fill.spool`; a spool that gets no memory goes to its file, one that gets no file space fails its flight.
+//! The bytes are unverified until the flight has verified them. Two budgets bound all spools together: `fill.memory` and `fill.spool`. A spool that
+//! gets no memory goes to its file; a spool that gets no file space fails its flight.
 
 mod file;
+mod writer;
 
-pub use file::Files;
+pub use file::SpoolFiles;
+pub(crate) use writer::{Landed, SpoolWriter, UseTier};
 
 use crate::{
-    buffer,
+    budget::{Budget, Lease},
     fault::{Fault, Limit},
     metrics::Metrics,
     pool::SharedFile,
+    reader::PIECE,
 };
 use bytes::{Bytes, BytesMut};
-use std::{
-    collections::VecDeque,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{collections::VecDeque, sync::Arc};
 
 /// How much of a spooled file's end stays in memory, for the readers who keep up. A few network reads' worth.
 const WINDOW: u64 = 1 << 20;
 /// How much is written to a file at once: enough that waking another thread for it costs little. What is being written and what gathers
 /// meanwhile make up the window.
 pub const BATCH: u64 = WINDOW / 2;
-/// The longest piece a reader gets at once: what a slow client can pin.
-pub const PIECE: usize = buffer::SIZE;
 /// Arrivals are merged up to this length, so that a source that dribbles does not cost a segment per byte.
 const MERGE: usize = 64 << 10;
 
-/// An amount of bytes that many share, handed out as [`Lease`]s.
-#[derive(Debug)]
-pub struct Budget {
-    limit: AtomicU64,
-    used: AtomicU64,
-}
-
-impl Budget {
-    /// A budget of `limit` bytes.
-    pub fn new(limit: u64) -> Arc<Self> {
-        Arc::new(Self { limit: AtomicU64::new(limit), used: AtomicU64::new(0) })
-    }
-
-    /// Changes the limit. Leases that are out stay; nothing new is handed out until they are within it.
-    pub fn set_limit(&self, limit: u64) {
-        self.limit.store(limit, Ordering::Relaxed);
-    }
-
-    /// A lease of nothing yet.
-    pub fn empty(self: &Arc<Self>) -> Lease {
-        Lease { budget: self.clone(), amount: 0 }
-    }
-
-    /// Takes `amount` bytes, or nothing.
-    pub fn lease(self: &Arc<Self>, amount: u64) -> Option<Lease> {
-        let mut lease = self.empty();
-        lease.grow(amount).then_some(lease)
-    }
-
-    /// Takes `amount` bytes that are held already, whether or not they are left. Beyond the limit nothing more is leased until enough has
-    /// come back.
-    pub fn charge(self: &Arc<Self>, amount: u64) -> Lease {
-        self.used.fetch_add(amount, Ordering::Relaxed);
-        Lease { budget: self.clone(), amount }
-    }
-
-    /// How many bytes are taken.
-    pub fn used(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
-    }
-}
-
-/// A part of a [`Budget`]; given back on drop.
-#[derive(Debug)]
-pub struct Lease {
-    budget: Arc<Budget>,
-    amount: u64,
-}
-
-impl Lease {
-    /// Makes the lease at least `amount` bytes; false, and unchanged, if the budget does not have them.
-    pub fn cover(&mut self, amount: u64) -> bool {
-        amount <= self.amount || self.grow(amount - self.amount)
-    }
-
-    /// Makes the lease larger by `more`; false, and unchanged, if the budget does not have that.
-    pub fn grow(&mut self, more: u64) -> bool {
-        let limit = self.budget.limit.load(Ordering::Relaxed);
-        let within = |used: u64| used.checked_add(more).filter(|sum| *sum <= limit);
-        let taken = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok();
-        if taken {
-            self.amount += more;
-        }
-        taken
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.amount, Ordering::Relaxed);
-    }
-}
-
-/// Where spools get their room.
-pub struct Room {
+/// What all spools share: two budgets, and a directory for files.
+pub struct Spools {
     /// `fill.memory`.
     pub memory: Arc<Budget>,
     /// `fill.spool`.
     pub disk: Arc<Budget>,
     /// In `fill.spool_dir`.
-    pub files: Files,
-    /// `memory.max_blob`: what is larger has no business in memory.
+    pub files: SpoolFiles,
+    /// `memory.max_blob`: a larger blob will not be kept in memory, so it goes to a file at once.
     pub max_in_memory: u64,
 }
 
-impl Room {
-    /// Room as configured, with `memory` shared with whoever else holds unverified bytes.
+impl Spools {
+    /// As configured. `memory` is shared with everything else that holds unverified bytes.
     pub fn new(config: &castier_config::Castier, memory: Arc<Budget>, metrics: Arc<Metrics>) -> Self {
         Self {
             memory,
             disk: Budget::new(config.fill.spool.get()),
-            files: Files::new(&config.fill, metrics),
+            files: SpoolFiles::new(&config.fill, metrics),
             max_in_memory: config.memory.max_blob.get(),
         }
     }
@@ -155,28 +76,25 @@ pub struct Spool {
 pub enum Piece {
     /// Bytes shared with the spool.
     Memory(Bytes),
-    /// To be read from the file with [`Files::read`], off the lock.
+    /// To be read from the file with [`SpoolFiles::read`], off the lock.
     File(Arc<SharedFile>, usize),
 }
 
-/// A step that the writer must take off the lock before it can append.
+/// Where the next bytes go.
 pub enum Admit {
-    /// Call [`Spool::push`]; no file is wanted.
+    /// Into memory.
     Memory,
-    /// Call [`Spool::push`], and see to it that what is [`Spool::unwritten`] stays within [`BATCH`], or, without a window, nothing.
-    File {
-        /// There is memory for bytes that are not in the file yet.
-        window: bool,
-    },
-    /// Make a file first (see [`Spool::move_to_file`]).
+    /// Into the file, behind a backlog of at most [`Spool::backlog`].
+    File,
+    /// Make a file first (see [`Spool::move_to_file`]), off the lock.
     NeedsFile,
 }
 
 impl Spool {
     /// A spool for a blob of `size` bytes (none: not known), in memory if the blob may stay there. It leases memory as bytes come: what is
     /// only announced may never come, and would keep others out.
-    pub fn new(room: &Room, size: Option<u64>) -> Self {
-        let memory = (size.unwrap_or(0) <= room.max_in_memory).then(|| room.memory.empty());
+    pub fn new(spools: &Spools, size: Option<u64>) -> Self {
+        let memory = (size.unwrap_or(0) <= spools.max_in_memory).then(|| spools.memory.empty());
         Self { memory, ..Self::default() }
     }
 
@@ -191,18 +109,27 @@ impl Spool {
         self.len
     }
 
-    /// Makes room for `more` bytes and says where they go.
+    /// Leases what `more` bytes need, and says where they go.
     ///
     /// # Errors
     /// [`Fault::Busy`] when `fill.spool` is used up.
-    pub fn admit(&mut self, room: &Room, more: u64) -> Result<Admit, Fault> {
+    pub fn admit(&mut self, spools: &Spools, more: u64) -> Result<Admit, Fault> {
         if self.file.is_some() {
             let Some(disk) = &mut self.disk else { return Err(Fault::Internal("spool file without a lease".into())) };
-            return if disk.grow(more) { Ok(Admit::File { window: self.memory.is_some() }) } else { Err(Fault::Busy(Limit::Spool)) };
+            return if disk.grow(more) { Ok(Admit::File) } else { Err(Fault::Busy(Limit::Spool)) };
         }
         let after = self.len + more;
-        let covered = after <= room.max_in_memory && self.memory.as_mut().is_some_and(|lease| lease.cover(after));
+        let covered = after <= spools.max_in_memory && self.memory.as_mut().is_some_and(|lease| lease.cover(after));
         Ok(if covered { Admit::Memory } else { Admit::NeedsFile })
+    }
+
+    /// How many bytes the file may lack: a batch, or none if there is no memory for a window. `None` without a file.
+    pub const fn backlog(&self) -> Option<u64> {
+        match (&self.file, &self.memory) {
+            (None, _) => None,
+            (Some(_), Some(_)) => Some(BATCH),
+            (Some(_), None) => Some(0),
+        }
     }
 
     /// What has to be written to a new file before it can take over with [`Self::move_to_file`].
@@ -211,15 +138,15 @@ impl Spool {
     }
 
     /// From now on bytes go to `file`, which holds all that came so far; or, if it takes the place of another, what that one had.
-    pub fn move_to_file(&mut self, room: &Room, file: Arc<SharedFile>) -> Result<(), Fault> {
+    pub fn move_to_file(&mut self, spools: &Spools, file: Arc<SharedFile>) -> Result<(), Fault> {
         if self.file.replace(file).is_some() {
             return Ok(());
         }
-        let Some(disk) = room.disk.lease(self.len) else { return Err(Fault::Busy(Limit::Spool)) };
+        let Some(disk) = spools.disk.lease(self.len) else { return Err(Fault::Busy(Limit::Spool)) };
         self.disk = Some(disk);
         self.written = self.len;
         self.memory = None;
-        self.memory = room.memory.lease(WINDOW);
+        self.memory = spools.memory.lease(WINDOW);
         self.trim();
         Ok(())
     }
@@ -314,7 +241,7 @@ impl Spool {
     }
 
     /// Replaces the parts by the whole, so that memory is not held twice.
-    pub fn settle(&mut self, whole: Bytes) {
+    pub fn replace_with(&mut self, whole: Bytes) {
         self.segments = VecDeque::from([whole]);
         self.start = 0;
     }
@@ -341,18 +268,18 @@ mod tests {
     use proptest::prelude::*;
     use std::os::unix::fs::FileExt;
 
-    fn room(memory: u64, disk: u64, max_in_memory: u64) -> Room {
-        let files = Files::new(&castier_config::Fill::default(), Arc::new(Metrics::new().unwrap()));
-        Room { memory: Budget::new(memory), disk: Budget::new(disk), files, max_in_memory }
+    fn spools(memory: u64, disk: u64, max_in_memory: u64) -> Spools {
+        let files = SpoolFiles::new(&castier_config::Fill::default(), Arc::new(Metrics::new().unwrap()));
+        Spools { memory: Budget::new(memory), disk: Budget::new(disk), files, max_in_memory }
     }
 
-    async fn append(spool: &mut Spool, room: &Room, bytes: Bytes) -> Result<(), Fault> {
+    async fn append(spool: &mut Spool, spools: &Spools, bytes: Bytes) -> Result<(), Fault> {
         loop {
-            match spool.admit(room, bytes.len() as u64)? {
-                Admit::Memory | Admit::File { .. } => break,
+            match spool.admit(spools, bytes.len() as u64)? {
+                Admit::Memory | Admit::File => break,
                 Admit::NeedsFile => {
-                    let file = room.files.make(spool.in_memory()).await?;
-                    spool.move_to_file(room, file)?;
+                    let file = spools.files.make(spool.in_memory()).await?;
+                    spool.move_to_file(spools, file)?;
                 }
             }
         }
@@ -361,11 +288,11 @@ mod tests {
     }
 
     /// Has the file catch up, but for the last `lag` bytes.
-    async fn catch_up(spool: &mut Spool, room: &Room, lag: u64) {
+    async fn catch_up(spool: &mut Spool, spools: &Spools, lag: u64) {
         let to = spool.length() - lag;
         let Some((file, at, parts)) = spool.unwritten(to) else { return };
         assert_eq!(at + parts.iter().map(|part| part.len() as u64).sum::<u64>(), to);
-        room.files.write(&file, parts, at).await.unwrap();
+        spools.files.write(&file, parts, at).await.unwrap();
         spool.wrote(to);
     }
 
@@ -391,33 +318,33 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Whatever the arrivals and the room, what is read from any offset is what was written.
+        /// Whatever the arrivals and the budgets, what is read from any offset is what was written.
         #[test]
         fn reads_what_was_written(parts in prop::collection::vec(1usize..90_000, 1..40), max in 0u64..600_000, memory in 0u64..3_000_000, lag in 0u64..700_000, known: bool, from: prop::sample::Index) {
             tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
                 let total: usize = parts.iter().sum();
                 let bytes: Vec<u8> = (0..total).map(|i| (i * 31 / 7) as u8).collect();
-                let room = room(memory, 1 << 30, max);
-                let mut spool = Spool::new(&room, known.then_some(total as u64));
+                let spools = spools(memory, 1 << 30, max);
+                let mut spool = Spool::new(&spools, known.then_some(total as u64));
                 let mut at = 0;
                 for part in parts {
-                    append(&mut spool, &room, Bytes::copy_from_slice(&bytes[at..at + part])).await.unwrap();
+                    append(&mut spool, &spools, Bytes::copy_from_slice(&bytes[at..at + part])).await.unwrap();
                     at += part;
                     if spool.length() - spool.written() > 2 * lag {
-                        catch_up(&mut spool, &room, lag).await;
+                        catch_up(&mut spool, &spools, lag).await;
                     }
                 }
                 let from = from.index(total);
                 prop_assert_eq!(&read_all(&spool, from as u64).await[..], &bytes[from..]);
-                prop_assert!(room.memory.used() <= memory);
+                prop_assert!(spools.memory.used() <= memory);
                 if let Some(whole) = spool.parts().map(join) {
                     prop_assert!(total as u64 <= max);
                     prop_assert_eq!(&whole[..], &bytes[..]);
-                    spool.settle(whole);
+                    spool.replace_with(whole);
                     prop_assert_eq!(&read_all(&spool, from as u64).await[..], &bytes[from..]);
                 }
                 drop(spool);
-                prop_assert_eq!((room.memory.used(), room.disk.used()), (0, 0));
+                prop_assert_eq!((spools.memory.used(), spools.disk.used()), (0, 0));
                 Ok(())
             })?;
         }
@@ -425,20 +352,20 @@ mod tests {
 
     #[tokio::test]
     async fn dribbled_bytes_make_few_segments() {
-        let room = room(1 << 20, 0, 1 << 20);
-        let mut spool = Spool::new(&room, None);
+        let spools = spools(1 << 20, 0, 1 << 20);
+        let mut spool = Spool::new(&spools, None);
         for i in 0..200_000u32 {
-            append(&mut spool, &room, Bytes::from(vec![i as u8])).await.unwrap();
+            append(&mut spool, &spools, Bytes::from(vec![i as u8])).await.unwrap();
         }
         assert!(spool.segments.len() < 30, "{}", spool.segments.len());
     }
 
     #[tokio::test]
     async fn a_full_spool_budget_is_a_limit_not_a_crash() {
-        let room = room(0, 100, 1_000);
-        let mut spool = Spool::new(&room, None);
-        append(&mut spool, &room, Bytes::from(vec![1; 60])).await.unwrap();
-        let fault = append(&mut spool, &room, Bytes::from(vec![1; 60])).await.unwrap_err();
+        let spools = spools(0, 100, 1_000);
+        let mut spool = Spool::new(&spools, None);
+        append(&mut spool, &spools, Bytes::from(vec![1; 60])).await.unwrap();
+        let fault = append(&mut spool, &spools, Bytes::from(vec![1; 60])).await.unwrap_err();
         assert!(matches!(fault, Fault::Busy(Limit::Spool)), "{fault}");
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     buffer::Buffer,
     metrics::{DiskOp, Metrics},
     pool::{Pool, SharedFile},
-    tier::{Damaged, Kept},
+    tier::Damaged,
 };
 use bytes::Bytes;
 use castier_blob::Digest;
@@ -96,6 +96,11 @@ impl DiskBlob {
     /// Counts a get, and says how many there were since the file was opened.
     pub fn hit(&self) -> u32 {
         self.hits.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The blob's name.
+    pub const fn digest(&self) -> Digest {
+        self.digest
     }
 
     /// The blob's length in bytes.
@@ -197,16 +202,6 @@ impl DiskBlob {
     /// memory too.
     pub(super) fn cost(&self) -> u32 {
         u32::try_from(1 + self.table.bytes() / (16 << 10)).unwrap_or(u32::MAX)
-    }
-}
-
-impl Kept for Arc<DiskBlob> {
-    fn size(&self) -> u64 {
-        DiskBlob::size(self)
-    }
-
-    async fn read(&self, at: u64, max: usize) -> Result<Bytes, Damaged> {
-        DiskBlob::read(self, at, max).await
     }
 }
 

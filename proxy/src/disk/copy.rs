@@ -4,7 +4,7 @@
 use super::{Disk, store::Accepted};
 use crate::metrics::Skip;
 use bytes::Bytes;
-use castier_blob::Verified;
+use castier_blob::{Digest, Verified};
 use std::sync::{Arc, atomic::Ordering};
 use tokio::sync::mpsc;
 
@@ -23,7 +23,7 @@ pub struct DiskCopy {
 enum Next {
     Part(Bytes, Held),
     /// All bytes are there, and the blob shall be kept.
-    End(Verified<()>, Accepted),
+    End(Digest, Accepted),
 }
 
 /// A part of `disk.write_behind`.
@@ -67,15 +67,15 @@ impl DiskCopy {
     }
 
     /// Keeps the copy, as soon as it is written. What is forgotten from now on is not kept.
-    ///
-    /// Invariant: `proof` is that of the very bytes that were taken.
-    pub fn keep(self, proof: Verified<()>) {
-        if proof.size() != self.size {
-            tracing::error!(digest = %proof.digest(), size = proof.size(), copied = self.size, "the copy of an upload is not as long as the upload, and is not kept");
+    pub fn keep(copy: Verified<Self>) {
+        let (digest, size) = (copy.digest(), copy.size());
+        let copy = copy.into_content();
+        if size != copy.size {
+            tracing::error!(%digest, size, copied = copy.size, "the copy of an upload is not as long as the upload, and is not kept");
             return;
         }
-        let accepted = self.disk.store.accept(&proof.digest());
-        self.parts.send(Next::End(proof, accepted)).ok();
+        let accepted = copy.disk.store.accept(&digest);
+        copy.parts.send(Next::End(digest, accepted)).ok();
     }
 }
 
@@ -93,14 +93,14 @@ async fn write(disk: Arc<Disk>, mut next: mpsc::UnboundedReceiver<Next>) {
                     parts.push(part);
                     held.push(hold);
                 }
-                Next::End(proof, accepted) => end = Some((proof, accepted)),
+                Next::End(digest, accepted) => end = Some((digest, accepted)),
             }
         }
         let Some(grown) = file.grow(parts).await else { return };
         file = grown;
         drop(held);
-        if let Some((proof, accepted)) = end {
-            return super::place(disk.store.clone(), proof.with_content(file), accepted).await;
+        if let Some((digest, accepted)) = end {
+            return super::place(disk.store.clone(), digest, file, accepted).await;
         }
     }
 }

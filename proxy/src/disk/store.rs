@@ -20,7 +20,8 @@ use crate::{
     eviction::{Index, Shape},
     metrics::{DiskError, DiskOp, Metrics, Skip},
     pool::{Pool, Turn, Undone},
-    tier::{TierName, TierStats},
+    tier::TierStats,
+    via::Tier,
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
@@ -142,7 +143,7 @@ impl Store {
             |listed: &Listed| disk_blocks(listed.size),
             move |digest, listed, evicted| {
                 if evicted {
-                    told.evicted(TierName::Disk, listed.age());
+                    told.evicted(Tier::Disk, listed.age());
                     counter.fetch_add(1, Ordering::Relaxed);
                     evict.send(*digest).ok();
                 }

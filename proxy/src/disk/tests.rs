@@ -74,7 +74,7 @@ impl Bench {
     /// Keeps a blob, and says where.
     async fn keep(&self, len: usize, seed: u64) -> (Verified<Bytes>, PathBuf) {
         let blob = blob(len, seed);
-        Tier::keep(&**self, blob.clone()).await;
+        self.keep_now(blob.clone()).await;
         let path = self.store.path(&blob.digest());
         (blob, path)
     }

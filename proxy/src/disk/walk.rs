@@ -111,7 +111,7 @@ fn scrub_one(store: &Arc<Store>, digest: &Digest, stop: &Stop, pace: &mut Pace, 
         return true;
     }
     let mut open = true;
-    let mut verifier = Verifier::of(*digest);
+    let mut verifier = Verifier::of(*digest, ());
     let opened = DiskBlob::open(Weak::new(), store.reads.clone(), *digest, &store.path(digest));
     let damage = match &opened {
         Ok(blob) => {
@@ -122,7 +122,7 @@ fn scrub_one(store: &Arc<Store>, digest: &Digest, stop: &Stop, pace: &mut Pace, 
             });
             let why = match read {
                 Ok(false) => return false,
-                Ok(true) => verifier.finish(()).err().map(|mismatch| mismatch.to_string()),
+                Ok(true) => verifier.finish().err().map(|mismatch| mismatch.to_string()),
                 Err(why) => Some(why),
             };
             why.zip(blob.file().get().ok())

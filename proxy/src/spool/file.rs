@@ -15,14 +15,14 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
 const COPY: u64 = 1 << 20;
 
 /// Where spools get files without a name.
-pub struct Files {
+pub struct SpoolFiles {
     /// `fill.spool_dir`.
     dir: PathBuf,
     pool: Pool,
     metrics: Arc<Metrics>,
 }
 
-impl Files {
+impl SpoolFiles {
     /// Files as configured.
     pub fn new(config: &config::Fill, metrics: Arc<Metrics>) -> Self {
         let dir = if config.spool_dir.as_os_str().is_empty() { std::env::temp_dir() } else { config.spool_dir.clone() };

@@ -1,8 +1,14 @@
 //! The contract of every tier.
 
 use super::*;
-use crate::{disk::Disk, memory::Memory, metrics::Metrics, spool::Budget};
-use castier_blob::Verifier;
+use crate::{
+    budget::Budget,
+    disk::{Disk, DiskBlob},
+    memory::Memory,
+    metrics::Metrics,
+};
+use bytes::Bytes;
+use castier_blob::{Digest, Verified, Verifier};
 use castier_config::{self as config, Policy, Size};
 use std::sync::Arc;
 
@@ -14,9 +20,77 @@ pub(crate) fn blob(len: usize, seed: u64) -> Verified<Bytes> {
         (state >> 56) as u8
     });
     let bytes: Bytes = noise.take(len).collect();
-    let mut verifier = Verifier::any();
-    verifier.update(&bytes);
-    verifier.finish(bytes).unwrap()
+    let mut verifier = Verifier::any(Vec::with_capacity(len));
+    verifier.write(&bytes).unwrap();
+    verifier.finish().unwrap()
+}
+
+/// A tier as the contract sees it.
+trait Tier: Send + Sync {
+    type Kept: Kept;
+    fn find(&self, digest: &Digest) -> impl Future<Output = Option<Self::Kept>> + Send;
+    fn keep(&self, blob: Verified<Bytes>) -> impl Future<Output = ()> + Send;
+    fn forget(&self, digest: &Digest) -> impl Future<Output = ()> + Send;
+}
+
+/// A blob that a tier keeps.
+pub(crate) trait Kept: Send + Sync {
+    fn size(&self) -> u64;
+    /// Bytes from offset `at`: at most `max` of them, and at least one unless `at` is at the end or `max` is 0.
+    fn read(&self, at: u64, max: usize) -> impl Future<Output = Result<Bytes, Damaged>> + Send;
+}
+
+impl Tier for Memory {
+    type Kept = Bytes;
+
+    async fn find(&self, digest: &Digest) -> Option<Bytes> {
+        Self::find(self, digest)
+    }
+
+    async fn keep(&self, blob: Verified<Bytes>) {
+        Self::keep(self, blob);
+    }
+
+    async fn forget(&self, digest: &Digest) {
+        Self::forget(self, digest);
+    }
+}
+
+impl Kept for Bytes {
+    fn size(&self) -> u64 {
+        self.len() as u64
+    }
+
+    async fn read(&self, at: u64, max: usize) -> Result<Bytes, Damaged> {
+        let start = usize::try_from(at).unwrap_or(usize::MAX).min(self.len());
+        Ok(self.slice(start..start.saturating_add(max).min(self.len())))
+    }
+}
+
+impl Tier for Disk {
+    type Kept = Arc<DiskBlob>;
+
+    async fn find(&self, digest: &Digest) -> Option<Arc<DiskBlob>> {
+        Self::find(self, digest).await
+    }
+
+    async fn keep(&self, blob: Verified<Bytes>) {
+        self.keep_now(blob).await;
+    }
+
+    async fn forget(&self, digest: &Digest) {
+        Self::forget(self, digest).await;
+    }
+}
+
+impl Kept for Arc<DiskBlob> {
+    fn size(&self) -> u64 {
+        DiskBlob::size(self)
+    }
+
+    async fn read(&self, at: u64, max: usize) -> Result<Bytes, Damaged> {
+        DiskBlob::read(self, at, max).await
+    }
 }
 
 /// All bytes from `at` to `to`, in reads of at most `max`.

@@ -110,7 +110,7 @@ async fn the_books_agree_with_du() {
             let blob = blob((seed * 7919 % 90_000) as usize, seed);
             // A get comes before a fill, and is what TinyLFU goes by.
             assert!(bench.find(&blob.digest()).await.is_none());
-            Tier::keep(&*bench, blob).await;
+            bench.keep_now(blob).await;
         }
         let stats = bench.stats(0);
         assert!(stats.evictions > 200 && stats.bytes > 1 << 20 && stats.bytes <= 2 << 20, "{stats:?}");
@@ -136,7 +136,7 @@ async fn what_is_kept_anew_is_not_deleted_with_what_was_evicted() {
             let (disk, blobs) = (bench.disk.clone().unwrap(), blobs.clone());
             tokio::spawn(async move {
                 for step in 0..8 {
-                    Tier::keep(&*disk, blobs[(step + 2 * task) % blobs.len()].clone()).await;
+                    disk.keep_now(blobs[(step + 2 * task) % blobs.len()].clone()).await;
                 }
             })
         });

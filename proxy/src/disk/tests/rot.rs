@@ -37,7 +37,7 @@ async fn a_flipped_bit_is_damage_and_never_a_wrong_byte() {
         found += u64::from(rot);
         assert_eq!(bench.metrics.corrupt_count("disk"), corrupt + u64::from(rot), "offset {at}");
         // And it can be had again.
-        Tier::keep(&*bench, blob.clone()).await;
+        bench.keep_now(blob.clone()).await;
         assert_eq!(bench.whole(&blob).await.as_deref(), Some(&blob.content()[..]));
     }
     assert_eq!(quarantined(&bench).len() as u64, found);
@@ -100,7 +100,7 @@ async fn damage_to_an_old_file_spares_the_new_one() {
     let held = bench.find(&blob.digest()).await.unwrap();
     flip(&path, 5);
     bench.forget(&blob.digest()).await;
-    Tier::keep(&*bench, blob.clone()).await;
+    bench.keep_now(blob.clone()).await;
     assert_eq!(held.read(0, 1000).await, Err(Damaged));
     assert_eq!(bench.whole(&blob).await.as_deref(), Some(&blob.content()[..]));
     assert_eq!(bench.metrics.corrupt_count("disk"), 0);

@@ -1,11 +1,10 @@
-//! From what was found to what is said: status, headers, and which body. Pure, and free of pingora, so that every way to write a
-//! response writes the same one.
+//! Responses: status, headers, and which body. Pure, and free of pingora, so that every way to write a response writes the same one.
 
 use crate::{
     fault::{Fault, Limit},
-    flight::Reader,
-    ladder::{DiskReader, TierName},
     metrics::Served,
+    reader::Reader,
+    via::{From, Tier, Via},
 };
 use bytes::{BufMut, Bytes, BytesMut};
 use castier_blob::Digest;
@@ -18,7 +17,7 @@ const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 /// What a blob takes when nothing may be deleted.
 const BLOB_METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD, PUT");
 
-/// A response, ready to be written by whoever holds the connection.
+/// A response, ready to be written.
 pub struct Reply {
     /// The status.
     pub status: StatusCode,
@@ -29,85 +28,45 @@ pub struct Reply {
     /// For metrics and the access record.
     pub served: Served,
     /// The tier that the body comes from.
-    pub tier: Option<TierName>,
+    pub tier: Option<Tier>,
 }
 
-/// Where the bytes of a response come from.
+/// The body of a response.
 pub enum Body {
-    /// Nowhere.
+    /// Nothing.
     Empty,
-    /// Out of a tier or made up here, whole.
+    /// Made up here, whole.
     Whole(Bytes),
-    /// Out of a flight, as they arrive.
-    Flight(Reader),
-    /// Off the disk, or of what takes its place.
-    Disk(DiskReader),
+    /// Bytes of a blob.
+    Blob(Reader),
 }
 
-impl Body {
-    /// The next bytes of a body that is still on its way; none at its end, and none of a body that is whole.
-    ///
-    /// # Errors
-    /// What kept them from coming: the response must then be cut.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
-        match self {
-            Self::Empty | Self::Whole(_) => Ok(None),
-            Self::Flight(reader) => reader.next().await,
-            Self::Disk(reader) => reader.next().await,
-        }
-    }
+/// How a blob was found, as `Cache-Status` tells it.
+const fn cache_status(via: Via) -> HeaderValue {
+    HeaderValue::from_static(match via {
+        Via::Tier(Tier::Memory) => "castier; hit; detail=memory",
+        Via::Tier(Tier::Mirror) => "castier; hit; detail=mirror",
+        Via::Tier(Tier::Disk) => "castier; hit; detail=disk",
+        Via::Flight { from: From::Origin, collapsed, kept } => match (kept, collapsed) {
+            (true, false) => "castier; fwd=uri-miss; stored; detail=origin",
+            (false, false) => "castier; fwd=uri-miss; detail=origin",
+            (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
+            (false, true) => "castier; fwd=uri-miss; collapsed; detail=origin",
+        },
+        Via::Flight { from: From::Peer, collapsed, kept } => match (kept, collapsed) {
+            (true, false) => "castier; fwd=uri-miss; stored; detail=peer",
+            (false, false) => "castier; fwd=uri-miss; detail=peer",
+            (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=peer",
+            (false, true) => "castier; fwd=uri-miss; collapsed; detail=peer",
+        },
+    })
 }
 
-/// How a blob was come by: the `Cache-Status` of the answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Via {
-    /// A tier had it.
-    Tier(TierName),
-    /// A flight brings it.
-    Flight {
-        /// Another node has it, or gets it from the origin; else it comes from there.
-        peer: bool,
-        /// Another request started the flight.
-        collapsed: bool,
-        /// A tier will keep it.
-        stored: bool,
-    },
-}
-
-impl Via {
-    const fn cache_status(self) -> HeaderValue {
-        HeaderValue::from_static(match self {
-            Self::Tier(TierName::Memory) => "castier; hit; detail=memory",
-            Self::Tier(TierName::Mirror) => "castier; hit; detail=mirror",
-            Self::Tier(TierName::Disk) => "castier; hit; detail=disk",
-            Self::Flight { peer: false, collapsed, stored } => match (stored, collapsed) {
-                (true, false) => "castier; fwd=uri-miss; stored; detail=origin",
-                (false, false) => "castier; fwd=uri-miss; detail=origin",
-                (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
-                (false, true) => "castier; fwd=uri-miss; collapsed; detail=origin",
-            },
-            Self::Flight { peer: true, collapsed, stored } => match (stored, collapsed) {
-                (true, false) => "castier; fwd=uri-miss; stored; detail=peer",
-                (false, false) => "castier; fwd=uri-miss; detail=peer",
-                (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=peer",
-                (false, true) => "castier; fwd=uri-miss; collapsed; detail=peer",
-            },
-        })
-    }
-
-    const fn served(self) -> Served {
-        match self {
-            Self::Tier(_) => Served::Hit,
-            Self::Flight { collapsed: true, .. } => Served::Collapsed,
-            Self::Flight { .. } => Served::Miss,
-        }
-    }
-
-    const fn tier(self) -> Option<TierName> {
-        match self {
-            Self::Tier(tier) => Some(tier),
-            Self::Flight { .. } => None,
-        }
+const fn served(via: Via) -> Served {
+    match via {
+        Via::Tier(_) => Served::Hit,
+        Via::Flight { collapsed: true, .. } => Served::Collapsed,
+        Via::Flight { .. } => Served::Miss,
     }
 }
 
@@ -115,7 +74,7 @@ impl Reply {
     /// A blob, or the part of it that was selected. `size` is none while it streams with no length announced.
     pub fn blob(digest: &Digest, size: Option<u64>, selection: Selection, via: Via, body: Body) -> Self {
         let (status, mut headers) = wire::blob_head(digest, size, selection);
-        headers.insert(wire::CACHE_STATUS, via.cache_status());
+        headers.insert(wire::CACHE_STATUS, cache_status(via));
         if selection == Selection::Unsatisfiable {
             let known = size.map_or_else(String::new, |size| format!(" of {size} bytes"));
             return Self::explained(status, headers, &format!("the range lies outside the blob{known}"));
@@ -124,7 +83,7 @@ impl Reply {
             status,
             headers,
             body: if selection == Selection::NotModified { Body::Empty } else { body },
-            served: via.served(),
+            served: served(via),
             tier: via.tier(),
         }
     }

@@ -3,9 +3,9 @@
 
 use crate::{
     chunks::Chunks,
-    gate::Framing,
-    serve::{Body, Reply},
-    spool::PIECE,
+    reader::PIECE,
+    reply::{Body, Reply},
+    request_head::Framing,
 };
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
@@ -317,7 +317,7 @@ impl GetSocketDigest for Conn {
 
 impl Peek for Conn {}
 
-/// Writes a reply whose body is whole, or empty, in pieces that a slow client takes one by one.
+/// Writes a reply whose body is made up here, or empty, in pieces that a slow client takes one by one.
 ///
 /// # Errors
 /// The client is gone, or takes nothing any more.

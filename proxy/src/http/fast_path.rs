@@ -1,17 +1,18 @@
-//! What is written straight onto the connection, without a session: the fast lane, and refusals.
+//! What is written straight onto the connection, without a session: the fast path, and refusals.
 
 use super::{Cut, Front, cache_status, peer::prove};
 use crate::{
+    access_log::{self, More, Record},
     buffer,
-    conn::Conn,
+    connection::Conn,
     fault::{Fault, Limit},
-    gate::Head,
-    ladder::{DiskReader, TierName},
     metrics::{Listener, Route, Served},
-    record::{self, More, Record},
+    reader::{Hit, Part, Reader},
+    reply::{Body, Reply},
+    request_head::Head,
     secret::Asked,
-    serve::{Body, Reply, Via},
     trace,
+    via::Tier,
 };
 use bytes::{Buf, Bytes, BytesMut};
 use castier_blob::Digest;
@@ -40,7 +41,7 @@ const ONE_WRITE: usize = 16 << 10;
 const TOGETHER: usize = 4;
 
 impl Front {
-    /// The fast lane: a blob that memory or the disk has, to a client that asks for nothing but the blob, or has it already. False if that
+    /// The fast path: a blob that memory or the disk has, to a client that asks for nothing but the blob, or has it already. False if that
     /// is not so.
     pub(super) async fn fast_hit(
         &self,
@@ -65,19 +66,19 @@ impl Front {
             return done;
         }
         // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
-        let Some((blob, tier)) = self.ladder.get_from_memory(digest, self.door.asker()) else {
+        let Some(Hit { size, via, reader: Reader::Memory(blob) }) = self.node.cache.peek(digest, self.door.asker(), |_| Part::Whole) else {
             return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, asked, client)).await;
         };
-        let mut reply = Reply::blob(digest, Some(blob.len() as u64), Selection::Whole, Via::Tier(tier), Body::Empty);
+        let mut reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
         prove(&mut reply, asked);
         let ready = started.elapsed();
-        let sent = self.send_memory(conn, &reply, !head.close, tier, blob).await;
+        let sent = self.send_memory(conn, &reply, !head.close, blob).await;
         let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), client);
         ahead.advance(head.len);
         done
     }
 
-    /// The fast lane's second half: a blob that the disk has.
+    /// The fast path's second half: a blob that the disk has.
     async fn fast_disk_hit(
         &self,
         conn: &mut Conn,
@@ -88,12 +89,12 @@ impl Front {
         client: Option<IpAddr>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
-        let Some(blob) = self.ladder.get_from_disk(digest, self.door.asker()).await else { return Ok(false) };
-        let size = blob.size();
-        let mut rest = self.ladder.read_disk(digest, self.door.asker(), blob, 0, size);
+        let Some(Hit { size, via, reader: mut rest }) = self.node.cache.peek_disk(digest, self.door.asker()).await else {
+            return Ok(false);
+        };
         // Nothing has been said yet: where not even a beginning can be had, the session says why.
         let Ok(first) = rest.next().await else { return Ok(false) };
-        let mut reply = Reply::blob(digest, Some(size), Selection::Whole, Via::Tier(TierName::Disk), Body::Empty);
+        let mut reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
         prove(&mut reply, asked);
         let ready = started.elapsed();
         let sent = self.send_disk(conn, &reply, !head.close, first.unwrap_or_default(), rest).await;
@@ -117,7 +118,7 @@ impl Front {
         let error = sent.as_ref().err().map(|cut| &*cut.why);
         let (cache, took, code) = (cache_status(&reply.headers), started.elapsed(), reply.status.as_u16());
         let (listener, path) = (self.door.listener(), head.path(ahead));
-        let trace = record::is_wanted().then(|| head.introduction(ahead, |fields| trace::of(fields)));
+        let trace = access_log::is_wanted().then(|| head.introduction(ahead, |fields| trace::of(fields)));
         let more = More {
             first_byte: Some(ready),
             proto: Some(Version::HTTP_11),
@@ -131,7 +132,7 @@ impl Front {
     }
 
     /// Sends a head and a blob that memory holds; how much of the blob went out, and what kept it from being all.
-    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, tier: TierName, blob: Bytes) -> (u64, Result<(), Cut>) {
+    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, blob: Bytes) -> (u64, Result<(), Cut>) {
         let one_write = blob.len() <= ONE_WRITE;
         let mut head = reply.head(&get_cached_date(), keep_alive, if one_write { blob.len() } else { 0 });
         let before_body = head.len();
@@ -142,19 +143,12 @@ impl Front {
             send(conn, &mut head.chain(&blob[..])).await
         };
         let bytes = out.saturating_sub(before_body) as u64;
-        self.metrics.served_from(self.door.listener(), Some(tier), bytes);
+        self.metrics.served_from(self.door.listener(), reply.tier, bytes);
         (bytes, sent)
     }
 
     /// As [`Self::send_memory`], of a blob that is read as it leaves. Its first piece leaves with the head, and does not wait for others.
-    async fn send_disk(
-        &self,
-        conn: &mut Conn,
-        reply: &Reply,
-        keep_alive: bool,
-        first: Bytes,
-        mut rest: DiskReader,
-    ) -> (u64, Result<(), Cut>) {
+    async fn send_disk(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, first: Bytes, mut rest: Reader) -> (u64, Result<(), Cut>) {
         let head = reply.head(&get_cached_date(), keep_alive, 0);
         let (mut head, mut pieces, mut bytes, mut many) = (head.freeze(), [first, Bytes::new(), Bytes::new(), Bytes::new()], 0, 1);
         loop {
@@ -162,7 +156,7 @@ impl Front {
             let [first, second, third, fourth] = pieces;
             let (out, sent) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
             let part = out.saturating_sub(before_body) as u64;
-            self.metrics.served_from(self.door.listener(), Some(TierName::Disk), part);
+            self.metrics.served_from(self.door.listener(), Some(Tier::Disk), part);
             bytes += part;
             if sent.is_err() {
                 return (bytes, sent);
@@ -206,7 +200,7 @@ pub(super) fn refused(listener: Listener, code: u16, started: Instant, client: O
 }
 
 /// Up to `many` pieces; none at the end.
-async fn few(reader: &mut DiskReader, many: usize) -> Result<[Bytes; TOGETHER], Fault> {
+async fn few(reader: &mut Reader, many: usize) -> Result<[Bytes; TOGETHER], Fault> {
     let mut pieces = [const { Bytes::new() }; TOGETHER];
     for piece in &mut pieces[..many] {
         let Some(next) = reader.next().await? else { break };

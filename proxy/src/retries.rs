@@ -1,23 +1,23 @@
-//! How a flight takes up a broken transfer.
+//! When a flight goes on with a transfer that broke.
 
 use crate::fault::Fault;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use std::time::Duration;
 
-/// A broken transfer that came this far since the last break has made progress, and gets all its attempts again. A floor keeps a
-/// source that breaks after every byte from being asked for ever.
+/// A transfer that came this far since the last break has made progress, and gets all its retries again. Without this floor a source that breaks after
+/// every byte would be asked for ever.
 const PROGRESS: u64 = 64 << 10;
 
-/// How often a broken transfer is taken up again.
-pub(super) struct Attempts {
+/// The retries that are left to a transfer: `origin.retries`, with growing pauses.
+pub(crate) struct Retries {
     retries: usize,
     delays: ExponentialBackoff,
-    /// Where the transfer stood when the delays were last renewed.
+    /// The offset at which the delays were last renewed.
     from: u64,
 }
 
-impl Attempts {
-    pub(super) fn new(retries: usize) -> Self {
+impl Retries {
+    pub(crate) fn new(retries: usize) -> Self {
         Self { retries, delays: Self::delays(retries), from: 0 }
     }
 
@@ -30,11 +30,11 @@ impl Attempts {
             .build()
     }
 
-    /// How long to wait before going on; none if it is no use.
-    pub(super) fn after(&mut self, fault: &Fault, seen: u64) -> Option<Duration> {
+    /// How long to wait before the next try; none if there is none. `seen` bytes have come.
+    pub(crate) fn after(&mut self, fault: &Fault, seen: u64) -> Option<Duration> {
         match fault {
             Fault::Unreachable { .. } | Fault::Unusable { .. } => {}
-            // Whoever waits has waited for as long as the source may think. One that has said something may go on.
+            // Without a byte the clients have already waited a full read timeout, so there is no retry.
             Fault::Silent { .. } if seen > 0 => {}
             _ => return None,
         }

@@ -3,9 +3,9 @@
 //! Strict on purpose: what two parsers could read differently is refused here, and only here.
 
 use crate::{
+    budget::{Budget, Lease},
     secret::{ASKED, Field, PROOF, Twice},
-    spool::{Budget, Lease},
-    via,
+    via_header,
 };
 use bytes::{Buf, BytesMut};
 use castier_config::Limits;
@@ -322,7 +322,7 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         && named("upgrade").next().is_some()
         && names_upgrade(named("connection").map(|header| header.value));
     let proof = the_one(bytes, request.headers, &PROOF);
-    let looped = named("via").any(|header| via::names_this_node(header.value));
+    let looped = named("via").any(|header| via_header::names_this_node(header.value));
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
     let user_agent = the_one(bytes, request.headers, &header::USER_AGENT);
     let introduced = request.headers.iter().any(|header| INTRODUCING.iter().any(|name| header.name.eq_ignore_ascii_case(name)));
