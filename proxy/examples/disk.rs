@@ -2,11 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has nothing to say")]
 
 use bytes::Bytes;
-use castier::{
-    disk::Disk,
-    metrics::Metrics,
-    tier::{Kept, Tier},
-};
+use castier::{disk::Disk, metrics::Metrics};
 use castier_blob::{Digest, Verified, Verifier};
 use castier_config::{self as config, Size};
 use std::{
@@ -35,16 +31,19 @@ fn main() {
 fn blob(len: usize, seed: u64) -> Verified<Bytes> {
     let mut bytes = vec![seed as u8; len];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let mut verifier = Verifier::any();
-    verifier.update(&bytes);
-    verifier.finish(bytes.into()).unwrap()
+    let mut verifier = Verifier::any(Vec::new());
+    verifier.write(&bytes.into()).unwrap();
+    verifier.finish().unwrap()
 }
 
 /// Finds and reads from the page cache, on one thread.
 async fn reads(disk: &Disk) {
     for (len, rounds) in [(1 << 10, 50_000), (64 << 10, 20_000), (1 << 20, 2_000)] {
         let blob = blob(len, len as u64);
-        Tier::keep(disk, blob.clone()).await;
+        disk.keep_later(blob.clone());
+        while disk.find(&blob.digest()).await.is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         let started = Instant::now();
         for _ in 0..rounds {
             read_all(disk, &blob.digest()).await;
@@ -57,7 +56,7 @@ async fn reads(disk: &Disk) {
 async fn read_all(disk: &Disk, digest: &Digest) {
     let kept = disk.find(digest).await.unwrap();
     let mut at = 0;
-    while at < Kept::size(&kept) {
+    while at < kept.size() {
         at += kept.read(at, usize::MAX).await.unwrap().len() as u64;
     }
 }
@@ -97,9 +96,8 @@ async fn many(config: config::Disk, count: u64) {
     let (blobs, listed) = (disk.stats(0).blobs, started.elapsed());
     println!("opened in {opened:?}, first answer ({last}) after {answered:?}, {blobs} listed in {listed:?}");
     println!("resident memory: {} bytes a blob", resident().saturating_sub(before) / blobs.max(1));
-    for seed in blobs..count {
-        Tier::keep(&*disk, blob(100, seed)).await;
-    }
+    (blobs..count).for_each(|seed| disk.keep_later(blob(100, seed)));
+    until(|| disk.stats(0).blobs, count).await;
 }
 
 /// Waits until the figure is at least so much.

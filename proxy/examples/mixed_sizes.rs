@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has nothing to say")]
 
 use bytes::Bytes;
-use castier::{memory::Memory, spool::Budget};
+use castier::{budget::Budget, memory::Memory};
 use castier_blob::{Digest, Verified, Verifier};
 use castier_config::{self as config, Policy, Size};
 use moka::{policy::EvictionPolicy, sync::Cache};
@@ -49,9 +49,9 @@ fn corpus(count: usize) -> Vec<Blob> {
         let size = (SMALLEST * (LARGEST / SMALLEST).powf(chance.part())) as usize;
         let from = chance.next() as usize % (shared.len() - size);
         let bytes = shared.slice(from..from + size);
-        let mut verifier = Verifier::any();
-        verifier.update(&bytes);
-        verifier.finish(bytes).unwrap()
+        let mut verifier = Verifier::any(Vec::new());
+        verifier.write(&bytes).unwrap();
+        verifier.finish().unwrap()
     };
     (0..count).map(blob).collect()
 }
@@ -191,9 +191,9 @@ fn main() {
 fn hits() {
     let blob = |number: u64| {
         let bytes = Bytes::from(number.to_le_bytes().repeat(128));
-        let mut verifier = Verifier::any();
-        verifier.update(&bytes);
-        verifier.finish(bytes).unwrap()
+        let mut verifier = Verifier::any(Vec::new());
+        verifier.write(&bytes).unwrap();
+        verifier.finish().unwrap()
     };
     let blobs: Vec<Blob> = (0..100_000).map(blob).collect();
     let mut digests: Vec<_> = blobs.iter().map(Verified::digest).collect();
