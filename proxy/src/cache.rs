@@ -13,7 +13,7 @@ use crate::{
     spool::Spools,
     tier::TierStats,
     tiers::Tiers,
-    via::{From, Tier, Via},
+    via::{SourceKind, Tier, Via},
 };
 use arc_swap::ArcSwap;
 use castier_blob::{Digest, Verifier};
@@ -139,7 +139,7 @@ impl Cache {
             return Some((Stat::Present(Some(size)), Via::Tier(tier)));
         }
         let known = self.flights.known(digest)?;
-        Some((known.map_or(Stat::Absent, |size| Stat::Present(Some(size))), Via::asked(From::Origin)))
+        Some((known.map_or(Stat::Absent, |size| Stat::Present(Some(size))), Via::asked(SourceKind::Origin)))
     }
 
     /// Whether a flight of the blob is on its way.

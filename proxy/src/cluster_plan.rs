@@ -14,7 +14,7 @@ use crate::{
     plan::{Outcome, Plan, Step, Then},
     source::Source,
     upstream::{Only, Peers},
-    via::{From, Owner},
+    via::{SourceKind, Owner},
 };
 use castier_blob::Digest;
 use std::{
@@ -108,9 +108,9 @@ impl Plan for ClusterPlan {
         self.since = Instant::now();
         let timeout = self.stall_timeout();
         match &self.current {
-            Ask::Owner(member) => Step { source: self.peers.source(member, Only::Anything, timeout), from: From::Peer, owner: Owner::Peer },
-            Ask::Kept(member) => Step { source: self.peers.source(member, Only::Kept, timeout), from: From::Peer, owner: Owner::ThisNode },
-            Ask::Origin => Step { source: self.origin.clone(), from: From::Origin, owner: Owner::ThisNode },
+            Ask::Owner(member) => Step { source: self.peers.source(member, Only::Anything, timeout), from: SourceKind::Peer, owner: Owner::Peer },
+            Ask::Kept(member) => Step { source: self.peers.source(member, Only::Kept, timeout), from: SourceKind::Peer, owner: Owner::ThisNode },
+            Ask::Origin => Step { source: self.origin.clone(), from: SourceKind::Origin, owner: Owner::ThisNode },
         }
     }
 

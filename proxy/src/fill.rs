@@ -9,7 +9,7 @@ use crate::{
     retries::Retries,
     source::{Answer, Ask, Incoming},
     spool::{Landed, Spool, SpoolWriter, UseTier},
-    via::{From, Owner},
+    via::{SourceKind, Owner},
 };
 use castier_blob::{Digest, Verified, Verifier};
 use futures::FutureExt;
@@ -94,7 +94,7 @@ impl Fill {
             while !cache.flights.take_out_deserted(&flight) {
                 flight.wake.notified().await;
             }
-        } else if is_absent && from == From::Origin {
+        } else if is_absent && from == SourceKind::Origin {
             let limits = cache.limits.load();
             cache.flights.take_out_absent(&flight, limits.negative_ttl.get(), limits.max_negative);
         } else {
@@ -116,7 +116,7 @@ impl Fill {
             }
             let end = self.read_source(&step).await;
             let bytes = self.verifier.seen().saturating_sub(before);
-            self.has_peers_bytes |= step.from == From::Peer && (bytes > 0 || matches!(end, Ok(End::Whole)));
+            self.has_peers_bytes |= step.from == SourceKind::Peer && (bytes > 0 || matches!(end, Ok(End::Whole)));
             let fault = match end {
                 Ok(End::Whole) => {
                     self.plan.report(Outcome::Whole, bytes);
@@ -156,7 +156,7 @@ impl Fill {
             if self.plan.report(Outcome::Failed(&fault), bytes) == Then::AskNext {
                 continue;
             }
-            let peers_may_be_wrong = step.from == From::Origin && self.has_peers_bytes && matches!(fault, Fault::Unusable { .. });
+            let peers_may_be_wrong = step.from == SourceKind::Origin && self.has_peers_bytes && matches!(fault, Fault::Unusable { .. });
             if peers_may_be_wrong && !self.flight.state.lock().released {
                 // The origin cannot go on from what a peer sent.
                 self.begin_anew(fault)?;
@@ -215,7 +215,7 @@ impl Fill {
     }
 
     /// Notes the size that the source announces, and compares it with what was announced before.
-    fn announced(&self, from: From, incoming: &Incoming) -> Result<Option<u64>, Fault> {
+    fn announced(&self, from: SourceKind, incoming: &Incoming) -> Result<Option<u64>, Fault> {
         let limit = self.cache.limits.load().max_blob.get();
         if let Some(size) = incoming.size.filter(|size| *size > limit) {
             return Err(unusable(from, format!("a blob of {size} bytes, over limits.max_blob")));
@@ -239,7 +239,7 @@ impl Fill {
     }
 
     /// Hashes the next bytes and gives them to the readers.
-    async fn take(&mut self, from: From, chunk: bytes::Bytes) -> Result<(), Fault> {
+    async fn take(&mut self, from: SourceKind, chunk: bytes::Bytes) -> Result<(), Fault> {
         let (seen, len) = (self.verifier.seen(), chunk.len() as u64);
         self.verifier.sink().admit(len).await?;
         // Bytes that are fetched again: where those end that were handed out before, both must be the same.
@@ -266,7 +266,7 @@ impl Fill {
     async fn finish(&mut self) -> Result<(), Fault> {
         let new = new_verifier(&self.cache, &self.flight, UseTier::IfItTakes);
         let verified = std::mem::replace(&mut self.verifier, new).finish().map_err(|mismatch| {
-            let from = if self.has_peers_bytes { From::Peer } else { From::Origin };
+            let from = if self.has_peers_bytes { SourceKind::Peer } else { SourceKind::Origin };
             self.cache.metrics.corrupt(from.as_str());
             Fault::Corrupt { source_name: from.as_str(), mismatch }
         })?;
@@ -366,7 +366,7 @@ fn new_verifier(cache: &Cache, flight: &Arc<Flight>, use_tier: UseTier) -> Verif
     Verifier::of(flight.digest, SpoolWriter::new(cache.spools.clone(), cache.tiers.clone(), flight.clone(), use_tier))
 }
 
-fn unusable(from: From, why: impl Into<String>) -> Fault {
+fn unusable(from: SourceKind, why: impl Into<String>) -> Fault {
     Fault::Unusable { source_name: from.as_str(), why: why.into() }
 }
 

@@ -18,7 +18,7 @@ use crate::{
     plan::Step,
     reader::FlightReader,
     spool::Spool,
-    via::{From, Owner, Tier},
+    via::{SourceKind, Owner, Tier},
 };
 use bytes::Bytes;
 use castier_blob::Digest;
@@ -96,7 +96,7 @@ pub struct InProgress {
     /// How many requests read it.
     pub readers: usize,
     /// Where the bytes come from now.
-    pub from: From,
+    pub from: SourceKind,
 }
 
 /// One coalesced fill of one blob.
@@ -120,7 +120,7 @@ pub(crate) struct State {
     /// Unverified bytes have been handed out, so the flight can no longer begin anew.
     pub(crate) released: bool,
     /// Where the bytes come from now.
-    pub(crate) from: From,
+    pub(crate) from: SourceKind,
     /// Whose the blob is, if it comes that way.
     pub(crate) owner: Owner,
     /// Who waits for the flight: a peer, as soon as one has joined.
@@ -153,7 +153,7 @@ impl Flight {
                 spool: Spool::default(),
                 size: None,
                 released: false,
-                from: From::Origin,
+                from: SourceKind::Origin,
                 owner: Owner::ThisNode,
                 waiting: asker,
                 detached: false,

@@ -2,7 +2,7 @@
 
 use crate::{
     metrics::{LoadResult, Metrics},
-    via::{From, Tier},
+    via::{SourceKind, Tier},
 };
 use serde::Serialize;
 
@@ -38,12 +38,12 @@ impl GroupcacheStats {
         Self {
             gets,
             cache_hits: Tier::ALL.map(|tier| metrics.hits(tier)).iter().sum(),
-            peer_loads: ended(From::Peer, LoadResult::Ok) + ended(From::Peer, LoadResult::Absent),
+            peer_loads: ended(SourceKind::Peer, LoadResult::Ok) + ended(SourceKind::Peer, LoadResult::Absent),
             peer_errors: metrics.peer_errors.get(),
             loads,
             loads_deduped,
-            local_loads: ended(From::Origin, LoadResult::Ok) + ended(From::Origin, LoadResult::Absent),
-            local_load_errs: ended(From::Origin, LoadResult::Error),
+            local_loads: ended(SourceKind::Origin, LoadResult::Ok) + ended(SourceKind::Origin, LoadResult::Absent),
+            local_load_errs: ended(SourceKind::Origin, LoadResult::Error),
             server_requests,
         }
     }

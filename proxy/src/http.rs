@@ -29,7 +29,7 @@ use crate::{
     source::{Put, Stat},
     trace,
     upload::SMALL,
-    via::{From, Via},
+    via::{SourceKind, Via},
     via_header,
 };
 use arc_swap::ArcSwap;
@@ -568,7 +568,7 @@ impl Front {
 
 /// The empty blob is there even if the origin does not have it.
 fn empty(selection: Selection) -> Reply {
-    Reply::blob(&Digest::EMPTY, Some(0), selection, Via::asked(From::Origin), Body::Empty)
+    Reply::blob(&Digest::EMPTY, Some(0), selection, Via::asked(SourceKind::Origin), Body::Empty)
 }
 
 /// An upload failed. What the client did wrong stands in its access record; what the origin or a peer failed to do is for an operator.

@@ -10,7 +10,7 @@ use crate::{
     flights::Asker,
     recent::{Asked, Recent},
     tier::TierStats,
-    via::{From, Tier},
+    via::{SourceKind, Tier},
 };
 use ages::Ages;
 use castier_blob::Digest;
@@ -708,19 +708,19 @@ impl Metrics {
     }
 
     /// A flight ended.
-    pub fn load_ended(&self, source: From, result: LoadResult, took: Duration) {
+    pub fn load_ended(&self, source: SourceKind, result: LoadResult, took: Duration) {
         let source = source.as_str();
         self.source_loads.with_label_values(&[source, result.as_str()]).inc();
         self.source_duration.with_label_values(&[source]).observe(took.as_secs_f64());
     }
 
     /// How many flights ended so.
-    pub fn source_loads(&self, source: From, result: LoadResult) -> u64 {
+    pub fn source_loads(&self, source: SourceKind, result: LoadResult) -> u64 {
         self.source_loads.with_label_values(&[source.as_str(), result.as_str()]).get()
     }
 
     /// A broken transfer was taken up again.
-    pub fn resumed(&self, source: From) {
+    pub fn resumed(&self, source: SourceKind) {
         self.source_resumes.with_label_values(&[source.as_str()]).inc();
     }
 

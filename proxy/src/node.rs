@@ -9,7 +9,7 @@ use crate::{
     source::{Put, Stat, Store},
     upload::{Body, CopyTo, Upload},
     upstream::Peers,
-    via::{From, Owner, Via},
+    via::{SourceKind, Owner, Via},
 };
 use castier_blob::Digest;
 use futures::future::join_all;
@@ -39,11 +39,11 @@ impl Node {
         if let Some((peers, owner)) = self.owner(digest, asker)
             && let Ok(known) = peers.stat(&owner, digest).await
         {
-            return Ok((known, Via::asked(From::Peer)));
+            return Ok((known, Via::asked(SourceKind::Peer)));
         }
         let known = self.origin.stat(std::slice::from_ref(digest)).await?;
         let known = known.first().ok_or_else(|| Fault::Internal("the origin was asked about a blob and said nothing".into()))?;
-        Ok((*known, Via::asked(From::Origin)))
+        Ok((*known, Via::asked(SourceKind::Origin)))
     }
 
     /// The other node to which a request about the digest goes first. What a peer asks for goes to no other peer.

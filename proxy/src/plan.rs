@@ -4,7 +4,7 @@ use crate::{
     fault::Fault,
     flights::Asker,
     source::Source,
-    via::{From, Owner},
+    via::{SourceKind, Owner},
 };
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ pub struct Step {
     /// The source.
     pub source: Arc<dyn Source>,
     /// What kind it is.
-    pub from: From,
+    pub from: SourceKind,
     /// Whose the blob is if it comes this way.
     pub owner: Owner,
 }
@@ -63,7 +63,7 @@ pub struct OneSource(pub Arc<dyn Source>);
 
 impl Plan for OneSource {
     fn next(&mut self, _: Asker) -> Step {
-        Step { source: self.0.clone(), from: From::Origin, owner: Owner::ThisNode }
+        Step { source: self.0.clone(), from: SourceKind::Origin, owner: Owner::ThisNode }
     }
 
     fn report(&mut self, _: Outcome<'_>, _: u64) -> Then {

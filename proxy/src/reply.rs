@@ -4,7 +4,7 @@ use crate::{
     fault::{Fault, Limit},
     metrics::Served,
     reader::Reader,
-    via::{From, Tier, Via},
+    via::{SourceKind, Tier, Via},
 };
 use bytes::{BufMut, Bytes, BytesMut};
 use castier_blob::Digest;
@@ -47,13 +47,13 @@ const fn cache_status(via: Via) -> HeaderValue {
         Via::Tier(Tier::Memory) => "castier; hit; detail=memory",
         Via::Tier(Tier::Mirror) => "castier; hit; detail=mirror",
         Via::Tier(Tier::Disk) => "castier; hit; detail=disk",
-        Via::Flight { from: From::Origin, collapsed, kept } => match (kept, collapsed) {
+        Via::Flight { from: SourceKind::Origin, collapsed, kept } => match (kept, collapsed) {
             (true, false) => "castier; fwd=uri-miss; stored; detail=origin",
             (false, false) => "castier; fwd=uri-miss; detail=origin",
             (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
             (false, true) => "castier; fwd=uri-miss; collapsed; detail=origin",
         },
-        Via::Flight { from: From::Peer, collapsed, kept } => match (kept, collapsed) {
+        Via::Flight { from: SourceKind::Peer, collapsed, kept } => match (kept, collapsed) {
             (true, false) => "castier; fwd=uri-miss; stored; detail=peer",
             (false, false) => "castier; fwd=uri-miss; detail=peer",
             (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=peer",

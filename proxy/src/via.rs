@@ -27,14 +27,14 @@ impl Tier {
 
 /// The kinds of sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
+pub enum SourceKind {
     /// The source of truth.
     Origin,
     /// Another node of the cluster.
     Peer,
 }
 
-impl From {
+impl SourceKind {
     /// The label in metrics and records.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -61,7 +61,7 @@ pub enum Via {
     /// A flight brings it, or a source was asked about it.
     Flight {
         /// Where the bytes come from.
-        from: From,
+        from: SourceKind,
         /// Another request had started the flight.
         collapsed: bool,
         /// A tier will keep it.
@@ -71,7 +71,7 @@ pub enum Via {
 
 impl Via {
     /// A source was asked, and no bytes came.
-    pub const fn asked(from: From) -> Self {
+    pub const fn asked(from: SourceKind) -> Self {
         Self::Flight { from, collapsed: false, kept: false }
     }
 

@@ -92,11 +92,11 @@ async fn the_way_to_the_origin() {
             let peers = cluster(&format!("{node}:1"), &NODES, peek_for);
             let mut plan = plan(&peers, ordered(&peers, order));
             assert_eq!(asked(&mut plan, waiting), expected, "{node}: {order}, {waiting:?}, {peek_for}");
-            assert_eq!(plan.next(waiting).from, From::Origin, "and never back");
+            assert_eq!(plan.next(waiting).from, SourceKind::Origin, "and never back");
         }
     }
     let alone = cluster("a:1", &["a:1"], Span::secs(600));
-    assert_eq!(plan(&alone, Digest::of(b"")).next(Client).from, From::Origin);
+    assert_eq!(plan(&alone, Digest::of(b"")).next(Client).from, SourceKind::Origin);
 }
 
 #[tokio::test]
@@ -126,11 +126,11 @@ async fn a_peer_that_joins_or_one_that_cannot_help_leaves_the_origin() {
     assert_eq!(joined.next(Asker::Client).owner, Owner::Peer);
     joined.report(Outcome::Left, 0);
     let peek = joined.next(Asker::Peer);
-    assert_eq!((peek.from, peek.owner), (From::Peer, Owner::ThisNode));
+    assert_eq!((peek.from, peek.owner), (SourceKind::Peer, Owner::ThisNode));
     joined.report(Outcome::NotKept, 0);
-    assert_eq!(joined.next(Asker::Peer).from, From::Origin);
+    assert_eq!(joined.next(Asker::Peer).from, SourceKind::Origin);
     let mut unable = plan(&peers, digest);
     unable.next(Asker::Client);
     unable.report(Outcome::Unable, 0);
-    assert_eq!(unable.next(Asker::Client).from, From::Origin);
+    assert_eq!(unable.next(Asker::Client).from, SourceKind::Origin);
 }
