@@ -8,15 +8,11 @@
 //! the nodes believe about the ring: a flight that is waited for waits for the origin.
 
 use crate::{
-    fault::Fault,
-    flights::Asker,
     members::Member,
-    plan::{Outcome, Plan, Step, Then},
-    source::Source,
     upstream::{Only, Peers},
-    via::{SourceKind, Owner},
 };
 use castier_blob::Digest;
+use castier_cache::{Asker, Fault, Outcome, Owner, Plan, Source, SourceKind, Step, Then};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -108,8 +104,12 @@ impl Plan for ClusterPlan {
         self.since = Instant::now();
         let timeout = self.stall_timeout();
         match &self.current {
-            Ask::Owner(member) => Step { source: self.peers.source(member, Only::Anything, timeout), from: SourceKind::Peer, owner: Owner::Peer },
-            Ask::Kept(member) => Step { source: self.peers.source(member, Only::Kept, timeout), from: SourceKind::Peer, owner: Owner::ThisNode },
+            Ask::Owner(member) => {
+                Step { source: self.peers.source(member, Only::Anything, timeout), from: SourceKind::Peer, owner: Owner::Peer }
+            }
+            Ask::Kept(member) => {
+                Step { source: self.peers.source(member, Only::Kept, timeout), from: SourceKind::Peer, owner: Owner::ThisNode }
+            }
             Ask::Origin => Step { source: self.origin.clone(), from: SourceKind::Origin, owner: Owner::ThisNode },
         }
     }

@@ -3,12 +3,12 @@
 
 use crate::{
     chunks::Chunks,
-    reader::PIECE,
     reply::{Body, Reply},
     request_head::Framing,
 };
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
+use castier_cache::PIECE;
 use http::{HeaderMap, StatusCode};
 use pingora::http::ResponseHeader;
 use pingora::protocols::{

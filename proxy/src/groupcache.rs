@@ -1,9 +1,7 @@
 //! What a node tells of itself in groupcache's figures.
 
-use crate::{
-    metrics::{LoadResult, Metrics},
-    via::{SourceKind, Tier},
-};
+use crate::metrics::Metrics;
+use castier_cache::{LoadResult, SourceKind, Tier};
 use serde::Serialize;
 
 /// Groupcache's statistics, under groupcache's names.
@@ -33,11 +31,11 @@ pub struct GroupcacheStats {
 impl GroupcacheStats {
     /// The figures as of now.
     pub fn of(metrics: &Metrics) -> Self {
-        let (gets, server_requests, loads, loads_deduped) = metrics.ledger();
-        let ended = |source, result| metrics.source_loads(source, result);
+        let (gets, server_requests, loads, loads_deduped) = metrics.cache.ledger();
+        let ended = |source, result| metrics.cache.source_loads(source, result);
         Self {
             gets,
-            cache_hits: Tier::ALL.map(|tier| metrics.hits(tier)).iter().sum(),
+            cache_hits: Tier::ALL.map(|tier| metrics.cache.hits(tier)).iter().sum(),
             peer_loads: ended(SourceKind::Peer, LoadResult::Ok) + ended(SourceKind::Peer, LoadResult::Absent),
             peer_errors: metrics.peer_errors.get(),
             loads,

@@ -11,31 +11,24 @@ pub use peer::PeerDoor;
 
 use crate::{
     access_log::{self, CLIENT_GONE, More, Record},
-    budget::Budget,
     connection::{Conn, response_header, write},
     descriptors::{Descriptors, Outgoing},
-    fault::{Fault, Limit},
-    flights::Asker,
     memory_plan,
     metrics::{Listener, Metrics, Route, Served},
     node::Node,
     purge::Purge,
-    reader::{Hit, Part},
     relay::{Known, Relay},
     reply::{Body, Reply},
     request_body,
     request_head::{self, Head, NoHead},
     secret::Asked,
-    source::{Put, Stat},
-    trace,
-    upload::SMALL,
-    via::{SourceKind, Via},
-    via_header,
+    trace, via_header,
 };
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use castier_blob::Digest;
+use castier_cache::{Asker, Budget, Fault, Hit, Limit, Part, Put, SMALL, SourceKind, Stat, Via};
 use castier_config::{Limits, Proxies};
 use castier_wire::{self as wire, Selection, Target, trace::X_REQUEST_ID};
 use http::{HeaderMap, Method, StatusCode, Version, header};

@@ -3,30 +3,22 @@
 use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin, Phase},
-    budget::Budget,
-    cache::{Cache, Planner},
     cluster_plan::ClusterPlan,
     descriptors::{self, Descriptors, Shares},
-    disk::Disk,
-    fault::Fault,
     http::{Door, Front, PeerDoor},
     members::Members,
-    memory::Memory,
     memory_plan,
     metrics::{Listener, Metrics},
     node::Node,
-    plan::OneSource,
     purge::Purge,
     relay::Relay,
     secret::Secrets,
-    source::Source,
-    spool::Spools,
-    tiers::Tiers,
     trace,
     traced_plan::TracedPlan,
     upstream::{self, HttpProbe, Peers, Upstream},
 };
 use castier_blob::Digest;
+use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Tiers};
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
 use castier_origin::{
     Origin,
@@ -173,13 +165,13 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let nodes = Nodes::of(&config, &metrics)?;
     let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
     let fill_memory = Budget::new(config.fill.memory.get());
-    let tiers = tiers(&config, &shares, &fill_memory, &metrics, tell_rotten)?;
-    let spools = Spools::new(&config, fill_memory, metrics.clone());
+    let tiers = Tiers::open(&config, shares.open_files, &fill_memory, &metrics.cache, tell_rotten).map_err(|error| error.to_string())?;
+    let spools = Spools::new(&config, fill_memory, metrics.cache.clone());
     spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin, metrics.clone())?;
     let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
-    let cache = Cache::new(&config, limits.clone(), tiers.clone(), spools, planner(origin.clone(), peers.clone()), metrics.clone());
-    let node = Arc::new(Node { cache: cache.clone(), origin: Arc::new(origin.clone()), peers: peers.clone(), metrics: metrics.clone() });
+    let cache = Cache::new(&config, limits.clone(), tiers.clone(), spools, planner(&origin, peers.clone()), metrics.cache.clone());
+    let node = Arc::new(Node { cache: cache.clone(), origin: Arc::new(origin.store()), peers: peers.clone(), metrics: metrics.clone() });
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let name = shown(&public);
     let own_name = config.cluster.as_ref().map_or_else(|| name.clone(), |cluster| cluster.advertise.clone());
@@ -231,7 +223,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     admin.enter(Phase::Ready);
     shares.tell(&config);
     tell_plan(&config, &limits.load(), &metrics);
-    metrics.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
+    metrics.cache.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
     let secrets = nodes.as_ref().map(|nodes| nodes.secrets.clone());
@@ -323,34 +315,11 @@ fn gauged(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// The places for blobs. A cluster takes its mirror's part out of the memory.
-fn tiers(
-    config: &Castier,
-    shares: &Shares,
-    fill_memory: &Arc<Budget>,
-    metrics: &Arc<Metrics>,
-    rotten: mpsc::Sender<Digest>,
-) -> Result<Tiers, String> {
-    let share = config.cluster.as_ref().map(|cluster| cluster.mirror_share);
-    let (memory, mirror) = {
-        let metrics = metrics.clone();
-        Memory::with_mirror(&config.memory, share, fill_memory, move |tier, age| metrics.evicted(tier, age))
-    };
-    let disk = match &config.disk {
-        Some(disk) => {
-            let disk = config::Disk { open_files: shares.open_files, ..disk.clone() };
-            Some(Disk::open(&disk, metrics.clone(), rotten).map_err(|error| error.to_string())?)
-        }
-        None => None,
-    };
-    Ok(Tiers { memory: Arc::new(memory), mirror: mirror.map(Arc::new), disk })
-}
-
 /// Plans flights: over the cluster, if there is one, and the origin. Each goes on for the request that starts it.
-fn planner(origin: Arc<Upstream>, peers: Option<Arc<Peers>>) -> Planner {
-    let origin: Arc<dyn Source> = Arc::new(origin);
+fn planner(origin: &Arc<Upstream>, peers: Option<Arc<Peers>>) -> Planner {
+    let origin: Arc<dyn Source> = Arc::new(origin.store());
     Box::new(move |digest| {
-        let plan: Box<dyn castier::plan::Plan> = match &peers {
+        let plan: Box<dyn castier_cache::Plan> = match &peers {
             Some(peers) => Box::new(ClusterPlan::new(peers.clone(), origin.clone(), *digest)),
             None => Box::new(OneSource(origin.clone())),
         };
@@ -511,7 +480,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// Asks the origin once at the start. If it is down, `upstream` logs that. If it answers, but not as a store of blobs, that is logged here.
 async fn ask_origin(origin: Arc<Upstream>, url: String) {
-    match origin.stat(&[Digest::EMPTY]).await {
+    match origin.store().stat(&[Digest::EMPTY]).await {
         Err(fault @ Fault::Unusable { .. }) => {
             let hint = "check origin.url";
             tracing::warn!(%fault, "the origin {url} answers, but not as a store of blobs does to a HEAD; {hint}");
@@ -525,7 +494,7 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
         tokio::time::sleep(ASK_AGAIN).await;
         if origin.origin_state().is_some_and(|state| !state.up) {
             // What it answers is noted where it is asked.
-            origin.stat(&[Digest::EMPTY]).await.ok();
+            origin.store().stat(&[Digest::EMPTY]).await.ok();
         }
     }
 }

@@ -3,10 +3,8 @@
 //! The costs are measured (see docs/operations.md, "Sizing", and the test `memory_plan`, which holds the program to them). They count what
 //! the process holds. What the kernel holds for a socket comes on top and is counted with the connection.
 
-use crate::{
-    request_head::{Framing, Head},
-    upload::SMALL,
-};
+use crate::request_head::{Framing, Head};
+use castier_cache::SMALL;
 use castier_config::{Castier, Limits, Size};
 use std::{fs, path::Path};
 

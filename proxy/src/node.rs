@@ -1,17 +1,8 @@
 //! This node: its cache, the origin behind it, and the other nodes. What a request does beyond a get is here: ask for a size, store, delete, forget.
 
-use crate::{
-    cache::Cache,
-    fault::Fault,
-    flights::Asker,
-    members::Member,
-    metrics::Metrics,
-    source::{Put, Stat, Store},
-    upload::{Body, CopyTo, Upload},
-    upstream::Peers,
-    via::{SourceKind, Owner, Via},
-};
+use crate::{members::Member, metrics::Metrics, upstream::Peers};
 use castier_blob::Digest;
+use castier_cache::{Asker, Body, Cache, CopyTo, Fault, Owner, Put, SourceKind, Stat, Store, Upload, Via};
 use futures::future::join_all;
 use std::sync::Arc;
 
@@ -80,7 +71,7 @@ impl Node {
     pub async fn put(&self, digest: Option<Digest>, size: Option<u64>, body: Body<'_>, asker: Asker) -> Result<(Put, Digest, u64), Fault> {
         self.store(digest, size, body, asker).await.inspect_err(|fault| {
             if matches!(fault, Fault::Mismatch(_)) {
-                self.metrics.corrupt("client");
+                self.metrics.cache.corrupt("client");
             }
         })
     }

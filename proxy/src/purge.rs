@@ -3,9 +3,10 @@
 //! Two rounds, since blobs travel between nodes: one that has forgotten can get the blob anew from one that is still to forget. After
 //! the first round nobody has it but from such a transfer, and the second catches that.
 
-use crate::{cache::Cache, members::Member, upstream::Peers};
+use crate::{members::Member, upstream::Peers};
 use backon::{ExponentialBuilder, Retryable as _};
 use castier_blob::Digest;
+use castier_cache::Cache;
 use futures::future::join_all;
 use serde::Serialize;
 use std::{sync::Arc, time::Duration};

@@ -3,9 +3,7 @@
 
 use crate::{
     access_log,
-    budget::Lease,
     connection::{self, Conn},
-    fault::{Fault, Limit},
     memory_plan,
     metrics::{Listener, Metrics, Route, Served},
     reply::Reply,
@@ -15,6 +13,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use castier_cache::{Fault, Lease, Limit};
 use castier_config::Limits;
 use castier_wire::{
     self as wire,

@@ -1,13 +1,9 @@
 //! Responses: status, headers, and which body. Pure, and free of pingora, so that every way to write a response writes the same one.
 
-use crate::{
-    fault::{Fault, Limit},
-    metrics::Served,
-    reader::Reader,
-    via::{SourceKind, Tier, Via},
-};
+use crate::metrics::Served;
 use bytes::{BufMut, Bytes, BytesMut};
 use castier_blob::Digest;
+use castier_cache::{Fault, Limit, Reader, SourceKind, Tier, Via};
 use castier_wire::{self as wire, Selection};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 

@@ -1,8 +1,8 @@
 //! Request bodies: the bytes of an upload as a stream, straight from the session or out of a multipart form, cut off at `limits.max_blob`;
 //! and those that mean nothing and are read away.
 
-use crate::{fault::Fault, upload::Body};
 use bytes::Bytes;
+use castier_cache::{Body, Fault};
 use castier_wire as wire;
 use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, Version, header};

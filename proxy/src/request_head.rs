@@ -3,11 +3,11 @@
 //! Strict on purpose: what two parsers could read differently is refused here, and only here.
 
 use crate::{
-    budget::{Budget, Lease},
     secret::{ASKED, Field, PROOF, Twice},
     via_header,
 };
 use bytes::{Buf, BytesMut};
+use castier_cache::{Budget, Lease};
 use castier_config::Limits;
 use castier_wire::{Fields, Target};
 use http::{

@@ -1,14 +1,9 @@
 //! A plan whose steps know for which request they ask: its `Via`, its `traceparent` and its `X-Request-ID` go along to the sources, and each step is a
 //! span. The request that starts a flight gives these; requests that join it have nothing to add.
 
-use crate::{
-    fault::Fault,
-    flights::Asker,
-    plan::{Outcome, Plan, Step, Then},
-    source::{Answer, Ask, Source, Stat},
-    trace, via_header,
-};
+use crate::{trace, via_header};
 use castier_blob::Digest;
+use castier_cache::{Answer, Ask, Asker, Fault, Outcome, Plan, Source, Stat, Step, Then};
 use castier_wire::{
     self as wire,
     trace::{Attributes, Trace, Value},

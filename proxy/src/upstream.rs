@@ -14,20 +14,11 @@ pub use origin_state::OriginState;
 pub use peers::{FILLING, FLIGHT, Only, Peers};
 pub use probe::{HttpProbe, peer_options};
 
-use crate::{
-    descriptors,
-    fault::{Fault, Limit},
-    members::Report,
-    metrics::Metrics,
-    secret::Asked,
-    source::{Answer, Ask, Incoming, Put, Source, Stat, Store},
-    trace,
-    upload::Upload,
-    via_header,
-};
+use crate::{members::Report, metrics::Metrics, secret::Asked, trace, via_header};
 use async_trait::async_trait;
 use bytes::{Buf, Bytes};
 use castier_blob::Digest;
+use castier_cache::{Answer, Ask, Fault, Incoming, Limit, Put, Source, Stat, Store, Upload, ran_out_of_files};
 use castier_config as config;
 use castier_wire as wire;
 use futures::{
@@ -124,6 +115,11 @@ impl Upstream {
             repeaters: Semaphore::new(put::REPEATERS),
             ties: None,
         }))
+    }
+
+    /// This server as a source and a store.
+    pub fn store(self: &Arc<Self>) -> HttpStore {
+        HttpStore(self.clone())
     }
 
     /// Host and port as they stand in `Host`.
@@ -437,7 +433,7 @@ impl Upstream {
 
     /// What a pingora error means here.
     pub fn fault(&self, error: &pingora::Error) -> Fault {
-        if descriptors::ran_out(error.root_cause()) {
+        if ran_out_of_files(error.root_cause()) {
             return Fault::Busy(Limit::Files);
         }
         let (source_name, why) = (self.name, error.to_string());
@@ -457,18 +453,22 @@ impl Upstream {
     }
 }
 
-impl Source for Arc<Upstream> {
+/// An HTTP server as a source and a store.
+#[derive(Clone)]
+pub struct HttpStore(Arc<Upstream>);
+
+impl Source for HttpStore {
     fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
         async move {
-            let request = self.get_request(&ask.digest, ask.from)?;
-            let (session, peer) = self.exchange(&request, &[]).await?;
+            let request = self.0.get_request(&ask.digest, ask.from)?;
+            let (session, peer) = self.0.exchange(&request, &[]).await?;
             match session.get_status() {
                 Some(StatusCode::NOT_FOUND | StatusCode::GONE) => {
-                    self.finish(session, &peer).await;
+                    self.0.finish(session, &peer).await;
                     Ok(Answer::Absent)
                 }
                 Some(StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) => Err(Fault::Busy(Limit::Origin)),
-                _ => self.incoming(session, peer, ask.from, None).map(Answer::Bytes),
+                _ => self.0.incoming(session, peer, ask.from, None).map(Answer::Bytes),
             }
         }
         .boxed()
@@ -476,38 +476,38 @@ impl Source for Arc<Upstream> {
 
     fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
         // Each takes one of `origin.max_requests`, so no batch can flood the origin.
-        try_join_all(digests.iter().map(|digest| self.stat_one(digest))).boxed()
+        try_join_all(digests.iter().map(|digest| self.0.stat_one(digest))).boxed()
     }
 
     fn url(&self) -> Option<String> {
-        Some(Upstream::url(self))
+        Some(self.0.url())
     }
 }
 
-impl Store for Arc<Upstream> {
+impl Store for HttpStore {
     fn put<'a>(&'a self, upload: &'a mut Upload<'_>) -> BoxFuture<'a, Result<Put, Fault>> {
-        Upstream::put(self, upload).boxed()
+        self.0.put(upload).boxed()
     }
 
     fn delete<'a>(&'a self, digest: &'a Digest) -> BoxFuture<'a, Result<bool, Fault>> {
         async move {
-            let request = self.request(Method::DELETE, &wire::blob_path(digest))?;
-            let (session, peer, _permit) = self.ask(&request, &[]).await?;
-            let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
-            self.finish(session, &peer).await;
+            let request = self.0.request(Method::DELETE, &wire::blob_path(digest))?;
+            let (session, peer, _permit) = self.0.ask(&request, &[]).await?;
+            let status = session.get_status().ok_or_else(|| self.0.unusable("no status"))?;
+            self.0.finish(session, &peer).await;
             match status {
                 StatusCode::OK | StatusCode::ACCEPTED | StatusCode::NO_CONTENT => Ok(true),
                 StatusCode::NOT_FOUND | StatusCode::GONE => Ok(false),
                 StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED | StatusCode::FORBIDDEN => Err(Fault::NotAllowed),
                 StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
-                status => Err(self.unusable(format!("status {} to a DELETE", status.as_u16()))),
+                status => Err(self.0.unusable(format!("status {} to a DELETE", status.as_u16()))),
             }
         }
         .boxed()
     }
 
     fn holds<'a>(&'a self, digest: &'a Digest, size: Option<u64>) -> BoxFuture<'a, Result<Option<u64>, Fault>> {
-        self.holds_durably(digest, size).boxed()
+        self.0.holds_durably(digest, size).boxed()
     }
 }
 

@@ -1,10 +1,8 @@
 //! One flight, many readers.
 
-use castier::{
-    budget::Budget, cache::Cache, flights::Asker, memory::Memory, metrics::Metrics, plan::OneSource, reader::Part, spool::Spools,
-    tiers::Tiers, upstream::Upstream,
-};
+use castier::{metrics::Metrics, upstream::Upstream};
 use castier_blob::Digest;
+use castier_cache::{Asker, Budget, Cache, Memory, OneSource, Part, Spools, Tiers};
 use castier_config::{Castier, Size};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use std::{
@@ -80,13 +78,13 @@ fn tier(origin: SocketAddr) -> (Arc<Cache>, Arc<Memory>) {
     let budget = Budget::new(config.fill.memory.get());
     let memory = Arc::new(Memory::new(&config.memory, &budget));
     let metrics = Arc::new(Metrics::new().unwrap());
-    let spools = Spools::new(&config, budget, metrics.clone());
+    let spools = Spools::new(&config, budget, metrics.cache.clone());
     let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin, metrics.clone()).unwrap();
     let limits = Arc::new(arc_swap::ArcSwap::from_pointee(config.limits.clone()));
     let tiers = Tiers { memory: memory.clone(), mirror: None, disk: None };
-    let origin = Arc::new(origin);
-    let planner = Box::new(move |_: &Digest| Box::new(OneSource(origin.clone())) as Box<dyn castier::plan::Plan>);
-    (Cache::new(&config, limits, tiers, spools, planner, metrics), memory)
+    let origin = Arc::new(origin.store());
+    let planner = Box::new(move |_: &Digest| Box::new(OneSource(origin.clone())) as Box<dyn castier_cache::Plan>);
+    (Cache::new(&config, limits, tiers, spools, planner, metrics.cache.clone()), memory)
 }
 
 /// Answers whatever is asked with the blob, and counts how often.

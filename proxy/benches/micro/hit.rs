@@ -2,14 +2,12 @@
 
 use bytes::{Bytes, BytesMut};
 use castier::{
-    budget::Budget,
-    memory::Memory,
     recent::{Asked, Recent},
     reply::{Body, Reply},
     request_head,
-    via::{Tier, Via},
 };
 use castier_blob::{Digest, Verifier};
+use castier_cache::{Budget, Memory, Tier, Via};
 use castier_config::{Limits, Memory as Config, Policy, Size};
 use castier_wire::{self as wire, Selection};
 use criterion::Criterion;

@@ -6,7 +6,8 @@ use super::{
     problems::{Problem, Seen},
     utc::Utc,
 };
-use crate::{disk::DiskState, groupcache::GroupcacheStats, members, memory_plan, recent::Top, tier::TierStats, via};
+use crate::{groupcache::GroupcacheStats, members, memory_plan, recent::Top};
+use castier_cache::{DiskState, Tier as CacheTier, TierStats};
 use serde::Serialize;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -156,15 +157,15 @@ impl Admin {
         let tiers = self.node.cache.tier_stats();
         let (first_byte, [memory, mirror, disk]) = {
             let history = self.history.lock();
-            let tier = |tier: via::Tier| {
+            let tier = |tier: CacheTier| {
                 let stats = tiers[tier as usize].1;
                 Tier {
                     stats,
-                    evicted_age_seconds: metrics.evicted_age(tier).map(|age| age.as_secs_f64()),
+                    evicted_age_seconds: metrics.cache.evicted_age(tier).map(|age| age.as_secs_f64()),
                     full_in_seconds: history.full_in(tier as usize, now, fill(stats)),
                 }
             };
-            (history.first_byte(&metrics.recent.first_byte()), via::Tier::ALL.map(tier))
+            (history.first_byte(&metrics.recent.first_byte()), CacheTier::ALL.map(tier))
         };
         let origin = self.origin.origin_state();
         let (from_origin, from_peers) = metrics.received_bytes();
@@ -197,8 +198,8 @@ impl Admin {
                 },
                 since: disk_since.map(Utc),
                 path: self.node.cache.disk().map(|disk| disk.path().display().to_string()),
-                filesystem_avail_bytes: u64::try_from(metrics.disk_avail.get()).unwrap_or(0),
-                errors: metrics.all_disk_errors(),
+                filesystem_avail_bytes: u64::try_from(metrics.cache.disk_avail.get()).unwrap_or(0),
+                errors: metrics.cache.all_disk_errors(),
             },
             tiers: Tiers { memory, mirror, disk },
             problems: self.problems(),
@@ -222,8 +223,8 @@ impl Admin {
         let (requests, errors, _) = metrics.client_requests();
         let figures = Figures {
             requests,
-            gets: metrics.client_gets(),
-            hits: metrics.client_hits(),
+            gets: metrics.cache.client_gets(),
+            hits: metrics.cache.client_hits(),
             errors,
             bytes_served: metrics.served_to_clients(),
             bytes_from_origin: metrics.received_bytes().0,
@@ -248,7 +249,7 @@ impl Admin {
             disk_silent: since(DiskState::NotAnswering),
             peers_down: down.map(|member| (member.name, member.since.unwrap_or(self.started))).collect(),
             sheds: self.metrics.sheds().to_vec(),
-            corrupt: ["origin", "peer", "disk"].map(|source| (source, self.metrics.corrupt_count(source))).to_vec(),
+            corrupt: ["origin", "peer", "disk"].map(|source| (source, self.metrics.cache.corrupt_count(source))).to_vec(),
             log_dropped: self.metrics.log_dropped().to_vec(),
             memory: self.memory_limit.and_then(|limit| Some((memory_plan::resident()?, limit))),
         };

@@ -5,9 +5,9 @@ use crate::{
     members::{Members, Probe, Report},
     metrics::Metrics,
     secret::Secrets,
-    source::Answer,
 };
 use castier_blob::Verifier;
+use castier_cache::Answer;
 use castier_config::{Castier, Cluster, Span};
 use futures::future::BoxFuture;
 
@@ -70,7 +70,7 @@ fn asked(plan: &mut ClusterPlan, waiting: Asker) -> String {
 }
 
 fn plan(peers: &Arc<Peers>, digest: Digest) -> ClusterPlan {
-    let origin = |_: crate::source::Ask| -> BoxFuture<'static, Result<Answer, Fault>> { Box::pin(async { Ok(Answer::Absent) }) };
+    let origin = |_: castier_cache::Ask| -> BoxFuture<'static, Result<Answer, Fault>> { Box::pin(async { Ok(Answer::Absent) }) };
     ClusterPlan::new(peers.clone(), Arc::new(origin), digest)
 }
 

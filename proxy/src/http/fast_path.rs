@@ -3,19 +3,16 @@
 use super::{Cut, Front, cache_status, peer::prove};
 use crate::{
     access_log::{self, More, Record},
-    buffer,
     connection::Conn,
-    fault::{Fault, Limit},
     metrics::{Listener, Route, Served},
-    reader::{Hit, Part, Reader},
     reply::{Body, Reply},
     request_head::Head,
     secret::Asked,
     trace,
-    via::Tier,
 };
 use bytes::{Buf, Bytes, BytesMut};
 use castier_blob::Digest;
+use castier_cache::{Fault, Hit, Limit, Part, Reader, Tier};
 use castier_wire::Selection;
 use http::{StatusCode, Version};
 use pingora::protocols::http::date::get_cached_date;
@@ -162,7 +159,7 @@ impl Front {
                 return (bytes, sent);
             }
             head = Bytes::new();
-            many = if buffer::plenty() { (2 * many).min(TOGETHER) } else { 1 };
+            many = if castier_cache::plenty() { (2 * many).min(TOGETHER) } else { 1 };
             pieces = match few(&mut rest, many).await {
                 Ok(pieces) => pieces,
                 Err(fault) => return (bytes, Err(self.cut(&fault))),

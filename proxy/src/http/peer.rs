@@ -3,21 +3,19 @@
 //! Invariant: a hop is a hop. What comes in here is answered from the tiers, a flight or the origin ([`Asker::Peer`]), and never handed
 //! on to another node, whatever the two nodes believe about the ring; and nothing at all is relayed.
 //!
-//! [`Asker::Peer`]: crate::flights::Asker::Peer
+//! [`Asker::Peer`]: castier_cache::Asker::Peer
 
 use super::{Front, tls};
 use crate::{
-    cache::Cache,
-    fault::Fault,
     members::{Members, NODE},
     reply::Reply,
     request_body,
     request_head::Head,
     secret::{Asked, PROOF, Secrets},
     upstream::{FILLING, FLIGHT},
-    via::Via,
 };
 use castier_blob::Digest;
+use castier_cache::{Cache, Fault, Via};
 use castier_config::ClusterTls;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use pingora::{

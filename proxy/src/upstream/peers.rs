@@ -10,14 +10,12 @@
 
 use super::{Addresses, POOL, Upstream, insert, peer_options, put::REPEATERS};
 use crate::{
-    fault::{Fault, Limit},
     members::{Member, Members, Report, View},
     metrics::Metrics,
     secret::{Asked, PROOF, Secrets},
-    source::{Answer, Ask, Put, Source, Stat},
-    upload::Upload,
 };
 use castier_blob::Digest;
+use castier_cache::{Answer, Ask, Fault, Limit, Put, Source, Stat, Upload};
 use castier_config as config;
 use castier_wire::{self as wire, CACHE_STATUS, Problem};
 use futures::{
@@ -295,7 +293,7 @@ impl Peers {
     async fn permit(&self, peer: &Peer) -> Result<OwnedSemaphorePermit, Fault> {
         let asked = Instant::now();
         let permit = timeout(self.max_wait / 2, peer.permits.clone().acquire_owned()).await;
-        self.metrics.waited(asked.elapsed());
+        self.metrics.cache.waited(asked.elapsed());
         match permit {
             Ok(Ok(permit)) => Ok(permit),
             _ => Err(Fault::Busy(Limit::Fills)),
@@ -334,7 +332,7 @@ impl Peers {
     /// A large upload may not be there to be sent again, so the member has to prove what it is before the first byte leaves.
     ///
     /// # Errors
-    /// As [`Store::put`](crate::source::Store::put).
+    /// As [`Store::put`](castier_cache::Store::put).
     pub async fn put(self: &Arc<Self>, member: &Member, digest: &Digest, upload: &mut Upload<'_>) -> Result<Put, Fault> {
         let upstream = self.peer(member).upstream.clone();
         let (waits_for, timeout) = (WaitsFor::Upload, self.stall_timeout);

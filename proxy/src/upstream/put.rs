@@ -1,14 +1,10 @@
 //! Uploads to a source.
 
 use super::{MAX_ANSWER, Upstream, insert, read_final};
-use crate::{
-    fault::{Fault, Limit},
-    secret::Asked,
-    source::{Put, Stat},
-    upload::{Next, Upload},
-};
+use crate::secret::Asked;
 use bytes::Bytes;
 use castier_blob::Digest;
+use castier_cache::{Fault, Limit, Next, Put, Stat, Upload};
 use castier_wire as wire;
 use http::{Method, StatusCode, header};
 use pingora::{ErrorType, http::RequestHeader, protocols::http::v1::client::HttpSession};

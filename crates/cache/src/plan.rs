@@ -4,7 +4,7 @@ use crate::{
     fault::Fault,
     flights::Asker,
     source::Source,
-    via::{SourceKind, Owner},
+    via::{Owner, SourceKind},
 };
 use std::sync::Arc;
 

@@ -34,7 +34,7 @@ thread_local! {
 }
 
 /// Says that the current thread serves nobody who cannot wait, so that files may be closed on it.
-pub fn may_wait_here() {
+pub(crate) fn may_wait_here() {
     MAY_WAIT.set(true);
 }
 

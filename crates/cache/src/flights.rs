@@ -18,7 +18,7 @@ use crate::{
     plan::Step,
     reader::FlightReader,
     spool::Spool,
-    via::{SourceKind, Owner, Tier},
+    via::{Owner, SourceKind, Tier},
 };
 use bytes::Bytes;
 use castier_blob::Digest;

@@ -172,7 +172,8 @@ async fn a_full_disk_turns_the_tier_read_only_until_there_is_room() {
     until("the cool-down is over", || bench.takes(0)).await;
     let (late, _) = bench.keep(100_000, 2_000).await;
     assert!(bench.whole(&late).await.is_some());
-    let text = bench.metrics.render(&[(crate::via::Tier::Disk, bench.stats(0))]);
+    bench.metrics.tiers_are(&[(crate::via::Tier::Disk, bench.stats(0))]);
+    let text = prometheus::TextEncoder::new().encode_to_string(&bench.registry.gather()).unwrap();
     for line in [
         "castier_disk_write_errors_total{reason=\"full\"} 2",
         "castier_disk_write_errors_total{reason=\"read_only\"} 0",

@@ -128,7 +128,7 @@ fn disk(capacity: u64) -> Bench<Disk> {
         scrub_rate: Size::new(0),
         ..config::Disk::default()
     };
-    let tier = Disk::open(&config, Arc::new(Metrics::new().unwrap()), tokio::sync::mpsc::channel(1).0).unwrap();
+    let tier = Disk::open(&config, Arc::new(Metrics::new(&Default::default()).unwrap()), tokio::sync::mpsc::channel(1).0).unwrap();
     Bench { tier, stats: |tier| tier.stats(0), _directory: Some(directory) }
 }
 

@@ -188,7 +188,7 @@ mod tests {
     }
 
     fn health() -> Health {
-        Health::new("x".into(), Duration::from_secs(3600), Arc::default(), Arc::new(Metrics::new().unwrap()))
+        Health::new("x".into(), Duration::from_secs(3600), Arc::default(), Arc::new(Metrics::new(&Default::default()).unwrap()))
     }
 
     fn write_failed(health: &Health, errno: Errno) {

@@ -35,6 +35,9 @@ pub enum SourceKind {
 }
 
 impl SourceKind {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Self; 2] = [Self::Origin, Self::Peer];
+
     /// The label in metrics and records.
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -18,6 +18,7 @@ use std::{
 struct Bench {
     directory: tempfile::TempDir,
     config: config::Disk,
+    registry: prometheus::Registry,
     metrics: Arc<Metrics>,
     disk: Option<Arc<Disk>>,
     /// What the scrub found.
@@ -31,7 +32,9 @@ impl Bench {
         let path = directory.path().join("cache");
         let mut config = config::Disk { path, policy: Policy::Lru, scrub_rate: Size::new(0), ..config::Disk::default() };
         change(&mut config);
-        let mut bench = Self { directory, config, metrics: Arc::new(Metrics::new().unwrap()), disk: None, rotten: None };
+        let registry = prometheus::Registry::new();
+        let metrics = Arc::new(Metrics::new(&registry).unwrap());
+        let mut bench = Self { directory, config, registry, metrics, disk: None, rotten: None };
         bench.open();
         bench
     }

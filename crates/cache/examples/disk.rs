@@ -1,9 +1,9 @@
-//! Measures the disk tier: `cargo run --release --example disk -- DIRECTORY [BLOBS]`. The directory must be empty or an earlier run's.
+//! Measures the disk tier: `cargo run --release -p castier-cache --example disk -- DIRECTORY [BLOBS]`. The directory must be empty or an earlier run's.
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has nothing to say")]
 
 use bytes::Bytes;
-use castier::{disk::Disk, metrics::Metrics};
 use castier_blob::{Digest, Verified, Verifier};
+use castier_cache::{Disk, Metrics};
 use castier_config::{self as config, Size};
 use std::{
     path::PathBuf,
@@ -22,7 +22,7 @@ fn main() {
     runtime.block_on(async {
         let hot = config::Disk { path: path.join("hot"), scrub_rate: Size::new(0), write_behind: Size::gib(1), ..config::Disk::default() };
         many(config::Disk { path: path.join("many"), ..hot.clone() }, blobs).await;
-        let disk = Disk::open(&hot, Arc::new(Metrics::new().unwrap()), tokio::sync::mpsc::channel(1).0).unwrap();
+        let disk = Disk::open(&hot, Arc::new(Metrics::new(&Default::default()).unwrap()), tokio::sync::mpsc::channel(1).0).unwrap();
         reads(&disk).await;
         writes(&disk).await;
     });
@@ -84,7 +84,7 @@ async fn writes(disk: &Disk) {
 /// that are missing are made afterwards, for the next run: in this one memory would have been used already.
 async fn many(config: config::Disk, count: u64) {
     let before = resident();
-    let metrics = Arc::new(Metrics::new().unwrap());
+    let metrics = Arc::new(Metrics::new(&Default::default()).unwrap());
     let started = Instant::now();
     let disk = Disk::open(&config, metrics.clone(), tokio::sync::mpsc::channel(1).0).unwrap();
     let opened = started.elapsed();

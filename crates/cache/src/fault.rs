@@ -3,6 +3,8 @@
 //! Invariant: "absent" is not a fault. It is an answer, and only the origin can give it.
 
 use castier_blob::Mismatch;
+use rustix::io::Errno;
+use std::error::Error;
 
 /// Why a request did not get its blob. Cheap to clone: every reader of a flight gets the same one.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -148,5 +150,28 @@ impl Limit {
 impl std::fmt::Display for Limit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// Whether this error, or what caused it, is that no more files may be open.
+pub fn ran_out_of_files(error: &(dyn Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |&error| error.source()).any(|error| {
+        let number = error.downcast_ref().and_then(Errno::from_io_error);
+        matches!(number, Some(Errno::MFILE | Errno::NFILE))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn running_out_is_told_from_anything_else() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("somewhere")]
+        struct Somewhere(#[source] std::io::Error);
+        let io = |errno: Errno| std::io::Error::from(errno);
+        assert!(ran_out_of_files(&io(Errno::MFILE)) && ran_out_of_files(&Somewhere(io(Errno::NFILE))));
+        assert!(!ran_out_of_files(&io(Errno::CONNREFUSED)) && !ran_out_of_files(&Somewhere(std::io::Error::other("24"))));
     }
 }

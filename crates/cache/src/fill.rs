@@ -9,7 +9,7 @@ use crate::{
     retries::Retries,
     source::{Answer, Ask, Incoming},
     spool::{Landed, Spool, SpoolWriter, UseTier},
-    via::{SourceKind, Owner},
+    via::{Owner, SourceKind},
 };
 use castier_blob::{Digest, Verified, Verifier};
 use futures::FutureExt;

@@ -9,7 +9,7 @@
 mod file;
 mod writer;
 
-pub use file::SpoolFiles;
+pub(crate) use file::SpoolFiles;
 pub(crate) use writer::{Landed, SpoolWriter, UseTier};
 
 use crate::{
@@ -26,7 +26,7 @@ use std::{collections::VecDeque, sync::Arc};
 const WINDOW: u64 = 1 << 20;
 /// How much is written to a file at once: enough that waking another thread for it costs little. What is being written and what gathers
 /// meanwhile make up the window.
-pub const BATCH: u64 = WINDOW / 2;
+pub(crate) const BATCH: u64 = WINDOW / 2;
 /// Arrivals are merged up to this length, so that a source that dribbles does not cost a segment per byte.
 const MERGE: usize = 64 << 10;
 
@@ -56,7 +56,7 @@ impl Spools {
 
 /// The bytes of one blob as they arrive. One writer (the fill), any number of readers; the flight's lock guards it.
 #[derive(Default)]
-pub struct Spool {
+pub(crate) struct Spool {
     /// Bytes in order, ending at `len`. All of them while there is no file; else the newest few.
     segments: VecDeque<Bytes>,
     /// Offset of the first segment.
@@ -73,7 +73,7 @@ pub struct Spool {
 }
 
 /// What a reader gets.
-pub enum Piece {
+pub(crate) enum Piece {
     /// Bytes shared with the spool.
     Memory(Bytes),
     /// To be read from the file with [`SpoolFiles::read`], off the lock.
@@ -81,7 +81,7 @@ pub enum Piece {
 }
 
 /// Where the next bytes go.
-pub enum Admit {
+pub(crate) enum Admit {
     /// Into memory.
     Memory,
     /// Into the file, behind a backlog of at most [`Spool::backlog`].
@@ -93,19 +93,19 @@ pub enum Admit {
 impl Spool {
     /// A spool for a blob of `size` bytes (none: not known), in memory if the blob may stay there. It leases memory as bytes come: what is
     /// only announced may never come, and would keep others out.
-    pub fn new(spools: &Spools, size: Option<u64>) -> Self {
+    pub(crate) fn new(spools: &Spools, size: Option<u64>) -> Self {
         let memory = (size.unwrap_or(0) <= spools.max_in_memory).then(|| spools.memory.empty());
         Self { memory, ..Self::default() }
     }
 
     /// Leases memory for all of a blob of `size` bytes, if it is in memory so far: someone is about to be told that it will be kept. False if
     /// it is not in memory, or there is not so much left.
-    pub fn reserve(&mut self, size: u64) -> bool {
+    pub(crate) fn reserve(&mut self, size: u64) -> bool {
         self.file.is_none() && self.memory.as_mut().is_some_and(|lease| lease.cover(size))
     }
 
     /// Bytes held.
-    pub const fn length(&self) -> u64 {
+    pub(crate) const fn length(&self) -> u64 {
         self.len
     }
 
@@ -113,7 +113,7 @@ impl Spool {
     ///
     /// # Errors
     /// [`Fault::Busy`] when `fill.spool` is used up.
-    pub fn admit(&mut self, spools: &Spools, more: u64) -> Result<Admit, Fault> {
+    pub(crate) fn admit(&mut self, spools: &Spools, more: u64) -> Result<Admit, Fault> {
         if self.file.is_some() {
             let Some(disk) = &mut self.disk else { return Err(Fault::Internal("spool file without a lease".into())) };
             return if disk.grow(more) { Ok(Admit::File) } else { Err(Fault::Busy(Limit::Spool)) };
@@ -124,7 +124,7 @@ impl Spool {
     }
 
     /// How many bytes the file may lack: a batch, or none if there is no memory for a window. `None` without a file.
-    pub const fn backlog(&self) -> Option<u64> {
+    pub(crate) const fn backlog(&self) -> Option<u64> {
         match (&self.file, &self.memory) {
             (None, _) => None,
             (Some(_), Some(_)) => Some(BATCH),
@@ -133,12 +133,12 @@ impl Spool {
     }
 
     /// What has to be written to a new file before it can take over with [`Self::move_to_file`].
-    pub fn in_memory(&self) -> Vec<Bytes> {
+    pub(crate) fn in_memory(&self) -> Vec<Bytes> {
         self.segments.iter().cloned().collect()
     }
 
     /// From now on bytes go to `file`, which holds all that came so far; or, if it takes the place of another, what that one had.
-    pub fn move_to_file(&mut self, spools: &Spools, file: Arc<SharedFile>) -> Result<(), Fault> {
+    pub(crate) fn move_to_file(&mut self, spools: &Spools, file: Arc<SharedFile>) -> Result<(), Fault> {
         if self.file.replace(file).is_some() {
             return Ok(());
         }
@@ -153,7 +153,7 @@ impl Spool {
 
     /// What the file does not have yet of the first `to` bytes: the file, the offset from which on, and the bytes. None if it has them all,
     /// or there is no file.
-    pub fn unwritten(&self, to: u64) -> Option<(Arc<SharedFile>, u64, Vec<Bytes>)> {
+    pub(crate) fn unwritten(&self, to: u64) -> Option<(Arc<SharedFile>, u64, Vec<Bytes>)> {
         let file = self.file.as_ref().filter(|_| self.written < to)?;
         let mut start = self.start;
         let parts = self.segments.iter().map(|segment| {
@@ -166,23 +166,23 @@ impl Spool {
     }
 
     /// Where the bytes are that are not in memory alone.
-    pub fn file(&self) -> Option<Arc<SharedFile>> {
+    pub(crate) fn file(&self) -> Option<Arc<SharedFile>> {
         self.file.clone()
     }
 
     /// How much of the bytes the file has.
-    pub const fn written(&self) -> u64 {
+    pub(crate) const fn written(&self) -> u64 {
         self.written
     }
 
     /// The file has the bytes up to here.
-    pub fn wrote(&mut self, to: u64) {
+    pub(crate) fn wrote(&mut self, to: u64) {
         self.written = to;
         self.trim();
     }
 
     /// Appends bytes for which [`Self::admit`] said yes.
-    pub fn push(&mut self, bytes: Bytes) {
+    pub(crate) fn push(&mut self, bytes: Bytes) {
         self.len += bytes.len() as u64;
         self.segments.push_back(bytes);
         // Like a binary counter: a segment is merged only with one no longer than itself, so every byte is copied O(log) times.
@@ -216,7 +216,7 @@ impl Spool {
     }
 
     /// Bytes from offset `at`, at least one and at most [`PIECE`] and `limit` of them. `at + limit` must not exceed the length.
-    pub fn read(&self, at: u64, limit: u64) -> Piece {
+    pub(crate) fn read(&self, at: u64, limit: u64) -> Piece {
         let want = usize::try_from(limit).unwrap_or(PIECE).min(PIECE);
         let mut end = self.len;
         // From the newest backwards: most readers are near the end.
@@ -236,24 +236,24 @@ impl Spool {
     }
 
     /// All bytes, if they are in memory.
-    pub fn parts(&self) -> Option<Vec<Bytes>> {
+    pub(crate) fn parts(&self) -> Option<Vec<Bytes>> {
         self.file.is_none().then(|| self.in_memory())
     }
 
     /// Replaces the parts by the whole, so that memory is not held twice.
-    pub fn replace_with(&mut self, whole: Bytes) {
+    pub(crate) fn replace_with(&mut self, whole: Bytes) {
         self.segments = VecDeque::from([whole]);
         self.start = 0;
     }
 
     /// The memory that the bytes take is accounted for elsewhere from now on.
-    pub fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         self.memory = None;
     }
 }
 
 /// One piece of memory out of several. Copies only if there are several.
-pub fn join(mut parts: Vec<Bytes>) -> Bytes {
+pub(crate) fn join(mut parts: Vec<Bytes>) -> Bytes {
     if parts.len() <= 1 {
         return parts.pop().unwrap_or_default();
     }
@@ -269,7 +269,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     fn spools(memory: u64, disk: u64, max_in_memory: u64) -> Spools {
-        let files = SpoolFiles::new(&castier_config::Fill::default(), Arc::new(Metrics::new().unwrap()));
+        let files = SpoolFiles::new(&castier_config::Fill::default(), Arc::new(Metrics::new(&Default::default()).unwrap()));
         Spools { memory: Budget::new(memory), disk: Budget::new(disk), files, max_in_memory }
     }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 /// The most that a buffer holds: a block of the disk tier, and the longest piece that a reader gets at once.
-pub const SIZE: usize = 64 << 10;
+pub(crate) const SIZE: usize = 64 << 10;
 static POOL: Mutex<Pool> = Mutex::new(Pool { idle: Vec::new(), lent: 0 });
 /// How many may wait: 8 MiB at most, enough for as many reads as run at once.
 const MAX_IDLE: usize = 128;
@@ -31,14 +31,14 @@ pub fn plenty() -> bool {
 }
 
 /// Memory for up to [`SIZE`] bytes. Its content is whatever was read last.
-pub struct Buffer {
+pub(crate) struct Buffer {
     memory: Box<[u8]>,
     len: usize,
 }
 
 impl Buffer {
     /// A buffer of `len` bytes, at most [`SIZE`].
-    pub fn new(len: usize) -> Self {
+    pub(crate) fn new(len: usize) -> Self {
         if len <= SMALL {
             return Self { memory: vec![0; len].into(), len };
         }
@@ -52,7 +52,7 @@ impl Buffer {
 
     /// Reads from offset `at` of the file, as far as that takes no waiting: what the page cache has. How many bytes came, from the front.
     /// Many file systems cannot tell what they have in memory, overlayfs among them: there nothing comes. One `in_memory` has all of it.
-    pub fn read_cached(&mut self, file: &File, in_memory: bool, at: u64) -> usize {
+    pub(crate) fn read_cached(&mut self, file: &File, in_memory: bool, at: u64) -> usize {
         let mut filled = 0;
         while filled < self.len {
             let (at, rest) = (at + filled as u64, &mut self[filled..]);
@@ -71,7 +71,7 @@ impl Buffer {
     }
 
     /// The bytes, shared; the memory comes back when the last of them is dropped.
-    pub fn share(self, part: Range<usize>) -> Bytes {
+    pub(crate) fn share(self, part: Range<usize>) -> Bytes {
         Bytes::from_owner(self).slice(part)
     }
 }

@@ -40,7 +40,7 @@ const AGAIN: u8 = 2;
 type Gone<V> = dyn Fn(&Digest, V, bool) + Send + Sync;
 
 /// Entries under their digests, each with a weight.
-pub struct Index<V> {
+pub(crate) struct Index<V> {
     /// None: main alone, and so plain LRU.
     window: Option<Cache<Digest, V>>,
     main: Cache<Digest, V>,
@@ -54,7 +54,7 @@ pub struct Index<V> {
 
 /// How large an [`Index`] and its parts are.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub(crate) struct Shape {
     /// What all entries together may weigh.
     pub capacity: u64,
     /// The largest entry that the window must take.
@@ -110,7 +110,7 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     /// An empty index. `weigh` must give the same weight for as long as an entry is here. `gone` is told of every entry that goes: its digest,
     /// its value, and whether it went for lack of room. It runs wherever the index is touched, so it must be quick, and must not touch
     /// the index.
-    pub fn new(policy: Policy, shape: Shape, weigh: fn(&V) -> u64, gone: impl Fn(&Digest, V, bool) + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(policy: Policy, shape: Shape, weigh: fn(&V) -> u64, gone: impl Fn(&Digest, V, bool) + Send + Sync + 'static) -> Self {
         let gone: Arc<Gone<V>> = Arc::new(gone);
         let Shape { capacity, counts, unit, .. } = shape;
         let window_capacity = shape.window.max(capacity / WINDOW_PART).min(capacity);
@@ -149,7 +149,7 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     }
 
     /// The entry, if it is here. Counts nothing.
-    pub fn get(&self, digest: &Digest) -> Option<V> {
+    pub(crate) fn get(&self, digest: &Digest) -> Option<V> {
         self.main.get(digest).or_else(|| self.window.as_ref()?.get(digest))
     }
 
@@ -159,7 +159,7 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     /// 3. the other thread puts it into main.
     ///
     /// Housekeeping is done under a lock, so this waits for its end, and looks again.
-    pub fn get_settled(&self, digest: &Digest) -> Option<V> {
+    pub(crate) fn get_settled(&self, digest: &Digest) -> Option<V> {
         self.get(digest).or_else(|| {
             self.window.as_ref()?.run_pending_tasks();
             self.main.get(digest)
@@ -167,12 +167,12 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     }
 
     /// Whether the entry is here.
-    pub fn has(&self, digest: &Digest) -> bool {
+    pub(crate) fn has(&self, digest: &Digest) -> bool {
         self.main.contains_key(digest) || self.window.as_ref().is_some_and(|window| window.contains_key(digest))
     }
 
     /// Counts one get. Call it once for each, whether or not the entry is here.
-    pub fn count(&self, digest: &Digest) {
+    pub(crate) fn count(&self, digest: &Digest) {
         if let Some(admission) = &self.admission {
             let kept = || self.main.entry_count();
             if let Some(part) = admission.sketch.count(digest, kept) {
@@ -183,14 +183,14 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     }
 
     /// The heaviest entry that there can be.
-    pub const fn largest(&self) -> u64 {
+    pub(crate) const fn largest(&self) -> u64 {
         let (window, main) = self.capacities;
         if window > main { window } else { main }
     }
 
     /// Whether an entry would be kept if it came now. What the window takes is; what is too heavy for it must have been asked for before,
     /// so that a pass over large blobs does not empty main.
-    pub fn takes(&self, digest: &Digest, weight: u64) -> bool {
+    pub(crate) fn takes(&self, digest: &Digest, weight: u64) -> bool {
         let Some(admission) = &self.admission else { return weight <= self.largest() };
         let (window, main) = self.capacities;
         weight <= window || weight <= main && (self.has_room(weight) || admission.sketch.estimate(digest) >= AGAIN)
@@ -202,7 +202,7 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     }
 
     /// Keeps an entry of at most [`Self::largest`], whatever [`Self::takes`] says.
-    pub fn insert(&self, digest: Digest, value: V) {
+    pub(crate) fn insert(&self, digest: Digest, value: V) {
         let weight = (self.weigh)(&value);
         match &self.window {
             // While main has room nothing has to prove itself, and a later get finds it with one look-up.
@@ -222,7 +222,7 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     }
 
     /// Takes an entry out; true if it was here. Once this is done it is not here, unless it is inserted anew.
-    pub fn remove(&self, digest: &Digest) -> bool {
+    pub(crate) fn remove(&self, digest: &Digest) -> bool {
         let mut was_here = false;
         if let Some(window) = &self.window {
             was_here = window.remove(digest).is_some();
@@ -233,7 +233,7 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     }
 
     /// Does what waits to be done, evictions above all.
-    pub fn settle(&self) {
+    pub(crate) fn settle(&self) {
         if let Some(window) = &self.window {
             window.run_pending_tasks();
         }
@@ -241,7 +241,7 @@ impl<V: Clone + Send + Sync + 'static> Index<V> {
     }
 
     /// What the entries weigh, and how many there are.
-    pub fn size(&self) -> (u64, u64) {
+    pub(crate) fn size(&self) -> (u64, u64) {
         self.settle();
         let (weight, count) = (self.main.weighted_size(), self.main.entry_count());
         self.window.as_ref().map_or((weight, count), |window| (weight + window.weighted_size(), count + window.entry_count()))

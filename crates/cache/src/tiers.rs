@@ -1,13 +1,17 @@
 //! The tiers of this node.
 
 use crate::{
+    budget::Budget,
     disk::Disk,
     memory::Memory,
+    metrics::Metrics,
     via::{Owner, Tier},
 };
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
-use std::sync::Arc;
+use castier_config as config;
+use std::{io, sync::Arc};
+use tokio::sync::mpsc;
 
 /// Where blobs are kept.
 ///
@@ -23,6 +27,30 @@ pub struct Tiers {
 }
 
 impl Tiers {
+    /// The tiers as configured. A cluster takes the mirror's share out of the memory. `disk.open_files` is replaced by `open_files`, what the process may
+    /// open. `budget` is `fill.memory`. Blobs that the disk tier finds rotten are told to `rotten`.
+    ///
+    /// # Errors
+    /// The disk tier's directory cannot be used. The text names it.
+    pub fn open(
+        config: &config::Castier,
+        open_files: u64,
+        budget: &Arc<Budget>,
+        metrics: &Arc<Metrics>,
+        rotten: mpsc::Sender<Digest>,
+    ) -> io::Result<Self> {
+        let share = config.cluster.as_ref().map(|cluster| cluster.mirror_share);
+        let (memory, mirror) = {
+            let metrics = metrics.clone();
+            Memory::with_mirror(&config.memory, share, budget, move |tier, age| metrics.evicted(tier, age))
+        };
+        let disk = match &config.disk {
+            Some(disk) => Some(Disk::open(&config::Disk { open_files, ..disk.clone() }, metrics.clone(), rotten)?),
+            None => None,
+        };
+        Ok(Self { memory: Arc::new(memory), mirror: mirror.map(Arc::new), disk })
+    }
+
     /// The blob, if it is in memory, and in which part of it.
     pub fn in_memory(&self, digest: &Digest) -> Option<(Bytes, Tier)> {
         if let Some(bytes) = self.memory.find(digest) {

@@ -2,8 +2,7 @@
 
 use crate::{
     buffer::Buffer,
-    descriptors,
-    fault::{Fault, Limit},
+    fault::{Fault, Limit, ran_out_of_files},
     metrics::{DiskError, DiskOp, Metrics},
     pool::{Pool, SharedFile, Turn, Undone},
 };
@@ -151,7 +150,7 @@ fn outcome<T>(metrics: &Metrics, done: Result<io::Result<T>, Undone>) -> Result<
                 tracing::warn!(%error, "a spool file may not grow: raise the limit on the size of files (ulimit -f, LimitFSIZE=)");
                 (DiskError::TooLarge, Fault::Busy(Limit::Spool))
             }
-            _ if descriptors::ran_out(&error) => (DiskError::Files, Fault::Busy(Limit::Files)),
+            _ if ran_out_of_files(&error) => (DiskError::Files, Fault::Busy(Limit::Files)),
             _ => (DiskError::Other, Fault::Internal(format!("spool file: {error}"))),
         },
         Err(Undone::Busy) => (DiskError::Busy, Fault::Busy(Limit::Spool)),

@@ -1,10 +1,10 @@
 //! The hit ratio of the memory tier over blobs of very different sizes, beside other policies under the same requests. Nothing is
-//! sent: a get is a look-up, and after a miss the blob is kept. `scripts/bench mixed`, or `cargo run --release --example mixed_sizes -- --quick`.
+//! sent: a get is a look-up, and after a miss the blob is kept. `scripts/bench mixed`, or `cargo run --release -p castier-cache --example mixed_sizes -- --quick`.
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has nothing to say")]
 
 use bytes::Bytes;
-use castier::{budget::Budget, memory::Memory};
 use castier_blob::{Digest, Verified, Verifier};
+use castier_cache::{Budget, Memory};
 use castier_config::{self as config, Policy, Size};
 use moka::{policy::EvictionPolicy, sync::Cache};
 use std::{

@@ -24,9 +24,9 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-pub use blob::DiskBlob;
-pub use copy::DiskCopy;
-pub use file::DiskFile;
+pub(crate) use blob::DiskBlob;
+pub(crate) use copy::DiskCopy;
+pub(crate) use file::DiskFile;
 pub use state::DiskState;
 
 use crate::{

@@ -10,7 +10,7 @@ const KEPT: usize = 63;
 
 /// The last ages, in seconds and one more; 0 is none yet. Written at each eviction, on any thread, and so without a lock: of two writers at once one
 /// may be lost, which changes no median that anybody could tell.
-pub(super) struct Ages {
+pub(crate) struct Ages {
     next: AtomicUsize,
     ages: [AtomicU32; KEPT],
 }
@@ -22,12 +22,12 @@ impl Default for Ages {
 }
 
 impl Ages {
-    pub(super) fn add(&self, age: Duration) {
+    pub(crate) fn add(&self, age: Duration) {
         let at = self.next.fetch_add(1, Relaxed) % KEPT;
         self.ages[at].store(u32::try_from(age.as_secs()).unwrap_or(u32::MAX - 1).saturating_add(1), Relaxed);
     }
 
-    pub(super) fn median(&self) -> Option<Duration> {
+    pub(crate) fn median(&self) -> Option<Duration> {
         let mut ages: Vec<_> = self.ages.iter().map(|age| age.load(Relaxed)).filter(|age| *age > 0).collect();
         let middle = ages.len() / 2;
         if ages.is_empty() {
