@@ -2,73 +2,104 @@
 
 use crate::{
     Listen, Malformed, Problems, Share, Span,
-    castier::path_text,
     check::check_span,
     file::{first_byte, read_text},
-    value::Text,
+    value::{as_text, path_text},
 };
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use std::{
     fmt,
-    marker::PhantomData,
     net::IpAddr,
     path::{Path, PathBuf},
     str::FromStr,
 };
 use url::Host;
 
-/// `[cluster]`: the nodes that together behave as one cache. Without this section a node is alone, since nobody but the operator
-/// knows the others.
+/// The nodes that together behave as one cache. Without this section a node is alone: only you know the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Cluster {
-    /// This node as its peers know it, `HOST:PORT`, letter for letter as it stands in `cluster.peers` or comes from
-    /// `cluster.dns`. No default: only the operator knows by which address the others reach it.
+    /// This node's address as its peers know it, letter for letter as `cluster.peers` or `cluster.dns` has it on every node.
+    ///
+    /// It has no default: only you know how the others reach this node.
+    ///
+    /// - Type: HOST:PORT
     pub advertise: String,
-    /// All nodes, this one among them, each `HOST:PORT`, or `HOST:PORT weight=N` for one that should own N times as many blobs as
-    /// a node without; the same list on every node, in any order. Either this or `cluster.dns`. Default none.
+    /// All nodes, this one among them: the same list on every node, in any order. Either this or `cluster.dns`.
+    ///
+    /// `"10.0.0.8:8081 weight=2"` owns twice as many blobs. It has no default. A node that is not on its own list owns nothing and asks the
+    /// others. SIGHUP changes the list, unless `cluster.dns` has it.
+    ///
+    /// - Type: list of HOST:PORT
+    /// - Live: yes
     pub peers: Vec<Peer>,
-    /// A name whose addresses are the nodes, `HOST:PORT`; or the name of SRV records, which have ports and weights of their own,
-    /// `_SERVICE._PROTOCOL.NAME`. Either this or `cluster.peers`. Default empty.
+    /// A name to look up instead of the list: `NAME:PORT` for its addresses, or `_SERVICE._PROTOCOL.NAME` for its SRV records.
+    ///
+    /// Each address is a node. SRV records have ports and weights of their own. A look-up that fails or finds nothing changes nothing.
+    ///
+    /// - Type: name
     pub dns: String,
-    /// How often that name is looked up, a duration over 0. Default `5s`: what a headless service's records commonly live.
+    /// How often castier looks up `cluster.dns`.
+    ///
+    /// The records of a headless service commonly live as long as the default.
+    ///
+    /// - Type: duration over 0
     pub refresh: Span,
-    /// A file whose first line proves to the peers that this node is one of them, and whose second, if there is one, is accepted
-    /// as well while a new secret is rolled out; 16 visible ASCII characters or more; empty: none. Default empty, which is
-    /// refused unless `listen.peer` is on the loopback.
+    /// A file with the secret that proves to the peers that this node is one of them. Empty only if `listen.peer` is on the loopback.
+    ///
+    /// The secret is the first line: 16 to 1024 visible ASCII characters. castier accepts a second line too,
+    /// [while a new secret is rolled out](#changing-the-secret). SIGHUP reads the file again.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub secret_file: PathBuf,
-    /// The part of `memory.capacity` for hot blobs that other nodes own, 0 to 0.9; 0 keeps none. Default 0.125: what everybody
-    /// asks for is few blobs, and most of the memory of all nodes stays one cache.
+    /// The part of `memory.capacity` that is for hot blobs which other nodes own. 0: none.
+    ///
+    /// The blobs that everybody asks for are few. With the default most of the memory of all nodes stays one cache.
     pub mirror_share: Share,
-    /// How long a peer may be silent in the middle of an answer before the fill goes on elsewhere, a duration over 0. Default
-    /// `2s`: above any pause of a healthy node, below what a client's user would notice twice.
+    /// How long a peer may be silent before the fill goes on elsewhere, unless the peer says that it waits for the origin itself.
+    ///
+    /// After one peer was slow to fail, the further peers that the same fill asks have a quarter of this. The default is above any pause of a
+    /// healthy node, and below what a user would notice twice.
+    ///
+    /// - Type: duration over 0
     pub stall_timeout: Span,
-    /// For how long after a change of the cluster an owner that misses asks the node next in order before the origin; a duration,
-    /// 0 never asks. Default `10min`: by then what is hot has moved.
+    /// How long after a change of the cluster an owner that misses asks the next node in order before the origin. 0: never.
+    ///
+    /// That node may have owned the blob before. When the default is over, what is hot has moved.
     pub peek_for: Span,
-    /// How often each peer is asked whether it lives, a duration over 0. Default `1s`: a dead node is noticed within two, and
-    /// fifty nodes cost each other fifty tiny requests.
+    /// How often castier probes each peer, to see whether it is up.
+    ///
+    /// A peer that fails a probe gets another one at once, and is down if it fails that too. So castier notices a dead peer within this time
+    /// and two `cluster.probe_timeout`. With the default fifty nodes send each other fifty tiny requests a second.
+    ///
+    /// - Type: duration over 0
     pub probe_interval: Span,
-    /// How long it may take to answer that, a duration over 0. Default `1s`: a node that needs longer serves nobody well.
+    /// How long a peer may take to answer a probe.
+    ///
+    /// A node that needs longer than the default serves nobody well.
+    ///
+    /// - Type: duration over 0
     pub probe_timeout: Span,
-    /// Mutual TLS between the nodes. All empty: plain HTTP.
+    /// `[cluster.tls]`.
     pub tls: ClusterTls,
 }
 
-/// `[cluster.tls]`: mutual TLS between the nodes; either all of it or nothing.
+/// Mutual TLS between the nodes. Set all three files, or none for plain HTTP.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ClusterTls {
-    /// A PEM file with this node's certificate and those between it and its root, valid both as a server's and as a client's for
-    /// the host in `cluster.advertise`. Default empty, since only the operator can issue one.
+    /// A PEM file with this node's certificate and those between it and its root.
+    ///
+    /// It must be valid for a server and for a client, and for the host in `cluster.advertise`.
     #[serde(serialize_with = "path_text")]
     pub cert_file: PathBuf,
-    /// A PEM file with the private key of that certificate. Default empty.
+    /// A PEM file with the private key of that certificate.
     #[serde(serialize_with = "path_text")]
     pub key_file: PathBuf,
-    /// A PEM file with the certificates that the peers' certificates must be signed by. Default empty: the system's are of no
-    /// use here, as anybody can get a certificate from those.
+    /// A PEM file with the authorities that must have signed the peers' certificates.
+    ///
+    /// Those of the system do not count: anybody can get a certificate from them.
     #[serde(serialize_with = "path_text")]
     pub ca_file: PathBuf,
 }
@@ -173,17 +204,7 @@ impl fmt::Display for Peer {
     }
 }
 
-impl<'de> Deserialize<'de> for Peer {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(Text(PhantomData))
-    }
-}
-
-impl Serialize for Peer {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
+as_text!(Peer);
 
 /// The shortest peer secret: below it, guessing is no longer hopeless.
 const MIN_SECRET: usize = 16;

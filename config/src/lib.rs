@@ -14,6 +14,7 @@ mod load;
 mod origin;
 mod problems;
 mod shape;
+mod shared;
 mod value;
 
 pub use castier::{Castier, Disk, Fill, Limits, Listen, Memory, Origin, Verify};
@@ -22,4 +23,5 @@ pub use load::{Config, Loaded, environment, load, load_offline};
 pub use origin::{OriginLimits, OriginListen, OriginServer, Store};
 pub use problems::Problems;
 pub use shape::{changed, keys, print};
-pub use value::{Labels, Log, LogFormat, Loki, Malformed, Network, OriginUrl, Otlp, Policy, Proxies, Share, Shutdown, Size, Span};
+pub use shared::{Labels, Log, LogFormat, Loki, Network, Otlp, Proxies, Shutdown};
+pub use value::{Malformed, OriginUrl, Policy, Share, Size, Span};
