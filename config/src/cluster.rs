@@ -1,7 +1,8 @@
-//! `[cluster]`: the nodes that together behave as one cache.
+//! The section `[cluster]`, and the secret of its nodes.
 
 use crate::{
     Listen, Malformed, Problems, Share, Span,
+    address::Address,
     check::check_span,
     file::{first_byte, read_text},
     value::{as_text, path_text},
@@ -134,21 +135,21 @@ impl Default for Cluster {
 }
 
 impl Cluster {
-    /// The default with the keys that have none set as in the example.
+    /// The default, with examples for the keys that have none.
     pub(crate) fn example() -> Self {
         let peer = |last| Peer { host: format!("10.0.0.{last}"), port: 8081, weight: 1 };
         Self { advertise: peer(7).name(), peers: vec![peer(7), peer(8)], ..Self::default() }
     }
 }
 
-/// A node as the others reach it, and how much of the work it should get.
+/// A node as the others reach it, and its share of the blobs.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
     /// A host name in lower case, or an address in its shortest form, without brackets.
     pub host: String,
     /// The port of its peer listener.
     pub port: u16,
-    /// Its share of the blobs, relative to the others'; 1 or more.
+    /// Its share of the blobs, relative to that of a node with weight 1. 1 or more.
     pub weight: u16,
 }
 
@@ -195,7 +196,7 @@ impl FromStr for Peer {
 }
 
 impl fmt::Display for Peer {
-    /// Reads back to the same peer.
+    /// The text that reads back to the same peer.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.weight {
             1 => f.write_str(&self.name()),
@@ -206,12 +207,12 @@ impl fmt::Display for Peer {
 
 as_text!(Peer);
 
-/// The shortest peer secret: below it, guessing is no longer hopeless.
+/// The shortest peer secret: an attacker might guess a shorter one.
 const MIN_SECRET: usize = 16;
-/// The longest, so that it fits a request header anywhere.
+/// The longest peer secret: it fits into a request header anywhere.
 const MAX_SECRET: usize = 1024;
 
-/// The secrets in a `cluster.secret_file`, one or two: the first proves requests, each is accepted.
+/// The secrets in a `cluster.secret_file`, one or two. A node proves itself with the first, and accepts either.
 ///
 /// # Errors
 /// A text that says what is wrong with the file, and never what is in it.
@@ -239,7 +240,7 @@ pub fn peer_secrets(file: &Path) -> Result<Vec<String>, String> {
     Ok(secrets)
 }
 
-/// Notes what makes no sense in `[cluster]`.
+/// Checks the section `[cluster]`.
 pub(crate) fn check_cluster(cluster: &Cluster, listen: &Listen, problems: &mut Problems) {
     let Cluster {
         advertise,
@@ -281,7 +282,7 @@ fn check_advertise(advertise: &str, problems: &mut Problems) -> Option<Peer> {
     match advertise.parse::<Peer>() {
         Ok(node) if node.weight == 1 => Some(node),
         Ok(_) => {
-            problems.add(KEY, "has a weight; weights stand in cluster.peers, where all nodes see the same");
+            problems.add(KEY, "has a weight; write weights into cluster.peers, which is the same on all nodes");
             None
         }
         Err(error) => {
@@ -291,13 +292,13 @@ fn check_advertise(advertise: &str, problems: &mut Problems) -> Option<Peer> {
     }
 }
 
-/// Exactly one of a list and a name, and a name under which this node can find itself.
+/// The nodes come from a list or from a name, not from both, and this node must find itself among them.
 fn check_source(node: Option<&Peer>, peers: &[Peer], dns: &str, problems: &mut Problems) {
     match (peers.is_empty(), dns.is_empty()) {
         (true, true) if problems.are_sound(&["cluster.peers", "cluster.dns"]) => {
             problems.add("cluster.peers", "is missing; list all nodes, or let cluster.dns name them");
         }
-        (false, false) => problems.add("cluster.dns", "stands beside cluster.peers; the nodes come from one of them, leave the other out"),
+        (false, false) => problems.add("cluster.dns", "is set beside cluster.peers; the nodes come from one of them, leave the other out"),
         _ => {}
     }
     for (i, peer) in peers.iter().enumerate() {
@@ -306,27 +307,37 @@ fn check_source(node: Option<&Peer>, peers: &[Peer], dns: &str, problems: &mut P
             problems.add("cluster.peers", format!("{name} is listed with the weights {one} and {other}; list each node once"));
         }
     }
-    if dns.is_empty() {
-    } else if dns.starts_with('_') {
-        if dns.contains(':') {
-            problems.add("cluster.dns", format!("{dns:?} has a port, and SRV records bring their own; leave it out"));
-        }
-    } else {
-        match dns.parse::<Peer>() {
-            Ok(name) if name.ip().is_none() && name.weight == 1 => {
-                if node.is_some_and(|node| node.ip().is_none()) {
-                    problems.add(
-                        "cluster.advertise",
-                        "is a name, and the nodes that cluster.dns gives are addresses, so this one would not know itself; write its address, or let cluster.dns name SRV records",
-                    );
-                }
-            }
-            _ => problems.add("cluster.dns", format!("{dns:?} is no name to look up; write NAME:PORT, such as \"castier-peers.cas.svc:8081\", or \"_SERVICE._PROTOCOL.NAME\" for SRV records")),
-        }
+    if !dns.is_empty() {
+        check_dns(node, dns, problems);
     }
 }
 
-/// Whoever can reach the peer listener without a secret is taken for a peer, so then nobody else must be able to.
+fn check_dns(node: Option<&Peer>, dns: &str, problems: &mut Problems) {
+    const KEY: &str = "cluster.dns";
+    if dns.starts_with('_') {
+        if dns.contains(':') {
+            problems.add(KEY, format!("{dns:?} has a port, and SRV records bring their own; leave it out"));
+        }
+        return;
+    }
+    if !dns.parse::<Peer>().is_ok_and(|name| name.ip().is_none() && name.weight == 1) {
+        problems.add(
+            KEY,
+            format!(
+                "{dns:?} is not a name to look up; write NAME:PORT, such as \"castier-peers.cas.svc:8081\", or \"_SERVICE._PROTOCOL.NAME\" \
+                 for SRV records"
+            ),
+        );
+    } else if node.is_some_and(|node| node.ip().is_none()) {
+        problems.add(
+            "cluster.advertise",
+            "is a name, and the nodes that cluster.dns gives are addresses, so this one would not know itself; write its address, or let \
+             cluster.dns name SRV records",
+        );
+    }
+}
+
+/// Without a secret castier takes every client of the peer listener for a peer. So the listener must then be on the loopback.
 fn check_secret(secret_file: &Path, listen: &Listen, problems: &mut Problems) {
     if !secret_file.as_os_str().is_empty() {
         if problems.ask_machine()
@@ -334,7 +345,7 @@ fn check_secret(secret_file: &Path, listen: &Listen, problems: &mut Problems) {
         {
             problems.add("cluster.secret_file", why);
         }
-    } else if !is_loopback(&listen.peer) && problems.are_sound(&["listen.peer"]) {
+    } else if !Address::parse(&listen.peer).is_some_and(|address| address.is_on_loopback()) && problems.are_sound(&["listen.peer"]) {
         problems.add(
             "cluster.secret_file",
             format!(
@@ -342,16 +353,6 @@ fn check_secret(secret_file: &Path, listen: &Listen, problems: &mut Problems) {
                 listen.peer
             ),
         );
-    }
-}
-
-fn is_loopback(address: &str) -> bool {
-    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-    match Host::parse(host) {
-        Ok(Host::Ipv4(ip)) => ip.is_loopback(),
-        Ok(Host::Ipv6(ip)) => ip.is_loopback(),
-        Ok(Host::Domain(name)) => name == "localhost",
-        Err(_) => false,
     }
 }
 

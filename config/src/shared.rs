@@ -180,7 +180,7 @@ impl FromStr for Network {
         let network = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
         let network = network.ok_or_else(|| {
             Malformed::new(format!(
-                "{text:?} is no network; write one such as \"10.0.0.0/8\" or \"fd00::/8\", or an address such as \"10.0.0.7\""
+                "{text:?} is not a network; write one such as \"10.0.0.0/8\" or \"fd00::/8\", or an address such as \"10.0.0.7\""
             ))
         })?;
         Ok(Self(network.trunc()))

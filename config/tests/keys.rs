@@ -6,7 +6,7 @@
 //!
 //! - The first paragraph says what the key does. It goes into the example file and into the table.
 //! - Further paragraphs have details and the reason for the default. They go into the table.
-//! - `- Type: …`, where the field's type does not say enough. [`limits`] knows some types, and a test checks that the config refuses what they exclude.
+//! - `- Type: …`, if the field's Rust type does not say enough. A test checks that what this text excludes is refused ([`limits`]).
 //! - `- Live: yes`, if SIGHUP changes the key. On a struct: all its keys.
 //! - Or only ``As [`Struct::field`].``: described there.
 //!
@@ -269,7 +269,8 @@ fn generated() -> [(&'static str, String); 3] {
     let described = castier.iter().flat_map(|section| &section.keys).map(|key| key.described_at.as_str()).collect();
     let manual = fs::read_to_string(root().join(OPERATIONS)).unwrap();
     let manual = with_table(&manual, "castier", &table(&castier, &BTreeSet::new()));
-    let optional = "\nThe sections [disk] and [cluster] are absent by default. To have one, remove the # in front of its name and of the keys that you change.";
+    let optional = "\nThe sections [disk] and [cluster] are absent by default. To have one, remove the # in front of its name and of the keys \
+                    that you change.";
     let header_of_castier = header("castier", "memory.capacity", "CASTIER_MEMORY__CAPACITY") + optional;
     let header_of_origin = header("castier-origin", "store.root", "CASTIER_STORE__ROOT");
     [
