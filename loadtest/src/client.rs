@@ -6,7 +6,8 @@ mod check;
 pub(crate) use check::Check;
 
 use crate::{corpus::Blob, mix::Op, target::Target};
-use castier_blob::{Digest, wire};
+use castier_blob::Digest;
+use castier_wire as wire;
 use check::Taker;
 use std::{
     io::{self, Write as _},

@@ -6,7 +6,8 @@ use crate::{
     mix::Op,
     target::Target,
 };
-use castier_blob::{Digest, wire};
+use castier_blob::Digest;
+use castier_wire as wire;
 use std::{
     sync::{
         Arc,

@@ -9,7 +9,8 @@ use crate::{
     tally::{Outcome, Tally},
     target::Target,
 };
-use castier_blob::{Digest, wire};
+use castier_blob::Digest;
+use castier_wire as wire;
 use data_encoding::HEXLOWER;
 use parking_lot::Mutex;
 use rand::RngExt as _;

@@ -6,8 +6,8 @@ use crate::{
     server::{Full, Handler},
 };
 use bytes::Bytes;
-use castier_blob::wire::Problem;
 use castier_config::OriginLimits;
+use castier_wire::Problem;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full as Whole;
 use hyper::body::Incoming;

@@ -16,7 +16,8 @@
 //! Everything here blocks: call it off the async threads.
 
 use crate::store::{Fault, Reader};
-use castier_blob::{Digest, Verifier, entry::Name};
+use castier_blob::{Digest, Verifier};
+use castier_wire::entry::Name;
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
 use std::{

@@ -10,8 +10,8 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::Bytes;
-use castier_blob::trace::{Kind, Span, Value};
 use castier_config::Otlp;
+use castier_wire::trace::{Kind, Span, Value};
 use opentelemetry::{
     InstrumentationScope, KeyValue,
     trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceState},

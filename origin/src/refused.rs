@@ -4,7 +4,8 @@ use crate::{
     intake::{Broken, FormBroken},
     store::Fault,
 };
-use castier_blob::{Mismatch, entry::Malformed, wire::Problem};
+use castier_blob::Mismatch;
+use castier_wire::{Problem, entry::Malformed};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 /// A refusal. Its text is for the log; [`Refused::tell`] is for the client.

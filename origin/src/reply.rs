@@ -7,7 +7,7 @@ use crate::{
     store::{Fault, Reader},
 };
 use bytes::Bytes;
-use castier_blob::{
+use castier_wire::{
     forwarded,
     trace::{Chance, Trace, Value},
 };
@@ -231,7 +231,7 @@ impl Record {
     }
 
     /// The same in the words of OpenTelemetry's conventions for HTTP.
-    fn span(&self, status: u16, took: Duration) -> castier_blob::trace::Span {
+    fn span(&self, status: u16, took: Duration) -> castier_wire::trace::Span {
         const KNOWN: [&str; 9] = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "PROPFIND", "MKCOL"];
         let method = KNOWN.into_iter().find(|known| *known == self.method.as_str()).unwrap_or("_OTHER");
         let mut attributes = vec![

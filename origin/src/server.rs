@@ -2,8 +2,8 @@
 
 use crate::patience::{Activity, Patience};
 use bytes::Bytes;
-use castier_blob::wire::Problem;
 use castier_config::OriginLimits;
+use castier_wire::Problem;
 use http::{Request, Response, StatusCode};
 use http_body::Body;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};

@@ -12,14 +12,14 @@ use crate::{
     webdav::{self, Depth, Listing},
 };
 use bytes::Bytes;
-use castier_blob::{
-    Digest, Selection, Verifier,
-    entry::{Entry, Name},
-    names_this_blob, select,
-    trace::X_REQUEST_ID,
-    wire::{Stored, Target, blob_head, blob_path, entry_head, split_instance},
-};
+use castier_blob::{Digest, Verifier};
 use castier_config::OriginLimits;
+use castier_wire::{
+    Selection, Stored, Target, blob_head, blob_path,
+    entry::{Entry, Name},
+    entry_head, names_this_blob, select, split_instance,
+    trace::X_REQUEST_ID,
+};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request};
 use hyper::body::Incoming;
@@ -286,7 +286,7 @@ impl Clients {
         let ration = Arc::new(AtomicU64::new(FORM_EXTRA));
         let mut form = multer::Multipart::new(Rationed::new(intake, Arc::clone(&ration)), boundary);
         while let Some(part) = form.next_field().await? {
-            if part.headers().get(header::CONTENT_DISPOSITION).is_some_and(castier_blob::wire::is_file) {
+            if part.headers().get(header::CONTENT_DISPOSITION).is_some_and(castier_wire::is_file) {
                 // From here on `receive` counts.
                 ration.store(u64::MAX, Relaxed);
                 return self.receive_blob(Verifier::any(), most, part.map_err(Refused::from)).await;

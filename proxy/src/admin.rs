@@ -19,8 +19,9 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use castier_blob::{Digest, MalformedDigest, wire::Problem};
+use castier_blob::{Digest, MalformedDigest};
 use castier_config::Limits;
+use castier_wire::Problem;
 use history::History;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};

@@ -8,8 +8,8 @@ use crate::{
     via,
 };
 use bytes::{Buf, BytesMut};
-use castier_blob::{Fields, wire::Target};
 use castier_config::Limits;
+use castier_wire::{Fields, Target};
 use http::{
     HeaderName, Method, StatusCode, header,
     uri::{Authority, PathAndQuery},

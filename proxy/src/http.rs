@@ -31,12 +31,9 @@ use crate::{
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use castier_blob::{
-    Digest, Selection,
-    trace::X_REQUEST_ID,
-    wire::{self, Target},
-};
+use castier_blob::Digest;
 use castier_config::{Limits, Proxies};
+use castier_wire::{self as wire, Selection, Target, trace::X_REQUEST_ID};
 use http::{HeaderMap, Method, StatusCode, Version, header};
 use pingora::{
     apps::ServerApp,
@@ -153,7 +150,7 @@ impl Front {
         if matches!(self.door, Door::Peers(_)) || !trusted(&peer) {
             return Some(peer.to_canonical());
         }
-        Some(head.introduction(bytes, |fields| castier_blob::forwarded::client(peer, fields, trusted)))
+        Some(head.introduction(bytes, |fields| castier_wire::forwarded::client(peer, fields, trusted)))
     }
 
     /// What a connection to the origin takes that only this request needs.
@@ -425,12 +422,12 @@ impl Front {
     }
 
     async fn get(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
-        if castier_blob::names_this_blob(&session.req_header().headers, digest) {
+        if castier_wire::names_this_blob(&session.req_header().headers, digest) {
             return Ok(Reply::not_modified(digest));
         }
         upload::no_body(session).await?;
         let headers = session.req_header().headers.clone();
-        let select = |size: u64| castier_blob::select(&Method::GET, &headers, digest, size);
+        let select = |size: u64| castier_wire::select(&Method::GET, &headers, digest, size);
         let found = match self.door {
             Door::Peers(_) if peer::only_if_cached(&headers) => match self.ladder.kept(digest).await {
                 Some(found) => found,
@@ -486,7 +483,7 @@ impl Front {
     }
 
     async fn head(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
-        if castier_blob::names_this_blob(&session.req_header().headers, digest) {
+        if castier_wire::names_this_blob(&session.req_header().headers, digest) {
             return Ok(Reply::not_modified(digest));
         }
         upload::no_body(session).await?;
@@ -499,11 +496,11 @@ impl Front {
                     Whence::Tier(tier) => Via::Tier(tier),
                     Whence::Peer | Whence::Origin => Via::Flight { peer: whence == Whence::Peer, collapsed: false, stored: false },
                 };
-                let selection = castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
+                let selection = castier_wire::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
                 Reply::blob(digest, size, selection, via, Body::Empty)
             }
             (Opened::Absent, _) if *digest == Digest::EMPTY => {
-                empty(castier_blob::select(&Method::HEAD, &session.req_header().headers, digest, 0))
+                empty(castier_wire::select(&Method::HEAD, &session.req_header().headers, digest, 0))
             }
             (Opened::Absent, _) => Reply::absent(digest),
         })

@@ -6,10 +6,8 @@ use crate::{
     metrics::{Listener, Metrics, Request, Route, Served},
     trace,
 };
-use castier_blob::{
-    Digest,
-    trace::{Trace, Value},
-};
+use castier_blob::Digest;
+use castier_wire::trace::{Trace, Value};
 use http::{HeaderMap, Version, header};
 use std::{borrow::Cow, net::IpAddr, time::Duration};
 
@@ -127,7 +125,7 @@ impl Record<'_> {
     }
 
     /// The same in the words of OpenTelemetry's conventions for HTTP.
-    fn span(&self, trace: &Trace) -> castier_blob::trace::Span {
+    fn span(&self, trace: &Trace) -> castier_wire::trace::Span {
         let text = |text: &str| Value::Text(text.to_owned());
         let route = match self.route {
             Route::Blob => Some("/cas/{digest}"),

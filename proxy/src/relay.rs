@@ -14,11 +14,11 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use castier_blob::{
-    trace::{Trace, X_REQUEST_ID},
-    wire,
-};
 use castier_config::Limits;
+use castier_wire::{
+    self as wire,
+    trace::{Trace, X_REQUEST_ID},
+};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::{
     ErrorType,

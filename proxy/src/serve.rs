@@ -8,7 +8,8 @@ use crate::{
     metrics::Served,
 };
 use bytes::{BufMut, Bytes, BytesMut};
-use castier_blob::{Digest, Selection, wire};
+use castier_blob::Digest;
+use castier_wire::{self as wire, Selection};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 /// What a shed client is told to wait, in seconds: long enough for a burst to pass, short enough to be worth it.

@@ -5,7 +5,7 @@
 //!
 //! Spans go to the function that [`export_to`] was given. Without one, no span is made.
 
-use castier_blob::{
+use castier_wire::{
     Fields,
     trace::{Attributes, Chance, Span, Trace},
 };

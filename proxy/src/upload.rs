@@ -3,7 +3,7 @@
 
 use crate::{fault::Fault, upstream::Upload};
 use bytes::Bytes;
-use castier_blob::wire;
+use castier_wire as wire;
 use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, Version, header};
 use multer::{Constraints, Multipart, SizeLimit};

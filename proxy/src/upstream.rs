@@ -25,8 +25,9 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::Bytes;
-use castier_blob::{Digest, wire};
+use castier_blob::Digest;
 use castier_config as config;
+use castier_wire as wire;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use origin_state::OriginHealth;
 use parking_lot::Mutex;

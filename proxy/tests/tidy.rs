@@ -94,7 +94,7 @@ fn every_metric_is_documented_and_every_documented_metric_exists() {
     let castier = compare_metrics("castier", "proxy/src", &mut wrong);
     let origin = compare_metrics("castier-origin", "origin/src", &mut wrong);
     // Anywhere else in the text, too: an alert on a series that does not exist never fires.
-    let crates = ["castier_origin", "castier_config", "castier_blob", "castier_load"].map(str::to_owned);
+    let crates = ["castier_origin", "castier_config", "castier_blob", "castier_wire", "castier_load"].map(str::to_owned);
     let known: BTreeSet<_> = castier.into_iter().chain(origin).chain(crates).collect();
     for name in names(&read(OPERATIONS)) {
         let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(&name);
@@ -206,10 +206,12 @@ fn confined_crates_stay_in_their_rooms() {
             wrong.push("proxy/src/fault.rs knows of HTTP; map faults to statuses in serve.rs".to_owned());
         }
     }
-    for path in files().into_iter().filter(|path| path.starts_with("blob/src/")) {
+    for path in files().into_iter().filter(|path| path.starts_with("crates/blob/src/") || path.starts_with("crates/wire/src/")) {
         for name in paths_in(&code_of(&path)) {
             if let Some(impure) = IMPURE.iter().find(|impure| is_below(&name, impure)) {
-                wrong.push(format!("{path} names {impure}; castier-blob is pure, so let its caller do the waiting, the I/O or the clock"));
+                wrong.push(format!(
+                    "{path} names {impure}; castier-blob and castier-wire are pure, so let its caller do the waiting, the I/O or the clock"
+                ));
             }
         }
     }

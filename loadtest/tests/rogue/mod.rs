@@ -1,6 +1,7 @@
 //! A small content-addressed store over HTTP that does one thing wrong, on every tenth GET unless it says otherwise.
 
-use castier_blob::{Digest, wire};
+use castier_blob::Digest;
+use castier_wire as wire;
 use std::{
     collections::HashMap,
     io::{BufRead as _, BufReader, Read as _, Write as _},

@@ -3,7 +3,8 @@
 use super::{Blob, Fault, Store};
 use crate::entries::Entries;
 use bytes::Bytes;
-use castier_blob::{Digest, Verifier, entry::Name};
+use castier_blob::{Digest, Verifier};
+use castier_wire::entry::Name;
 use std::{fs::File, io::ErrorKind, ops::Range, os::unix::fs::FileExt as _, sync::Arc};
 
 /// Whose bytes are read, and who sets them aside when they are damaged.

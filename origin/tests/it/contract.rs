@@ -1,7 +1,8 @@
 //! Reading: the request table, headers, conditions, ranges, and what HTTP itself promises.
 
 use crate::support::*;
-use castier_blob::{Digest, wire::blob_path};
+use castier_blob::Digest;
+use castier_wire::blob_path;
 use std::{
     io::{BufReader, Read as _, Write as _},
     net::Shutdown,

@@ -1,7 +1,8 @@
 //! What is on the disk: rot, full disks, crashes.
 
 use crate::support::*;
-use castier_blob::{Digest, wire::blob_path};
+use castier_blob::Digest;
+use castier_wire::blob_path;
 use std::{
     collections::HashSet,
     fs,

@@ -1,7 +1,8 @@
 //! The empty blob: whoever knows its name has its bytes, so it is there even if nobody stored it.
 
 use crate::support::*;
-use castier_blob::{Digest, wire::blob_path};
+use castier_blob::Digest;
+use castier_wire::blob_path;
 
 #[test]
 fn the_empty_blob_is_always_there() {

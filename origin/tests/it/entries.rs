@@ -1,7 +1,8 @@
 //! Entries: what is stored under a key that the client chose. `/ac`, `/kv`, and instances.
 
 use crate::support::*;
-use castier_blob::{Digest, wire::blob_path};
+use castier_blob::Digest;
+use castier_wire::blob_path;
 use std::{
     fs,
     os::unix::fs::symlink,

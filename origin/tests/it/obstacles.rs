@@ -1,7 +1,8 @@
 //! What stands at a blob's path and is no blob, limits on files, and a root that is deleted under a running store.
 
 use crate::support::{Node, binary, wait_for};
-use castier_blob::{Digest, wire::blob_path};
+use castier_blob::Digest;
+use castier_wire::blob_path;
 use std::{fs, os::unix::fs::symlink, path::Path, process::Command, thread};
 
 fn status(node: &Node, method: &str, digest: &Digest) -> u16 {

@@ -1,7 +1,8 @@
 //! The program: flags, exit codes, signals, listeners, logs.
 
 use crate::support::*;
-use castier_blob::{Digest, wire::blob_path};
+use castier_blob::Digest;
+use castier_wire::blob_path;
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},

@@ -1,6 +1,7 @@
 //! A node to test, and a client that shows everything that happens on the wire.
 
-use castier_blob::{Digest, wire::blob_path};
+use castier_blob::Digest;
+use castier_wire::blob_path;
 use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader, Read as _, Write as _},

@@ -1,7 +1,8 @@
 //! Writing: all the ways in, and all the ways not in.
 
 use crate::support::*;
-use castier_blob::{Digest, wire::Stored, wire::blob_path};
+use castier_blob::Digest;
+use castier_wire::{Stored, blob_path};
 use std::{
     io::{BufReader, Write as _},
     thread,

@@ -9,8 +9,9 @@ use castier::{
     spool::Budget,
     tier::TierName,
 };
-use castier_blob::{Digest, Selection, Verifier, wire};
+use castier_blob::{Digest, Verifier};
 use castier_config::{Limits, Memory as Config, Policy, Size};
+use castier_wire::{self as wire, Selection};
 use criterion::Criterion;
 use futures::FutureExt;
 use http::HeaderValue;

@@ -12,10 +12,10 @@ use crate::{
     trace::Part,
     upstream::Answer,
 };
-use castier_blob::{
-    Digest, Verifier,
+use castier_blob::{Digest, Verifier};
+use castier_wire::{
+    self as wire,
     trace::{Attributes, Value},
-    wire,
 };
 use std::{
     sync::Arc,

@@ -14,7 +14,8 @@ use crate::{
     trace,
 };
 use bytes::{Buf, Bytes, BytesMut};
-use castier_blob::{Digest, Selection};
+use castier_blob::Digest;
+use castier_wire::Selection;
 use http::{StatusCode, Version};
 use pingora::protocols::http::date::get_cached_date;
 use std::{

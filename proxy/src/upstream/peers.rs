@@ -16,11 +16,9 @@ use crate::{
     metrics::Metrics,
     secret::{Asked, PROOF, Secrets},
 };
-use castier_blob::{
-    Digest, Verified,
-    wire::{self, CACHE_STATUS, Problem},
-};
+use castier_blob::{Digest, Verified};
 use castier_config as config;
+use castier_wire::{self as wire, CACHE_STATUS, Problem};
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{

@@ -6,7 +6,8 @@ use crate::{
     secret::Asked,
 };
 use bytes::Bytes;
-use castier_blob::{Digest, Verified, Verifier, wire};
+use castier_blob::{Digest, Verified, Verifier};
+use castier_wire as wire;
 use futures::{StreamExt, stream::BoxStream};
 use http::{Method, StatusCode, header};
 use pingora::{ErrorType, http::RequestHeader, protocols::http::v1::client::HttpSession};

@@ -1,7 +1,8 @@
 //! Blobs of any size that nobody ever holds whole.
 
 use super::{KIB, Random};
-use castier_blob::{Digest, Verifier, wire::blob_path};
+use castier_blob::{Digest, Verifier};
+use castier_wire::blob_path;
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},

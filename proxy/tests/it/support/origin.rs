@@ -7,7 +7,8 @@ use super::{
     wire::{Framing, Head, Wire},
 };
 use castier::secret::{Asked, Secrets};
-use castier_blob::{Digest, wire::Target};
+use castier_blob::Digest;
+use castier_wire::Target;
 use parking_lot::Mutex;
 use std::{
     collections::{HashMap, HashSet, VecDeque},

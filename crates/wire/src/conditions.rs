@@ -1,6 +1,6 @@
 //! Which part of a blob a request asks for: `Range`, `If-Range` and `If-None-Match` (RFC 9110, sections 13 and 14).
 
-use crate::Digest;
+use castier_blob::Digest;
 use http::{HeaderMap, HeaderValue, Method, header};
 
 /// The part of a blob that a request selects.

@@ -7,7 +7,8 @@
 //! /kv/<path>/              a collection, as WebDAV clients see it: what has entries below it
 //! ```
 
-use crate::{Digest, wire::split_instance};
+use crate::split_instance;
+use castier_blob::Digest;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use std::fmt;
 

@@ -1,0 +1,40 @@
+//! Error bodies.
+
+use http::{HeaderValue, StatusCode};
+use serde::Serialize;
+
+/// An error as the client reads it: `application/problem+json` (RFC 9457). Says what was wrong and what would be right; never what is inside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    status: u16,
+    title: &'static str,
+    detail: String,
+}
+
+impl Problem {
+    /// The media type of [`Self::to_json`].
+    pub const MEDIA_TYPE: HeaderValue = HeaderValue::from_static("application/problem+json");
+
+    /// A problem with its status' own title.
+    pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        Self { status: status.as_u16(), title: status.canonical_reason().unwrap_or("Error"), detail: detail.into() }
+    }
+
+    /// The body.
+    pub fn to_json(&self) -> String {
+        // A struct of a number and two strings cannot fail to serialise; the fallback keeps this total.
+        serde_json::to_string(self).unwrap_or_else(|_| "{}".to_owned()) + "\n"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn problems_are_json() {
+        let json = Problem::new(StatusCode::BAD_REQUEST, "say \"please\"").to_json();
+        let back: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(back, serde_json::json!({"status": 400, "title": "Bad Request", "detail": "say \"please\""}));
+    }
+}
