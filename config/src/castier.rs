@@ -186,14 +186,14 @@ pub struct Disk {
     pub policy: Policy,
     /// How many bytes may wait in memory to be written to disk. Beyond it castier does not keep blobs on disk.
     ///
-    /// So a slow disk costs cache entries, and neither time nor memory. The default is a burst of a second or so.
+    /// So a slow disk costs cache entries, and neither time nor memory. The default holds a burst of a second or so.
     ///
     /// - Type: size over 0
     pub write_behind: Size,
     /// How many files castier holds open between reads, so that it does not open a hot file for each hit.
     ///
     /// A large blob counts as several files, as 16 KiB of checksums count as one: the key bounds memory too. castier uses at most an eighth
-    /// of the files that the system lets it open. The default leaves clients most of a common limit.
+    /// of the files that the system lets it open. The default leaves clients most of a common limit of open files.
     ///
     /// - Type: 1 or more
     pub open_files: u64,
@@ -291,7 +291,7 @@ pub struct Fill {
     pub spool_dir: PathBuf,
     /// How many bytes all flights together may hold in files, those in `disk.path` included.
     ///
-    /// At least `limits.max_blob`, if that is more than `memory.max_blob`. The default is four of the largest blobs at once.
+    /// At least `limits.max_blob`, if that is more than `memory.max_blob`. The default holds four of the largest blobs at once.
     ///
     /// - Type: size over 0
     pub spool: Size,
@@ -336,7 +336,7 @@ impl Default for Fill {
 pub struct Limits {
     /// The largest blob that castier takes from a client or loads.
     ///
-    /// The default is above any disk image or model that is commonly stored, and an endless body still ends.
+    /// The default is above any disk image or model that is commonly stored, and still ends an endless body.
     ///
     /// - Type: size over 0
     pub max_blob: Size,
@@ -355,21 +355,22 @@ pub struct Limits {
     pub max_connections: usize,
     /// How many connections from other nodes may be open.
     ///
-    /// They are counted apart from those of clients, so that neither can starve the other. The default is eight nodes with the default
-    /// `fill.max_in_flight` and `origin.max_requests`.
+    /// They are counted apart from those of clients, so that neither can starve the other. The default is enough for eight
+    /// nodes with the default `fill.max_in_flight` and `origin.max_requests`.
     ///
     /// - Type: 1 or more
     pub max_peer_connections: usize,
     /// How many connections to the admin listener may be open.
     ///
-    /// They are counted apart from those of clients, so that neither can starve the other. The default is many scrapers and health checks.
+    /// They are counted apart from those of clients, so that neither can starve the other. The default is enough for many scrapers and health
+    /// checks.
     ///
     /// - Type: 1 or more
     pub max_admin_connections: usize,
     /// How many bytes clients may make castier hold beside blobs: incomplete heads, waiting requests, relays and uploads.
     ///
     /// Beyond it such requests get 503. Hits from memory and health checks need none of it. [Sizing](#sizing) has what each costs. The
-    /// default is some thousand waiting requests, and small beside the cache.
+    /// default is enough for some thousand waiting requests, and small beside the cache.
     ///
     /// - Type: 1MiB or more
     pub client_memory: Size,

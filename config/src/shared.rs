@@ -108,7 +108,7 @@ pub struct Loki {
     pub wait: Span,
     /// How many bytes of records may wait while Loki is away, the batch under way included.
     ///
-    /// Further records go to stderr alone, and the program counts them. The default is some 40,000 requests.
+    /// Further records go to stderr alone, and the program counts them. The default holds those of some 40,000 requests.
     pub buffer: Size,
     /// How long Loki may take for a batch before the program sends it again.
     ///
@@ -225,7 +225,7 @@ pub struct Otlp {
     pub sample: f64,
     /// How many bytes of spans may wait for the collector. Further spans are counted and dropped.
     ///
-    /// The default is some thousand spans.
+    /// The default holds some thousand spans.
     ///
     /// - Type: size over 0
     pub buffer: Size,

@@ -33,7 +33,7 @@ const BEHIND: usize = 44;
 type Structs = BTreeMap<String, syn::ItemStruct>;
 
 /// What a doc comment says.
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct Doc {
     paragraphs: Vec<String>,
     kind: Option<String>,
@@ -101,7 +101,7 @@ impl Doc {
     }
 }
 
-/// The name of a type, and of what may be in an `Option`.
+/// The name of a type, and for an `Option` that of the type in it.
 fn names(ty: &syn::Type) -> (String, Option<String>) {
     let syn::Type::Path(path) = ty else { panic!("a key has a type with a name") };
     let last = path.path.segments.last().unwrap();
@@ -181,7 +181,10 @@ fn described(structs: &Structs, name: &str, field: &str) -> (String, Doc) {
     let link = doc.paragraphs.first().and_then(|text| text.strip_prefix("As [`")?.strip_suffix("`]."));
     match link.and_then(|link| link.split_once("::")) {
         Some((name, field)) => described(structs, name, field),
-        None => (format!("{name}::{field}"), doc),
+        None => {
+            assert!(!doc.paragraphs.is_empty(), "{name}::{field}: say what the key does");
+            (format!("{name}::{field}"), doc)
+        }
     }
 }
 
