@@ -5,13 +5,14 @@ use castier::{
     admin::{self, Admin, Phase},
     cluster_plan::ClusterPlan,
     descriptors::{self, Descriptors, Shares},
-    http::{Door, Front, PeerDoor},
+    handlers::{Asks, Handlers, relay::Relay},
+    listener::{Audience, Front},
     members::Members,
     memory_plan,
     metrics::{Listener, Metrics},
     node::Node,
+    peer_access::PeerAccess,
     purge::Purge,
-    relay::Relay,
     secret::Secrets,
     trace,
     traced_plan::TracedPlan,
@@ -184,13 +185,12 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     });
     let purge = Purge::new(cache.clone(), peers, own_name);
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
-    let door = Door::Clients { relay, purge: purge.clone() };
-    let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge));
+    let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone()));
     let client_memory = Budget::new(config.limits.client_memory.get());
     let descriptors = Descriptors::new(shares);
-    let front = |door| {
-        let proxies = config.log.trusted_proxies.clone();
-        Front::new(node.clone(), door, limits.clone(), proxies, client_memory.clone(), descriptors.clone(), metrics.clone())
+    let front = |asks, audience| {
+        let (handlers, proxies) = (Handlers::new(node.clone(), asks), config.log.trusted_proxies.clone());
+        Front::new(handlers, audience, limits.clone(), proxies, client_memory.clone(), descriptors.clone(), metrics.clone())
     };
 
     log.say(&format!("listening public {name}"));
@@ -206,10 +206,14 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let admin_server = tokio::spawn(admin::serve(admin_listener, admin::router(admin.clone()), limits.clone()));
     // Peers first: a node that asks them is one that they can ask.
     let peer = match (peer, &nodes) {
-        (Some(listener), Some(nodes)) => Some(Listening::open("peer", front(Door::Peers(nodes.door(&config, &metrics)?)), listener)?),
+        (Some(listener), Some(nodes)) => {
+            let asks = Asks::Peers { members: nodes.members.clone(), leaving: nodes.leaving.clone() };
+            let audience = Audience::Peers(nodes.access(&config, &metrics)?);
+            Some(Listening::open("peer", front(asks, audience), listener)?)
+        }
         _ => None,
     };
-    let public = Listening::open("public", front(door), public)?;
+    let public = Listening::open("public", front(Asks::Clients(purge), Audience::Clients(relay)), public)?;
     tokio::spawn(refetch(cache, rotten));
     tokio::spawn(log_stats(admin.clone(), config.log.stats_interval.get()));
     tokio::spawn(keep_history(admin.clone()));
@@ -349,13 +353,13 @@ impl Nodes {
         Ok(Some(Self { members, secrets, peers, leaving: Arc::default() }))
     }
 
-    fn door(&self, config: &Castier, metrics: &Metrics) -> Result<PeerDoor, String> {
+    fn access(&self, config: &Castier, metrics: &Metrics) -> Result<PeerAccess, String> {
         let tls = config.cluster.as_ref().map(|cluster| cluster.tls.clone()).unwrap_or_default();
-        let door = PeerDoor::new(&tls, self.secrets.clone(), self.members.clone(), self.leaving.clone())?;
-        if let Some(expiry) = door.certificate_expiry() {
+        let access = PeerAccess::new(&tls, self.secrets.clone())?;
+        if let Some(expiry) = access.certificate_expiry() {
             metrics.certificate_expires(Listener::Peer, expiry);
         }
-        Ok(door)
+        Ok(access)
     }
 
     async fn wait_for_members(&self) {

@@ -22,8 +22,36 @@ const FORM_OVERHEAD: u64 = 1 << 20;
 /// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
 const IDLE_BODY: u64 = 64 << 10;
 
+/// The body of a request, as a handler sees it.
+pub struct RequestBody<'a>(&'a mut ServerSession);
+
+impl<'a> RequestBody<'a> {
+    /// The body of the session's request.
+    pub(crate) const fn of(session: &'a mut ServerSession) -> Self {
+        Self(session)
+    }
+
+    /// Whether the client waits to be called for its body.
+    pub fn is_awaited(&self) -> bool {
+        expects_continue(self.0)
+    }
+
+    /// Calls for the body.
+    ///
+    /// # Errors
+    /// The client has left.
+    pub async fn call_for(&mut self) -> Result<(), Fault> {
+        go_on(self.0).await
+    }
+
+    /// The bytes as they come: at most `max`, or, of a form, a little more, since its file is measured again when it is taken out.
+    pub fn into_bytes(self, max: u64, form: bool) -> Body<'a> {
+        of_session(self.0, max, form)
+    }
+}
+
 /// The request body, as it comes. A form may be a little longer than its file, which is measured again when it is taken out.
-pub fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Body<'_> {
+fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Body<'_> {
     let most = if form { max.saturating_add(FORM_OVERHEAD) } else { max };
     stream::try_unfold((session, 0u64), move |(session, before)| async move {
         let part = session.read_request_body().await.map_err(|error| match error.etype {
@@ -45,7 +73,7 @@ pub fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Body<'_>
 ///
 /// # Errors
 /// As the body's own.
-pub async fn no_body(session: &mut ServerSession) -> Result<(), Fault> {
+pub async fn discard(session: &mut ServerSession) -> Result<(), Fault> {
     if session.is_body_done() {
         return Ok(());
     }
@@ -68,7 +96,7 @@ pub fn expects_continue(session: &ServerSession) -> bool {
 ///
 /// # Errors
 /// The client is gone.
-pub async fn go_on(session: &mut ServerSession) -> Result<(), Fault> {
+async fn go_on(session: &mut ServerSession) -> Result<(), Fault> {
     session.set_close_on_response_before_downstream_finish(false);
     session.write_continue_response().await.map_err(|error| Fault::ClientGone(error.to_string()))?;
     session.set_close_on_response_before_downstream_finish(true);
