@@ -1,9 +1,9 @@
 //! `castier-origin`: the simple file origin as a program.
 
 use castier_config::{Loaded, LogFormat, OriginLimits, OriginServer, changed, environment, load, load_offline, print};
-use castier_origin::{
-    Options, Origin,
-    health::health,
+use castier_origin::{Options, Origin};
+use castier_serverkit::{
+    health_check::health_check,
     log, otlp,
     signals::{Reading, Signals, Told, told},
 };
@@ -64,7 +64,7 @@ impl Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if let Some(url) = &arguments.health {
-        return health(url).map_or_else(|why| fail(LogFormat::Text, &why), |()| ExitCode::SUCCESS);
+        return health_check(url).map_or_else(|why| fail(LogFormat::Text, &why), |()| ExitCode::SUCCESS);
     }
     let loaded = match arguments.load() {
         Ok(loaded) => loaded,
@@ -86,7 +86,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let format = loaded.config.log.format;
-    if let Err(why) = castier_origin::threads::check() {
+    if let Err(why) = castier_serverkit::threads::check() {
         return fail(format, &why);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

@@ -75,7 +75,7 @@ impl Metrics {
         // Files that somebody else changes or removes can make the totals wrong, but not negative to a reader.
         self.blobs.set(totals.blobs.load(Relaxed).max(0));
         self.bytes.set(totals.bytes.load(Relaxed).max(0));
-        for (sink, count) in crate::log::drops() {
+        for (sink, count) in castier_serverkit::log::drops() {
             let dropped = self.log_dropped.with_label_values(&[sink]);
             dropped.inc_by(count.saturating_sub(dropped.get()));
         }

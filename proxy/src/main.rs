@@ -22,9 +22,9 @@ use castier::{
 };
 use castier_blob::Digest;
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
-use castier_origin::{
-    Origin,
-    health::health,
+use castier_origin::Origin;
+use castier_serverkit::{
+    health_check::health_check,
     log::{self, Guard},
     otlp,
     signals::{Reading, Signals, Told, told},
@@ -91,7 +91,7 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Some(url) = &args.health {
-        return match health(url) {
+        return match health_check(url) {
             Ok(()) => ExitCode::SUCCESS,
             Err(why) => {
                 log::fail(config::LogFormat::Text, PROGRAM, &why);
@@ -120,7 +120,7 @@ fn main() -> ExitCode {
         say(config::print(&config).trim_end());
         return ExitCode::SUCCESS;
     }
-    if let Err(why) = castier_origin::threads::check() {
+    if let Err(why) = castier_serverkit::threads::check() {
         eprintln!("castier: {why}");
         return ExitCode::from(1);
     }
