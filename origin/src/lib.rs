@@ -30,10 +30,11 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 mod action;
 mod admin;
+mod connection_timeouts;
 mod entries;
 mod intake;
 mod metrics;
-mod patience;
+
 mod refused;
 mod reply;
 mod server;

@@ -1,6 +1,6 @@
 //! Connections: accepting them within a limit, serving HTTP/1 on them, and ending them well.
 
-use crate::patience::{Activity, Patience};
+use crate::connection_timeouts::{Activity, TimedStream};
 use bytes::Bytes;
 use castier_config::OriginLimits;
 use castier_wire::Problem;
@@ -157,7 +157,7 @@ async fn connection(
     // A connection that cannot be told to send at once is served all the same, if slower.
     stream.set_nodelay(true).ok();
     let limits = handler.limits();
-    let stream = Patience::new(stream, Arc::clone(&activity), &limits);
+    let stream = TimedStream::new(stream, Arc::clone(&activity), &limits);
     let service = service_fn(move |request| {
         let (handler, activity) = (handler.clone(), Arc::clone(&activity));
         async move { Ok::<_, Infallible>(handler.answer(request, peer, activity).await) }

@@ -1,13 +1,28 @@
 //! What castier and castier-origin both need, once.
 //!
-//! - [`log`], [`otlp`]: where records and spans go. Nothing there delays or fails a request.
+//! - [`startup`]: options, configuration, runtime: `main` of both programs.
+//! - [`bind`], [`open_files`], [`threads`]: what a server needs of the system.
 //! - [`signals`]: which signals end a program, and which make it read its configuration again.
 //! - [`health_check`]: the option `--health`.
-//! - [`threads`]: whether the system grants enough threads.
+//! - [`log`], [`otlp`]: where records and spans go. Nothing there delays or fails a request.
+//! - [`access_log`], [`series`]: what is logged of each request, and the metrics that both have.
+//! - [`multipart`]: uploads as forms.
+//! - [`stall_timeout`]: a timeout for a client that does nothing.
+//! - [`directory_lock`]: one process at a time per directory.
+//! - [`pem`]: certificates and keys.
 
+pub mod access_log;
+pub mod bind;
 mod byte_queue;
+pub mod directory_lock;
 pub mod health_check;
 pub mod log;
+pub mod multipart;
+pub mod open_files;
 pub mod otlp;
+pub mod pem;
+pub mod series;
 pub mod signals;
+pub mod stall_timeout;
+pub mod startup;
 pub mod threads;

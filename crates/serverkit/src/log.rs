@@ -10,6 +10,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::SystemTime,
 };
+use tokio::net::TcpListener;
 use tracing::{Event, Level, Subscriber};
 use tracing_log::NormalizeEvent as _;
 use tracing_subscriber::{
@@ -27,7 +28,7 @@ mod stderr;
 use line::Line;
 
 /// The crates whose targets have parts, as `log.level` names them.
-const CRATES: [&str; 2] = ["castier", "castier_origin"];
+const CRATES: [&str; 3] = ["castier", "castier_origin", "castier_serverkit"];
 
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -180,8 +181,13 @@ fn write_record(to: &mut impl io::Write, format: LogFormat, level: Level, target
 }
 
 /// This machine's name, as others tell it apart.
-pub fn host() -> String {
+fn host() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// How records and spans name a program that serves at this listener, unless it has a better name: the machine and the port.
+pub fn instance(listener: &TcpListener) -> String {
+    format!("{}:{}", host(), listener.local_addr().map_or(0, |address| address.port()))
 }
 
 /// Makes a line of each record, and hands it on.

@@ -1,7 +1,7 @@
 //! The signals that a program acts on, and those that must not end it. Used by every program of the project.
 
 use castier_config::{Loaded, Problems};
-use std::{io, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
@@ -76,13 +76,14 @@ impl Signals {
     /// From now on these signals are heard.
     ///
     /// # Errors
-    /// When the system does not allow it.
-    pub fn new() -> io::Result<Self> {
+    /// A text, when the system does not allow it.
+    pub fn new() -> Result<Self, String> {
+        let hear = |kind| signal(kind).map_err(|error| format!("signals cannot be received: {error}"));
         Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            hang_up: signal(SignalKind::hangup())?,
-            _ignored: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?, signal(SignalKind::from_raw(XFSZ))?],
+            terminate: hear(SignalKind::terminate())?,
+            interrupt: hear(SignalKind::interrupt())?,
+            hang_up: hear(SignalKind::hangup())?,
+            _ignored: [hear(SignalKind::user_defined1())?, hear(SignalKind::user_defined2())?, hear(SignalKind::from_raw(XFSZ))?],
         })
     }
 
