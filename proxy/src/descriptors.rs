@@ -4,10 +4,7 @@
 //! What runs out all the same is a limit like any other ([`Limit::Files`](crate::fault::Limit::Files)).
 
 use castier_config::{Castier, Limits, OriginUrl};
-use rustix::{
-    io::Errno,
-    process::{Resource, Rlimit, getrlimit, setrlimit},
-};
+use rustix::io::Errno;
 use std::{
     error::Error,
     sync::{
@@ -22,16 +19,6 @@ const OWN: u64 = 64;
 const REFUSALS: u64 = 1024;
 /// Connections to one source that are kept alive while nobody uses them: those of fills and those of relays.
 const IDLE: u64 = 512;
-
-/// Raises the limit as far as the system lets it, and says how many descriptors there may be.
-pub fn raise() -> u64 {
-    let granted = getrlimit(Resource::Nofile);
-    if granted.current != granted.maximum {
-        // Where that is refused, what is there must do.
-        setrlimit(Resource::Nofile, Rlimit { current: granted.maximum, maximum: granted.maximum }).ok();
-    }
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
-}
 
 /// Who gets the descriptors. Each kind has a share of its own, so that none can take what another needs: the admin listener's clients, other
 /// nodes, the disk tier's files, fills. The rest is for clients, and for what relays and streamed uploads open on their behalf.

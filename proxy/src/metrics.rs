@@ -12,21 +12,16 @@ use crate::{
 };
 use ages::Ages;
 use castier_blob::Digest;
+use castier_serverkit::series::{CLIENT_GONE, SECONDS, Series, status_label};
 use parking_lot::Mutex;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder, core::Collector, process_collector::ProcessCollector,
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    core::Collector,
 };
 use std::{net::IpAddr, sync::OnceLock, time::Duration};
 
-/// From what a client does not notice to a blob of many gigabytes.
-const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
-
 /// How long blobs had been kept: as [`SECONDS`], and on to a month, since a tier that is large enough keeps them for days.
 const AGES: [f64; 7] = [300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0, 2_592_000.0];
-
-/// Stands for a status where the client left before there was one, as in nginx.
-pub const CLIENT_GONE: u16 = 499;
 
 /// As the arrays have them.
 const TIERS: [TierName; 3] = [TierName::Memory, TierName::Mirror, TierName::Disk];
@@ -308,12 +303,9 @@ impl Skip {
     }
 }
 
-/// Tells how many log records each sink has dropped so far.
-pub type LogDrops = fn() -> [(&'static str, u64); 3];
-
 /// The series.
 pub struct Metrics {
-    registry: Registry,
+    series: Series,
     requests: IntCounterVec,
     /// The series of the one kind of request that must cost nothing, found once.
     hit_requests: [OnceLock<IntCounter>; 2],
@@ -395,9 +387,6 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Connections that other nodes have opened to this one.
     pub peer_connections: IntGauge,
-    log_dropped: IntCounterVec,
-    /// How many records each sink has dropped so far.
-    log_drops: OnceLock<LogDrops>,
 }
 
 impl Metrics {
@@ -406,8 +395,8 @@ impl Metrics {
     /// # Errors
     /// A name or label that Prometheus does not allow: a mistake in this file.
     pub fn new() -> prometheus::Result<Self> {
-        let r = Registry::new();
-        r.register(Box::new(ProcessCollector::for_self()))?;
+        let series = Series::new("castier_log_dropped_total", "Log records that a sink did not take in time")?;
+        let r = series.registry().clone();
         let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused, Route::Control];
         let by_result = |vec: HistogramVec| routes.map(|route| Served::ALL.map(|result| vec.with_label_values(&[route.as_str(), result])));
         let durations = histograms(
@@ -511,9 +500,7 @@ impl Metrics {
             members_hash: gauge(&r, "castier_cluster_members_hash", "Equal on all nodes that agree on who the members are")?,
             connections: gauge(&r, "castier_connections", "Client connections open")?,
             peer_connections: gauge(&r, "castier_peer_connections", "Connections open from other nodes of the cluster")?,
-            log_dropped: counters(&r, "castier_log_dropped_total", "Log records that a sink did not take in time", &["sink"])?,
-            log_drops: OnceLock::new(),
-            registry: r,
+            series,
         };
         metrics.begin_at_zero();
         // Until somebody finds that it does not.
@@ -552,11 +539,6 @@ impl Metrics {
         }
     }
 
-    /// From now on tells what these have dropped.
-    pub fn follow_log(&self, drops: LogDrops) {
-        self.log_drops.get_or_init(|| drops);
-    }
-
     /// A request was answered.
     pub fn request(&self, request: &Request) {
         let Request { listener, method, route, code, .. } = *request;
@@ -565,7 +547,7 @@ impl Metrics {
         if let Some(first_byte) = request.first_byte {
             self.first_bytes[route as usize][served as usize].observe(first_byte.as_secs_f64());
         }
-        let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), code_label(code)]);
+        let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), status_label(code)]);
         if code == 200 && method == "GET" && route == Route::Blob {
             self.hit_requests[listener as usize].get_or_init(series).inc();
         } else {
@@ -744,11 +726,6 @@ impl Metrics {
         Limit::ALL.map(|limit| (limit.as_str(), self.shed.with_label_values(&[limit.as_str()]).get()))
     }
 
-    /// How many log records were dropped, by the sink.
-    pub fn log_dropped(&self) -> [(&'static str, u64); 3] {
-        self.log_drops.get().map_or([("stderr", 0), ("loki", 0), ("otlp", 0)], |drops| drops())
-    }
-
     /// Makes the series of another node.
     pub fn peer(&self, name: &str) -> PeerSeries {
         let (up, probe, errors) = (self.peer_up.clone(), self.peer_probe.clone(), self.peer_failures.clone());
@@ -797,25 +774,10 @@ impl Metrics {
             let _alone = self.following.lock();
             evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
         }
-        if let Some(drops) = self.log_drops.get() {
-            let _alone = self.following.lock();
-            for (sink, count) in drops() {
-                let dropped = self.log_dropped.with_label_values(&[sink]);
-                dropped.inc_by(count.saturating_sub(dropped.get()));
-            }
-        }
-        let mut families = self.registry.gather();
-        // The collector knows whole seconds alone.
-        if let Some(cpu) = families.iter_mut().find(|family| family.name() == "process_cpu_seconds_total") {
-            let mut seconds = prometheus::proto::Counter::default();
-            seconds.set_value(cpu_seconds());
-            cpu.mut_metric().iter_mut().for_each(|metric| metric.set_counter(seconds.clone()));
-        }
-        let mut text = Vec::new();
-        if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
+        self.series.text().unwrap_or_else(|error| {
             tracing::error!(%error, "metrics could not be written");
-        }
-        String::from_utf8(text).unwrap_or_default()
+            String::new()
+        })
     }
 }
 
@@ -852,63 +814,4 @@ fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> pro
 
 fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntGaugeVec> {
     add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
-}
-
-/// The processor time that this process has used.
-fn cpu_seconds() -> f64 {
-    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
-}
-
-/// The label of a status: a code that RFC 9110 registers, else its class. An origin may invent hundreds of codes; series must be few.
-fn code_label(code: u16) -> &'static str {
-    const REGISTERED: [(u16, &str); 44] = [
-        (100, "100"),
-        (101, "101"),
-        (200, "200"),
-        (201, "201"),
-        (202, "202"),
-        (203, "203"),
-        (204, "204"),
-        (205, "205"),
-        (206, "206"),
-        (300, "300"),
-        (301, "301"),
-        (302, "302"),
-        (303, "303"),
-        (304, "304"),
-        (305, "305"),
-        (307, "307"),
-        (308, "308"),
-        (400, "400"),
-        (401, "401"),
-        (402, "402"),
-        (403, "403"),
-        (404, "404"),
-        (405, "405"),
-        (406, "406"),
-        (407, "407"),
-        (408, "408"),
-        (409, "409"),
-        (410, "410"),
-        (411, "411"),
-        (412, "412"),
-        (413, "413"),
-        (414, "414"),
-        (415, "415"),
-        (416, "416"),
-        (417, "417"),
-        (421, "421"),
-        (422, "422"),
-        (426, "426"),
-        (500, "500"),
-        (501, "501"),
-        (502, "502"),
-        (503, "503"),
-        (504, "504"),
-        (505, "505"),
-    ];
-    const CLASSES: [&str; 10] = ["0xx", "1xx", "2xx", "3xx", "4xx", "5xx", "6xx", "7xx", "8xx", "9xx"];
-    let registered = REGISTERED.iter().find(|(registered, _)| *registered == code).map(|(_, text)| *text);
-    registered.unwrap_or_else(|| CLASSES.get(usize::from(code / 100)).copied().unwrap_or(CLASSES[0]))
 }

@@ -76,7 +76,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("moka", &["disk", "eviction"]),
     ("crc_fast", &["disk"]),
     ("crossbeam_channel", &["disk"]),
-    ("rustix", &["buffer", "descriptors", "disk", "main", "metrics", "pool"]),
+    ("rustix", &["buffer", "descriptors", "disk", "pool"]),
     // The last two in their tests alone.
     ("tempfile", &["buffer", "disk", "spool", "secret", "upstream"]),
     ("axum", &["admin", "main"]),
