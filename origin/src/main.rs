@@ -1,6 +1,6 @@
 //! `castier-origin`: the simple file origin as a program.
 
-use castier_config::{Loaded, OriginLimits, OriginServer, changed, environment, load, load_offline};
+use castier_config::{Loaded, OriginLimits, OriginServer, changed, environment};
 use castier_origin::{Options, Origin};
 use castier_serverkit::{
     bind::{bind, shown},
@@ -36,9 +36,7 @@ impl Arguments {
     fn load(&self) -> Result<Loaded<OriginServer>, castier_config::Problems> {
         let listen = self.listen.clone().map(|listen| ("CASTIER_LISTEN__PUBLIC".to_owned(), listen));
         let root = self.root.as_ref().map(|root| ("CASTIER_STORE__ROOT".to_owned(), root.to_string_lossy().into_owned()));
-        // A later pair overrides an earlier one.
-        let (file, env) = (self.common.config.as_deref(), environment().chain(listen).chain(root));
-        if self.common.offline { load_offline(file, env) } else { load(file, env) }
+        self.common.load(environment().chain(listen).chain(root))
     }
 }
 

@@ -1,8 +1,8 @@
 //! Every series of the origin.
 
 use crate::store::Totals;
-use castier_serverkit::series::{METHODS, SECONDS, Series, method_label, status_label};
-use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts};
+use castier_serverkit::series::{METHODS, Series, counter, counters, gauge, histograms, method_label, status_label};
+use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge};
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 /// The methods that have a label of their own: those of entries, too.
@@ -28,30 +28,26 @@ pub(crate) struct Metrics {
 
 impl Metrics {
     pub(crate) fn new() -> Result<Self, prometheus::Error> {
-        let requests =
-            Opts::new("castier_origin_requests_total", "Requests by method and status: a code that RFC 9110 registers, else its class.");
-        let durations = HistogramOpts::new(
-            "castier_origin_request_duration_seconds",
-            "From the end of a request's head to the last byte of its answer being handed over.",
-        );
-        let metrics = Self {
-            series: Series::new("castier_origin_log_dropped_total", "Log records that a sink did not take in time.")?,
-            requests: IntCounterVec::new(requests, &["method", "code"])?,
-            durations: HistogramVec::new(durations.buckets(SECONDS.to_vec()), &["method"])?,
-            blobs: IntGauge::new("castier_origin_blobs", "Blobs in the store, as far as they have been counted since the start.")?,
-            bytes: IntGauge::new(
-                "castier_origin_bytes",
-                "Bytes of the blobs in the store, as far as they have been counted since the start.",
+        let series = Series::new("castier_origin_log_dropped_total", "Log records that a sink did not take in time.")?;
+        let r = series.registry();
+        Ok(Self {
+            requests: counters(
+                r,
+                "castier_origin_requests_total",
+                "Requests by method and status: a code that RFC 9110 registers, else its class.",
+                &["method", "code"],
             )?,
-            corrupt: IntCounter::new("castier_origin_corrupt_blobs_total", "Blobs whose stored bytes were found damaged and set aside.")?,
-        };
-        let registry = metrics.series.registry();
-        registry.register(Box::new(metrics.requests.clone()))?;
-        registry.register(Box::new(metrics.durations.clone()))?;
-        registry.register(Box::new(metrics.blobs.clone()))?;
-        registry.register(Box::new(metrics.bytes.clone()))?;
-        registry.register(Box::new(metrics.corrupt.clone()))?;
-        Ok(metrics)
+            durations: histograms(
+                r,
+                "castier_origin_request_duration_seconds",
+                "From the end of a request's head to the last byte of its answer being handed over.",
+                &["method"],
+            )?,
+            blobs: gauge(r, "castier_origin_blobs", "Blobs in the store, as far as they have been counted since the start.")?,
+            bytes: gauge(r, "castier_origin_bytes", "Bytes of the blobs in the store, as far as they have been counted since the start.")?,
+            corrupt: counter(r, "castier_origin_corrupt_blobs_total", "Blobs whose stored bytes were found damaged and set aside.")?,
+            series,
+        })
     }
 
     pub(crate) fn count_request(&self, method: &str, status: u16, duration: Duration) {

@@ -77,16 +77,11 @@ struct Args {
 
 fn main() -> ExitCode {
     let Args { common } = Args::parse();
-    let file = common.config.clone();
-    let load = || {
-        let (file, env) = (file.as_deref(), config::environment());
-        if common.offline { config::load_offline::<Castier>(file, env) } else { config::load(file, env) }
-    };
-    startup::main(PROGRAM, &common, load, |config| run(config, file.clone()))
+    startup::main(PROGRAM, &common, || common.load(config::environment()), |config| run(&common, config))
 }
 
 /// Starts everything, and ends when told to. An error is one line that names what could not be had.
-async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
+async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let log = log::init(&config.log, PROGRAM).map_err(|error| error.to_string())?;
     let mut signals = Signals::new()?;
     let public = bind("listen.public", &config.listen.public).await?;
@@ -169,8 +164,9 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
     let secrets = nodes.as_ref().map(|nodes| nodes.secrets.clone());
+    let args = args.clone();
     let mut reading = Reading::new(move || {
-        let loaded = config::load::<Castier>(file.as_deref(), config::environment());
+        let loaded = args.load::<Castier>(config::environment());
         // With a config that is refused nothing changes.
         let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
         (loaded, secrets)

@@ -12,11 +12,10 @@ use crate::{
 };
 use ages::Ages;
 use castier_blob::Digest;
-use castier_serverkit::series::{CLIENT_GONE, SECONDS, Series, status_label};
+use castier_serverkit::series::{CLIENT_GONE, SECONDS, Series, add, counter, counters, gauge, gauges, histograms, status_label};
 use parking_lot::Mutex;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    core::Collector,
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, core::Collector,
 };
 use std::{net::IpAddr, sync::OnceLock, time::Duration};
 
@@ -789,29 +788,4 @@ fn sum(family: &IntCounterVec, label: Option<(&str, &str)>) -> u64 {
     let families = family.collect();
     let metrics = families.iter().flat_map(prometheus::proto::MetricFamily::get_metric);
     metrics.filter(|metric| has(metric)).map(|metric| metric.get_counter().get_value() as u64).sum()
-}
-
-fn histograms(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<HistogramVec> {
-    add(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(SECONDS.to_vec()), labels)?)
-}
-
-fn add<C: Collector + Clone + 'static>(registry: &Registry, series: C) -> prometheus::Result<C> {
-    registry.register(Box::new(series.clone()))?;
-    Ok(series)
-}
-
-fn counter(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntCounter> {
-    add(registry, IntCounter::new(name, help)?)
-}
-
-fn gauge(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntGauge> {
-    add(registry, IntGauge::new(name, help)?)
-}
-
-fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
-    add(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
-}
-
-fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntGaugeVec> {
-    add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
 }

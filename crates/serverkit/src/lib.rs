@@ -6,12 +6,14 @@
 //! - [`health_check`]: the option `--health`.
 //! - [`log`], [`otlp`]: where records and spans go. Nothing there delays or fails a request.
 //! - [`access_log`], [`series`]: what is logged of each request, and the metrics that both have.
+//! - [`admin_connections`]: which connection to an admin listener makes room for a new one.
 //! - [`multipart`]: uploads as forms.
 //! - [`stall_timeout`]: a timeout for a client that does nothing.
 //! - [`directory_lock`]: one process at a time per directory.
 //! - [`pem`]: certificates and keys.
 
 pub mod access_log;
+pub mod admin_connections;
 pub mod bind;
 mod byte_queue;
 pub mod directory_lock;

@@ -1,7 +1,10 @@
 //! What the metrics of both programs have in common.
 
 use parking_lot::Mutex;
-use prometheus::{Encoder as _, IntCounterVec, Opts, Registry, TextEncoder, process_collector::ProcessCollector};
+use prometheus::{
+    Encoder as _, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    core::Collector, process_collector::ProcessCollector,
+};
 
 /// The buckets of durations: from a blob in the page cache to a huge one over a slow line.
 pub const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
@@ -31,8 +34,7 @@ impl Series {
     pub fn new(log_dropped: &str, help: &str) -> prometheus::Result<Self> {
         let registry = Registry::new();
         registry.register(Box::new(ProcessCollector::for_self()))?;
-        let log_dropped = IntCounterVec::new(Opts::new(log_dropped, help), &["sink"])?;
-        registry.register(Box::new(log_dropped.clone()))?;
+        let log_dropped = counters(&registry, log_dropped, help, &["sink"])?;
         Ok(Self { registry, log_dropped, following: Mutex::new(()) })
     }
 
@@ -64,6 +66,55 @@ impl Series {
         TextEncoder::new().encode(&families, &mut text)?;
         Ok(String::from_utf8(text).unwrap_or_default())
     }
+}
+
+/// Registers durations, in [`SECONDS`].
+///
+/// # Errors
+/// A name or a label that Prometheus does not allow, or a name that is taken.
+pub fn histograms(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<HistogramVec> {
+    add(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(SECONDS.to_vec()), labels)?)
+}
+
+/// Registers a series.
+///
+/// # Errors
+/// A name or a label that Prometheus does not allow, or a name that is taken.
+pub fn add<C: Collector + Clone + 'static>(registry: &Registry, series: C) -> prometheus::Result<C> {
+    registry.register(Box::new(series.clone()))?;
+    Ok(series)
+}
+
+/// Registers a counter.
+///
+/// # Errors
+/// A name or a label that Prometheus does not allow, or a name that is taken.
+pub fn counter(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntCounter> {
+    add(registry, IntCounter::new(name, help)?)
+}
+
+/// Registers a gauge.
+///
+/// # Errors
+/// A name or a label that Prometheus does not allow, or a name that is taken.
+pub fn gauge(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntGauge> {
+    add(registry, IntGauge::new(name, help)?)
+}
+
+/// Registers counters with labels.
+///
+/// # Errors
+/// A name or a label that Prometheus does not allow, or a name that is taken.
+pub fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
+    add(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+}
+
+/// Registers gauges with labels.
+///
+/// # Errors
+/// A name or a label that Prometheus does not allow, or a name that is taken.
+pub fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntGaugeVec> {
+    add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
 }
 
 /// The processor time that this process has used.

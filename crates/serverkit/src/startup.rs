@@ -4,7 +4,7 @@
 //! program's own `run`: log, signals, listeners.
 
 use crate::{health_check::health_check, log, threads};
-use castier_config::{Config, Loaded, LogFormat, Problems};
+use castier_config::{Config, Loaded, LogFormat, Problems, load, load_offline};
 use std::{
     io::{self, Write as _},
     path::PathBuf,
@@ -30,6 +30,17 @@ pub struct CommonArgs {
     /// Print the effective configuration, secrets masked, and exit.
     #[arg(long)]
     pub print_config: bool,
+}
+
+impl CommonArgs {
+    /// Loads the configuration: the file that `--config` names, and over it `environment`, of which a later pair overrides an earlier one.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub fn load<C: Config>(&self, environment: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
+        let file = self.config.as_deref();
+        if self.offline { load_offline(file, environment) } else { load(file, environment) }
+    }
 }
 
 /// Does what the options say: answers them, or loads the configuration and runs the program with it. `program` is its name in records.
