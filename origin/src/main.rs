@@ -5,7 +5,7 @@ use castier_origin::{Options, Origin};
 use castier_serverkit::{
     bind::{bind, shown},
     log, open_files, otlp,
-    signals::{Reading, Signals, Told, told},
+    signals::{Order, Reading, Signals, sound},
     startup::{self, CommonArgs},
 };
 use clap::Parser;
@@ -79,8 +79,8 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
         Reading::new(move || arguments.load())
     };
     let mut running = config;
-    while let Told::Reload(loaded) = signals.next(&mut reading).await {
-        if let Some(wanted) = told(loaded) {
+    while let Order::Reload(loaded) = signals.next(&mut reading).await {
+        if let Some(wanted) = sound(loaded) {
             running = reload(running, &wanted, &origin, &log, granted);
         }
     }

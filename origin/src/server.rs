@@ -103,11 +103,11 @@ pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdow
             Ok((stream, peer)) => {
                 let most = H::max_connections(&handler.limits());
                 let (seat, taken) = Seat::take(&open);
-                let has_room = match H::FULL {
+                let is_admitted = match H::FULL {
                     Full::NewcomersAreRefused => taken <= most,
-                    Full::OldestIdleMakesWay => admin.make_room(most),
+                    Full::OldestIdleMakesWay => admin.admit(most),
                 };
-                if has_room {
+                if is_admitted {
                     let activity = Arc::new(Activity::default());
                     let task = connection(stream, peer, handler.clone(), graceful.watcher(), cut.clone(), seat, Arc::clone(&activity));
                     let task = tokio::spawn(task);

@@ -132,7 +132,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Arc<ArcSwap<Li
             continue;
         };
         let limits = limits.load_full();
-        if !open.make_room(limits.max_admin_connections) {
+        if !open.admit(limits.max_admin_connections) {
             continue;
         }
         let busy = Arc::new(AtomicBool::new(false));

@@ -27,7 +27,7 @@ use castier_serverkit::{
     bind::{bind, shown},
     log::{self, Guard},
     open_files, otlp,
-    signals::{Reading, Signals, Told, told},
+    signals::{Order, Reading, Signals, sound},
     startup::{self, CommonArgs},
 };
 use clap::Parser;
@@ -181,8 +181,8 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
         nodes,
         log,
     };
-    while let Told::Reload((loaded, secrets)) = signals.next(&mut reading).await {
-        if let Some(new) = told(loaded) {
+    while let Order::Reload((loaded, secrets)) = signals.next(&mut reading).await {
+        if let Some(new) = sound(loaded) {
             live.reload(new, secrets);
         }
     }

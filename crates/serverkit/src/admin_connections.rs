@@ -9,8 +9,8 @@ use tokio::task::AbortHandle;
 pub struct AdminConnections(VecDeque<(Box<dyn Fn() -> bool + Send>, AbortHandle)>);
 
 impl AdminConnections {
-    /// Makes room for one more connection among `most`. False if all are busy.
-    pub fn make_room(&mut self, most: usize) -> bool {
+    /// Makes sure that one more connection fits among `most`. False if all are busy.
+    pub fn admit(&mut self, most: usize) -> bool {
         self.0.retain(|(_, task)| !task.is_finished());
         // The list is what counts: on a busy machine a task that was aborted ends only when it runs again.
         while self.0.len() >= most {
@@ -33,21 +33,21 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_oldest_idle_connection_makes_room() {
+    async fn the_oldest_idle_connection_is_closed() {
         let mut connections = AdminConnections::default();
         let tasks: Vec<_> = (0..3).map(|_| tokio::spawn(std::future::pending::<()>())).collect();
         for (number, task) in tasks.iter().enumerate() {
-            assert!(connections.make_room(3));
+            assert!(connections.admit(3));
             // The first is busy.
             connections.add(move || number == 0, task.abort_handle());
         }
-        assert!(connections.make_room(3));
+        assert!(connections.admit(3));
         let [first, second, third] = <[_; 3]>::try_from(tasks).unwrap();
         assert!(second.await.unwrap_err().is_cancelled());
         assert!(!first.is_finished() && !third.is_finished());
-        assert!(connections.make_room(2) && third.await.unwrap_err().is_cancelled());
-        assert!(!connections.make_room(1), "only a busy one is left");
+        assert!(connections.admit(2) && third.await.unwrap_err().is_cancelled());
+        assert!(!connections.admit(1), "only a busy one is left");
         first.abort();
-        assert!(first.await.unwrap_err().is_cancelled() && connections.make_room(1), "what has ended takes no room");
+        assert!(first.await.unwrap_err().is_cancelled() && connections.admit(1), "a connection that ended does not count");
     }
 }

@@ -13,7 +13,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// A text that says what was answered instead.
-pub fn health_check(url: &str) -> Result<(), String> {
+pub(crate) fn health_check(url: &str) -> Result<(), String> {
     let rest = url.strip_prefix("http://").ok_or_else(|| format!("{url}: write http://HOST:PORT/healthz"))?;
     let (authority, path) = rest.find('/').map_or((rest, "/healthz"), |slash| rest.split_at(slash));
     let with_port = if authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) {

@@ -1,12 +1,11 @@
 //! What castier and castier-origin both need, once.
 //!
 //! - [`startup`]: options, configuration, runtime: `main` of both programs.
-//! - [`bind`], [`open_files`], [`threads`]: what a server needs of the system.
+//! - [`bind`], [`open_files`]: listening sockets, and the limit on open files.
 //! - [`signals`]: which signals end a program, and which make it read its configuration again.
-//! - [`health_check`]: the option `--health`.
 //! - [`log`], [`otlp`]: where records and spans go. Nothing there delays or fails a request.
 //! - [`access_log`], [`series`]: what is logged of each request, and the metrics that both have.
-//! - [`admin_connections`]: which connection to an admin listener makes room for a new one.
+//! - [`admin_connections`]: which connection to an admin listener is closed for a new one.
 //! - [`multipart`]: uploads as forms.
 //! - [`stall_timeout`]: a timeout for a client that does nothing.
 //! - [`directory_lock`]: one process at a time per directory.
@@ -17,7 +16,7 @@ pub mod admin_connections;
 pub mod bind;
 mod byte_queue;
 pub mod directory_lock;
-pub mod health_check;
+mod health_check;
 pub mod log;
 pub mod multipart;
 pub mod open_files;
@@ -27,4 +26,4 @@ pub mod series;
 pub mod signals;
 pub mod stall_timeout;
 pub mod startup;
-pub mod threads;
+mod threads;

@@ -40,7 +40,7 @@ pub enum FormError<E> {
     Malformed(multer::Error),
 }
 
-/// Why the reader below ended; told to multer, which gives it back.
+/// Why [`rationed`] ended. multer gets it, and gives it back.
 #[derive(Debug, thiserror::Error)]
 enum Ended<E> {
     #[error(transparent)]
@@ -83,7 +83,7 @@ pub fn first_file<'a, E: Error + Send + Sync + 'static>(
             let mut file = match at {
                 At::File(file) => file,
                 At::Form(mut form) => loop {
-                    let Some(field) = form.next_field().await.map_err(told)? else { return Err(FormError::NoFile) };
+                    let Some(field) = form.next_field().await.map_err(explain)? else { return Err(FormError::NoFile) };
                     if field.headers().get(header::CONTENT_DISPOSITION).is_some_and(is_file) {
                         break Box::new(field);
                     }
@@ -91,7 +91,7 @@ pub fn first_file<'a, E: Error + Send + Sync + 'static>(
             };
             // From here on bytes leave as fast as they come.
             ration.store(u64::MAX, Relaxed);
-            let part = file.chunk().await.map_err(told)?;
+            let part = file.chunk().await.map_err(explain)?;
             Ok(part.map(|part| (part, At::File(file))))
         }
     })
@@ -128,7 +128,7 @@ fn rationed<E>(
     })
 }
 
-fn told<E: Error + Send + Sync + 'static>(error: multer::Error) -> FormError<E> {
+fn explain<E: Error + Send + Sync + 'static>(error: multer::Error) -> FormError<E> {
     match error {
         multer::Error::StreamSizeExceeded { .. } | multer::Error::FieldSizeExceeded { .. } => FormError::FieldTooLong,
         multer::Error::StreamReadFailed(cause) => match cause.downcast::<Ended<E>>().map(|ended| *ended) {

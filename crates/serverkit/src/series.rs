@@ -16,7 +16,7 @@ pub const CLIENT_GONE: u16 = 499;
 pub const METHODS: [&str; 7] = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH"];
 
 /// The label of a method that has none of its own.
-pub const OTHER_METHOD: &str = "OTHER";
+pub(crate) const OTHER_METHOD: &str = "OTHER";
 
 /// The series of a program, with those that every process has, and the count of log records and spans that were dropped.
 pub struct Series {
@@ -123,7 +123,7 @@ fn cpu_seconds() -> f64 {
     used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
 }
 
-/// The label of a method: one of `known`, or [`OTHER_METHOD`]. Clients can invent methods, and series must be few.
+/// The label of a method: one of `known`, or `OTHER`. Clients can invent methods, and series must be few.
 pub fn method_label(method: &str, known: &[&'static str]) -> &'static str {
     known.iter().find(|known| **known == method).unwrap_or(&OTHER_METHOD)
 }
