@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use castier_serverkit::stall_timeout::StallTimeout;
+use castier_wire::expects_continue;
 use futures::{Stream, StreamExt as _};
-use http::{HeaderMap, Version, header, request};
+use http::request;
 use http_body::Body as _;
 use hyper::body::Incoming;
 use std::{
@@ -42,11 +43,7 @@ pub(crate) struct Intake {
 
 impl Intake {
     pub(crate) fn new(head: &request::Parts, body: Incoming, silence: Duration) -> Self {
-        Self {
-            body: Some(body),
-            waits: head.version >= Version::HTTP_11 && expects_continue(&head.headers),
-            silence: StallTimeout::new(silence),
-        }
+        Self { body: Some(body), waits: expects_continue(head.version, &head.headers), silence: StallTimeout::new(silence) }
     }
 
     /// The length that was declared, if one was.
@@ -58,10 +55,6 @@ impl Intake {
     pub(crate) const fn waits(&self) -> bool {
         self.waits
     }
-}
-
-fn expects_continue(headers: &HeaderMap) -> bool {
-    headers.get(header::EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 impl Stream for Intake {

@@ -123,12 +123,7 @@ fn within(limits: &OriginLimits, granted: u64) -> OriginLimits {
 fn tell_files(limits: &OriginLimits, granted: u64) {
     let possible = within(limits, granted);
     if possible != *limits {
-        tracing::info!(
-            granted,
-            connections = possible.max_connections,
-            "the system grants fewer open files than limits.max_connections needs, so fewer clients are let in; raise its hard limit \
-             (ulimit -Hn, LimitNOFILE=)"
-        );
+        open_files::log_too_few(granted, None, possible.max_connections as u64);
     }
 }
 

@@ -4,6 +4,7 @@
 //! What runs out all the same is a limit like any other ([`Limit::Files`](crate::fault::Limit::Files)).
 
 use castier_config::{Castier, Limits, OriginUrl};
+use castier_serverkit::open_files;
 use rustix::io::Errno;
 use std::{
     error::Error,
@@ -76,13 +77,7 @@ impl Shares {
             let open_files = config.disk.as_ref().map_or(0, |disk| disk.open_files);
             let peers = config.cluster.as_ref().map_or(0, |_| limits.max_peer_connections as u64);
             let needed = wanted + peers + limits.max_admin_connections as u64 + REFUSALS + open_files + fills(config) + OWN;
-            tracing::info!(
-                granted = self.granted,
-                needed,
-                connections = self.clients,
-                "the system grants fewer open files than limits.max_connections needs, so fewer clients are let in; raise its hard limit \
-                 (ulimit -Hn, LimitNOFILE=)"
-            );
+            open_files::log_too_few(self.granted, Some(needed), self.clients);
         }
     }
 }

@@ -4,7 +4,7 @@
 use crate::{fault::Fault, upstream::Upload};
 use castier_serverkit::multipart::{self, FormError};
 use futures::{StreamExt, TryStreamExt, stream};
-use http::{HeaderMap, Version, header};
+use http::HeaderMap;
 use pingora::{ErrorType, protocols::http::ServerSession};
 
 /// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
@@ -45,11 +45,10 @@ pub async fn no_body(session: &mut ServerSession) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Whether the client waits to be called for its body. Over HTTP/1.0 an expectation means nothing (RFC 9110, section 10.1.1).
+/// Whether the client waits to be asked for its body.
 pub fn expects_continue(session: &ServerSession) -> bool {
     let request = session.req_header();
-    request.version == Version::HTTP_11
-        && request.headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+    castier_wire::expects_continue(request.version, &request.headers)
 }
 
 /// Calls for the body. That is no answer yet, so it does not cost the connection, as an answer would that comes before the body's end.

@@ -11,3 +11,14 @@ pub fn raise_limit() -> u64 {
     }
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
+
+/// Says in the log that fewer clients are let in than configured. `needed` is how many open files would be enough, if that is known.
+pub fn log_too_few(granted: u64, needed: Option<u64>, connections: u64) {
+    tracing::info!(
+        granted,
+        needed,
+        connections,
+        "the system grants fewer open files than limits.max_connections needs, so fewer clients are let in; raise its hard limit \
+         (ulimit -Hn, LimitNOFILE=)"
+    );
+}
