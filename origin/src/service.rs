@@ -12,7 +12,7 @@ use crate::{
     webdav::{self, Depth, Listing},
 };
 use bytes::Bytes;
-use castier_blob::{Digest, Verifier};
+use castier_blob::Digest;
 use castier_config::OriginLimits;
 use castier_serverkit::multipart;
 use castier_wire::{
@@ -245,7 +245,7 @@ impl Clients {
             }
         }
         let chunks = (&mut intake).map_err(Refused::from);
-        let kept = self.receive_blob(Verifier::of(digest), most, chunks).await?;
+        let kept = self.receive_blob(Some(digest), most, chunks).await?;
         Ok((if kept.new { StatusCode::CREATED } else { StatusCode::OK }, headers, Content::Empty))
     }
 
@@ -259,9 +259,9 @@ impl Clients {
             Some(boundary) => {
                 // What comes after the file is not looked at. `receive_blob` limits the file's size.
                 let file = multipart::first_file(intake, boundary, u64::MAX).map_err(Refused::from);
-                self.receive_blob(Verifier::any(), most, file).await?
+                self.receive_blob(None, most, file).await?
             }
-            None => self.receive_blob(Verifier::any(), most, (&mut intake).map_err(Refused::from)).await?,
+            None => self.receive_blob(None, most, (&mut intake).map_err(Refused::from)).await?,
         };
         let mut headers = HeaderMap::new();
         headers.insert(header::LOCATION, location(&kept.digest));
@@ -273,12 +273,12 @@ impl Clients {
     /// Body → temp file → verified → durable.
     async fn receive_blob(
         &self,
-        claim: Verifier,
+        claimed: Option<Digest>,
         most: u64,
         chunks: impl Stream<Item = Result<Bytes, Refused>> + Unpin,
     ) -> Result<Kept, Refused> {
         let store = Arc::clone(&self.0.store);
-        self.receive(move || store.begin(claim), Upload::finish, most, chunks).await
+        self.receive(move || store.begin(claimed), Upload::finish, most, chunks).await
     }
 
     /// Body → temp file → what `finish` makes of it. Bytes are written a batch at a time, while the next batch comes in.
@@ -324,17 +324,17 @@ impl Clients {
 /// What an upload's bytes are written to.
 trait Intaken: Send + 'static {
     /// Blocks.
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault>;
+    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault>;
 }
 
 impl Intaken for Upload {
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
         self.write(bytes)
     }
 }
 
 impl Intaken for entries::Upload {
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
         self.write(bytes)
     }
 }

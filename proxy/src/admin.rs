@@ -9,7 +9,7 @@ mod utc;
 pub use history::STEP;
 pub use stats::{Brief, Stats};
 
-use crate::{conn::Conn, ladder::Ladder, members::Members, metrics::Metrics, plan, purge::Purge};
+use crate::{connection::Conn, members::Members, memory_plan, metrics::Metrics, node::Node, purge::Purge, upstream::Upstream};
 use arc_swap::ArcSwap;
 use axum::{
     Router,
@@ -47,7 +47,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What the admin listener tells about.
 pub struct Admin {
     /// The data path.
-    pub ladder: Arc<Ladder>,
+    pub node: Arc<Node>,
+    /// The origin.
+    pub origin: Arc<Upstream>,
     /// The series.
     pub metrics: Arc<Metrics>,
     /// The other nodes; none if this one is alone.
@@ -78,16 +80,17 @@ pub enum Phase {
 
 impl Admin {
     /// Tells about these. The node is starting.
-    pub fn new(ladder: Arc<Ladder>, metrics: Arc<Metrics>, members: Option<Arc<Members>>, purge: Arc<Purge>) -> Self {
+    pub fn new(node: Arc<Node>, origin: Arc<Upstream>, metrics: Arc<Metrics>, members: Option<Arc<Members>>, purge: Arc<Purge>) -> Self {
         Self {
-            ladder,
+            node,
+            origin,
             metrics,
             members,
             purge,
             phase: Mutex::new(Phase::Starting),
             began: Instant::now(),
             started: SystemTime::now(),
-            memory_limit: plan::memory_limit(),
+            memory_limit: memory_plan::memory_limit(),
             history: Mutex::default(),
             problems: Mutex::default(),
         }
@@ -163,7 +166,7 @@ async fn connection(stream: TcpStream, router: Router, busy: Arc<AtomicBool>, li
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.render(&admin.ladder.tiers())).into_response()
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.render(&admin.node.cache.tier_stats())).into_response()
 }
 
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {

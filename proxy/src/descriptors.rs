@@ -1,17 +1,13 @@
 //! File descriptors: how many the system grants, who gets them, and how it shows that they have run out.
 //!
 //! Connections get what the rest leaves, so that a client too many is refused in words: an `accept` that fails leaves it waiting.
-//! What runs out all the same is a limit like any other ([`Limit::Files`](crate::fault::Limit::Files)).
+//! What runs out all the same is a limit like any other ([`Limit::Files`](castier_cache::Limit::Files)).
 
 use castier_config::{Castier, Limits, OriginUrl};
 use castier_serverkit::open_files;
-use rustix::io::Errno;
-use std::{
-    error::Error,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 /// What castier holds open at all times: listeners, logs, the runtime.
@@ -151,14 +147,6 @@ fn fills(config: &Castier) -> u64 {
     fills * (each + 1) + requests * each + peers * (2 * fills + requests) + IDLE * (each + 1) / 2
 }
 
-/// Whether this, or what caused it, is that no descriptor was left.
-pub fn ran_out(error: &(dyn Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |&error| error.source()).any(|error| {
-        let number = error.downcast_ref().and_then(Errno::from_io_error);
-        matches!(number, Some(Errno::MFILE | Errno::NFILE))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,15 +193,5 @@ mod tests {
 
     fn remote() -> castier_config::Origin {
         castier_config::Origin { url: OriginUrl::Remote("http://127.0.0.1:1".parse().unwrap()), ..castier_config::Origin::default() }
-    }
-
-    #[test]
-    fn running_out_is_told_from_anything_else() {
-        #[derive(Debug, thiserror::Error)]
-        #[error("somewhere")]
-        struct Somewhere(#[source] std::io::Error);
-        let io = |errno: Errno| std::io::Error::from(errno);
-        assert!(ran_out(&io(Errno::MFILE)) && ran_out(&Somewhere(io(Errno::NFILE))));
-        assert!(!ran_out(&io(Errno::CONNREFUSED)) && !ran_out(&Somewhere(std::io::Error::other("24"))));
     }
 }

@@ -1,50 +1,15 @@
-//! Every series of the tier in one place. Labels are finite and never hold a digest.
-//!
-//! The ledger: at a quiet moment `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one of
-//! `source_loads{result}`. HEADs and 304s by validator are no gets: they hand out no blob.
+//! The series of the tier beside those of its cache. Labels are finite and never hold a digest.
 
-mod ages;
-
-use crate::{
-    fault::Limit,
-    recent::{Asked, Recent},
-    tier::{TierName, TierStats},
-};
-use ages::Ages;
+use crate::recent::{Asked, Recent};
 use castier_blob::Digest;
-use castier_serverkit::series::{CLIENT_GONE, SECONDS, Series, add, counter, counters, gauge, gauges, histograms, status_label};
-use parking_lot::Mutex;
-use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, core::Collector,
+use castier_cache::{Limit, Tier, TierStats};
+use castier_serverkit::series::{CLIENT_GONE, Series, add, counter, counters, gauge, gauges, histograms, status_label};
+use prometheus::{GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, core::Collector};
+use std::{
+    net::IpAddr,
+    sync::{Arc, OnceLock},
+    time::Duration,
 };
-use std::{net::IpAddr, sync::OnceLock, time::Duration};
-
-/// How long blobs had been kept: as [`SECONDS`], and on to a month, since a tier that is large enough keeps them for days.
-const AGES: [f64; 7] = [300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0, 2_592_000.0];
-
-/// As the arrays have them.
-const TIERS: [TierName; 3] = [TierName::Memory, TierName::Mirror, TierName::Disk];
-
-/// How a load from a source ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The blob came, and verified.
-    Ok,
-    /// The source says that there is no such blob.
-    Absent,
-    /// Neither.
-    Error,
-}
-
-impl Outcome {
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Absent => "absent",
-            Self::Error => "error",
-        }
-    }
-}
 
 /// Where a request came in: the `listener` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,128 +148,11 @@ impl Drop for PeerSeries {
     }
 }
 
-/// What was done on the disk: the `op` label of `castier_disk_errors_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiskOp {
-    /// A kept file was opened, or a directory listed.
-    Open,
-    /// A kept file was read.
-    Read,
-    /// A blob was written, or given its name.
-    Write,
-    /// A file was deleted or set aside.
-    Remove,
-    /// A spool file of `fill.spool_dir` was made, written or read.
-    Spool,
-}
-
-impl DiskOp {
-    const ALL: [Self; 5] = [Self::Open, Self::Read, Self::Write, Self::Remove, Self::Spool];
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Open => "open",
-            Self::Read => "read",
-            Self::Write => "write",
-            Self::Remove => "remove",
-            Self::Spool => "spool",
-        }
-    }
-}
-
-/// What went wrong on the disk: the `kind` label of `castier_disk_errors_total`, and the `reason` label of
-/// `castier_disk_write_errors_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiskError {
-    /// The file system is full.
-    Full,
-    /// The user's quota is used up.
-    Quota,
-    /// The file system is read-only.
-    ReadOnly,
-    /// The device failed.
-    Io,
-    /// No more files may be open.
-    Files,
-    /// The file would be larger than the process or the file system allows.
-    TooLarge,
-    /// This user may not.
-    Denied,
-    /// Something else is at the path, or on the way to it.
-    Path,
-    /// No answer within `disk.timeout`, or `fill.spool_timeout`.
-    Timeout,
-    /// Not tried, as the file system did not answer lately, or too much waits for it.
-    Busy,
-    /// Anything else.
-    Other,
-}
-
-impl DiskError {
-    const ALL: [Self; 11] = [
-        Self::Full,
-        Self::Quota,
-        Self::ReadOnly,
-        Self::Io,
-        Self::Files,
-        Self::TooLarge,
-        Self::Denied,
-        Self::Path,
-        Self::Timeout,
-        Self::Busy,
-        Self::Other,
-    ];
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Full => "full",
-            Self::Quota => "quota",
-            Self::ReadOnly => "read_only",
-            Self::Io => "io",
-            Self::Files => "files",
-            Self::TooLarge => "too_large",
-            Self::Denied => "denied",
-            Self::Path => "path",
-            Self::Timeout => "timeout",
-            Self::Busy => "busy",
-            Self::Other => "other",
-        }
-    }
-}
-
-/// Why the disk tier did not write a blob: the `reason` label of `castier_disk_skipped_writes_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Skip {
-    /// `disk.write_behind` was full.
-    Queue,
-    /// A write had failed less than `disk.cooldown` ago.
-    ReadOnly,
-    /// Something was purged meanwhile, and it may have been this blob.
-    Purged,
-    /// The write failed.
-    Failed,
-    /// The file system had not answered in time less than `disk.cooldown` ago.
-    Timeout,
-}
-
-impl Skip {
-    /// Every reason, for making the series exist from the start.
-    pub const ALL: [Self; 5] = [Self::Queue, Self::ReadOnly, Self::Purged, Self::Failed, Self::Timeout];
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Queue => "queue",
-            Self::ReadOnly => "read_only",
-            Self::Purged => "purged",
-            Self::Failed => "failed",
-            Self::Timeout => "timeout",
-        }
-    }
-}
-
 /// The series.
 pub struct Metrics {
     series: Series,
+    /// The series of the cache.
+    pub cache: Arc<castier_cache::Metrics>,
     requests: IntCounterVec,
     /// The series of the one kind of request that must cost nothing, found once.
     hit_requests: [OnceLock<IntCounter>; 2],
@@ -312,7 +160,7 @@ pub struct Metrics {
     first_bytes: [[Histogram; 5]; 5],
     in_flight: IntGauge,
     uploads: IntGauge,
-    /// Bytes served: by listener, and from the tiers in the order of [`TierName`] or from flights.
+    /// Bytes served: by listener, and from the tiers in the order of [`Tier`] or from flights.
     served: [[IntCounter; 4]; 2],
     /// Bytes received from the origin and from peers.
     source_bytes: [IntCounter; 2],
@@ -320,53 +168,8 @@ pub struct Metrics {
     client_errors: IntCounter,
     /// Who asks for what.
     pub recent: Recent,
-    /// Gets: requests for the bytes of a blob.
-    pub gets: IntCounter,
-    /// Gets that no tier could answer.
-    pub loads: IntCounter,
-    /// Loads that started a flight.
-    pub flights: IntCounter,
-    /// Loads that joined one.
-    pub collapsed: IntCounter,
-    /// Gets answered by tiers, in the order of [`TierName`].
-    hits: [IntCounter; 3],
-    /// Those of them that came from peers.
-    pub hits_from_peers: IntCounter,
-    /// How long fills waited for a permit.
-    fill_wait: Histogram,
     origin_up: IntGauge,
-    source_loads: IntCounterVec,
-    source_duration: HistogramVec,
-    source_resumes: IntCounterVec,
-    /// Fills going on.
-    pub flights_in_progress: IntGauge,
-    /// Requests reading a flight that another request started.
-    pub flight_followers: IntGauge,
-    tier_bytes: IntGaugeVec,
-    tier_capacity: IntGaugeVec,
-    tier_blobs: IntGaugeVec,
-    tier_evictions: IntCounterVec,
-    /// In the order of [`TierName`].
-    evicted_age: [Histogram; 3],
-    evicted_lately: [Ages; 3],
-    following: Mutex<()>,
-    corrupt: IntCounterVec,
     shed: IntCounterVec,
-    /// How much of the disk tier has been listed since the start: 0 to 1.
-    pub disk_scan_progress: Gauge,
-    /// When the disk tier was last read back from end to end, in seconds since 1970; 0 before the first time.
-    pub disk_scrub_last_pass: IntGauge,
-    /// Blobs read back and hashed.
-    pub disk_scrubbed: IntCounter,
-    disk_errors: IntCounterVec,
-    /// Bytes of the disk tier's file system that this user may still write.
-    pub disk_avail: IntGauge,
-    disk_inodes: IntGauge,
-    disk_io: [Histogram; 2],
-    disk_write_errors: IntCounterVec,
-    disk_skipped_writes: IntCounterVec,
-    /// How fast the scrub reads, in bytes a second; 0 if it never does.
-    pub disk_scrub_rate: IntGauge,
     certificate_expiry: IntGaugeVec,
     /// What the control group lets this process hold, in bytes; 0 if there is no limit.
     pub memory_limit: IntGauge,
@@ -374,8 +177,6 @@ pub struct Metrics {
     pub memory_planned: IntGauge,
     cluster_peers: IntGaugeVec,
     cluster_changes: IntCounter,
-    /// Gets that came from peers.
-    pub gets_from_peers: IntCounter,
     /// Attempts at peers that failed, those that have left included.
     pub peer_errors: IntCounter,
     peer_up: IntGaugeVec,
@@ -414,15 +215,10 @@ impl Metrics {
             counters(&r, "castier_http_response_bytes_total", "Bytes of blobs sent to clients and peers", &["from", "listener"])?;
         let froms = ["memory", "mirror", "disk", "flight"];
         let source_bytes = counters(&r, "castier_source_bytes_total", "Bytes of blobs received from a source", &["source"])?;
-        let hits = counters(&r, "castier_hits_total", "Gets answered by a tier", &["tier"])?;
-        let disk_io =
-            histograms(&r, "castier_disk_io_seconds", "Time of a read or write of the disk tier that had to wait for the disk", &["op"])?;
-        let ages: Vec<f64> = SECONDS.into_iter().chain(AGES).collect();
-        let ages = HistogramOpts::new("castier_tier_evicted_age_seconds", "How long what a tier evicted had been in it").buckets(ages);
-        let evicted_age = add(&r, HistogramVec::new(ages, &["tier"])?)?;
         let info = gauges(&r, "castier_build_info", "The version that runs", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
+            cache: Arc::new(castier_cache::Metrics::new(&r)?),
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
             hit_requests: Default::default(),
             durations: by_result(durations),
@@ -434,50 +230,8 @@ impl Metrics {
             source_bytes: ["origin", "peer"].map(|source| source_bytes.with_label_values(&[source])),
             client_errors: IntCounter::new("errors", "Not registered")?,
             recent: Recent::default(),
-            gets: counter(&r, "castier_gets_total", "Requests for the bytes of a blob")?,
-            loads: counter(&r, "castier_loads_total", "Gets that no tier could answer")?,
-            flights: counter(&r, "castier_flights_total", "Loads that started a flight")?,
-            collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight, a remembered absence included")?,
-            hits: TIERS.map(|tier| hits.with_label_values(&[tier.as_str()])),
-            hits_from_peers: counter(&r, "castier_hits_from_peers_total", "Gets from other nodes of the cluster that a tier answered")?,
-            fill_wait: add(
-                &r,
-                Histogram::with_opts(
-                    HistogramOpts::new("castier_fill_wait_seconds", "Time that a fill waited for a permit").buckets(SECONDS.to_vec()),
-                )?,
-            )?,
             origin_up: gauge(&r, "castier_origin_up", "Whether the origin answers, as the last requests found it")?,
-            source_loads: counters(&r, "castier_source_loads_total", "Flights by how they ended", &["source", "result"])?,
-            source_duration: histograms(&r, "castier_source_load_duration_seconds", "Time of a flight", &["source"])?,
-            source_resumes: counters(&r, "castier_source_resumes_total", "Broken transfers taken up again in the middle", &["source"])?,
-            flights_in_progress: gauge(&r, "castier_flights_in_progress", "Flights now")?,
-            flight_followers: gauge(&r, "castier_flight_followers", "Requests now reading a flight that another started")?,
-            tier_bytes: gauges(&r, "castier_tier_bytes", "Bytes that a tier takes up", &["tier"])?,
-            tier_capacity: gauges(&r, "castier_tier_capacity_bytes", "Bytes that a tier may take up", &["tier"])?,
-            tier_blobs: gauges(&r, "castier_tier_blobs", "Blobs in a tier", &["tier"])?,
-            tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs dropped for lack of room", &["tier"])?,
-            evicted_age: TIERS.map(|tier| evicted_age.with_label_values(&[tier.as_str()])),
-            evicted_lately: Default::default(),
-            following: Mutex::new(()),
-            corrupt: counters(&r, "castier_corrupt_blobs_total", "Blobs whose bytes did not match their digest", &["source"])?,
             shed: counters(&r, "castier_shed_requests_total", "Requests turned away at a limit", &["reason"])?,
-            disk_scan_progress: add(
-                &r,
-                Gauge::new("castier_disk_scan_progress_ratio", "How much of the disk tier has been listed since the start, 0 to 1")?,
-            )?,
-            disk_scrub_last_pass: gauge(
-                &r,
-                "castier_disk_scrub_last_pass_timestamp_seconds",
-                "When the disk tier was last read back from end to end",
-            )?,
-            disk_scrubbed: counter(&r, "castier_disk_scrubbed_blobs_total", "Blobs of the disk tier read back and hashed")?,
-            disk_errors: counters(&r, "castier_disk_errors_total", "Work on the disk that failed", &["op", "kind"])?,
-            disk_avail: gauge(&r, "castier_disk_filesystem_avail_bytes", "Bytes of the disk tier's file system that may still be written")?,
-            disk_inodes: gauge(&r, "castier_disk_filesystem_free_inodes", "Files that the disk tier's file system may still get")?,
-            disk_io: ["read", "write"].map(|op| disk_io.with_label_values(&[op])),
-            disk_write_errors: counters(&r, "castier_disk_write_errors_total", "Writes to the disk tier that failed", &["reason"])?,
-            disk_skipped_writes: counters(&r, "castier_disk_skipped_writes_total", "Blobs not written to the disk tier", &["reason"])?,
-            disk_scrub_rate: gauge(&r, "castier_disk_scrub_rate_bytes", "Bytes a second that are read back to find what rotted; 0: none")?,
             certificate_expiry: gauges(
                 &r,
                 "castier_certificate_expiry_timestamp_seconds",
@@ -488,7 +242,6 @@ impl Metrics {
             memory_planned: gauge(&r, "castier_memory_planned_bytes", "The memory that the configuration may come to take")?,
             cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
             cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of who is in the cluster, and who of them is up")?,
-            gets_from_peers: counter(&r, "castier_gets_from_peers_total", "Gets that came from other nodes of the cluster")?,
             peer_errors: IntCounter::new("peer_errors", "Not registered")?,
             peer_up: gauges(&r, "castier_peer_up", "Whether another node of the cluster answers", &["peer"])?,
             peer_probe: add(
@@ -509,32 +262,11 @@ impl Metrics {
 
     /// Makes the series with known labels exist, so that rates have a start.
     fn begin_at_zero(&self) {
-        for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
-            for source in ["origin", "peer"] {
-                self.source_loads.with_label_values(&[source, outcome.as_str()]);
-            }
-        }
-        for source in ["origin", "peer"] {
-            self.source_duration.with_label_values(&[source]);
-            self.source_resumes.with_label_values(&[source]);
-        }
-        for source in ["origin", "peer", "disk", "client"] {
-            self.corrupt.with_label_values(&[source]);
-        }
         for state in ["up", "down"] {
             self.cluster_peers.with_label_values(&[state]);
         }
         for limit in Limit::ALL {
             self.shed.with_label_values(&[limit.as_str()]);
-        }
-        for error in DiskError::ALL {
-            self.disk_write_errors.with_label_values(&[error.as_str()]);
-            for op in DiskOp::ALL {
-                self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]);
-            }
-        }
-        for skip in Skip::ALL {
-            self.disk_skipped_writes.with_label_values(&[skip.as_str()]);
         }
     }
 
@@ -589,23 +321,13 @@ impl Metrics {
 
     /// Requests of clients that were answered; those whose answers were an error of ours; those being answered.
     pub fn client_requests(&self) -> (u64, u64, u64) {
-        let total = sum(&self.requests, Some(("listener", Listener::Public.as_str())));
+        let total = sum(&self.requests, ("listener", Listener::Public.as_str()));
         (total, self.client_errors.get(), u64::try_from(self.in_flight.get()).unwrap_or(0))
     }
 
-    /// A tier answered a get.
-    pub fn hit(&self, tier: TierName) {
-        self.hits[tier as usize].inc();
-    }
-
-    /// How many gets this tier answered.
-    pub fn hits(&self, tier: TierName) -> u64 {
-        self.hits[tier as usize].get()
-    }
-
     /// So many bytes of answers came from this tier, or, without one, from a flight.
-    pub fn served_from(&self, listener: Listener, tier: Option<TierName>, bytes: u64) {
-        self.served[listener as usize][tier.map_or(TIERS.len(), |tier| tier as usize)].inc_by(bytes);
+    pub fn served_from(&self, listener: Listener, tier: Option<Tier>, bytes: u64) {
+        self.served[listener as usize][tier.map_or(Tier::ALL.len(), |tier| tier as usize)].inc_by(bytes);
     }
 
     /// How many bytes of blobs clients were sent.
@@ -624,90 +346,9 @@ impl Metrics {
         (origin.get(), peers.get())
     }
 
-    /// A fill waited so long for a permit.
-    pub fn waited(&self, wait: Duration) {
-        self.fill_wait.observe(wait.as_secs_f64());
-    }
-
     /// Whether the origin answers.
     pub fn set_origin_up(&self, up: bool) {
         self.origin_up.set(up.into());
-    }
-
-    /// A tier evicted what it had for so long.
-    pub fn evicted(&self, tier: TierName, age: Duration) {
-        self.evicted_age[tier as usize].observe(age.as_secs_f64());
-        self.evicted_lately[tier as usize].add(age);
-    }
-
-    /// The median age of what a tier evicted lately; none if it has evicted nothing.
-    pub fn evicted_age(&self, tier: TierName) -> Option<Duration> {
-        self.evicted_lately[tier as usize].median()
-    }
-
-    /// What the disk tier's file system still takes.
-    pub fn disk_space(&self, bytes: u64, inodes: u64) {
-        self.disk_avail.set(i64::try_from(bytes).unwrap_or(i64::MAX));
-        self.disk_inodes.set(i64::try_from(inodes).unwrap_or(i64::MAX));
-    }
-
-    /// A flight ended.
-    pub fn source_load(&self, source: &str, outcome: Outcome, took: Duration) {
-        self.source_loads.with_label_values(&[source, outcome.as_str()]).inc();
-        self.source_duration.with_label_values(&[source]).observe(took.as_secs_f64());
-    }
-
-    /// How many flights ended so.
-    pub fn source_loads(&self, source: &str, outcome: Outcome) -> u64 {
-        self.source_loads.with_label_values(&[source, outcome.as_str()]).get()
-    }
-
-    /// A broken transfer was taken up again.
-    pub fn source_resume(&self, source: &str) {
-        self.source_resumes.with_label_values(&[source]).inc();
-    }
-
-    /// Bytes that did not match their digest came from `source`.
-    pub fn corrupt(&self, source: &str) {
-        self.corrupt.with_label_values(&[source]).inc();
-    }
-
-    /// How many there were from `source`.
-    pub fn corrupt_count(&self, source: &str) -> u64 {
-        self.corrupt.with_label_values(&[source]).get()
-    }
-
-    /// Work on the disk failed.
-    pub fn disk_error(&self, op: DiskOp, error: DiskError) {
-        self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).inc();
-        if op == DiskOp::Write {
-            self.disk_write_errors.with_label_values(&[error.as_str()]).inc();
-        }
-    }
-
-    /// How often work on the disk failed so.
-    pub fn disk_errors(&self, op: DiskOp, error: DiskError) -> u64 {
-        self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).get()
-    }
-
-    /// How often work on the disk failed.
-    pub fn all_disk_errors(&self) -> u64 {
-        sum(&self.disk_errors, None)
-    }
-
-    /// The disk was waited for.
-    pub fn disk_io(&self, op: DiskOp, took: Duration) {
-        self.disk_io[usize::from(op == DiskOp::Write)].observe(took.as_secs_f64());
-    }
-
-    /// The disk tier did not write a blob.
-    pub fn disk_skipped(&self, why: Skip) {
-        self.disk_skipped_writes.with_label_values(&[why.as_str()]).inc();
-    }
-
-    /// How many blobs the disk tier did not write for this reason.
-    pub fn disk_skips(&self, why: Skip) -> u64 {
-        self.disk_skipped_writes.with_label_values(&[why.as_str()]).get()
     }
 
     /// A request was turned away.
@@ -762,17 +403,8 @@ impl Metrics {
     }
 
     /// The text that Prometheus scrapes, with the tiers' state as of now.
-    pub fn render(&self, tiers: &[(&str, TierStats)]) -> String {
-        for (tier, stats) in tiers {
-            let gauge = |series: &IntGaugeVec, value: u64| series.with_label_values(&[*tier]).set(i64::try_from(value).unwrap_or(i64::MAX));
-            gauge(&self.tier_bytes, stats.bytes);
-            gauge(&self.tier_capacity, stats.capacity);
-            gauge(&self.tier_blobs, stats.blobs);
-            // The tier counts; this follows. Two scrapes at once must not both add the difference.
-            let evictions = self.tier_evictions.with_label_values(&[*tier]);
-            let _alone = self.following.lock();
-            evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
-        }
+    pub fn render(&self, tiers: &[(Tier, TierStats)]) -> String {
+        self.cache.tiers_are(tiers);
         self.series.text().unwrap_or_else(|error| {
             tracing::error!(%error, "metrics could not be written");
             String::new()
@@ -780,11 +412,9 @@ impl Metrics {
     }
 }
 
-/// All series of a family together, or those with this label.
-fn sum(family: &IntCounterVec, label: Option<(&str, &str)>) -> u64 {
-    let has = |metric: &prometheus::proto::Metric| {
-        label.is_none_or(|(name, value)| metric.get_label().iter().any(|own| own.name() == name && own.value() == value))
-    };
+/// All series of a family with this label together.
+fn sum(family: &IntCounterVec, (name, value): (&str, &str)) -> u64 {
+    let has = |metric: &prometheus::proto::Metric| metric.get_label().iter().any(|own| own.name() == name && own.value() == value);
     let families = family.collect();
     let metrics = families.iter().flat_map(prometheus::proto::MetricFamily::get_metric);
     metrics.filter(|metric| has(metric)).map(|metric| metric.get_counter().get_value() as u64).sum()

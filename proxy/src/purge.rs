@@ -3,9 +3,10 @@
 //! Two rounds, since blobs travel between nodes: one that has forgotten can get the blob anew from one that is still to forget. After
 //! the first round nobody has it but from such a transfer, and the second catches that.
 
-use crate::{ladder::Ladder, members::Member, upstream::Peers};
+use crate::{members::Member, upstream::Peers};
 use backon::{ExponentialBuilder, Retryable as _};
 use castier_blob::Digest;
+use castier_cache::Cache;
 use futures::future::join_all;
 use serde::Serialize;
 use std::{sync::Arc, time::Duration};
@@ -17,7 +18,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// Makes nodes forget blobs.
 pub struct Purge {
-    ladder: Arc<Ladder>,
+    cache: Arc<Cache>,
     /// None: this node is alone.
     peers: Option<Arc<Peers>>,
     /// This node's name in answers.
@@ -35,8 +36,8 @@ pub struct Purged {
 
 impl Purge {
     /// At this node, and at `peers` if there are any.
-    pub fn new(ladder: Arc<Ladder>, peers: Option<Arc<Peers>>, name: String) -> Arc<Self> {
-        Arc::new(Self { ladder, peers, name })
+    pub fn new(cache: Arc<Cache>, peers: Option<Arc<Peers>>, name: String) -> Arc<Self> {
+        Arc::new(Self { cache, peers, name })
     }
 
     /// Makes every node forget the blob, members that are down included. Goes on to its end even if whoever asked for it has left.
@@ -68,7 +69,7 @@ impl Purge {
 
     /// Forgets here, and tells these members to; gives those that have.
     async fn round(&self, digest: &Digest, members: &[Member]) -> Vec<Member> {
-        self.ladder.forget(digest).await;
+        self.cache.forget(digest).await;
         let Some(peers) = &self.peers else { return Vec::new() };
         let backoff = ExponentialBuilder::new().with_min_delay(PAUSE).with_max_times(RETRIES).with_jitter();
         let tell = async |member: &Member| {

@@ -8,14 +8,12 @@
 //! - [`admin_connections`]: which connection to an admin listener is closed for a new one.
 //! - [`multipart`]: uploads as forms.
 //! - [`stall_timeout`]: a timeout for a client that does nothing.
-//! - [`directory_lock`]: one process at a time per directory.
 //! - [`pem`]: certificates and keys.
 
 pub mod access_log;
 pub mod admin_connections;
 pub mod bind;
 mod byte_queue;
-pub mod directory_lock;
 mod health_check;
 pub mod log;
 pub mod multipart;

@@ -1,6 +1,6 @@
 //! The root of the store: its lock, and how its directories reach the disk.
 
-use castier_serverkit::directory_lock::{DirectoryLock, Held, Lost, Unavailable};
+use castier_directory_lock::{DirectoryLock, Held, Lost, Unavailable};
 use rustix::{fs::OFlags, io::Errno};
 use std::{
     fs::{self, File},
