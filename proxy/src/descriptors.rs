@@ -4,7 +4,7 @@
 //! What runs out all the same is a limit like any other ([`Limit::Files`](castier_cache::Limit::Files)).
 
 use castier_config::{Castier, Limits, OriginUrl};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use castier_serverkit::open_files;
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
@@ -16,16 +16,6 @@ const OWN: u64 = 64;
 const REFUSALS: u64 = 1024;
 /// Connections to one source that are kept alive while nobody uses them: those of fills and those of relays.
 const IDLE: u64 = 512;
-
-/// Raises the limit as far as the system lets it, and says how many descriptors there may be.
-pub fn raise() -> u64 {
-    let granted = getrlimit(Resource::Nofile);
-    if granted.current != granted.maximum {
-        // Where that is refused, what is there must do.
-        setrlimit(Resource::Nofile, Rlimit { current: granted.maximum, maximum: granted.maximum }).ok();
-    }
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
-}
 
 /// Who gets the descriptors. Each kind has a share of its own, so that none can take what another needs: the admin listener's clients, other
 /// nodes, the disk tier's files, fills. The rest is for clients, and for what relays and streamed uploads open on their behalf.
@@ -83,13 +73,7 @@ impl Shares {
             let open_files = config.disk.as_ref().map_or(0, |disk| disk.open_files);
             let peers = config.cluster.as_ref().map_or(0, |_| limits.max_peer_connections as u64);
             let needed = wanted + peers + limits.max_admin_connections as u64 + REFUSALS + open_files + fills(config) + OWN;
-            tracing::info!(
-                granted = self.granted,
-                needed,
-                connections = self.clients,
-                "the system grants fewer open files than limits.max_connections needs, so fewer clients are let in; raise its hard limit \
-                 (ulimit -Hn, LimitNOFILE=)"
-            );
+            open_files::log_too_few(self.granted, Some(needed), self.clients);
         }
     }
 }

@@ -219,9 +219,8 @@ impl Reply {
 
     fn explained(status: StatusCode, mut headers: HeaderMap, detail: &str) -> Self {
         let body = wire::Problem::new(status, detail).to_json();
-        headers.insert(header::CONTENT_TYPE, wire::Problem::MEDIA_TYPE);
+        wire::Problem::set_headers(&mut headers);
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         match status {
             StatusCode::SERVICE_UNAVAILABLE => headers.insert(header::RETRY_AFTER, RETRY_AFTER),
             StatusCode::METHOD_NOT_ALLOWED => headers.insert(header::ALLOW, BLOB_METHODS),

@@ -77,7 +77,7 @@ pub use disk::{Disk, DiskState};
 pub use fault::{Fault, Limit, ran_out_of_files};
 pub use flights::{Asker, HOLD_BACK, InProgress};
 pub use memory::Memory;
-pub use metrics::{DiskError, DiskOp, LoadResult, Metrics, SECONDS, Skip};
+pub use metrics::{DiskError, DiskOp, LoadResult, Metrics, Skip};
 pub use plan::{OneSource, Outcome, Plan, Step, Then};
 pub use reader::{Hit, PIECE, Part, Reader};
 pub use source::{Answer, Ask, Incoming, Put, Source, Stat, Store};
