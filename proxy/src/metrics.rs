@@ -7,7 +7,7 @@ mod ages;
 
 use crate::{
     fault::Limit,
-    recent::{Asked, Recent},
+    recent::{ClientRequest, Recent},
     tier::{TierName, TierStats},
 };
 use ages::Ages;
@@ -575,7 +575,7 @@ impl Metrics {
             if code >= 500 {
                 self.client_errors.inc();
             }
-            self.recent.note(&Asked {
+            self.recent.note(&ClientRequest {
                 client: request.client,
                 // Nobody was given an answer to read, or refused one.
                 digest: request.digest.filter(|_| code != CLIENT_GONE),

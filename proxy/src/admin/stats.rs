@@ -238,7 +238,7 @@ impl Admin {
             tiers,
         };
         self.history.lock().step(SystemTime::now(), now, figures);
-        metrics.recent.turn(now);
+        metrics.recent.rotate(now);
         // What happens between two looks is told as of the second.
         self.problems();
     }
