@@ -1,7 +1,7 @@
 //! Every series of the tier in one place. Labels are finite and never hold a digest.
 //!
-//! The ledger: at a quiet moment `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one of
-//! `source_loads{result}`. HEADs and 304s by validator are no gets: they hand out no blob.
+//! The ledger: when no request is running, `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one
+//! of `source_loads{result}`. A HEAD, and a 304 by validator, are not gets, since they send no blob.
 
 mod ages;
 
@@ -19,26 +19,26 @@ use prometheus::{
 };
 use std::{net::IpAddr, sync::OnceLock, time::Duration};
 
-/// From what a client does not notice to a blob of many gigabytes.
+/// Buckets in seconds: from below what a client notices, to the time of a blob of many gigabytes.
 const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
-/// How long blobs had been kept: as [`SECONDS`], and on to a month, since a tier that is large enough keeps them for days.
+/// More buckets for the age of evicted blobs, up to a month: a large tier keeps blobs for days.
 const AGES: [f64; 7] = [300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0, 2_592_000.0];
 
-/// Stands for a status where the client left before there was one, as in nginx.
+/// The `code` if the client left before there was an answer, as in nginx.
 pub const CLIENT_GONE: u16 = 499;
 
 /// As the arrays have them.
 const TIERS: [TierName; 3] = [TierName::Memory, TierName::Mirror, TierName::Disk];
 
-/// How a load from a source ended.
+/// How a flight ended: the `result` label of `castier_source_loads_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The blob came, and verified.
+    /// The blob was received and verified.
     Ok,
-    /// The source says that there is no such blob.
+    /// The source does not have the blob.
     Absent,
-    /// Neither.
+    /// Anything else.
     Error,
 }
 
@@ -52,12 +52,12 @@ impl Outcome {
     }
 }
 
-/// Where a request came in: the `listener` label.
+/// The listener that got a request: the `listener` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
-    /// From a client.
+    /// For clients.
     Public,
-    /// From another node of the cluster.
+    /// For peers.
     Peer,
 }
 
@@ -71,18 +71,18 @@ impl Listener {
     }
 }
 
-/// What a request was about: the `route` label.
+/// The target of a request: the `route` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// `/cas/<digest>`, malformed ones included.
     Blob,
     /// `/cas`.
     Collection,
-    /// Anything that goes to the origin unchanged.
+    /// Anything that castier relays to the origin unchanged.
     Relay,
-    /// Nothing that could be understood, or that was let in.
+    /// Rejected: the head was unreadable, over a limit, or unauthorised.
     Refused,
-    /// What nodes tell each other beside blobs: health, purges, what was stored.
+    /// Messages between nodes other than blobs: health checks, purges, notices of stored blobs.
     Control,
 }
 
@@ -102,15 +102,15 @@ impl Route {
 /// How a request was answered: the `result` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// From a tier, or without needing one.
+    /// By a tier, or without looking up a blob.
     Hit,
     /// By a flight that this request started, or by the origin.
     Miss,
-    /// By a flight that another request had started.
+    /// By a flight that another request started.
     Collapsed,
-    /// With 404. Counted as such wherever a 404 would be an error.
+    /// With 404. `request` counts an error with status 404 as this.
     Absent,
-    /// With another status of 400 or more, or by cutting the connection.
+    /// With another status of 400 or more, or with a cut connection.
     Error,
 }
 
@@ -118,32 +118,32 @@ impl Served {
     const ALL: [&'static str; 5] = ["hit", "miss", "collapsed", "absent", "error"];
 }
 
-/// A request that was answered, or whose client left.
+/// A finished request: answered, or abandoned by the client.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
-    /// Where it came in.
+    /// The listener that got it.
     pub listener: Listener,
-    /// Its method, out of a finite set.
+    /// Its method, from a finite set.
     pub method: &'static str,
-    /// What it was about.
+    /// Its target.
     pub route: Route,
-    /// The status it got.
+    /// The status of its answer.
     pub code: u16,
     /// How it was answered.
     pub served: Served,
-    /// From its head to the last byte of the answer.
+    /// The time from its head to the last byte of the answer.
     pub took: Duration,
-    /// From its head to the first byte of the answer.
+    /// The time from its head to the first byte of the answer.
     pub first_byte: Option<Duration>,
-    /// How much of a body was sent.
+    /// The bytes of the body that were sent.
     pub bytes: u64,
-    /// Who sent it.
+    /// The client's address.
     pub client: Option<IpAddr>,
-    /// The blob that it was about.
+    /// The requested blob.
     pub digest: Option<Digest>,
 }
 
-/// A gauge that is one higher for as long as this lives.
+/// Raises a gauge by one until it is dropped.
 pub struct Counted<'a>(&'a IntGauge);
 
 impl Drop for Counted<'_> {
@@ -152,28 +152,28 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// The series of one other node. They end with this.
+/// The series of one peer. Dropping it removes them.
 pub struct PeerSeries {
     name: String,
     up: IntGaugeVec,
     probe: GaugeVec,
     errors: IntCounterVec,
-    /// Attempts at it that failed.
+    /// Requests to it that failed.
     failed: IntCounter,
 }
 
 impl PeerSeries {
-    /// Whether it is up.
+    /// Sets whether it is up.
     pub fn set_up(&self, up: bool) {
         self.up.with_label_values(&[&self.name]).set(up.into());
     }
 
-    /// How long the last probe took, answered or not.
+    /// Sets how long the last probe took, answered or not.
     pub fn set_probe(&self, took: Duration) {
         self.probe.with_label_values(&[&self.name]).set(took.as_secs_f64());
     }
 
-    /// How many attempts at it failed.
+    /// The number of failed requests to it.
     pub fn errors(&self) -> u64 {
         self.failed.get()
     }
@@ -181,7 +181,7 @@ impl PeerSeries {
 
 impl Drop for PeerSeries {
     fn drop(&mut self) {
-        // They were there: this made them.
+        // The series exist, so removing them cannot fail.
         let name = [self.name.as_str()];
         self.up.remove_label_values(&name).ok();
         self.probe.remove_label_values(&name).ok();
@@ -189,18 +189,18 @@ impl Drop for PeerSeries {
     }
 }
 
-/// What was done on the disk: the `op` label of `castier_disk_errors_total`.
+/// An operation on the disk: the `op` label of `castier_disk_errors_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskOp {
     /// A kept file was opened, or a directory listed.
     Open,
     /// A kept file was read.
     Read,
-    /// A blob was written, or given its name.
+    /// A blob was written or renamed.
     Write,
-    /// A file was deleted or set aside.
+    /// A file was deleted, or moved to the quarantine.
     Remove,
-    /// A spool file of `fill.spool_dir` was made, written or read.
+    /// A spool file in `fill.spool_dir` was created, written or read.
     Spool,
 }
 
@@ -218,29 +218,28 @@ impl DiskOp {
     }
 }
 
-/// What went wrong on the disk: the `kind` label of `castier_disk_errors_total`, and the `reason` label of
-/// `castier_disk_write_errors_total`.
+/// The kind of a disk error: the `kind` label of `castier_disk_errors_total`, and the `reason` label of `castier_disk_write_errors_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskError {
     /// The file system is full.
     Full,
-    /// The user's quota is used up.
+    /// The user's quota is exhausted.
     Quota,
     /// The file system is read-only.
     ReadOnly,
     /// The device failed.
     Io,
-    /// No more files may be open.
+    /// Too many files are open.
     Files,
     /// The file would be larger than the process or the file system allows.
     TooLarge,
-    /// This user may not.
+    /// This user has no permission.
     Denied,
-    /// Something else is at the path, or on the way to it.
+    /// Something else is at the path, or at one of its directories.
     Path,
     /// No answer within `disk.timeout`, or `fill.spool_timeout`.
     Timeout,
-    /// Not tried, as the file system did not answer lately, or too much waits for it.
+    /// Not tried: the file system has not answered lately, or too much work is queued.
     Busy,
     /// Anything else.
     Other,
@@ -285,16 +284,16 @@ pub enum Skip {
     Queue,
     /// A write had failed less than `disk.cooldown` ago.
     ReadOnly,
-    /// Something was purged meanwhile, and it may have been this blob.
+    /// A purge happened in the meantime, perhaps of this blob.
     Purged,
     /// The write failed.
     Failed,
-    /// The file system had not answered in time less than `disk.cooldown` ago.
+    /// The file system did not answer in time less than `disk.cooldown` ago.
     Timeout,
 }
 
 impl Skip {
-    /// Every reason, for making the series exist from the start.
+    /// Every reason, so that all series exist from the start.
     pub const ALL: [Self; 5] = [Self::Queue, Self::ReadOnly, Self::Purged, Self::Failed, Self::Timeout];
 
     const fn as_str(self) -> &'static str {
@@ -308,14 +307,14 @@ impl Skip {
     }
 }
 
-/// Tells how many log records each sink has dropped so far.
+/// Returns how many log records each sink has dropped so far.
 pub type LogDrops = fn() -> [(&'static str, u64); 3];
 
 /// The series.
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
-    /// The series of the one kind of request that must cost nothing, found once.
+    /// The series of hits, looked up once, since hits must be fast.
     hit_requests: [OnceLock<IntCounter>; 2],
     durations: [[Histogram; 5]; 5],
     first_bytes: [[Histogram; 5]; 5],
@@ -325,9 +324,9 @@ pub struct Metrics {
     served: [[IntCounter; 4]; 2],
     /// Bytes received from the origin and from peers.
     source_bytes: [IntCounter; 2],
-    /// Requests of clients whose answers were an error of ours, or were cut for a source's sake. Part of `/stats` alone.
+    /// Requests of clients that got status 500 or above, or whose answer was cut because a source failed. Only in `/stats`.
     client_errors: IntCounter,
-    /// Who asks for what.
+    /// The most active clients and digests, for `/stats`.
     pub recent: Recent,
     /// Gets: requests for the bytes of a blob.
     pub gets: IntCounter,
@@ -339,15 +338,15 @@ pub struct Metrics {
     pub collapsed: IntCounter,
     /// Gets answered by tiers, in the order of [`TierName`].
     hits: [IntCounter; 3],
-    /// Those of them that came from peers.
+    /// Hits whose gets came from peers.
     pub hits_from_peers: IntCounter,
-    /// How long fills waited for a permit.
+    /// The time that fills waited for a permit.
     fill_wait: Histogram,
     origin_up: IntGauge,
     source_loads: IntCounterVec,
     source_duration: HistogramVec,
     source_resumes: IntCounterVec,
-    /// Fills going on.
+    /// Running fills.
     pub flights_in_progress: IntGauge,
     /// Requests reading a flight that another request started.
     pub flight_followers: IntGauge,
@@ -361,11 +360,11 @@ pub struct Metrics {
     following: Mutex<()>,
     corrupt: IntCounterVec,
     shed: IntCounterVec,
-    /// How much of the disk tier has been listed since the start: 0 to 1.
+    /// The fraction of the disk tier that has been listed since the start, 0 to 1.
     pub disk_scan_progress: Gauge,
-    /// When the disk tier was last read back from end to end, in seconds since 1970; 0 before the first time.
+    /// The end of the last complete scrub, in seconds since 1970; 0 before that.
     pub disk_scrub_last_pass: IntGauge,
-    /// Blobs read back and hashed.
+    /// Blobs that the scrub has verified.
     pub disk_scrubbed: IntCounter,
     disk_errors: IntCounterVec,
     /// Bytes of the disk tier's file system that this user may still write.
@@ -374,18 +373,18 @@ pub struct Metrics {
     disk_io: [Histogram; 2],
     disk_write_errors: IntCounterVec,
     disk_skipped_writes: IntCounterVec,
-    /// How fast the scrub reads, in bytes a second; 0 if it never does.
+    /// The scrub's rate in bytes per second; 0 if it is off.
     pub disk_scrub_rate: IntGauge,
     certificate_expiry: IntGaugeVec,
-    /// What the control group lets this process hold, in bytes; 0 if there is no limit.
+    /// The memory limit of the control group in bytes; 0 if there is none.
     pub memory_limit: IntGauge,
-    /// What the configuration lets this process hold, in bytes.
+    /// The most memory that the configuration allows, in bytes.
     pub memory_planned: IntGauge,
     cluster_peers: IntGaugeVec,
     cluster_changes: IntCounter,
     /// Gets that came from peers.
     pub gets_from_peers: IntCounter,
-    /// Attempts at peers that failed, those that have left included.
+    /// Failed requests to peers, including peers that have left.
     pub peer_errors: IntCounter,
     peer_up: IntGaugeVec,
     peer_probe: GaugeVec,
@@ -393,18 +392,18 @@ pub struct Metrics {
     members_hash: IntGauge,
     /// Client connections open now.
     pub connections: IntGauge,
-    /// Connections that other nodes have opened to this one.
+    /// Connections from peers that are open now.
     pub peer_connections: IntGauge,
     log_dropped: IntCounterVec,
-    /// How many records each sink has dropped so far.
+    /// See [`LogDrops`].
     log_drops: OnceLock<LogDrops>,
 }
 
 impl Metrics {
-    /// All series, those with known labels at 0 from the start.
+    /// Registers all series. Those with known labels start at 0.
     ///
     /// # Errors
-    /// A name or label that Prometheus does not allow: a mistake in this file.
+    /// Prometheus does not allow a name or label: a bug in this file.
     pub fn new() -> prometheus::Result<Self> {
         let r = Registry::new();
         r.register(Box::new(ProcessCollector::for_self()))?;
@@ -428,11 +427,11 @@ impl Metrics {
         let source_bytes = counters(&r, "castier_source_bytes_total", "Bytes of blobs received from a source", &["source"])?;
         let hits = counters(&r, "castier_hits_total", "Gets answered by a tier", &["tier"])?;
         let disk_io =
-            histograms(&r, "castier_disk_io_seconds", "Time of a read or write of the disk tier that had to wait for the disk", &["op"])?;
+            histograms(&r, "castier_disk_io_seconds", "Time of reads and writes of the disk tier that waited for the disk", &["op"])?;
         let ages: Vec<f64> = SECONDS.into_iter().chain(AGES).collect();
-        let ages = HistogramOpts::new("castier_tier_evicted_age_seconds", "How long what a tier evicted had been in it").buckets(ages);
+        let ages = HistogramOpts::new("castier_tier_evicted_age_seconds", "Time that evicted blobs had been in a tier").buckets(ages);
         let evicted_age = add(&r, HistogramVec::new(ages, &["tier"])?)?;
-        let info = gauges(&r, "castier_build_info", "The version that runs", &["version"])?;
+        let info = gauges(&r, "castier_build_info", "The running version", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
@@ -440,7 +439,7 @@ impl Metrics {
             durations: by_result(durations),
             first_bytes: by_result(first_bytes),
             in_flight: gauge(&r, "castier_http_requests_in_flight", "Requests being answered now")?,
-            uploads: gauge(&r, "castier_uploads_in_progress", "Uploads now")?,
+            uploads: gauge(&r, "castier_uploads_in_progress", "Uploads in progress")?,
             served: [Listener::Public, Listener::Peer]
                 .map(|listener| froms.map(|from| response_bytes.with_label_values(&[from, listener.as_str()]))),
             source_bytes: ["origin", "peer"].map(|source| source_bytes.with_label_values(&[source])),
@@ -449,79 +448,79 @@ impl Metrics {
             gets: counter(&r, "castier_gets_total", "Requests for the bytes of a blob")?,
             loads: counter(&r, "castier_loads_total", "Gets that no tier could answer")?,
             flights: counter(&r, "castier_flights_total", "Loads that started a flight")?,
-            collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight, a remembered absence included")?,
+            collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight or found a remembered absence")?,
             hits: TIERS.map(|tier| hits.with_label_values(&[tier.as_str()])),
-            hits_from_peers: counter(&r, "castier_hits_from_peers_total", "Gets from other nodes of the cluster that a tier answered")?,
+            hits_from_peers: counter(&r, "castier_hits_from_peers_total", "Gets from peers that a tier answered")?,
             fill_wait: add(
                 &r,
                 Histogram::with_opts(
-                    HistogramOpts::new("castier_fill_wait_seconds", "Time that a fill waited for a permit").buckets(SECONDS.to_vec()),
+                    HistogramOpts::new("castier_fill_wait_seconds", "Time that fills waited for a permit").buckets(SECONDS.to_vec()),
                 )?,
             )?,
-            origin_up: gauge(&r, "castier_origin_up", "Whether the origin answers, as the last requests found it")?,
-            source_loads: counters(&r, "castier_source_loads_total", "Flights by how they ended", &["source", "result"])?,
-            source_duration: histograms(&r, "castier_source_load_duration_seconds", "Time of a flight", &["source"])?,
-            source_resumes: counters(&r, "castier_source_resumes_total", "Broken transfers taken up again in the middle", &["source"])?,
-            flights_in_progress: gauge(&r, "castier_flights_in_progress", "Flights now")?,
-            flight_followers: gauge(&r, "castier_flight_followers", "Requests now reading a flight that another started")?,
-            tier_bytes: gauges(&r, "castier_tier_bytes", "Bytes that a tier takes up", &["tier"])?,
-            tier_capacity: gauges(&r, "castier_tier_capacity_bytes", "Bytes that a tier may take up", &["tier"])?,
+            origin_up: gauge(&r, "castier_origin_up", "Whether the origin is up, as the last requests showed")?,
+            source_loads: counters(&r, "castier_source_loads_total", "Finished flights, by source and result", &["source", "result"])?,
+            source_duration: histograms(&r, "castier_source_load_duration_seconds", "Duration of flights", &["source"])?,
+            source_resumes: counters(&r, "castier_source_resumes_total", "Broken transfers that were resumed", &["source"])?,
+            flights_in_progress: gauge(&r, "castier_flights_in_progress", "Flights in progress")?,
+            flight_followers: gauge(&r, "castier_flight_followers", "Requests that are reading a flight of another request")?,
+            tier_bytes: gauges(&r, "castier_tier_bytes", "Bytes in a tier", &["tier"])?,
+            tier_capacity: gauges(&r, "castier_tier_capacity_bytes", "Capacity of a tier", &["tier"])?,
             tier_blobs: gauges(&r, "castier_tier_blobs", "Blobs in a tier", &["tier"])?,
-            tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs dropped for lack of room", &["tier"])?,
+            tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs evicted for lack of space", &["tier"])?,
             evicted_age: TIERS.map(|tier| evicted_age.with_label_values(&[tier.as_str()])),
             evicted_lately: Default::default(),
             following: Mutex::new(()),
             corrupt: counters(&r, "castier_corrupt_blobs_total", "Blobs whose bytes did not match their digest", &["source"])?,
-            shed: counters(&r, "castier_shed_requests_total", "Requests turned away at a limit", &["reason"])?,
+            shed: counters(&r, "castier_shed_requests_total", "Requests refused at a limit", &["reason"])?,
             disk_scan_progress: add(
                 &r,
-                Gauge::new("castier_disk_scan_progress_ratio", "How much of the disk tier has been listed since the start, 0 to 1")?,
+                Gauge::new("castier_disk_scan_progress_ratio", "Fraction of the disk tier listed since the start, 0 to 1")?,
             )?,
             disk_scrub_last_pass: gauge(
                 &r,
                 "castier_disk_scrub_last_pass_timestamp_seconds",
-                "When the disk tier was last read back from end to end",
+                "End of the last complete scrub of the disk tier",
             )?,
-            disk_scrubbed: counter(&r, "castier_disk_scrubbed_blobs_total", "Blobs of the disk tier read back and hashed")?,
-            disk_errors: counters(&r, "castier_disk_errors_total", "Work on the disk that failed", &["op", "kind"])?,
-            disk_avail: gauge(&r, "castier_disk_filesystem_avail_bytes", "Bytes of the disk tier's file system that may still be written")?,
-            disk_inodes: gauge(&r, "castier_disk_filesystem_free_inodes", "Files that the disk tier's file system may still get")?,
+            disk_scrubbed: counter(&r, "castier_disk_scrubbed_blobs_total", "Blobs of the disk tier that the scrub has verified")?,
+            disk_errors: counters(&r, "castier_disk_errors_total", "Failed operations on the disk", &["op", "kind"])?,
+            disk_avail: gauge(&r, "castier_disk_filesystem_avail_bytes", "Free bytes on the disk tier's file system")?,
+            disk_inodes: gauge(&r, "castier_disk_filesystem_free_inodes", "Free inodes on the disk tier's file system")?,
             disk_io: ["read", "write"].map(|op| disk_io.with_label_values(&[op])),
-            disk_write_errors: counters(&r, "castier_disk_write_errors_total", "Writes to the disk tier that failed", &["reason"])?,
+            disk_write_errors: counters(&r, "castier_disk_write_errors_total", "Failed writes to the disk tier", &["reason"])?,
             disk_skipped_writes: counters(&r, "castier_disk_skipped_writes_total", "Blobs not written to the disk tier", &["reason"])?,
-            disk_scrub_rate: gauge(&r, "castier_disk_scrub_rate_bytes", "Bytes a second that are read back to find what rotted; 0: none")?,
+            disk_scrub_rate: gauge(&r, "castier_disk_scrub_rate_bytes", "Configured rate of the scrub in bytes per second; 0: off")?,
             certificate_expiry: gauges(
                 &r,
                 "castier_certificate_expiry_timestamp_seconds",
-                "When the first of a listener's certificates expires",
+                "Time when the first certificate of a listener expires",
                 &["listener"],
             )?,
-            memory_limit: gauge(&r, "castier_memory_limit_bytes", "The memory limit of the control group; 0: none")?,
-            memory_planned: gauge(&r, "castier_memory_planned_bytes", "The memory that the configuration may come to take")?,
-            cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
-            cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of who is in the cluster, and who of them is up")?,
-            gets_from_peers: counter(&r, "castier_gets_from_peers_total", "Gets that came from other nodes of the cluster")?,
+            memory_limit: gauge(&r, "castier_memory_limit_bytes", "Memory limit of the control group; 0: none")?,
+            memory_planned: gauge(&r, "castier_memory_planned_bytes", "Most memory that the configuration allows")?,
+            cluster_peers: gauges(&r, "castier_cluster_peers", "Peers, by state", &["state"])?,
+            cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of the members of the cluster and of their state")?,
+            gets_from_peers: counter(&r, "castier_gets_from_peers_total", "Gets from peers")?,
             peer_errors: IntCounter::new("peer_errors", "Not registered")?,
-            peer_up: gauges(&r, "castier_peer_up", "Whether another node of the cluster answers", &["peer"])?,
+            peer_up: gauges(&r, "castier_peer_up", "Whether a peer is up", &["peer"])?,
             peer_probe: add(
                 &r,
-                GaugeVec::new(Opts::new("castier_peer_probe_seconds", "Time of the last probe of another node of the cluster"), &["peer"])?,
+                GaugeVec::new(Opts::new("castier_peer_probe_seconds", "Duration of the last probe of a peer"), &["peer"])?,
             )?,
-            peer_failures: counters(&r, "castier_peer_errors_total", "Attempts at another node of the cluster that failed", &["peer"])?,
-            members_hash: gauge(&r, "castier_cluster_members_hash", "Equal on all nodes that agree on who the members are")?,
-            connections: gauge(&r, "castier_connections", "Client connections open")?,
-            peer_connections: gauge(&r, "castier_peer_connections", "Connections open from other nodes of the cluster")?,
-            log_dropped: counters(&r, "castier_log_dropped_total", "Log records that a sink did not take in time", &["sink"])?,
+            peer_failures: counters(&r, "castier_peer_errors_total", "Failed requests to a peer", &["peer"])?,
+            members_hash: gauge(&r, "castier_cluster_members_hash", "Hash of the list of members; equal on all nodes that agree on it")?,
+            connections: gauge(&r, "castier_connections", "Open client connections")?,
+            peer_connections: gauge(&r, "castier_peer_connections", "Open connections from peers")?,
+            log_dropped: counters(&r, "castier_log_dropped_total", "Log records that a sink dropped", &["sink"])?,
             log_drops: OnceLock::new(),
             registry: r,
         };
         metrics.begin_at_zero();
-        // Until somebody finds that it does not.
+        // Until a request shows that it is down.
         metrics.origin_up.set(1);
         Ok(metrics)
     }
 
-    /// Makes the series with known labels exist, so that rates have a start.
+    /// Creates the series with known labels at 0, so that rates have a start.
     fn begin_at_zero(&self) {
         for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
             for source in ["origin", "peer"] {
@@ -552,12 +551,12 @@ impl Metrics {
         }
     }
 
-    /// From now on tells what these have dropped.
+    /// Takes the counts of dropped log records from `drops` from now on.
     pub fn follow_log(&self, drops: LogDrops) {
         self.log_drops.get_or_init(|| drops);
     }
 
-    /// A request was answered.
+    /// Records a finished request.
     pub fn request(&self, request: &Request) {
         let Request { listener, method, route, code, .. } = *request;
         let served = if request.served == Served::Error && code == 404 { Served::Absent } else { request.served };
@@ -577,7 +576,7 @@ impl Metrics {
             }
             self.recent.note(&ClientRequest {
                 client: request.client,
-                // Nobody was given an answer to read, or refused one.
+                // No blob was sent and none was refused.
                 digest: request.digest.filter(|_| code != CLIENT_GONE),
                 reads: route == Route::Blob && matches!(method, "GET" | "HEAD"),
                 code,
@@ -587,116 +586,116 @@ impl Metrics {
         }
     }
 
-    /// A request is being answered, for as long as this lives.
+    /// Counts a running request until the result is dropped.
     pub fn answering(&self) -> Counted<'_> {
         self.in_flight.inc();
         Counted(&self.in_flight)
     }
 
-    /// An upload is on its way, for as long as this lives.
+    /// Counts a running upload until the result is dropped.
     pub fn uploading(&self) -> Counted<'_> {
         self.uploads.inc();
         Counted(&self.uploads)
     }
 
-    /// The answer to a client was cut, by no fault of the client's.
+    /// Counts an answer to a client that was cut because a source failed.
     pub fn answer_cut(&self, listener: Listener) {
         if listener == Listener::Public {
             self.client_errors.inc();
         }
     }
 
-    /// Requests of clients that were answered; those whose answers were an error of ours; those being answered.
+    /// Requests of clients: all finished ones; those that failed (see `client_errors`); those that are running.
     pub fn client_requests(&self) -> (u64, u64, u64) {
         let total = sum(&self.requests, Some(("listener", Listener::Public.as_str())));
         (total, self.client_errors.get(), u64::try_from(self.in_flight.get()).unwrap_or(0))
     }
 
-    /// A tier answered a get.
+    /// Counts a get that a tier answered.
     pub fn hit(&self, tier: TierName) {
         self.hits[tier as usize].inc();
     }
 
-    /// How many gets this tier answered.
+    /// The number of gets that this tier answered.
     pub fn hits(&self, tier: TierName) -> u64 {
         self.hits[tier as usize].get()
     }
 
-    /// So many bytes of answers came from this tier, or, without one, from a flight.
+    /// Counts bytes of answers that came from this tier; without a tier, from a flight.
     pub fn served_from(&self, listener: Listener, tier: Option<TierName>, bytes: u64) {
         self.served[listener as usize][tier.map_or(TIERS.len(), |tier| tier as usize)].inc_by(bytes);
     }
 
-    /// How many bytes of blobs clients were sent.
+    /// The bytes of blobs that were sent to clients.
     pub fn served_to_clients(&self) -> u64 {
         self.served[Listener::Public as usize].iter().map(IntCounter::get).sum()
     }
 
-    /// So many bytes came from a source.
+    /// Counts bytes that came from a source.
     pub fn received(&self, source: &str, bytes: u64) {
         self.source_bytes[usize::from(source != "origin")].inc_by(bytes);
     }
 
-    /// How many bytes came from the origin, and from peers.
+    /// The bytes that came from the origin, and from peers.
     pub fn received_bytes(&self) -> (u64, u64) {
         let [origin, peers] = &self.source_bytes;
         (origin.get(), peers.get())
     }
 
-    /// A fill waited so long for a permit.
+    /// Records how long a fill waited for a permit.
     pub fn waited(&self, wait: Duration) {
         self.fill_wait.observe(wait.as_secs_f64());
     }
 
-    /// Whether the origin answers.
+    /// Sets whether the origin is up.
     pub fn set_origin_up(&self, up: bool) {
         self.origin_up.set(up.into());
     }
 
-    /// A tier evicted what it had for so long.
+    /// Records that a tier evicted a blob of this age.
     pub fn evicted(&self, tier: TierName, age: Duration) {
         self.evicted_age[tier as usize].observe(age.as_secs_f64());
         self.evicted_lately[tier as usize].add(age);
     }
 
-    /// The median age of what a tier evicted lately; none if it has evicted nothing.
+    /// The median age of the blobs that a tier evicted lately; `None` if it has evicted none.
     pub fn evicted_age(&self, tier: TierName) -> Option<Duration> {
         self.evicted_lately[tier as usize].median()
     }
 
-    /// What the disk tier's file system still takes.
+    /// Sets the free bytes and inodes of the disk tier's file system.
     pub fn disk_space(&self, bytes: u64, inodes: u64) {
         self.disk_avail.set(i64::try_from(bytes).unwrap_or(i64::MAX));
         self.disk_inodes.set(i64::try_from(inodes).unwrap_or(i64::MAX));
     }
 
-    /// A flight ended.
+    /// Records the end of a flight.
     pub fn source_load(&self, source: &str, outcome: Outcome, took: Duration) {
         self.source_loads.with_label_values(&[source, outcome.as_str()]).inc();
         self.source_duration.with_label_values(&[source]).observe(took.as_secs_f64());
     }
 
-    /// How many flights ended so.
+    /// The number of flights with this source and result.
     pub fn source_loads(&self, source: &str, outcome: Outcome) -> u64 {
         self.source_loads.with_label_values(&[source, outcome.as_str()]).get()
     }
 
-    /// A broken transfer was taken up again.
+    /// Counts a broken transfer that was resumed.
     pub fn source_resume(&self, source: &str) {
         self.source_resumes.with_label_values(&[source]).inc();
     }
 
-    /// Bytes that did not match their digest came from `source`.
+    /// Counts a blob from `source` whose bytes did not match its digest.
     pub fn corrupt(&self, source: &str) {
         self.corrupt.with_label_values(&[source]).inc();
     }
 
-    /// How many there were from `source`.
+    /// The number of such blobs from `source`.
     pub fn corrupt_count(&self, source: &str) -> u64 {
         self.corrupt.with_label_values(&[source]).get()
     }
 
-    /// Work on the disk failed.
+    /// Counts a failed operation on the disk.
     pub fn disk_error(&self, op: DiskOp, error: DiskError) {
         self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).inc();
         if op == DiskOp::Write {
@@ -704,52 +703,52 @@ impl Metrics {
         }
     }
 
-    /// How often work on the disk failed so.
+    /// The number of failed operations of this kind.
     pub fn disk_errors(&self, op: DiskOp, error: DiskError) -> u64 {
         self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).get()
     }
 
-    /// How often work on the disk failed.
+    /// The number of all failed operations on the disk.
     pub fn all_disk_errors(&self) -> u64 {
         sum(&self.disk_errors, None)
     }
 
-    /// The disk was waited for.
+    /// Records how long an operation waited for the disk.
     pub fn disk_io(&self, op: DiskOp, took: Duration) {
         self.disk_io[usize::from(op == DiskOp::Write)].observe(took.as_secs_f64());
     }
 
-    /// The disk tier did not write a blob.
+    /// Counts a blob that the disk tier did not write.
     pub fn disk_skipped(&self, why: Skip) {
         self.disk_skipped_writes.with_label_values(&[why.as_str()]).inc();
     }
 
-    /// How many blobs the disk tier did not write for this reason.
+    /// The number of blobs that the disk tier did not write for this reason.
     pub fn disk_skips(&self, why: Skip) -> u64 {
         self.disk_skipped_writes.with_label_values(&[why.as_str()]).get()
     }
 
-    /// A request was turned away.
+    /// Counts a request that was refused at a limit.
     pub fn shed(&self, limit: Limit) {
         self.shed.with_label_values(&[limit.as_str()]).inc();
     }
 
-    /// The certificates of a listener are good until then, in seconds since 1970.
+    /// Sets when the first certificate of a listener expires, in seconds since 1970.
     pub fn certificate_expires(&self, listener: Listener, at: i64) {
         self.certificate_expiry.with_label_values(&[listener.as_str()]).set(at);
     }
 
-    /// How often requests were turned away, by the limit.
+    /// The number of refused requests, by limit.
     pub fn sheds(&self) -> [(&'static str, u64); Limit::ALL.len()] {
         Limit::ALL.map(|limit| (limit.as_str(), self.shed.with_label_values(&[limit.as_str()]).get()))
     }
 
-    /// How many log records were dropped, by the sink.
+    /// The number of dropped log records, by sink.
     pub fn log_dropped(&self) -> [(&'static str, u64); 3] {
         self.log_drops.get().map_or([("stderr", 0), ("loki", 0), ("otlp", 0)], |drops| drops())
     }
 
-    /// Makes the series of another node.
+    /// Creates the series of a peer.
     pub fn peer(&self, name: &str) -> PeerSeries {
         let (up, probe, errors) = (self.peer_up.clone(), self.peer_probe.clone(), self.peer_failures.clone());
         probe.with_label_values(&[name]);
@@ -758,18 +757,18 @@ impl Metrics {
         series
     }
 
-    /// An attempt at another node failed.
+    /// Counts a failed request to a peer.
     pub fn peer_failed(&self, peer: &PeerSeries) {
         peer.failed.inc();
         self.peer_errors.inc();
     }
 
-    /// What the members are, as one number.
+    /// Sets the hash of the list of members.
     pub fn set_members_hash(&self, hash: u64) {
         self.members_hash.set(i64::try_from(hash).unwrap_or(0));
     }
 
-    /// The cluster changed: so many peers are up now, and so many down.
+    /// Records a change of the cluster, and how many peers are up and down now.
     pub fn cluster_changed(&self, up: usize, down: usize) {
         self.cluster_changes.inc();
         for (state, count) in [("up", up), ("down", down)] {
@@ -777,7 +776,7 @@ impl Metrics {
         }
     }
 
-    /// How many connections are open at a listener.
+    /// Sets the number of open connections of a listener.
     pub fn connections_at(&self, listener: Listener) -> &IntGauge {
         match listener {
             Listener::Public => &self.connections,
@@ -785,14 +784,14 @@ impl Metrics {
         }
     }
 
-    /// The text that Prometheus scrapes, with the tiers' state as of now.
+    /// The text for Prometheus, with the tiers' figures now.
     pub fn render(&self, tiers: &[(&str, TierStats)]) -> String {
         for (tier, stats) in tiers {
             let gauge = |series: &IntGaugeVec, value: u64| series.with_label_values(&[*tier]).set(i64::try_from(value).unwrap_or(i64::MAX));
             gauge(&self.tier_bytes, stats.bytes);
             gauge(&self.tier_capacity, stats.capacity);
             gauge(&self.tier_blobs, stats.blobs);
-            // The tier counts; this follows. Two scrapes at once must not both add the difference.
+            // The tier has the count, and this adds the difference. The lock keeps two scrapes from both adding it.
             let evictions = self.tier_evictions.with_label_values(&[*tier]);
             let _alone = self.following.lock();
             evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
@@ -805,7 +804,7 @@ impl Metrics {
             }
         }
         let mut families = self.registry.gather();
-        // The collector knows whole seconds alone.
+        // The collector has whole seconds only.
         if let Some(cpu) = families.iter_mut().find(|family| family.name() == "process_cpu_seconds_total") {
             let mut seconds = prometheus::proto::Counter::default();
             seconds.set_value(cpu_seconds());
@@ -819,7 +818,7 @@ impl Metrics {
     }
 }
 
-/// All series of a family together, or those with this label.
+/// The sum over all series of a family, or over those with this label.
 fn sum(family: &IntCounterVec, label: Option<(&str, &str)>) -> u64 {
     let has = |metric: &prometheus::proto::Metric| {
         label.is_none_or(|(name, value)| metric.get_label().iter().any(|own| own.name() == name && own.value() == value))
@@ -854,13 +853,13 @@ fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prome
     add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
 }
 
-/// The processor time that this process has used.
+/// The CPU time that this process has used.
 fn cpu_seconds() -> f64 {
     let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
 }
 
-/// The label of a status: a code that RFC 9110 registers, else its class. An origin may invent hundreds of codes; series must be few.
+/// The `code` label of a status: the code if RFC 9110 registers it, else its class. An origin may send any code, and series must be few.
 fn code_label(code: u16) -> &'static str {
     const REGISTERED: [(u16, &str); 44] = [
         (100, "100"),
