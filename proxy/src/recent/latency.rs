@@ -4,7 +4,7 @@ use hdrhistogram::Histogram;
 use std::time::Duration;
 
 /// The longest duration that it can tell apart, in microseconds: over two minutes. A longer one counts as this.
-const MAX_MICROS: u64 = 1 << 27;
+const MAX_MICROS: u64 = (1 << 27) - 1;
 /// One decimal digit, which hdrhistogram keeps to within 1/16. A histogram takes 3 KiB.
 const DIGITS: u8 = 1;
 
