@@ -1,54 +1,68 @@
 //! The configuration of `castier`, section by section.
 
-use crate::{Cluster, Log, OriginUrl, Otlp, Policy, Shutdown, Size, Span};
+use crate::{Cluster, Log, OriginUrl, Otlp, Policy, Shutdown, Size, Span, value::path_text};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// Everything that can be told to `castier`.
+/// The configuration of `castier`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Castier {
-    /// Whether clients may delete blobs of the embedded origin, true or false; a remote origin decides for itself. Default false:
-    /// immutable content needs no deletion, and one wrong script would empty the store.
+    /// Whether clients may delete blobs of the embedded origin.
+    ///
+    /// A remote origin decides this itself, and castier passes on its answer. Off by default: immutable content needs no deletion, and one
+    /// wrong script would empty the store.
     pub allow_delete: bool,
-    /// Whether the embedded origin answers 404 for an entry below `/ac/` that names a blob which it does not have, true or false; a
-    /// remote origin decides for itself. Default false: ccache keeps other things there.
+    /// Whether the embedded origin answers 404 for an entry below `/ac/` that names a blob which it does not have.
+    ///
+    /// This is about entries that parse as an `ActionResult`: Bazel then runs the action again, and does not fail. A remote origin decides
+    /// this itself. Off by default: ccache keeps other things below `/ac/`, and each GET there has to check all blobs of the entry.
     pub ac_validation: bool,
-    /// Where the program listens.
+    /// `[listen]`.
     pub listen: Listen,
-    /// The source of truth.
+    /// `[origin]`.
     pub origin: Origin,
-    /// The memory tier.
+    /// `[memory]`.
     pub memory: Memory,
-    /// The disk tier. Absent: there is none.
+    /// `[disk]`, if there is a disk tier.
     pub disk: Option<Disk>,
-    /// The nodes that together behave as one cache. Absent: this node is alone.
+    /// `[cluster]`, if there are other nodes.
     pub cluster: Option<Cluster>,
-    /// How blobs are checked on their way to clients.
+    /// `[verify]`.
     pub verify: Verify,
-    /// How blobs are fetched.
+    /// `[fill]`.
     pub fill: Fill,
-    /// What clients may do.
+    /// `[limits]`.
     pub limits: Limits,
-    /// What is written about it.
+    /// `[log]`.
     pub log: Log,
-    /// Which spans are sent to a collector.
+    /// `[otlp]`.
     pub otlp: Otlp,
-    /// How the program ends.
+    /// `[shutdown]`.
     pub shutdown: Shutdown,
 }
 
-/// `[listen]`: addresses as `HOST:PORT`; `0.0.0.0:PORT` means every interface, port 0 one that the system picks.
+/// The addresses that castier listens on. `0.0.0.0:PORT` is every interface; with port 0 the system picks a free port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Listen {
-    /// For clients, `HOST:PORT`. Default `127.0.0.1:8080`: reachable from outside only once somebody has said so.
+    /// The address for clients.
+    ///
+    /// The default is on the loopback: nobody can reach castier from outside until you say so.
+    ///
+    /// - Type: HOST:PORT
     pub public: String,
-    /// For metrics, health, statistics and purges, `HOST:PORT`. Default `127.0.0.1:8082`: it has no log-in, so it stays on
-    /// the loopback.
+    /// The address for metrics, health checks, statistics and purges. It has no log-in.
+    ///
+    /// That is why the default is on the loopback.
+    ///
+    /// - Type: HOST:PORT
     pub admin: String,
-    /// For other castier nodes, `HOST:PORT`; opened only when a cluster is configured. Default `127.0.0.1:8081`, beside the
-    /// others.
+    /// The address for other castier nodes. castier opens it only with `[cluster]`.
+    ///
+    /// Off the loopback it needs `cluster.secret_file`. For a host name the address that it resolves to counts.
+    ///
+    /// - Type: HOST:PORT
     pub peer: String,
 }
 
@@ -58,31 +72,50 @@ impl Default for Listen {
     }
 }
 
-/// `[origin]`: the source of truth, and how patient to be with it.
+/// The origin: the source of truth.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Origin {
-    /// `embedded:DIRECTORY`, `http://HOST:PORT` or `https://HOST:PORT`, with `USER:PASSWORD@` before the host if the origin wants to know
-    /// who asks. Default `embedded:./castier-data/origin`, so that
-    /// the program does something useful with no arguments.
+    /// Where the origin is: `embedded:DIRECTORY`, `http://HOST:PORT` or `https://HOST:PORT`, without a path.
+    ///
+    /// `embedded:DIRECTORY` runs the real origin server in this process, on a free loopback port. It is the default, so that castier works
+    /// without any configuration. The URL must not lead to castier itself. castier looks the name up in `/etc/hosts` and at the name servers
+    /// in `/etc/resolv.conf`, in the background, at most every 5 s. If that fails, the last addresses stay in use. For basic authentication
+    /// write `http://USER:PASSWORD@HOST` (percent-encoded). castier then sends them to the origin, except with a relayed request that has an
+    /// `Authorization` of its own. Logs and `--print-config` mask them.
     pub url: OriginUrl,
-    /// A PEM file with the certificates that an https origin may be signed by; empty: those that the system trusts. Default
-    /// empty.
+    /// A PEM file with the authorities that may sign the certificate of an https origin. Empty: those that the system trusts.
     #[serde(serialize_with = "path_text")]
     pub ca_file: PathBuf,
-    /// How long a connection may take to open, to any of the origin's addresses, TLS included; a duration over 0. Default `2s`: enough for one lost SYN, and a
-    /// dead origin is told from a slow one while the client still waits.
+    /// How long castier may take to open a connection to the origin, TLS included.
+    ///
+    /// The first look-up of the name has the same limit for itself. castier tries the last good address first, and each further address
+    /// 250 ms after the one before it. The default is enough for one lost SYN, and tells a dead origin from a slow one while the client
+    /// still waits.
+    ///
+    /// - Type: duration over 0
     pub connect_timeout: Span,
-    /// The longest silence of the origin, not the whole transfer, and the longest time from the end of a request to the whole head of its
-    /// final answer; a duration over 0. Default `30s`: disks that spin up and
-    /// stores that page answer in less.
+    /// How long the origin may be silent. The whole transfer may take longer.
+    ///
+    /// It is also the longest time from the end of a request to the whole head of its final answer, whatever interim answers come. Disks
+    /// that spin up and stores that page answer within the default.
+    ///
+    /// - Type: duration over 0
     pub read_timeout: Span,
-    /// How often a broken transfer is taken up again, at the offset where it broke, without any progress in between; 0 to
-    /// 100. Default 2: helps over a restart of one of the origin's machines, and does not beat on an origin that is down.
+    /// How often castier resumes a broken transfer, at the offset where it broke, with less than 64 KiB of progress in between.
+    ///
+    /// castier does not retry a source that was silent for `origin.read_timeout`. The pause between retries is 50 ms, then doubles up to
+    /// 1 s, with jitter. The default helps over the restart of one of the origin's machines, and does not press an origin that is down.
+    ///
+    /// - Type: 0 to 100
     pub retries: u32,
-    /// How many requests that are no fill and no streamed upload may be under way at once: HEAD, DELETE, and uploads of up to
-    /// 64 KiB; 1 to 65536. Default 256, as many as fills: a thousand clients that store something small at the same moment use
-    /// each other's connections, and the origin is not made to accept a thousand.
+    /// How many small requests castier may have at the origin at once: HEAD, DELETE, and uploads of up to 64 KiB.
+    ///
+    /// Fills and streamed uploads do not count. In a cluster each peer has the same limit for itself. The default is as many as fills: if a
+    /// thousand clients store something small at the same moment, they use each other's connections, and the origin does not have to accept
+    /// a thousand.
+    ///
+    /// - Type: 1 to 65536
     pub max_requests: usize,
 }
 
@@ -99,18 +132,27 @@ impl Default for Origin {
     }
 }
 
-/// `[memory]`: the first tier.
+/// The memory tier, which castier asks first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Memory {
-    /// What the blobs kept in memory may take, their bookkeeping included; a size over 0. Default `256MiB`: room for what is
-    /// hot, on a machine that does other things too.
+    /// How many bytes the blobs in memory may take, bookkeeping included.
+    ///
+    /// The bookkeeping is some 420 B for each blob. The default fits what is hot, on a machine that does other things too.
+    ///
+    /// - Type: size over 0
     pub capacity: Size,
-    /// The largest blob that is kept in memory; a size over 0, at most `memory.capacity`. Larger ones only pass through.
-    /// Default `8MiB`: one blob should not push out hundreds.
+    /// The largest blob that castier keeps in memory. Larger ones are kept on disk, or only pass through.
+    ///
+    /// It must fit into `memory.capacity` without the part that is `cluster.mirror_share`, and into `fill.memory`. With the default one blob
+    /// cannot push out hundreds.
+    ///
+    /// - Type: size over 0
     pub max_blob: Size,
-    /// Which blobs stay when memory is full: `tiny-lfu` (what is asked for often for its size) or `lru`. Default `tiny-lfu`: one pass
-    /// over everything (a backup, a crawler) does not empty the cache.
+    /// Which blobs stay when memory is full: those that are read often for their size (`tiny-lfu`), or those that were read last (`lru`).
+    ///
+    /// With `tiny-lfu` one pass over everything (a backup, a crawler) does not empty the cache. A part of the memory, at least
+    /// `memory.max_blob`, is for the newest blobs, so that each blob up to that size stays for a while.
     pub policy: Policy,
 }
 
@@ -120,40 +162,66 @@ impl Default for Memory {
     }
 }
 
-/// `[disk]`: the second tier, which survives restarts. Without this section there is none: a program that is only being tried
-/// should not fill a disk.
+/// The disk tier, which castier asks second and which survives restarts. Without this section there is none: a program that somebody only
+/// tries should not fill a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Disk {
-    /// The directory of the blobs; created if need be, and this process's alone. Default `./castier-data/cache`, beside the
-    /// embedded origin's.
+    /// The directory of the disk tier. Each castier needs one of its own.
+    ///
+    /// castier makes it if it is missing, and locks it while it runs. The default is beside that of the embedded origin.
     #[serde(serialize_with = "path_text")]
     pub path: PathBuf,
-    /// What the blobs kept there may take, in whole disk blocks; a size over 0. The blobs being written come on top. Default
-    /// `10GiB`: some hundred times the memory tier, and most disks have it to spare.
+    /// How many bytes the blobs on disk may take, in whole blocks of 4 KiB, as `du` counts.
+    ///
+    /// Blobs that are being written and the quarantine come on top ([Sizing](#sizing)). The default is forty times the memory tier, and most
+    /// disks have it to spare.
+    ///
+    /// - Type: size over 0
     pub capacity: Size,
-    /// Which blobs stay when the disk is full: `tiny-lfu` or `lru`. Default `tiny-lfu`, for the same reason as in memory.
+    /// Which blobs stay when the disk is full, as `memory.policy` has it.
+    ///
+    /// With `tiny-lfu` castier keeps a blob over a sixteenth of `disk.capacity` only if there is room, or from its second get on. A restart
+    /// loses what the policy knew of frequency, and no blobs.
     pub policy: Policy,
-    /// Bytes that may wait in memory to be written; a size over 0. Beyond it blobs are not kept on disk, so that a slow disk costs
-    /// cache entries and neither time nor memory. Default `64MiB`: a burst of a second or so.
+    /// How many bytes may wait in memory to be written to disk. Beyond it castier does not keep blobs on disk.
+    ///
+    /// So a slow disk costs cache entries, and neither time nor memory. The default holds a burst of a second or so.
+    ///
+    /// - Type: size over 0
     pub write_behind: Size,
-    /// How many files are held open between reads, 1 or more. Default 1024: what is hot is not opened again with every hit, and
-    /// clients keep most of a common limit of open files.
+    /// How many files castier holds open between reads, so that it does not open a hot file for each hit.
+    ///
+    /// A large blob counts as several files, as 16 KiB of checksums count as one: the key bounds memory too. castier uses at most an eighth
+    /// of the files that the system lets it open. The default leaves clients most of a common limit of open files.
+    ///
+    /// - Type: 1 or more
     pub open_files: u64,
-    /// Bytes a second that are read back and hashed to find what rotted; a size, 0 never looks. Default `8MiB`: 10 GiB in
-    /// twenty minutes, a terabyte in a day and a half, unnoticed by any disk.
+    /// How many bytes a second castier reads back and hashes to find damaged blobs. 0: none.
+    ///
+    /// The default is 10 GiB in twenty minutes or a terabyte in a day and a half, and no disk notices it.
     pub scrub_rate: Size,
-    /// What damaged files that were set aside for inspection may take; a size, 0 deletes them at once. Default `256MiB`:
-    /// enough to tell a bad cable from a bad disk.
+    /// How many bytes the damaged files may take that castier sets aside for inspection. 0: it deletes them at once.
+    ///
+    /// The oldest ones go first. The default is enough to tell a bad cable from a bad disk.
     pub quarantine: Size,
-    /// How long the tier takes no new blobs after its file system failed to write, and does nothing after it failed to answer; a duration
-    /// over 0. Default `30s`: a full disk is not asked with every blob, and one that has room again is used soon.
+    /// How long the tier keeps no new blobs after its file system failed to write, and does nothing after it failed to answer.
+    ///
+    /// With the default castier does not ask a full disk with every blob, and soon uses one that has room again.
+    ///
+    /// - Type: duration over 0
     pub cooldown: Span,
-    /// How long a request waits for the file system of `disk.path` to answer, before it gets its blob from elsewhere; a duration over 0.
-    /// Default `5s`: a healthy disk takes milliseconds and a busy one a second or two, and few clients wait for half a minute.
+    /// How long a request waits for the file system of `disk.path`, before its blob comes from elsewhere.
+    ///
+    /// A healthy disk takes milliseconds, a busy one a second or two. Few clients wait for half a minute.
+    ///
+    /// - Type: duration over 0
     pub timeout: Span,
-    /// How many threads may read from `disk.path` at once; a quarter as many may write. 1 or more. Default 64: enough to keep any
-    /// disk busy, and what can be lost to a file system that hangs.
+    /// How many threads may read from `disk.path` at once. A quarter as many may write.
+    ///
+    /// castier starts them as it needs them. The default keeps any disk busy. A file system that hangs can take all of them, and no more.
+    ///
+    /// - Type: 1 or more
     pub threads: usize,
 }
 
@@ -174,13 +242,14 @@ impl Default for Disk {
     }
 }
 
-/// `[verify]`: how blobs are checked on their way to clients.
+/// How castier verifies blobs on their way to clients.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Verify {
-    /// Blobs up to this size are verified as a whole before their first byte leaves, larger ones stream with their end held
-    /// back; a size, at most `fill.memory`. Default `1MiB`: the wait is a few milliseconds on a local network, and
-    /// corruption then is a clean 502 and not a cut connection.
+    /// castier verifies a blob up to this size before it sends the first byte. It streams a larger one, and holds back the end.
+    ///
+    /// At most `fill.memory`. With the default the wait is a few milliseconds on a local network, and a corrupt blob is a clean 502 and not
+    /// a cut connection.
     pub buffer_up_to: Size,
 }
 
@@ -190,34 +259,57 @@ impl Default for Verify {
     }
 }
 
-/// `[fill]`: how blobs that no tier keeps are fetched.
+/// How castier loads the blobs that no tier keeps.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Fill {
-    /// How many blobs may be fetched at once, 1 or more. Default 256: hides an origin's latency, and is few enough
-    /// connections for any origin.
+    /// How many blobs castier may load from the origin at once.
+    ///
+    /// In a cluster each peer has the same limit for itself. The default hides an origin's latency, and is few enough connections for any
+    /// origin.
+    ///
+    /// - Type: 1 to 65536
     pub max_in_flight: usize,
-    /// Bytes that may be in memory outside the cache: those that flights and copies of uploads hold, and those of blobs that the cache has
-    /// dropped and slow clients still read; a size over 0. Default `256MiB`, so that all that never takes more than the cache itself.
+    /// How many bytes of blobs may be in memory outside the cache.
+    ///
+    /// These are the bytes that flights have received, copies of uploads that castier will keep or that another node is just taking, and
+    /// blobs over 64 KiB that the cache has dropped and slow clients still read. Bytes that are only announced do not count, except the rest
+    /// of a blob whose answer has said `stored`. The default is as much as the cache itself.
+    ///
+    /// - Type: size over 0
     pub memory: Size,
-    /// How long a fill waits for a free place before its clients get 503; a duration, 0 does not wait. Default `2s`: evens
-    /// out a burst, and after that a client is better served by `Retry-After`.
+    /// How long a fill waits for a permit (`fill.max_in_flight`) before its clients get 503. 0: it does not wait.
+    ///
+    /// For a permit to ask a peer it waits half as long, and then asks the next source. The default evens out a burst. After that
+    /// `Retry-After` serves a client better.
     pub max_wait: Span,
-    /// The directory where blobs too large for memory pass through, in unlinked files; it must exist; empty: the system's
-    /// temporary directory. Default empty, as only the operator knows a better disk.
+    /// An existing directory for blobs that are too large for memory and only pass through. Empty: the system's temporary directory.
+    ///
+    /// The files there have no name. A blob that the disk tier will keep is written in `disk.path` instead. The system's temporary directory
+    /// is often in memory: name a directory on a disk if blobs are large.
     #[serde(serialize_with = "path_text")]
     pub spool_dir: PathBuf,
-    /// Bytes that all flights together may hold in spool files; a size over 0. Default `64GiB`: four of the largest blobs at
-    /// once.
+    /// How many bytes all flights together may hold in files, those in `disk.path` included.
+    ///
+    /// At least `limits.max_blob`, if that is more than `memory.max_blob`. The default holds four of the largest blobs at once.
+    ///
+    /// - Type: size over 0
     pub spool: Size,
-    /// With nobody left reading, a fill goes on only if fewer bytes than this remain; a size. Default `8MiB`: work nearly
-    /// done is kept, and a client that gave up on something huge costs the origin no more.
+    /// When no client reads a fill any more, castier finishes it only if no more bytes than this remain.
+    ///
+    /// With the default castier keeps work that is nearly done, and a client that gave up on something huge costs the origin no more.
     pub finish_under: Size,
-    /// How long a fill waits for the file system of `fill.spool_dir` to answer, before its clients get 503; a duration over 0. Default
-    /// `5s`, as for `disk.timeout`.
+    /// How long a fill waits for the file system of `fill.spool_dir`, before its clients get 503.
+    ///
+    /// Nothing passes through that directory for the same time after that. The default is that of `disk.timeout`.
+    ///
+    /// - Type: duration over 0
     pub spool_timeout: Span,
-    /// How many threads may work on files in `fill.spool_dir` at once; 1 or more. Default 32: what is written there goes to the page cache
-    /// first, and what can be lost to a file system that hangs.
+    /// How many threads may work on files in `fill.spool_dir` at once.
+    ///
+    /// What they write goes to the page cache first, so few are enough. A file system that hangs can take all of them, and no more.
+    ///
+    /// - Type: 1 or more
     pub spool_threads: usize,
 }
 
@@ -236,47 +328,92 @@ impl Default for Fill {
     }
 }
 
-/// `[limits]`: what clients may do.
+/// What clients may do.
+///
+/// - Live: yes
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Limits {
-    /// The largest blob that is taken or fetched; a size over 0. Default `16GiB`: above any disk image or model that is
-    /// commonly stored, and an endless body still ends.
+    /// The largest blob that castier takes from a client or loads.
+    ///
+    /// The default is above any disk image or model that is commonly stored, and still ends an endless body.
+    ///
+    /// - Type: size over 0
     pub max_blob: Size,
-    /// The largest entry below `/ac/` and `/kv/` that the embedded origin takes; a size over 0. Default `16MiB`: an action's result or a
-    /// compressed object file has far less.
+    /// The largest entry below `/ac/` and `/kv/` that the embedded origin takes.
+    ///
+    /// The result of an action or a compressed object file is far smaller than the default.
+    ///
+    /// - Type: size over 0
     pub max_entry: Size,
-    /// How many client connections may be open, 1 or more. Default 20000: what a process may hold open with common limits of
-    /// open files, and a gigabyte at most.
+    /// How many client connections may be open.
+    ///
+    /// Where the system grants too few open files castier accepts fewer, and logs how many at the start. The default is what a process may
+    /// hold open with common limits of open files.
+    ///
+    /// - Type: 1 or more
     pub max_connections: usize,
-    /// How many connections from other nodes may be open, 1 or more. Default 4096: eight nodes with the default `fill.max_in_flight` and
-    /// `origin.max_requests`. They are counted apart from clients, so that neither can starve the other.
+    /// How many connections from other nodes may be open.
+    ///
+    /// They are counted apart from those of clients, so that neither can starve the other. The default is enough for eight
+    /// nodes with the default `fill.max_in_flight` and `origin.max_requests`.
+    ///
+    /// - Type: 1 or more
     pub max_peer_connections: usize,
-    /// How many connections to the admin listener may be open, 1 or more. Default 128: many scrapers and health checks. They are counted
-    /// apart from clients, so that neither can starve the other.
+    /// How many connections to the admin listener may be open.
+    ///
+    /// They are counted apart from those of clients, so that neither can starve the other. The default is enough for many scrapers and health
+    /// checks.
+    ///
+    /// - Type: 1 or more
     pub max_admin_connections: usize,
-    /// Bytes that clients may make this node hold beside blobs: heads that have not come whole, requests that wait, relays and uploads; a
-    /// size of `1MiB` or more. Default `64MiB`: some thousand waiting requests, and small beside the cache.
+    /// How many bytes clients may make castier hold beside blobs: incomplete heads, waiting requests, relays and uploads.
+    ///
+    /// Beyond it such requests get 503. Hits from memory and health checks need none of it. [Sizing](#sizing) has what each costs. The
+    /// default is enough for some thousand waiting requests, and small beside the cache.
+    ///
+    /// - Type: 1MiB or more
     pub client_memory: Size,
-    /// How long a client may take to send the whole head of a request; a duration over 0. Default `10s`: slow links manage,
-    /// slowloris does not.
+    /// How long a client may take to send the whole head of a request.
+    ///
+    /// The time starts with the first byte of the head, on a new connection with the connection. The default is enough for slow links, and
+    /// not for slowloris.
+    ///
+    /// - Type: duration over 0
     pub header_timeout: Span,
-    /// The largest head of a request; a size from `1KiB` to `1MiB`. Default `32KiB`: four times what common servers take.
+    /// The largest head of a request.
+    ///
+    /// The default is four times what common servers take.
+    ///
+    /// - Type: 1KiB to 1MiB
     pub max_header_bytes: Size,
-    /// The most header fields in a request, 1 to 256. Default 100, as common servers have it.
+    /// How many header fields a request may have.
+    ///
+    /// The default is that of common servers.
+    ///
+    /// - Type: 1 to 256
     pub max_headers: usize,
-    /// The longest pause between requests on a kept-alive connection, and the longest silence of an upload; a duration over
-    /// 0. Default `75s`: ingress-nginx and the load balancers of AWS use a connection again after up to 60 s, and get an
-    /// error if castier closes it just then.
+    /// How long a kept-alive connection may wait for its next request, and how long an upload may be silent.
+    ///
+    /// ingress-nginx and the load balancers of AWS use a connection again after up to 60 s, and get an error if castier closes it just then.
+    /// The default is longer than that.
+    ///
+    /// - Type: duration over 0
     pub idle_timeout: Span,
-    /// The longest time in which a client may take no byte of an answer; a duration over 0. Default `60s`: a stalled reader
-    /// holds memory, a slow one is welcome.
+    /// A connection is cut when its client has taken no byte of an answer for this long.
+    ///
+    /// A stalled reader holds memory; a slow one is welcome.
+    ///
+    /// - Type: duration over 0
     pub write_timeout: Span,
-    /// How long the origin's word that a blob is absent is remembered; a duration, 0 does not remember. Default `1s`: a
-    /// storm of requests for a missing blob costs the origin one a second, and a blob stored behind castier's back appears
-    /// soon.
+    /// How long castier remembers that the origin does not have a blob. 0: it does not remember that.
+    ///
+    /// A PUT or POST through castier ends it at once. With the default a storm of requests for a missing blob costs the origin one request a
+    /// second, and a blob that somebody stored at the origin directly appears soon.
     pub negative_ttl: Span,
-    /// How many absences are remembered, 0 or more. Default 65536: a few MiB.
+    /// How many absent blobs castier remembers.
+    ///
+    /// The default takes a few MiB.
     pub max_negative: usize,
 }
 
@@ -298,10 +435,4 @@ impl Default for Limits {
             max_negative: 65_536,
         }
     }
-}
-
-/// A path as text. Lossy, so that printing a configuration cannot fail; paths that were read from a file or the environment
-/// are text anyway.
-pub(crate) fn path_text<S: serde::Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&path.display())
 }

@@ -1,10 +1,10 @@
-//! What can be read and still makes no sense.
+//! Checks the values that could be read: their ranges, and whether they fit together.
 
 use crate::{
     Castier, Cluster, Config, Disk, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp, Problems, Size,
-    Span, cluster::check_cluster, file::first_byte,
+    Span, address::Address, cluster::check_cluster, file::first_byte,
 };
-use url::{Host, Url};
+use url::Url;
 
 impl Config for Castier {
     fn complete() -> Self {
@@ -20,7 +20,7 @@ impl Config for Castier {
             self;
         check_addresses(&listen.public, &listen.admin, problems);
         let peer = check_address("listen.peer", &listen.peer, problems);
-        // Whether the peer address is free of the others matters only once it is opened.
+        // castier opens the peer address only with a cluster. Until then a collision does not matter.
         for (key, other) in [("listen.public", &listen.public), ("listen.admin", &listen.admin)].into_iter().filter(|_| cluster.is_some()) {
             if peer.as_ref().zip(Address::parse(other)).is_some_and(|(peer, other)| peer.collides_with(&other)) {
                 problems.add("listen.peer", format!("takes the same port as {key}; write another port"));
@@ -39,10 +39,10 @@ impl Config for Castier {
         }
         check_fill(fill, problems);
         check_order(("verify.buffer_up_to", verify.buffer_up_to), ("fill.memory", fill.memory), problems);
-        // A flight that cannot hold a blob in memory spools it, and then memory never gets it.
+        // A flight spools a blob that does not fit into fill.memory, and the memory tier never gets a spooled blob.
         check_order(("memory.max_blob", memory.max_blob), ("fill.memory", fill.memory), problems);
         check_limits(&limits.into(), problems);
-        // What memory does not take passes through spool files, the disk tier's or others: fill.spool bounds both kinds.
+        // A blob over memory.max_blob passes through a spool file, of the disk tier or in fill.spool_dir. fill.spool bounds both kinds.
         if limits.max_blob > memory.max_blob && problems.are_sound(&["memory.max_blob"]) {
             check_order(("limits.max_blob", limits.max_blob), ("fill.spool", fill.spool), problems);
         }
@@ -81,68 +81,7 @@ fn check_addresses(public: &str, admin: &str, problems: &mut Problems) {
     }
 }
 
-/// `HOST:PORT`, read.
-struct Address {
-    host: Host,
-    port: u16,
-}
-
-impl Address {
-    fn parse(text: &str) -> Option<Self> {
-        let (host, port) = text.rsplit_once(':')?;
-        // `u16::from_str` would take "+80".
-        let port = port.bytes().all(|b| b.is_ascii_digit()).then(|| port.parse().ok())??;
-        Some(Self { host: Host::parse(host).ok()?, port })
-    }
-
-    /// Whether the two cannot both be opened. Port 0 is a port of its own for everybody.
-    fn collides_with(&self, other: &Self) -> bool {
-        self.port == other.port && self.port != 0 && (self.host == other.host || self.is_wildcard() || other.is_wildcard())
-    }
-
-    /// Whether whoever connects to `url` may come here, as far as the text tells.
-    fn is_reached_by(&self, url: &Url) -> bool {
-        let Some(host) = url.host() else { return false };
-        let same = match (&self.host, &host) {
-            (Host::Domain(own), Host::Domain(other)) => own.eq_ignore_ascii_case(other),
-            (Host::Ipv4(own), Host::Ipv4(other)) => own == other,
-            (Host::Ipv6(own), Host::Ipv6(other)) => own == other,
-            _ => false,
-        };
-        // A wildcard takes what comes to the loopback; `localhost` is the loopback; and to connect to a wildcard is to connect to it too.
-        let (here, there) = (is_loopback(&self.host), is_loopback(&host));
-        let named = matches!(self.host, Host::Domain(_)) || matches!(host, Host::Domain(_)) || is_wildcard(&host);
-        let loopback = there && (self.is_wildcard() || (here && named));
-        self.port != 0 && url.port_or_known_default() == Some(self.port) && (same || loopback)
-    }
-
-    fn is_wildcard(&self) -> bool {
-        is_wildcard(&self.host)
-    }
-}
-
-/// Every address of this machine.
-const fn is_wildcard<S>(host: &Host<S>) -> bool {
-    match host {
-        Host::Ipv4(ip) => ip.is_unspecified(),
-        Host::Ipv6(ip) => ip.is_unspecified(),
-        Host::Domain(_) => false,
-    }
-}
-
-/// Whether a connection to this host stays on this machine.
-fn is_loopback<S: AsRef<str>>(host: &Host<S>) -> bool {
-    match host {
-        Host::Domain(name) => {
-            let name = name.as_ref().trim_end_matches('.').to_ascii_lowercase();
-            name == "localhost" || name.ends_with(".localhost")
-        }
-        Host::Ipv4(ip) => ip.is_loopback() || ip.is_unspecified(),
-        Host::Ipv6(ip) => ip.is_loopback() || ip.is_unspecified() || ip.to_ipv4_mapped().is_some_and(|ip| ip.is_loopback()),
-    }
-}
-
-/// castier must not be its own origin: each request would lead to another one.
+/// castier must not be its own origin: each miss would make castier ask itself.
 fn check_loop(origin: &OriginUrl, listen: &Listen, cluster: Option<&Cluster>, problems: &mut Problems) {
     let OriginUrl::Remote(url) = origin else { return };
     let peers = cluster.map(|cluster| [("listen.peer", &listen.peer), ("cluster.advertise", &cluster.advertise)]);
@@ -185,10 +124,10 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
     }
 }
 
-/// What memory needs beside the bytes of a blob, rounded up: a blob as large as all of it never fits.
+/// The bytes that the memory tier needs for a blob beside its own, rounded up.
 const BOOKKEEPING: u64 = 512;
 
-/// The largest blob must fit into what this node keeps of its own: `memory.capacity` without the mirror's part.
+/// The largest blob must fit into the memory for this node's own blobs: `memory.capacity` without the mirror's part.
 fn check_memory(memory: &Memory, cluster: Option<&Cluster>, problems: &mut Problems) {
     let mirror = cluster.map_or(0, |cluster| cluster.mirror_share.of(memory.capacity).get());
     let own = memory.capacity.get() - mirror;
@@ -199,7 +138,10 @@ fn check_memory(memory: &Memory, cluster: Option<&Cluster>, problems: &mut Probl
         let (largest, max_blob) = (Size::new(most), memory.max_blob);
         problems.add(
             "memory.max_blob",
-            format!("{max_blob} never fits: memory.capacity{without}, and each blob needs some bytes beside its own; write {largest} or less, or raise memory.capacity"),
+            format!(
+                "{max_blob} never fits: memory.capacity{without}, and each blob needs some bytes beside its own; write {largest} or less, \
+                 or raise memory.capacity"
+            ),
         );
     }
 }
@@ -221,7 +163,7 @@ fn check_disk(disk: &Disk, problems: &mut Problems) {
     check_count("disk.threads", disk.threads, problems);
 }
 
-/// What is a connection to the origin each, of which one address has no more ports than this.
+/// Each is a connection to the origin, and towards one address this machine has no more ports than that.
 fn check_connections(key: &str, count: usize, problems: &mut Problems) {
     check_count(key, count, problems);
     if count > 65_536 {
@@ -241,7 +183,7 @@ fn check_fill(fill: &Fill, problems: &mut Problems) {
     }
 }
 
-/// The limits of both programs; what castier has beyond these may have any value.
+/// The limits that both programs have.
 fn check_limits(limits: &OriginLimits, problems: &mut Problems) {
     check_size("limits.max_blob", limits.max_blob, problems);
     check_size("limits.max_entry", limits.max_entry, problems);
@@ -264,10 +206,10 @@ fn check_log(log: &Log, problems: &mut Problems) {
     if let Err(part) = check_level(&log.level) {
         problems.add(
             "log.level",
-            format!("{part:?} is no level; write off, error, warn, info, debug or trace, or a list such as \"info,access=off\""),
+            format!("{part:?} is not a level; write off, error, warn, info, debug or trace, or a list such as \"info,access=off\""),
         );
     }
-    // The text is not repeated: it may hold a password.
+    // The message does not repeat the text: it may hold a password.
     if !log.loki_url.is_empty() && !is_http(&log.loki_url) {
         problems.add("log.loki_url", "is not a URL of Loki; write \"http://HOST:3100\" or \"https://HOST\", or \"\" for none");
     }
@@ -280,7 +222,7 @@ fn is_http(text: &str) -> bool {
 
 fn check_otlp(otlp: &Otlp, problems: &mut Problems) {
     let Otlp { endpoint, sample, buffer, timeout } = otlp;
-    // The text is not repeated: it may hold a password.
+    // The message does not repeat the text: it may hold a password.
     if !endpoint.is_empty() && !is_http(endpoint) {
         problems.add("otlp.endpoint", "is not a URL of a collector; write \"http://HOST:4318\" or \"https://HOST\", or \"\" for none");
     }
@@ -297,14 +239,14 @@ fn check_loki(loki: &Loki, problems: &mut Problems) {
         problems.add("log.loki.tenant", "has characters that no header can hold; write visible ASCII without spaces, or \"\" for none");
     }
     for name in labels.0.keys() {
-        // As Prometheus and Loki have it.
+        // As Prometheus and Loki name labels.
         let is_name = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
             && !name.is_empty()
             && !name.starts_with(|c: char| c.is_ascii_digit());
         if !is_name {
-            problems.add("log.loki.labels", format!("{name:?} is no name of a label; write letters, digits and _, such as \"env=prod\""));
+            problems.add("log.loki.labels", format!("{name:?} is not a label name; write letters, digits and _, such as \"env=prod\""));
         } else if name == "level" {
-            problems.add("log.loki.labels", "level is each record's own; write another name");
+            problems.add("log.loki.labels", "level is what each record says itself; write another name");
         }
     }
     if !(Size::kib(1)..=Size::mib(4)).contains(batch) {
@@ -315,7 +257,7 @@ fn check_loki(loki: &Loki, problems: &mut Problems) {
     check_span("log.loki.timeout", *timeout, problems);
 }
 
-/// The part that is wrong, if one is. No spaces and no dots in targets: what passes here must also pass the log library.
+/// Returns the wrong part, if there is one. Refuses spaces, and dots in targets: the log library must be able to read what passes here.
 fn check_level(directives: &str) -> Result<(), &str> {
     let is_level = |text: &str| ["off", "error", "warn", "info", "debug", "trace"].iter().any(|level| text.eq_ignore_ascii_case(level));
     let is_target = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_:-".contains(c));

@@ -1,74 +1,106 @@
-//! `[cluster]`: the nodes that together behave as one cache.
+//! The section `[cluster]`, and the secret of its nodes.
 
 use crate::{
     Listen, Malformed, Problems, Share, Span,
-    castier::path_text,
+    address::Address,
     check::check_span,
     file::{first_byte, read_text},
-    value::Text,
+    value::{as_text, path_text},
 };
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use std::{
     fmt,
-    marker::PhantomData,
     net::IpAddr,
     path::{Path, PathBuf},
     str::FromStr,
 };
 use url::Host;
 
-/// `[cluster]`: the nodes that together behave as one cache. Without this section a node is alone, since nobody but the operator
-/// knows the others.
+/// The nodes that together behave as one cache. Without this section a node is alone: only you know the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Cluster {
-    /// This node as its peers know it, `HOST:PORT`, letter for letter as it stands in `cluster.peers` or comes from
-    /// `cluster.dns`. No default: only the operator knows by which address the others reach it.
+    /// This node's address as its peers know it, letter for letter as `cluster.peers` or `cluster.dns` has it on every node.
+    ///
+    /// It has no default: only you know how the others reach this node.
+    ///
+    /// - Type: HOST:PORT
     pub advertise: String,
-    /// All nodes, this one among them, each `HOST:PORT`, or `HOST:PORT weight=N` for one that should own N times as many blobs as
-    /// a node without; the same list on every node, in any order. Either this or `cluster.dns`. Default none.
+    /// All nodes, this one among them: the same list on every node, in any order. Either this or `cluster.dns`.
+    ///
+    /// `"10.0.0.8:8081 weight=2"` owns twice as many blobs. It has no default. A node that is not on its own list owns nothing and asks the
+    /// others. SIGHUP changes the list, unless `cluster.dns` has it.
+    ///
+    /// - Type: list of HOST:PORT
+    /// - Live: yes
     pub peers: Vec<Peer>,
-    /// A name whose addresses are the nodes, `HOST:PORT`; or the name of SRV records, which have ports and weights of their own,
-    /// `_SERVICE._PROTOCOL.NAME`. Either this or `cluster.peers`. Default empty.
+    /// A name to look up instead of the list: `NAME:PORT` for its addresses, or `_SERVICE._PROTOCOL.NAME` for its SRV records.
+    ///
+    /// Each address is a node. SRV records have ports and weights of their own. A look-up that fails or finds nothing changes nothing.
+    ///
+    /// - Type: name
     pub dns: String,
-    /// How often that name is looked up, a duration over 0. Default `5s`: what a headless service's records commonly live.
+    /// How often castier looks up `cluster.dns`.
+    ///
+    /// The records of a headless service commonly live as long as the default.
+    ///
+    /// - Type: duration over 0
     pub refresh: Span,
-    /// A file whose first line proves to the peers that this node is one of them, and whose second, if there is one, is accepted
-    /// as well while a new secret is rolled out; 16 visible ASCII characters or more; empty: none. Default empty, which is
-    /// refused unless `listen.peer` is on the loopback.
+    /// A file with the secret that proves to the peers that this node is one of them. Empty only if `listen.peer` is on the loopback.
+    ///
+    /// The secret is the first line: 16 to 1024 visible ASCII characters. castier accepts a second line too,
+    /// [while a new secret is rolled out](#changing-the-secret). SIGHUP reads the file again.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub secret_file: PathBuf,
-    /// The part of `memory.capacity` for hot blobs that other nodes own, 0 to 0.9; 0 keeps none. Default 0.125: what everybody
-    /// asks for is few blobs, and most of the memory of all nodes stays one cache.
+    /// The part of `memory.capacity` that is for hot blobs which other nodes own. 0: none.
+    ///
+    /// The blobs that everybody asks for are few. With the default most of the memory of all nodes stays one cache.
     pub mirror_share: Share,
-    /// How long a peer may be silent in the middle of an answer before the fill goes on elsewhere, a duration over 0. Default
-    /// `2s`: above any pause of a healthy node, below what a client's user would notice twice.
+    /// How long a peer may be silent before the fill goes on elsewhere, unless the peer says that it waits for the origin itself.
+    ///
+    /// After one peer was slow to fail, the further peers that the same fill asks have a quarter of this. The default is above any pause of a
+    /// healthy node, and below what a user would notice twice.
+    ///
+    /// - Type: duration over 0
     pub stall_timeout: Span,
-    /// For how long after a change of the cluster an owner that misses asks the node next in order before the origin; a duration,
-    /// 0 never asks. Default `10min`: by then what is hot has moved.
+    /// How long after a change of the cluster an owner that misses asks the next node in order before the origin. 0: never.
+    ///
+    /// That node may have owned the blob before. When the default is over, what is hot has moved.
     pub peek_for: Span,
-    /// How often each peer is asked whether it lives, a duration over 0. Default `1s`: a dead node is noticed within two, and
-    /// fifty nodes cost each other fifty tiny requests.
+    /// How often castier probes each peer, to see whether it is up.
+    ///
+    /// A peer that fails a probe gets another one at once, and is down if it fails that too. So castier notices a dead peer within this time
+    /// and two `cluster.probe_timeout`. With the default fifty nodes send each other fifty tiny requests a second.
+    ///
+    /// - Type: duration over 0
     pub probe_interval: Span,
-    /// How long it may take to answer that, a duration over 0. Default `1s`: a node that needs longer serves nobody well.
+    /// How long a peer may take to answer a probe.
+    ///
+    /// A node that needs longer than the default serves nobody well.
+    ///
+    /// - Type: duration over 0
     pub probe_timeout: Span,
-    /// Mutual TLS between the nodes. All empty: plain HTTP.
+    /// `[cluster.tls]`.
     pub tls: ClusterTls,
 }
 
-/// `[cluster.tls]`: mutual TLS between the nodes; either all of it or nothing.
+/// Mutual TLS between the nodes. Set all three files, or none for plain HTTP.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ClusterTls {
-    /// A PEM file with this node's certificate and those between it and its root, valid both as a server's and as a client's for
-    /// the host in `cluster.advertise`. Default empty, since only the operator can issue one.
+    /// A PEM file with this node's certificate and those between it and its root.
+    ///
+    /// It must be valid for a server and for a client, and for the host in `cluster.advertise`.
     #[serde(serialize_with = "path_text")]
     pub cert_file: PathBuf,
-    /// A PEM file with the private key of that certificate. Default empty.
+    /// A PEM file with the private key of that certificate.
     #[serde(serialize_with = "path_text")]
     pub key_file: PathBuf,
-    /// A PEM file with the certificates that the peers' certificates must be signed by. Default empty: the system's are of no
-    /// use here, as anybody can get a certificate from those.
+    /// A PEM file with the authorities that must have signed the peers' certificates.
+    ///
+    /// Those of the system do not count: anybody can get a certificate from them.
     #[serde(serialize_with = "path_text")]
     pub ca_file: PathBuf,
 }
@@ -103,21 +135,21 @@ impl Default for Cluster {
 }
 
 impl Cluster {
-    /// The default with the keys that have none set as in the example.
+    /// The default, with examples for the keys that have none.
     pub(crate) fn example() -> Self {
         let peer = |last| Peer { host: format!("10.0.0.{last}"), port: 8081, weight: 1 };
         Self { advertise: peer(7).name(), peers: vec![peer(7), peer(8)], ..Self::default() }
     }
 }
 
-/// A node as the others reach it, and how much of the work it should get.
+/// A node as the others reach it, and its share of the blobs.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
     /// A host name in lower case, or an address in its shortest form, without brackets.
     pub host: String,
     /// The port of its peer listener.
     pub port: u16,
-    /// Its share of the blobs, relative to the others'; 1 or more.
+    /// Its share of the blobs, relative to that of a node with weight 1. 1 or more.
     pub weight: u16,
 }
 
@@ -164,7 +196,7 @@ impl FromStr for Peer {
 }
 
 impl fmt::Display for Peer {
-    /// Reads back to the same peer.
+    /// The text that reads back to the same peer.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.weight {
             1 => f.write_str(&self.name()),
@@ -173,24 +205,14 @@ impl fmt::Display for Peer {
     }
 }
 
-impl<'de> Deserialize<'de> for Peer {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(Text(PhantomData))
-    }
-}
+as_text!(Peer);
 
-impl Serialize for Peer {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-/// The shortest peer secret: below it, guessing is no longer hopeless.
+/// The shortest peer secret: an attacker might guess a shorter one.
 const MIN_SECRET: usize = 16;
-/// The longest, so that it fits a request header anywhere.
+/// The longest peer secret: it fits into a request header anywhere.
 const MAX_SECRET: usize = 1024;
 
-/// The secrets in a `cluster.secret_file`, one or two: the first proves requests, each is accepted.
+/// The secrets in a `cluster.secret_file`, one or two. A node proves itself with the first, and accepts either.
 ///
 /// # Errors
 /// A text that says what is wrong with the file, and never what is in it.
@@ -218,7 +240,7 @@ pub fn peer_secrets(file: &Path) -> Result<Vec<String>, String> {
     Ok(secrets)
 }
 
-/// Notes what makes no sense in `[cluster]`.
+/// Checks the section `[cluster]`.
 pub(crate) fn check_cluster(cluster: &Cluster, listen: &Listen, problems: &mut Problems) {
     let Cluster {
         advertise,
@@ -260,7 +282,7 @@ fn check_advertise(advertise: &str, problems: &mut Problems) -> Option<Peer> {
     match advertise.parse::<Peer>() {
         Ok(node) if node.weight == 1 => Some(node),
         Ok(_) => {
-            problems.add(KEY, "has a weight; weights stand in cluster.peers, where all nodes see the same");
+            problems.add(KEY, "has a weight; write weights into cluster.peers, which is the same on all nodes");
             None
         }
         Err(error) => {
@@ -270,13 +292,13 @@ fn check_advertise(advertise: &str, problems: &mut Problems) -> Option<Peer> {
     }
 }
 
-/// Exactly one of a list and a name, and a name under which this node can find itself.
+/// The nodes come from a list or from a name, not from both, and this node must find itself among them.
 fn check_source(node: Option<&Peer>, peers: &[Peer], dns: &str, problems: &mut Problems) {
     match (peers.is_empty(), dns.is_empty()) {
         (true, true) if problems.are_sound(&["cluster.peers", "cluster.dns"]) => {
             problems.add("cluster.peers", "is missing; list all nodes, or let cluster.dns name them");
         }
-        (false, false) => problems.add("cluster.dns", "stands beside cluster.peers; the nodes come from one of them, leave the other out"),
+        (false, false) => problems.add("cluster.dns", "is set beside cluster.peers; the nodes come from one of them, leave the other out"),
         _ => {}
     }
     for (i, peer) in peers.iter().enumerate() {
@@ -285,27 +307,37 @@ fn check_source(node: Option<&Peer>, peers: &[Peer], dns: &str, problems: &mut P
             problems.add("cluster.peers", format!("{name} is listed with the weights {one} and {other}; list each node once"));
         }
     }
-    if dns.is_empty() {
-    } else if dns.starts_with('_') {
-        if dns.contains(':') {
-            problems.add("cluster.dns", format!("{dns:?} has a port, and SRV records bring their own; leave it out"));
-        }
-    } else {
-        match dns.parse::<Peer>() {
-            Ok(name) if name.ip().is_none() && name.weight == 1 => {
-                if node.is_some_and(|node| node.ip().is_none()) {
-                    problems.add(
-                        "cluster.advertise",
-                        "is a name, and the nodes that cluster.dns gives are addresses, so this one would not know itself; write its address, or let cluster.dns name SRV records",
-                    );
-                }
-            }
-            _ => problems.add("cluster.dns", format!("{dns:?} is no name to look up; write NAME:PORT, such as \"castier-peers.cas.svc:8081\", or \"_SERVICE._PROTOCOL.NAME\" for SRV records")),
-        }
+    if !dns.is_empty() {
+        check_dns(node, dns, problems);
     }
 }
 
-/// Whoever can reach the peer listener without a secret is taken for a peer, so then nobody else must be able to.
+fn check_dns(node: Option<&Peer>, dns: &str, problems: &mut Problems) {
+    const KEY: &str = "cluster.dns";
+    if dns.starts_with('_') {
+        if dns.contains(':') {
+            problems.add(KEY, format!("{dns:?} has a port, and SRV records bring their own; leave it out"));
+        }
+        return;
+    }
+    if !dns.parse::<Peer>().is_ok_and(|name| name.ip().is_none() && name.weight == 1) {
+        problems.add(
+            KEY,
+            format!(
+                "{dns:?} is not a name to look up; write NAME:PORT, such as \"castier-peers.cas.svc:8081\", or \"_SERVICE._PROTOCOL.NAME\" \
+                 for SRV records"
+            ),
+        );
+    } else if node.is_some_and(|node| node.ip().is_none()) {
+        problems.add(
+            "cluster.advertise",
+            "is a name, and the nodes that cluster.dns gives are addresses, so this one would not know itself; write its address, or let \
+             cluster.dns name SRV records",
+        );
+    }
+}
+
+/// Without a secret castier takes every client of the peer listener for a peer. So the listener must then be on the loopback.
 fn check_secret(secret_file: &Path, listen: &Listen, problems: &mut Problems) {
     if !secret_file.as_os_str().is_empty() {
         if problems.ask_machine()
@@ -313,7 +345,7 @@ fn check_secret(secret_file: &Path, listen: &Listen, problems: &mut Problems) {
         {
             problems.add("cluster.secret_file", why);
         }
-    } else if !is_loopback(&listen.peer) && problems.are_sound(&["listen.peer"]) {
+    } else if !Address::parse(&listen.peer).is_some_and(|address| address.is_on_loopback()) && problems.are_sound(&["listen.peer"]) {
         problems.add(
             "cluster.secret_file",
             format!(
@@ -321,16 +353,6 @@ fn check_secret(secret_file: &Path, listen: &Listen, problems: &mut Problems) {
                 listen.peer
             ),
         );
-    }
-}
-
-fn is_loopback(address: &str) -> bool {
-    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-    match Host::parse(host) {
-        Ok(Host::Ipv4(ip)) => ip.is_loopback(),
-        Ok(Host::Ipv6(ip)) => ip.is_loopback(),
-        Ok(Host::Domain(name)) => name == "localhost",
-        Err(_) => false,
     }
 }
 

@@ -1,5 +1,5 @@
-//! Reading the files that a configuration names. A program re-reads them while it serves, so nothing here waits for a writer that may
-//! never come, and nothing takes more memory than a configuration may need.
+//! Reads the files that a configuration names. A program reads them again while it serves. So nothing here waits for a writer that may never
+//! come, and nothing takes more memory than a configuration needs.
 
 use rustix::fs::OFlags;
 use std::{
@@ -12,9 +12,9 @@ use std::{
 /// The largest file that is read: far above any configuration or list of certificates.
 const MOST: u64 = 1 << 20;
 
-/// Opens a regular file; a symbolic link to one is followed, as Kubernetes mounts files so.
+/// Opens a regular file. It follows a symbolic link to one, since Kubernetes mounts files as such links.
 fn open(path: &Path) -> io::Result<File> {
-    // Without O_NONBLOCK the opening of a FIFO waits for somebody to write to it.
+    // Without O_NONBLOCK opening a FIFO waits for a writer.
     let flags = i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0);
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -37,7 +37,7 @@ pub(crate) fn read_text(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// Whether there is something to read.
+/// Checks that the file can be read, and is not empty.
 pub(crate) fn first_byte(path: &Path) -> io::Result<()> {
     open(path)?.read_exact(&mut [0])
 }

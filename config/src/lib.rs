@@ -1,25 +1,31 @@
-//! Every knob of castier and castier-origin: what it means, its default, and the reason for that default.
+//! Every key of castier and castier-origin: what it means, its default, and the reason for that default.
 //!
-//! - [`Castier`] and [`OriginServer`]: one struct per program, one struct per TOML section, in the order of the documentation.
-//! - [`load`]: file, then environment → a checked configuration, or *all* that is wrong with it.
-//! - [`print`], [`keys`], [`changed`]: the same configuration as text, as a list of names, and as a difference.
+//! - [`Castier`] and [`OriginServer`]: one struct for each program, one struct for each TOML section, in the order of the documentation. The
+//!   doc comments are the documentation: `scripts/keys` writes the example files and the tables in `docs/operations.md` from them
+//!   (`tests/keys.rs` says how to write one).
+//! - [`load`]: reads file and environment. Returns a checked configuration, or *all* that is wrong with it.
+//! - [`print()`], [`keys`], [`changed`]: a configuration as text, its keys, and the difference between two.
 //!
-//! Reads the configuration file, and looks whether the files that it names can be read; no other I/O, no clock, no async runtime.
+//! The crate reads the configuration file, and checks that the files which it names can be read. It does no other I/O, reads no clock and
+//! needs no async runtime.
 
+mod address;
 mod castier;
 mod check;
 mod cluster;
 mod file;
+mod keys;
 mod load;
 mod origin;
 mod problems;
-mod shape;
+mod shared;
 mod value;
 
 pub use castier::{Castier, Disk, Fill, Limits, Listen, Memory, Origin, Verify};
 pub use cluster::{Cluster, ClusterTls, Peer, peer_secrets};
+pub use keys::{changed, keys, print};
 pub use load::{Config, Loaded, environment, load, load_offline};
 pub use origin::{OriginLimits, OriginListen, OriginServer, Store};
 pub use problems::Problems;
-pub use shape::{changed, keys, print};
-pub use value::{Labels, Log, LogFormat, Loki, Malformed, Network, OriginUrl, Otlp, Policy, Proxies, Share, Shutdown, Size, Span};
+pub use shared::{Labels, Log, LogFormat, Loki, Network, Otlp, Proxies, Shutdown};
+pub use value::{Malformed, OriginUrl, Policy, Share, Size, Span};

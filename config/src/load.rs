@@ -1,6 +1,12 @@
-//! File → environment → types → sense: each step notes what is wrong and goes on, so that one run names every problem.
+//! Reads a configuration: the file, over that the environment, then the types, then the checks. Each step notes what is wrong and goes on, so
+//! that one run names every problem.
 
-use crate::{Log, Problems, file::read_text, problems::Source, shape};
+use crate::{
+    Log, Problems,
+    file::read_text,
+    keys::{keys, leaves, to_table},
+    problems::SetBy,
+};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,21 +17,21 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-/// The configuration of one program. Its `Default` is the documented default of every key.
+/// The configuration of one program. Its `Default` has the documented default of every key.
 pub trait Config: Clone + Default + PartialEq + Serialize + DeserializeOwned {
-    /// The default with every section that may be absent present: the keys there are, and the type of each.
+    /// The default with every optional section: it has all keys, and shows the type of each.
     fn complete() -> Self {
         Self::default()
     }
 
-    /// What it says of records.
+    /// The section `[log]`.
     fn log(&self) -> &Log;
 
-    /// Notes every value that can be read, but makes no sense.
+    /// Notes every value that has the right type and is wrong all the same.
     fn check(&self, problems: &mut Problems);
 }
 
-/// A checked configuration, and what of it somebody chose.
+/// A checked configuration, and which keys the operator set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Loaded<C> {
     /// The effective configuration.
@@ -35,29 +41,29 @@ pub struct Loaded<C> {
 }
 
 impl<C> Loaded<C> {
-    /// Whether the file or the environment set this dotted key, be it to its default.
+    /// Whether the file or the environment set this dotted key, even to its default.
     pub fn is_set(&self, key: &str) -> bool {
         self.explicit.contains(key)
     }
 }
 
-/// The environment as [`load`] wants it: `CASTIER_` variables alone, and no panic over text that is not Unicode.
+/// The environment for [`load`]: the `CASTIER_` variables. Text that is not Unicode causes no panic.
 pub fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os()
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
         .filter(|(name, _)| name.starts_with(PREFIX))
 }
 
-/// Reads a configuration: defaults, overridden by the file, overridden by the environment, of which a later pair overrides an
-/// earlier one. A variable that is empty counts as not set.
+/// Reads a configuration: the defaults, over them the file, over that the environment. Of two pairs with one name the later one counts. An
+/// empty variable counts as not set.
 ///
 /// # Errors
-/// [`Problems`]: everything that is wrong with it.
+/// [`Problems`]: everything that is wrong with the configuration.
 pub fn load<C: Config>(file: Option<&Path>, env: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
     load_noting(Problems::default(), file, env)
 }
 
-/// The same for a configuration of another machine: no file, directory or secret that it names is looked for.
+/// The same for a configuration of another machine: does not check that the files, directories and secrets that it names exist.
 ///
 /// # Errors
 /// As [`load`].
@@ -73,20 +79,20 @@ fn load_noting<C: Config>(
     let (mut table, lines) = file.map(|file| parse(file, &mut problems)).unwrap_or_default();
     let file_is_sound = problems.is_empty();
     let variables = merge::<C>(&mut table, env.filter(|(_, text)| !text.is_empty()), &mut problems);
-    let known: BTreeSet<_> = shape::keys::<C>().into_iter().collect();
-    let explicit = shape::leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(key)).collect();
+    let known: BTreeSet<_> = keys::<C>().into_iter().collect();
+    let explicit = leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(key)).collect();
     let config = read::<C>(table, &mut problems);
     if let Some(config) = &config {
         problems.set_format(config.log().format);
     }
-    // Half of a file is no base for comparing values.
+    // A file that could not be parsed leaves defaults in its stead, and comparing with those would report false problems.
     if let Some(config) = config.as_ref().filter(|_| file_is_sound) {
         config.check(&mut problems);
     }
-    problems.blame(|key| match (variables.get(key), file) {
-        (Some(variable), _) => Source::Variable(variable.clone()),
-        (None, Some(file)) => line_of(&lines, key).map_or(Source::Unknown, |line| Source::File(format!("{}:{line}", file.display()))),
-        (None, None) => Source::Unknown,
+    problems.say_who_set(|key| match (variables.get(key), file, line_of(&lines, key)) {
+        (Some(variable), _, _) => SetBy::Variable(variable.clone()),
+        (None, Some(file), Some(line)) => SetBy::File(format!("{}:{line}", file.display())),
+        _ => SetBy::Unknown,
     });
     match config {
         Some(config) if problems.is_empty() => Ok(Loaded { config, explicit }),
@@ -94,18 +100,12 @@ fn load_noting<C: Config>(
     }
 }
 
-/// The line on which each dotted key, or section, of a file stands.
+/// The line of each dotted key and section of a file.
 type Lines = BTreeMap<String, usize>;
 
-/// The line of a key; for one that is missing, that of its section.
+/// The line of a key. For a missing key that of its section.
 fn line_of(lines: &Lines, key: &str) -> Option<usize> {
-    let mut key = Some(key);
-    std::iter::from_fn(|| {
-        let this = key?;
-        key = this.rsplit_once('.').map(|(section, _)| section);
-        Some(this)
-    })
-    .find_map(|key| lines.get(key).copied())
+    std::iter::successors(Some(key), |key| key.rsplit_once('.').map(|(section, _)| section)).find_map(|key| lines.get(key).copied())
 }
 
 fn parse(file: &Path, problems: &mut Problems) -> (Table, Lines) {
@@ -125,7 +125,7 @@ fn parse(file: &Path, problems: &mut Problems) -> (Table, Lines) {
     let table = text.parse().unwrap_or_else(|error: toml::de::Error| {
         let at = error.span().map_or(0, |span| span.start);
         let column = text.get(..at).unwrap_or_default().chars().rev().take_while(|c| *c != '\n').count() + 1;
-        // The message alone: the full text would quote the line, and with it whatever secret stands there.
+        // The message alone: the full text would quote the line, and a secret in it.
         problems.add(format!("{name}:{}:{column}", line_at(at)), error.message());
         Table::new()
     });
@@ -148,11 +148,10 @@ fn variable_name(key: &str) -> String {
     PREFIX.to_owned() + &key.replace('.', "__").to_uppercase()
 }
 
-/// Puts the environment's values into the table, each with the type of its key's default. Returns the variable of each key
-/// that was set so.
+/// Puts the environment's values into the table, each with the type of its key's default. Returns the variable of each key that it set.
 fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String)>, problems: &mut Problems) -> BTreeMap<String, String> {
-    let defaults = shape::table(&C::complete());
-    let known: BTreeMap<_, _> = shape::leaves(&defaults).into_iter().map(|(key, value)| (variable_name(&key), (key, value))).collect();
+    let defaults = to_table(&C::complete());
+    let known: BTreeMap<_, _> = leaves(&defaults).into_iter().map(|(key, value)| (variable_name(&key), (key, value))).collect();
     let mut variables = BTreeMap::new();
     for (name, text) in env.filter(|(name, _)| name.starts_with(PREFIX)) {
         if let Some((key, default)) = known.get(&name) {
@@ -167,14 +166,14 @@ fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String
         } else if !is_of_kubernetes(&name)
             && let Some(meant) = resembling(&name, known.keys().map(String::as_str))
         {
-            // Anything else with this prefix is somebody else's, and not meant for us.
+            // Any other variable with this prefix belongs to another program.
             problems.add(name, unknown("variable", Some(meant)));
         }
     }
     variables
 }
 
-/// Kubernetes gives every container such variables for a service named castier, or castier-something: `CASTIER_PORT`,
+/// Kubernetes gives every container such variables for a service named `castier` or `castier-…`: `CASTIER_PORT`,
 /// `CASTIER_SERVICE_HOST`, `CASTIER_SERVICE_PORT_HTTP`, `CASTIER_PORT_8080_TCP_ADDR`.
 fn is_of_kubernetes(name: &str) -> bool {
     let protocol = |rest: &str| ["_TCP", "_UDP", "_SCTP"].iter().any(|protocol| rest.starts_with(protocol));
@@ -186,7 +185,7 @@ fn is_of_kubernetes(name: &str) -> bool {
         || name.split("_PORT_").skip(1).any(numbered)
 }
 
-/// The variable that a name without `__` was probably meant for: one that is the same but for the number of underscores and a slip or two.
+/// The variable that a name without `__` was probably meant for: it differs by underscores and at most two typing errors.
 fn resembling<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let distance = |candidate: &str| strsim::damerau_levenshtein(name, &candidate.replace("__", "_"));
     let (slips, meant) = known.map(|candidate| (distance(candidate), candidate)).min_by_key(|(slips, _)| *slips)?;
@@ -210,7 +209,7 @@ fn insert(table: &mut Table, key: &str, value: Value) {
     match key.split_once('.') {
         None => drop(table.insert(key.to_owned(), value)),
         Some((section, rest)) => {
-            // Something else in the section's place is the file's mistake, which the types will tell.
+            // If the file has a value where a section belongs, reading the types reports that.
             if let Value::Table(section) = table.entry(section).or_insert_with(|| Value::Table(Table::new())) {
                 insert(section, rest, value);
             }
@@ -218,7 +217,7 @@ fn insert(table: &mut Table, key: &str, value: Value) {
     }
 }
 
-/// Table → struct. A value of the wrong type is noted and left out, until the rest can be read.
+/// Reads the table into the struct. Notes a value of the wrong type, takes it out, and tries again until the rest can be read.
 fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
     loop {
         let mut unknown_keys = Vec::new();
@@ -231,11 +230,11 @@ fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
             }
             Err(error) => {
                 let error: toml::de::Error = error;
-                // An item of a list is told by its own text; the key is the list's.
+                // The message for an item of a list quotes the item. The key is that of the list.
                 let path = track.path().to_string();
                 let key = path.split('[').next().unwrap_or_default().to_owned();
                 problems.add(key.clone(), plain(error.message(), &key));
-                // Every round takes one key away, so the loop ends.
+                // Each round takes one key away, so the loop ends.
                 if !remove(&mut table, &key) {
                     return None;
                 }
@@ -244,7 +243,7 @@ fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
     }
 }
 
-/// The dotted key of a path. A section that may be absent has a `?` of its own there.
+/// The dotted key of a path. serde_ignored adds a `?` for an optional section.
 fn plain_path(path: &serde_ignored::Path<'_>) -> String {
     path.to_string().replace(".?.", ".")
 }
@@ -256,7 +255,7 @@ fn remove(table: &mut Table, key: &str) -> bool {
     }
 }
 
-/// serde's words → words for somebody who has never seen the program's types.
+/// Puts serde's message into words for a reader who does not know the program's types.
 fn plain(message: &str, key: &str) -> String {
     match message.split_once("expected struct ") {
         Some((found, _)) => format!("{found}expected a section; write its keys below [{key}]"),
@@ -271,7 +270,7 @@ fn plain(message: &str, key: &str) -> String {
 }
 
 fn note_unknown<C: Config>(unknown_keys: &[String], problems: &mut Problems) {
-    let keys = shape::keys::<C>();
+    let keys = keys::<C>();
     let sections: BTreeSet<_> = keys.iter().filter_map(|key| key.split_once('.')).map(|(section, _)| section).collect();
     for key in unknown_keys {
         let names = keys.iter().map(String::as_str).chain(sections.iter().copied());
@@ -286,7 +285,7 @@ fn unknown(kind: &str, suggestion: Option<&str>) -> String {
     }
 }
 
-/// The known name that was probably meant: one that is spelt much the same, or whose last part is, in another section.
+/// The known name that was probably meant: one with a similar spelling, or one in another section with a similar last part.
 fn suggestion<'a>(name: &str, known: impl Iterator<Item = &'a str>, separator: &str) -> Option<&'a str> {
     fn split<'n>(name: &'n str, separator: &str) -> (&'n str, &'n str) {
         name.rsplit_once(separator).unwrap_or(("", name))
@@ -295,7 +294,7 @@ fn suggestion<'a>(name: &str, known: impl Iterator<Item = &'a str>, separator: &
     let distance = |candidate: &str| {
         let (candidates_section, last) = split(candidate, separator);
         let elsewhere = strsim::damerau_levenshtein(section, candidates_section);
-        // However wrong the section is, it counts as two slips; of several such the nearest section is meant.
+        // A wrong section counts as at most two typing errors. Among equals the most similar section counts.
         let slips = strsim::damerau_levenshtein(wanted, last) + elsewhere.min(2);
         (slips, if section.is_empty() { 0 } else { elsewhere })
     };
@@ -308,7 +307,7 @@ mod tests {
     use super::*;
     use serde::Deserialize;
 
-    /// Stands for programs to come, which have lists and numbers that the present ones do not have.
+    /// Has types of keys at its top that the two programs have only in their sections.
     #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
     #[serde(default)]
     struct Sample {

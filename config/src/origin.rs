@@ -1,40 +1,52 @@
-//! The configuration of `castier-origin`: the same words and shapes as [`crate::Castier`], and fewer of them.
+//! The configuration of `castier-origin`: the names and meanings of [`crate::Castier`], and fewer of them.
 
-use crate::{Limits, Log, Otlp, Shutdown, Size, Span, castier::path_text};
+use crate::{Limits, Log, Otlp, Shutdown, Size, Span, value::path_text};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// Everything that can be told to `castier-origin`.
+/// The configuration of `castier-origin`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OriginServer {
-    /// Whether clients may delete blobs, true or false. Default false: this is the source of truth, and what is deleted here
-    /// is gone.
+    /// Whether clients may delete blobs.
+    ///
+    /// Off by default: this is the source of truth, and a deleted blob is gone.
     pub allow_delete: bool,
-    /// Whether an entry below `/ac/` that names a blob which is not stored is answered with 404, true or false. Default false: ccache
-    /// keeps other things there, and each GET of an entry then looks for all its blobs.
+    /// Whether an entry below `/ac/` that names a blob which is not stored gets 404.
+    ///
+    /// This is about entries that parse as an `ActionResult`. castier-origin looks into at most eight entries at once, and holds each in
+    /// memory meanwhile. Off by default: ccache keeps other things below `/ac/`, and each GET there has to check all blobs of the entry.
     pub ac_validation: bool,
-    /// Where the program listens.
+    /// `[listen]`.
     pub listen: OriginListen,
-    /// Where the blobs are.
+    /// `[store]`.
     pub store: Store,
-    /// What clients may do.
+    /// `[limits]`.
     pub limits: OriginLimits,
-    /// What is written about it.
+    /// `[log]`.
     pub log: Log,
-    /// Which spans are sent to a collector.
+    /// `[otlp]`.
     pub otlp: Otlp,
-    /// How the program ends.
+    /// `[shutdown]`.
     pub shutdown: Shutdown,
 }
 
-/// `[listen]`: addresses as `HOST:PORT`; `0.0.0.0:PORT` means every interface, port 0 one that the system picks.
+/// The addresses that castier-origin listens on. `0.0.0.0:PORT` is every interface; with port 0 the system picks a free port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OriginListen {
-    /// For clients, `HOST:PORT`. Default `127.0.0.1:9000`: reachable from outside only once somebody has said so.
+    /// The address for clients. castier is one of them.
+    ///
+    /// The default is on the loopback: nobody can reach castier-origin from outside until you say so.
+    ///
+    /// - Type: HOST:PORT
     pub public: String,
-    /// For metrics and health, `HOST:PORT`. Default `127.0.0.1:9001`: it has no log-in, so it stays on the loopback.
+    /// The address for metrics and health checks. It has no log-in.
+    ///
+    /// That is why the default is on the loopback. If the port is taken, castier-origin does not start: a second one on the same machine
+    /// needs a port of its own.
+    ///
+    /// - Type: HOST:PORT
     pub admin: String,
 }
 
@@ -44,12 +56,14 @@ impl Default for OriginListen {
     }
 }
 
-/// `[store]`: where the blobs are.
+/// Where the blobs are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Store {
-    /// The directory of the blobs; created if need be. Default `./castier-data/origin`, which is also where castier's
-    /// embedded origin keeps them, so that one can take over from the other.
+    /// The directory of the blobs.
+    ///
+    /// castier-origin makes it if it is missing, and locks it while it runs. The default is also where castier's embedded origin stores its
+    /// blobs, so that one can take over from the other.
     #[serde(serialize_with = "path_text")]
     pub root: PathBuf,
 }
@@ -60,28 +74,37 @@ impl Default for Store {
     }
 }
 
-/// `[limits]`: what clients may do. The names, meanings and defaults of [`Limits`], as far as an origin needs them.
+/// What clients may do.
+///
+/// - Live: yes
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OriginLimits {
-    /// The largest blob that is taken; a size over 0. Default `16GiB`, as castier has it.
+    /// The largest blob that castier-origin takes.
+    ///
+    /// - Type: size over 0
     pub max_blob: Size,
-    /// The largest entry below `/ac/` and `/kv/` that is taken; a size over 0. Default `16MiB`, as castier has it.
+    /// The largest entry below `/ac/` and `/kv/` that castier-origin takes.
+    ///
+    /// - Type: size over 0
     pub max_entry: Size,
-    /// How many client connections may be open, 1 or more. Default 20000, as castier has it.
+    /// How many client connections may be open.
+    ///
+    /// Where the system grants too few open files castier-origin accepts fewer. It uses a quarter of those files for the store.
+    ///
+    /// - Type: 1 or more
     pub max_connections: usize,
-    /// How many connections to the admin listener may be open, 1 or more. Default 128, as castier has it.
+    /// As [`Limits::max_admin_connections`].
     pub max_admin_connections: usize,
-    /// How long a client may take to send the whole head of a request; a duration over 0. Default `10s`, as castier has it.
+    /// As [`Limits::header_timeout`].
     pub header_timeout: Span,
-    /// The largest head of a request; a size from `1KiB` to `1MiB`. Default `32KiB`, as castier has it.
+    /// As [`Limits::max_header_bytes`].
     pub max_header_bytes: Size,
-    /// The most header fields in a request, 1 to 256. Default 100, as castier has it.
+    /// As [`Limits::max_headers`].
     pub max_headers: usize,
-    /// The longest pause between requests on a kept-alive connection, and the longest silence of an upload; a duration over
-    /// 0. Default `75s`, as castier has it.
+    /// As [`Limits::idle_timeout`].
     pub idle_timeout: Span,
-    /// The longest time in which a client may take no byte of an answer; a duration over 0. Default `60s`, as castier has it.
+    /// As [`Limits::write_timeout`].
     pub write_timeout: Span,
 }
 

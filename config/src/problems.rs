@@ -3,47 +3,45 @@
 use crate::LogFormat;
 use std::fmt;
 
-/// Everything that is wrong with a configuration. Its text has one line per problem: `key: what is wrong; what would be right`, with the
-/// file and the line in front if the key stands in a file.
+/// Everything that is wrong with a configuration. Its text has one line for each problem: `key: what is wrong; what would be right`, with the
+/// file and the line in front if the key is in a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Problems {
     list: Vec<Problem>,
-    /// This machine's directories, files and secrets are not looked at.
+    /// The configuration is for another machine: the checks do not look at directories, files and secrets.
     offline: bool,
     /// `log.format`, if that could be read.
     format: Option<LogFormat>,
 }
 
-/// One of them.
+/// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Problem {
-    /// The dotted key; or the file or the variable, when no key is to blame.
+    /// The dotted key. Or the file or the variable, if the problem is not that of a key.
     subject: String,
-    /// Where the value came from, if that is known.
-    source: Source,
-    /// What is wrong, and what would be right.
+    set_by: SetBy,
     text: String,
 }
 
-/// Where a value came from.
+/// What set a value.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// From neither of these.
+pub(crate) enum SetBy {
+    /// Neither of these, as for a missing key.
     #[default]
     Unknown,
-    /// From an environment variable.
+    /// An environment variable.
     Variable(String),
-    /// From a file: its name, and the line.
+    /// A file: `NAME:LINE`.
     File(String),
 }
 
 impl Problems {
-    /// None yet, of a configuration that is checked without this machine.
+    /// No problems yet, of a configuration for another machine.
     pub(crate) fn offline() -> Self {
         Self { offline: true, ..Self::default() }
     }
 
-    /// Whether what is on this machine may be looked at.
+    /// Whether the checks may look at directories, files and secrets.
     pub(crate) const fn ask_machine(&self) -> bool {
         !self.offline
     }
@@ -52,19 +50,19 @@ impl Problems {
         self.format = Some(format);
     }
 
-    /// How the program was told to write its records, as far as that could be read: for telling these problems.
+    /// The `log.format` of the configuration, if that could be read: in which format to log these problems.
     pub fn format(&self) -> LogFormat {
         self.format.unwrap_or(LogFormat::Text)
     }
 
-    /// Notes one more. `subject` is the dotted key, or what else is to blame.
+    /// Adds one. `subject` is the dotted key, or the file or the variable.
     pub fn add(&mut self, subject: impl Into<String>, text: impl fmt::Display) {
-        // One problem is one line, whatever a library puts into its messages.
+        // One problem is one line. Messages of libraries may have several.
         let text = text.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        self.list.push(Problem { subject: subject.into(), source: Source::Unknown, text });
+        self.list.push(Problem { subject: subject.into(), set_by: SetBy::Unknown, text });
     }
 
-    /// Whether nothing is wrong.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
@@ -74,28 +72,28 @@ impl Problems {
         self.list.iter().map(|problem| problem.subject.as_str())
     }
 
-    /// Whether none of these keys has a problem, so that it makes sense to compare their values: a value that could not be
-    /// read is at its default by then, and a comparison with it would accuse the innocent.
+    /// Whether none of these keys has a problem, so that a check may compare them. A value that could not be read has its default by then,
+    /// and a comparison with the default would report a false problem.
     pub(crate) fn are_sound(&self, keys: &[&str]) -> bool {
         !self.subjects().any(|subject| keys.contains(&subject))
     }
 
-    /// Says of each problem where its value came from.
-    pub(crate) fn blame(&mut self, source_of: impl Fn(&str) -> Source) {
+    /// Says for each problem what set the value.
+    pub(crate) fn say_who_set(&mut self, set_by: impl Fn(&str) -> SetBy) {
         for problem in &mut self.list {
-            problem.source = source_of(&problem.subject);
+            problem.set_by = set_by(&problem.subject);
         }
     }
 }
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, Problem { subject, source, text }) in self.list.iter().enumerate() {
+        for (i, Problem { subject, set_by, text }) in self.list.iter().enumerate() {
             let end = if i == 0 { "" } else { "\n" };
-            match source {
-                Source::Variable(variable) => write!(f, "{end}{subject} (set by {variable}): {text}")?,
-                Source::File(place) => write!(f, "{end}{place}: {subject}: {text}")?,
-                Source::Unknown => write!(f, "{end}{subject}: {text}")?,
+            match set_by {
+                SetBy::Variable(variable) => write!(f, "{end}{subject} (set by {variable}): {text}")?,
+                SetBy::File(line) => write!(f, "{end}{line}: {subject}: {text}")?,
+                SetBy::Unknown => write!(f, "{end}{subject}: {text}")?,
             }
         }
         Ok(())

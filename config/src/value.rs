@@ -1,11 +1,16 @@
-//! The types of single values, and the two sections that both programs share.
+//! The types of single values.
 
-use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use std::{collections::BTreeMap, fmt, marker::PhantomData, net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    marker::PhantomData,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 use url::Url;
 
-/// The text of a value cannot be read. Says what would be right; never repeats the text of a URL, which may hold a password.
+/// The text of a value cannot be read. The message says what to write. It never repeats the text of a URL, which may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Malformed(String);
@@ -21,8 +26,7 @@ impl Malformed {
 pub struct Span(Duration);
 
 impl Span {
-    /// The longest span that can be written. Longer ones are slips of the pen, and would overflow the clocks that they are
-    /// added to.
+    /// The longest span that can be written. A longer one is a typing error, and would overflow the clock that it is added to.
     pub const MAX: Self = Self::secs(10 * 365 * 24 * 60 * 60);
 
     /// The span of a duration.
@@ -40,7 +44,7 @@ impl Span {
         Self(Duration::from_millis(milliseconds))
     }
 
-    /// The span as the standard library has it.
+    /// The span as a duration.
     pub const fn get(self) -> Duration {
         self.0
     }
@@ -60,7 +64,7 @@ impl FromStr for Span {
 }
 
 impl fmt::Display for Span {
-    /// One number where one will do; reads back to exactly the same span.
+    /// One number and unit where that is exact. Reads back to exactly the same span.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (seconds, millis) = (self.0.as_secs(), self.0.as_millis());
         match self.0.subsec_nanos() {
@@ -134,7 +138,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// A part of a whole that leaves something of it: 0 to 0.9.
+/// A part of a whole, 0 to 0.9.
 #[derive(Clone, Copy, PartialEq, PartialOrd, Debug, Serialize)]
 pub struct Share(f64);
 
@@ -159,17 +163,17 @@ impl<'de> Deserialize<'de> for Share {
     }
 }
 
-/// Where the source of truth is.
+/// Where the origin is.
 #[derive(Clone, PartialEq, Eq)]
 pub enum OriginUrl {
-    /// `embedded:DIR`: the real origin server in the same process, with its data in this directory.
+    /// `embedded:DIRECTORY`: the real origin server in this process, with its blobs in that directory.
     Embedded(PathBuf),
-    /// `http://HOST[:PORT]` or `https://…`: no path, query or fragment, since castier relays its clients' paths unchanged.
+    /// `http://HOST[:PORT]` or `https://…`. No path, query or fragment: castier relays its clients' paths unchanged.
     Remote(Url),
 }
 
 impl OriginUrl {
-    /// The text that reads back to the same value, password included: not for logs.
+    /// The text that reads back to the same value. It has the password: not for logs.
     fn in_full(&self) -> String {
         match self {
             Self::Embedded(directory) => format!("embedded:{}", directory.display()),
@@ -201,7 +205,7 @@ impl FromStr for OriginUrl {
 }
 
 impl fmt::Display for OriginUrl {
-    /// For people and logs: userinfo is masked.
+    /// For people and logs: it masks user and password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&masked(&self.in_full()))
     }
@@ -213,8 +217,8 @@ impl fmt::Debug for OriginUrl {
     }
 }
 
-/// The text with the userinfo of a URL replaced by `***`; any other text unchanged. Works on the text rather than on a parsed
-/// URL, so that a malformed one keeps its secrets too.
+/// The text with `***` for user and password, if it is a URL that has them. It works on the text and not on a parsed URL, so that it
+/// masks the secrets of a malformed URL too.
 pub(crate) fn masked(text: &str) -> String {
     let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
     let authority = rest.find(['/', '?', '#', '\\']).unwrap_or(rest.len());
@@ -224,8 +228,8 @@ pub(crate) fn masked(text: &str) -> String {
     }
 }
 
-/// Reads anything that has a text form. Bare integers count as their digits, so that `capacity = 1024` works, and
-/// `timeout = 5` is told that it lacks a unit.
+/// Reads a value from its text. A bare integer counts as its digits: `capacity = 1024` works, and for `timeout = 5` the message says that
+/// the unit is missing.
 pub(crate) struct Text<T>(pub(crate) PhantomData<T>);
 
 impl<T: FromStr<Err = Malformed>> de::Visitor<'_> for Text<T> {
@@ -248,35 +252,34 @@ impl<T: FromStr<Err = Malformed>> de::Visitor<'_> for Text<T> {
     }
 }
 
-impl<'de> Deserialize<'de> for Span {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Text(PhantomData))
-    }
+/// Reads a type by its `FromStr`; `as_text!` also writes it by its `Display`.
+macro_rules! from_text {
+    ($($type:ty),+) => {$(
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_any($crate::value::Text(std::marker::PhantomData))
+            }
+        }
+    )+};
 }
 
-impl<'de> Deserialize<'de> for Size {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Text(PhantomData))
-    }
+macro_rules! as_text {
+    ($($type:ty),+) => {$(
+        $crate::value::from_text!($type);
+
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+    )+};
 }
 
-impl<'de> Deserialize<'de> for OriginUrl {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Text(PhantomData))
-    }
-}
+pub(crate) use {as_text, from_text};
 
-impl Serialize for Span {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl Serialize for Size {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
+as_text!(Span, Size);
+// Not written by its `Display`, which masks.
+from_text!(OriginUrl);
 
 impl Serialize for OriginUrl {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -284,252 +287,20 @@ impl Serialize for OriginUrl {
     }
 }
 
-/// Which blobs stay when memory is full.
+/// Writes a path as text. Lossy, so that printing a configuration cannot fail; a path from a file or the environment is text anyway.
+pub(crate) fn path_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
+/// Which blobs stay when a tier is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
-    /// What is asked for often enters and stays; a scan of blobs that are asked for once does not push it out.
+    /// Blobs that are read often stay. A scan of blobs that are read once does not push them out.
     #[serde(rename = "tiny-lfu")]
     TinyLfu,
-    /// What was asked for last stays. Better only where every blob is hot for a short while after it appeared.
+    /// Blobs that were read last stay. Better only where every blob is hot for a short while after it appeared.
     Lru,
-}
-
-/// How log records look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogFormat {
-    /// A line for people.
-    Text,
-    /// A JSON object a line, for collectors.
-    Json,
-}
-
-/// `[log]`: what is written, and where.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Log {
-    /// What is worth a record: `off`, `error`, `warn`, `info`, `debug` or `trace`, or a comma list of `part=level` with at
-    /// most one bare level, such as `info,access=off` or `info,flight=debug`. A part is the last word of a record's `target`
-    /// (`access`, `stats`, `disk`), or a whole target (`castier::flight`). Default `info`: starts, stops, what an operator must
-    /// act on, and one record per request; `info,access=off` leaves those out.
-    pub level: String,
-    /// How a record looks: `text` (logfmt) or `json`, with the same names. Default `text`, as the first reader is a person at a terminal.
-    pub format: LogFormat,
-    /// The Loki that is sent the same records, `http://HOST:PORT` or `https://…`; empty: none. Default empty, since nobody
-    /// wants surprise connections.
-    pub loki_url: String,
-    /// How often the figures of `/stats` go to the log, a duration over 0. Default `60s`: a day is 1440 lines, and a minute
-    /// is the resolution at which people look back.
-    pub stats_interval: Span,
-    /// The proxies in front, as networks such as `10.0.0.0/8` or single addresses: only these are believed when `X-Forwarded-For` or
-    /// `Forwarded` names a client. Default none: anybody can write such a header.
-    pub trusted_proxies: Proxies,
-    /// How records get to Loki. Means nothing without `log.loki_url`.
-    pub loki: Loki,
-}
-
-impl Default for Log {
-    fn default() -> Self {
-        Self {
-            level: "info".into(),
-            format: LogFormat::Text,
-            loki_url: String::new(),
-            stats_interval: Span::secs(60),
-            trusted_proxies: Proxies::default(),
-            loki: Loki::default(),
-        }
-    }
-}
-
-/// `[log.loki]`: how records get to Loki. They have the labels `job`, `instance` and `level`; the rest is in the line.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Loki {
-    /// The tenant that the records belong to (`X-Scope-OrgID`); empty: none is named. Default empty, as a Loki with one tenant wants it.
-    pub tenant: String,
-    /// More labels, each `NAME=VALUE`, or a table `{ NAME = "VALUE" }`. `job` (else `castier` or `castier-origin`) and `instance` (else
-    /// `cluster.advertise`, or the host and its public port) may be among them, `level` may not. Default none: each label multiplies
-    /// the streams that Loki keeps.
-    pub labels: Labels,
-    /// A batch leaves when its records are so large together; a size from `1KiB` to `4MiB`. Default `1MiB`: a quarter of what Loki takes
-    /// in one piece.
-    pub batch: Size,
-    /// A batch leaves at the latest so long after its first record; a duration over 0. Default `1s`: soon enough to watch, and few requests.
-    pub wait: Span,
-    /// Bytes of records that may wait while Loki is away, the batch under way included; a size, at least `log.loki.batch`. Further records
-    /// are counted and go to stderr alone. Default `16MiB`: some 40,000 requests.
-    pub buffer: Size,
-    /// How long Loki may take for a batch before it is sent again; a duration over 0. Default `5s`: longer than a healthy Loki ever needs.
-    pub timeout: Span,
-}
-
-impl Default for Loki {
-    fn default() -> Self {
-        Self {
-            tenant: String::new(),
-            labels: Labels::default(),
-            batch: Size::mib(1),
-            wait: Span::secs(1),
-            buffer: Size::mib(16),
-            timeout: Span::secs(5),
-        }
-    }
-}
-
-/// Labels of Loki's, in the order of their names. Read from a table, or from a list of `NAME=VALUE`, as which they are printed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Labels(pub BTreeMap<String, String>);
-
-impl Serialize for Labels {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.0.iter().map(|(name, value)| format!("{name}={value}")))
-    }
-}
-
-impl<'de> Deserialize<'de> for Labels {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl<'de> de::Visitor<'de> for Visitor {
-            type Value = Labels;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a list such as [\"env=prod\"], or a table such as { env = \"prod\" }")
-            }
-
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<Labels, A::Error> {
-                let mut labels = BTreeMap::new();
-                while let Some(item) = items.next_element::<String>()? {
-                    let Some((name, value)) = item.split_once('=') else {
-                        return Err(de::Error::custom(format!("{item:?} has no =; write NAME=VALUE, such as \"env=prod\"")));
-                    };
-                    labels.insert(name.trim().to_owned(), value.trim().to_owned());
-                }
-                Ok(Labels(labels))
-            }
-
-            fn visit_map<A: de::MapAccess<'de>>(self, mut items: A) -> Result<Labels, A::Error> {
-                let mut labels = BTreeMap::new();
-                while let Some((name, value)) = items.next_entry()? {
-                    labels.insert(name, value);
-                }
-                Ok(Labels(labels))
-            }
-        }
-        deserializer.deserialize_any(Visitor)
-    }
-}
-
-impl fmt::Debug for Log {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Log")
-            .field("level", &self.level)
-            .field("format", &self.format)
-            .field("loki_url", &masked(&self.loki_url))
-            .field("stats_interval", &self.stats_interval)
-            .field("trusted_proxies", &self.trusted_proxies)
-            .field("loki", &self.loki)
-            .finish()
-    }
-}
-
-/// A network, or one address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Network(IpNet);
-
-impl FromStr for Network {
-    type Err = Malformed;
-    fn from_str(text: &str) -> Result<Self, Malformed> {
-        let network = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
-        let network = network.ok_or_else(|| {
-            Malformed::new(format!(
-                "{text:?} is no network; write one such as \"10.0.0.0/8\" or \"fd00::/8\", or an address such as \"10.0.0.7\""
-            ))
-        })?;
-        Ok(Self(network.trunc()))
-    }
-}
-
-impl fmt::Display for Network {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl<'de> Deserialize<'de> for Network {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(Text(PhantomData))
-    }
-}
-
-impl Serialize for Network {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-/// Who is believed about the client that a request comes from.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Proxies(pub Vec<Network>);
-
-impl Proxies {
-    /// Whether the address is one of theirs. An IPv4 address within IPv6 counts as the IPv4 address.
-    pub fn contains(&self, address: &IpAddr) -> bool {
-        !self.0.is_empty() && self.0.iter().any(|network| network.0.contains(&address.to_canonical()))
-    }
-}
-
-/// `[otlp]`: spans of sampled requests, for a collector that speaks OTLP over HTTP.
-#[derive(Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Otlp {
-    /// The collector, `http://HOST:4318` or `https://…`; `/v1/traces` is added. Empty: no spans. Default empty, since nobody wants
-    /// surprise connections.
-    pub endpoint: String,
-    /// Which part of the requests without a `traceparent` is sampled, 0 to 1; a `traceparent` says itself whether its request is. Default
-    /// `0.01`: enough to see what is slow, and cheap.
-    pub sample: f64,
-    /// Bytes of spans that may wait for the collector; a size over 0. Further spans are counted and dropped. Default `4MiB`: some
-    /// thousand spans.
-    pub buffer: Size,
-    /// How long the collector may take for a batch, before it is counted as dropped; a duration over 0. Default `5s`: longer than a healthy
-    /// collector ever needs.
-    pub timeout: Span,
-}
-
-impl Default for Otlp {
-    fn default() -> Self {
-        Self { endpoint: String::new(), sample: 0.01, buffer: Size::mib(4), timeout: Span::secs(5) }
-    }
-}
-
-impl fmt::Debug for Otlp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { endpoint, sample, buffer, timeout } = self;
-        let endpoint = masked(endpoint);
-        f.debug_struct("Otlp")
-            .field("endpoint", &endpoint)
-            .field("sample", sample)
-            .field("buffer", buffer)
-            .field("timeout", timeout)
-            .finish()
-    }
-}
-
-/// `[shutdown]`: how the program ends.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Shutdown {
-    /// How long what is in flight may take to finish after SIGTERM, a duration; 0 cuts it at once. Default `30s`, which is
-    /// how long Kubernetes waits before it kills.
-    pub grace: Span,
-}
-
-impl Default for Shutdown {
-    fn default() -> Self {
-        Self { grace: Span::secs(30) }
-    }
 }
 
 #[cfg(test)]
@@ -609,7 +380,7 @@ mod tests {
             assert_eq!(masked(text), shown);
         }
         let url: OriginUrl = "http://user:hunter2@h".parse().unwrap();
-        let log = Log { loki_url: "http://user:hunter2@h".into(), ..Log::default() };
+        let log = crate::Log { loki_url: "http://user:hunter2@h".into(), ..crate::Log::default() };
         assert!(!format!("{url} {url:?} {log:?}").contains("hunter2"));
     }
 

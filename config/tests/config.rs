@@ -1,4 +1,4 @@
-//! The configuration as an operator meets it: files, variables, and what the programs say about them.
+//! The configuration as an operator uses it: files, variables, and what the programs say about them.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
 use castier_config::{
@@ -19,7 +19,7 @@ fn read<C: Config>(text: &str, env: &[(&str, &str)]) -> Result<Loaded<C>, Proble
     load(Some(file.path()), env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())))
 }
 
-/// The lines about a configuration that must be wrong.
+/// The lines of the problems of a configuration that must be wrong.
 fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {
     let problems = read::<Castier>(text, env).unwrap_err();
     let lines: Vec<String> = problems.to_string().lines().map(str::to_owned).collect();
@@ -27,7 +27,7 @@ fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {
     lines
 }
 
-/// The example is the default as it stands, and with its absent sections put in force, it shows every key.
+/// The example is the default. With its optional sections it has every key.
 fn example_shows_every_default<C: Config + std::fmt::Debug>(name: &str) {
     let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
     assert_eq!(read::<C>(&example, &[]).unwrap().config, C::default());
@@ -92,7 +92,7 @@ fn problems_of_a_file_have_its_name_and_line() {
         (7, "limits.max_heders"),
         (8, "limits.max_headers"),
         (11, "log.loki.wait"),
-        // What is missing is told with its section.
+        // A missing key has the line of its section.
         (13, "cluster.advertise"),
     ] {
         let told = |told: &String| told.contains(&format!(":{line}: {key}: "));
@@ -114,7 +114,7 @@ fn a_file_is_a_regular_one_of_a_bounded_size() {
     let config = format!("[origin]\nca_file = {pipe:?}\n[cluster]\nadvertise = \"a:1\"\npeers = [\"a:1\"]\nsecret_file = {pipe:?}");
     let told = wrong(&config, &[]);
     assert!(told.len() == 2 && told.iter().all(|line| line.contains("not a regular file")), "{told:#?}");
-    // A program that checks another machine's file asks this one for nothing.
+    // A check of a configuration for another machine looks at no file of this one.
     let path = file(&config);
     assert!(castier_config::load_offline::<Castier>(Some(path.path()), std::iter::empty()).is_ok());
 }
@@ -395,7 +395,7 @@ fn unreadable_files_are_one_line_each() {
     assert!(missing.starts_with("/does/not/exist.toml: cannot be read (") && missing.lines().count() == 1, "{missing}");
 
     let broken = file("[memory]\ncapacity = \"1GiB\"\nsecret = http://u:hunter2@h\n");
-    // A variable that is fine beside the file is not measured against defaults that the file may have changed.
+    // The variable is right with the file's capacity. The file cannot be read, so the variable is not compared with the default.
     let env = [("CASTIER_MEMORY__MAX_BLOB".to_owned(), "1GiB".to_owned())];
     let text = load::<Castier>(Some(broken.path()), env.into_iter()).unwrap_err().to_string();
     assert!(text.starts_with(&format!("{}:3:", broken.path().display())), "{text}");
@@ -450,7 +450,7 @@ fn clusters_are_read() {
 
     let wrong = wrong("", &[("CASTIER_CLUSTER__PEERS", "a:1,b"), ("CASTIER_CLUSTER__ADVERTISE", "a:1")]);
     assert!(wrong.len() == 1 && wrong[0].starts_with("cluster.peers (set by CASTIER_CLUSTER__PEERS): \"b\" has no port"), "{wrong:#?}");
-    // Beside a cluster that is absent, the peer listener's address is nobody's trouble.
+    // Without a cluster castier does not open the peer address.
     assert_eq!(read::<Castier>("[listen]\npeer = \"0.0.0.0:8080\"", &[]).unwrap().config.cluster, None);
 }
 
@@ -498,7 +498,7 @@ proptest! {
         config.limits.max_connections = max_connections;
         config.limits.idle_timeout = Span::millis(millis);
         config.limits.negative_ttl = Span::new(std::time::Duration::from_nanos(nanos));
-        // Paths that look like a URL with userinfo are masked, and are none.
+        // Printing masks a path that looks like a URL with a user.
         prop_assume!(!root.contains("://"));
         let loaded = read::<Castier>(&print(&config), &[]).unwrap();
         prop_assert_eq!(&loaded.config, &config);
@@ -546,7 +546,7 @@ fn castier_is_not_its_own_origin() {
         ("127.0.0.1:8080", "http://127.0.0.2:8080"),
         ("127.0.0.1:0", "http://127.0.0.1:8080"),
         ("0.0.0.0:8080", "http://origin.example:8080"),
-        // The peer listener is not opened.
+        // Without a cluster castier does not open the peer address.
         ("127.0.0.1:8080", "http://127.0.0.1:8081"),
     ] {
         assert_eq!(with(public, admin, url), Ok(()), "{public} {url}");

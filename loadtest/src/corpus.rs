@@ -30,13 +30,13 @@ impl Blob {
 
     /// The blob's digest.
     pub(crate) fn digest(&self) -> Digest {
-        let (mut verifier, mut buffer, mut pieces) = (Verifier::any(), Vec::new(), self.pieces());
+        let (mut verifier, mut buffer, mut pieces) = (Verifier::any(()), Vec::new(), self.pieces());
         while pieces.next_into(&mut buffer) {
             verifier.update(&buffer);
             buffer.clear();
         }
         // A verifier without an expected digest never reports a mismatch.
-        verifier.finish(()).map_or_else(|mismatch| mismatch.actual, |verified| verified.digest())
+        verifier.finish().map_or_else(|mismatch| mismatch.actual, |verified| verified.digest())
     }
 
     /// As [`Self::digest`], but on another thread for a large blob, since other clients of this thread must read their answers.

@@ -15,7 +15,8 @@
 //!
 //! Everything here blocks: call it off the async threads.
 
-use crate::store::{Fault, Reader};
+use crate::store::{Fault, Reader, TempFile};
+use bytes::Bytes;
 use castier_blob::{Digest, Verifier};
 use castier_wire::entry::Name;
 use parking_lot::Mutex;
@@ -150,7 +151,7 @@ impl Entries {
     /// Begins a PUT. Dropped before [`Upload::finish`], it leaves nothing behind.
     pub(crate) fn begin(self: &Arc<Self>, name: Name) -> Result<Upload, Fault> {
         let temp = tempfile::Builder::new().prefix("entry-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp)?;
-        Ok(Upload { entries: Arc::clone(self), name, temp, verifier: Verifier::any() })
+        Ok(Upload { entries: Arc::clone(self), name, verifier: Verifier::any(TempFile(temp)) })
     }
 
     /// Removes an entry.
@@ -396,20 +397,18 @@ impl Found {
 pub(crate) struct Upload {
     entries: Arc<Entries>,
     name: Name,
-    temp: NamedTempFile,
-    verifier: Verifier,
+    verifier: Verifier<TempFile>,
 }
 
 impl Upload {
     /// Takes the next bytes.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
-        self.verifier.update(bytes);
-        Ok(self.temp.write_all(bytes)?)
+    pub(crate) fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
+        Ok(self.verifier.write(bytes)?)
     }
 
     /// Makes the bytes durable under their name, if the condition holds.
     pub(crate) fn finish(self, condition: Option<Condition>) -> Result<Put, Fault> {
-        let bytes = self.verifier.finish(self.temp)?;
+        let bytes = self.verifier.finish()?;
         let digest = bytes.digest();
         let temp = Trailer::of(&self.name, bytes.size(), digest).append_to(bytes.into_content())?;
         self.entries.place(&self.name, digest, temp, condition)

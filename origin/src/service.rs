@@ -12,7 +12,7 @@ use crate::{
     webdav::{self, Depth, Listing},
 };
 use bytes::Bytes;
-use castier_blob::{Digest, Verifier};
+use castier_blob::Digest;
 use castier_config::OriginLimits;
 use castier_wire::{
     Selection, Stored, Target, blob_head, blob_path,
@@ -255,7 +255,7 @@ impl Clients {
             }
         }
         let chunks = (&mut intake).map_err(Refused::from);
-        let kept = self.receive_blob(Verifier::of(digest), most, chunks).await?;
+        let kept = self.receive_blob(Some(digest), most, chunks).await?;
         Ok((if kept.new { StatusCode::CREATED } else { StatusCode::OK }, headers, Content::Empty))
     }
 
@@ -271,7 +271,7 @@ impl Clients {
             self.receive_form(content_type, most, intake).await?
         } else {
             let chunks = (&mut intake).map_err(Refused::from);
-            self.receive_blob(Verifier::any(), most, chunks).await?
+            self.receive_blob(None, most, chunks).await?
         };
         let mut headers = HeaderMap::new();
         headers.insert(header::LOCATION, location(&kept.digest));
@@ -289,7 +289,7 @@ impl Clients {
             if part.headers().get(header::CONTENT_DISPOSITION).is_some_and(castier_wire::is_file) {
                 // From here on `receive` counts.
                 ration.store(u64::MAX, Relaxed);
-                return self.receive_blob(Verifier::any(), most, part.map_err(Refused::from)).await;
+                return self.receive_blob(None, most, part.map_err(Refused::from)).await;
             }
         }
         Err(Refused::Form("none of its parts is a file".to_owned()))
@@ -298,12 +298,12 @@ impl Clients {
     /// Body → temp file → verified → durable.
     async fn receive_blob(
         &self,
-        claim: Verifier,
+        claimed: Option<Digest>,
         most: u64,
         chunks: impl Stream<Item = Result<Bytes, Refused>> + Unpin,
     ) -> Result<Kept, Refused> {
         let store = Arc::clone(&self.0.store);
-        self.receive(move || store.begin(claim), Upload::finish, most, chunks).await
+        self.receive(move || store.begin(claimed), Upload::finish, most, chunks).await
     }
 
     /// Body → temp file → what `finish` makes of it. Bytes are written a batch at a time, while the next batch comes in.
@@ -349,17 +349,17 @@ impl Clients {
 /// What an upload's bytes are written to.
 trait Intaken: Send + 'static {
     /// Blocks.
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault>;
+    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault>;
 }
 
 impl Intaken for Upload {
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
         self.write(bytes)
     }
 }
 
 impl Intaken for entries::Upload {
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
         self.write(bytes)
     }
 }

@@ -14,7 +14,8 @@
 //!
 //! Everything here blocks: call it off the async threads.
 
-use castier_blob::{Digest, Mismatch, Verified, Verifier};
+use bytes::Bytes;
+use castier_blob::{Digest, Mismatch, Sink, Verified, Verifier};
 use parking_lot::Mutex;
 use std::{
     fs::{self, File},
@@ -203,8 +204,8 @@ impl Store {
         Ok(true)
     }
 
-    /// Begins an upload that `claim` will judge. Dropped before [`Upload::finish`], it leaves nothing behind.
-    pub(crate) fn begin(self: &Arc<Self>, claim: Verifier) -> Result<Upload, Fault> {
+    /// Begins an upload of the blob `claimed`, or, if none, of any. Dropped before [`Upload::finish`], it leaves nothing behind.
+    pub(crate) fn begin(self: &Arc<Self>, claimed: Option<Digest>) -> Result<Upload, Fault> {
         let make = || tempfile::Builder::new().prefix("upload-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp);
         let temp = make().or_else(|error| match error.kind() {
             ErrorKind::NotFound => {
@@ -213,7 +214,11 @@ impl Store {
             }
             _ => Err(error),
         })?;
-        Ok(Upload { store: Arc::clone(self), temp, verifier: claim })
+        let verifier = match claimed {
+            Some(digest) => Verifier::of(digest, TempFile(temp)),
+            None => Verifier::any(TempFile(temp)),
+        };
+        Ok(Upload { store: Arc::clone(self), verifier })
     }
 
     /// Removes a blob; false if it was not here.
@@ -356,20 +361,34 @@ impl Blob {
 /// An upload in progress: a file in `tmp/` that vanishes with this value.
 pub(crate) struct Upload {
     store: Arc<Store>,
-    temp: NamedTempFile,
-    verifier: Verifier,
+    verifier: Verifier<TempFile>,
+}
+
+/// A file in `tmp/` that a blob or an entry is written to while it is hashed.
+pub(crate) struct TempFile(pub(crate) NamedTempFile);
+
+impl Sink for TempFile {
+    type Content = NamedTempFile;
+    type Error = io::Error;
+
+    fn write(&mut self, bytes: &Bytes) -> io::Result<()> {
+        self.0.write_all(bytes)
+    }
+
+    fn close(self) -> NamedTempFile {
+        self.0
+    }
 }
 
 impl Upload {
     /// Takes the next bytes.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Fault> {
-        self.verifier.update(bytes);
-        Ok(self.temp.write_all(bytes)?)
+    pub(crate) fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
+        Ok(self.verifier.write(bytes)?)
     }
 
     /// Verifies the bytes and makes them durable under their name.
     pub(crate) fn finish(self) -> Result<Kept, Fault> {
-        let verified = self.verifier.finish(self.temp)?;
+        let verified = self.verifier.finish()?;
         verified.content().as_file().sync_all()?;
         self.store.place(verified)
     }

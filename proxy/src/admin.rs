@@ -9,7 +9,7 @@ mod utc;
 pub use history::STEP;
 pub use stats::{Brief, Stats};
 
-use crate::{conn::Conn, ladder::Ladder, members::Members, metrics::Metrics, plan, purge::Purge};
+use crate::{connection::Conn, members::Members, memory_plan, metrics::Metrics, node::Node, purge::Purge, upstream::Upstream};
 use arc_swap::ArcSwap;
 use axum::{
     Router,
@@ -50,7 +50,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The parts of the node that the admin listener reports on and controls.
 pub struct Admin {
     /// The data path.
-    pub ladder: Arc<Ladder>,
+    pub node: Arc<Node>,
+    /// The origin.
+    pub origin: Arc<Upstream>,
     /// All metrics.
     pub metrics: Arc<Metrics>,
     /// The members of the cluster; `None` without one.
@@ -81,16 +83,17 @@ pub enum Phase {
 
 impl Admin {
     /// Of these parts. The phase is [`Phase::Starting`].
-    pub fn new(ladder: Arc<Ladder>, metrics: Arc<Metrics>, members: Option<Arc<Members>>, purge: Arc<Purge>) -> Self {
+    pub fn new(node: Arc<Node>, origin: Arc<Upstream>, metrics: Arc<Metrics>, members: Option<Arc<Members>>, purge: Arc<Purge>) -> Self {
         Self {
-            ladder,
+            node,
+            origin,
             metrics,
             members,
             purge,
             phase: Mutex::new(Phase::Starting),
             began: Instant::now(),
             started: SystemTime::now(),
-            memory_limit: plan::memory_limit(),
+            memory_limit: memory_plan::memory_limit(),
             history: Mutex::default(),
             problems: Mutex::default(),
         }
@@ -173,7 +176,7 @@ async fn connection(stream: TcpStream, router: Router, busy: Arc<AtomicBool>, li
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.render(&admin.ladder.tiers())).into_response()
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.render(&admin.node.cache.tier_stats())).into_response()
 }
 
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {

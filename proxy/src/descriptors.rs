@@ -2,19 +2,13 @@
 //!
 //! Client connections get the descriptors that the other uses leave. So castier can accept and refuse a client too many with a 503; if
 //! `accept` itself failed, the client would wait without an answer. If descriptors run out all the same, the request fails with
-//! [`Limit::Files`](crate::fault::Limit::Files).
+//! [`Limit::Files`](castier_cache::Limit::Files).
 
 use castier_config::{Castier, Limits, OriginUrl};
-use rustix::{
-    io::Errno,
-    process::{Resource, Rlimit, getrlimit, setrlimit},
-};
-use std::{
-    error::Error,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 /// Descriptors that castier always needs: listeners, logs, the runtime.
@@ -174,14 +168,6 @@ fn fills(config: &Castier) -> u64 {
     fills * (each + 1) + requests * each + peers * (2 * fills + requests) + IDLE * (each + 1) / 2
 }
 
-/// Whether this error, or one of its sources, says that no descriptor was left.
-pub fn ran_out(error: &(dyn Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |&error| error.source()).any(|error| {
-        let number = error.downcast_ref().and_then(Errno::from_io_error);
-        matches!(number, Some(Errno::MFILE | Errno::NFILE))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -228,15 +214,5 @@ mod tests {
 
     fn remote() -> castier_config::Origin {
         castier_config::Origin { url: OriginUrl::Remote("http://127.0.0.1:1".parse().unwrap()), ..castier_config::Origin::default() }
-    }
-
-    #[test]
-    fn only_a_lack_of_descriptors_is_recognised() {
-        #[derive(Debug, thiserror::Error)]
-        #[error("somewhere")]
-        struct Somewhere(#[source] std::io::Error);
-        let io = |errno: Errno| std::io::Error::from(errno);
-        assert!(ran_out(&io(Errno::MFILE)) && ran_out(&Somewhere(io(Errno::NFILE))));
-        assert!(!ran_out(&io(Errno::CONNREFUSED)) && !ran_out(&Somewhere(std::io::Error::other("24"))));
     }
 }

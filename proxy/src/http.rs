@@ -1,37 +1,34 @@
-//! Connections: reads requests, asks the ladder, writes replies. With `relay.rs`, the only place that sees pingora's sessions.
+//! Connections: reads requests, asks the cache, writes replies. With `relay.rs`, the only place that sees pingora's sessions.
 //!
 //! Two lanes write the same [`Reply`]. A plain GET that memory or the disk can answer is written straight onto the connection; everything
 //! else about blobs goes through pingora's HTTP/1 session; what is no blob goes to [`Relay`], or, between nodes, to [`PeerDoor`].
 
+mod fast_path;
 mod peer;
-mod raw;
 mod tls;
 
 pub use peer::PeerDoor;
 
 use crate::{
-    conn::{Conn, response_header, write},
+    access_log::{self, CLIENT_GONE, More, Record},
+    connection::{Conn, response_header, write},
     descriptors::{Descriptors, Outgoing},
-    fault::{Fault, Limit},
-    flight::{Asker, Opened},
-    gate::{self, Head, NoHead},
-    ladder::{Found, Ladder, TierName, Whence},
+    memory_plan,
     metrics::{Listener, Metrics, Route, Served},
-    plan,
+    node::Node,
     purge::Purge,
-    record::{self, CLIENT_GONE, More, Record},
     relay::{Known, Relay},
+    reply::{Body, Reply},
+    request_body,
+    request_head::{self, Head, NoHead},
     secret::Asked,
-    serve::{Body, Reply, Via},
-    spool::Budget,
-    trace, upload,
-    upstream::{Parcel, Put},
-    via,
+    trace, via_header,
 };
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use castier_blob::Digest;
+use castier_cache::{Asker, Budget, Fault, Hit, Limit, Part, Put, SMALL, SourceKind, Stat, Via};
 use castier_config::{Limits, Proxies};
 use castier_wire::{self as wire, Selection, Target, trace::X_REQUEST_ID};
 use http::{HeaderMap, Method, StatusCode, Version, header};
@@ -51,7 +48,7 @@ use tokio::{io::AsyncWriteExt, time::timeout};
 const LINGER: Duration = Duration::from_secs(10);
 /// A listener's application.
 pub struct Front {
-    ladder: Arc<Ladder>,
+    node: Arc<Node>,
     door: Door,
     limits: Arc<ArcSwap<Limits>>,
     /// `log.trusted_proxies`.
@@ -131,7 +128,7 @@ impl ServerApp for Front {
 impl Front {
     /// The application over these parts, within `limits.client_memory` and the descriptors there are.
     pub fn new(
-        ladder: Arc<Ladder>,
+        node: Arc<Node>,
         door: Door,
         limits: Arc<ArcSwap<Limits>>,
         proxies: Proxies,
@@ -139,7 +136,7 @@ impl Front {
         descriptors: Arc<Descriptors>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { ladder, door, limits, proxies, memory, descriptors, metrics }
+        Self { node, door, limits, proxies, memory, descriptors, metrics }
     }
 
     /// The client that a request comes from: the one that trusted proxies name, else the one that is connected. At the peer listener it is
@@ -193,8 +190,8 @@ impl Front {
         // One that would first have to be secured is closed without a word.
         if !matches!(&self.door, Door::Peers(door) if door.is_secured()) {
             // Most are waited for until they have read the answer; beyond a number of these, none is.
-            let patience = if told { raw::REFUSAL } else { Duration::ZERO };
-            Box::pin(raw::refuse_connection(&mut Conn::new(stream, limits.write_timeout.get()), patience)).await;
+            let patience = if told { fast_path::REFUSAL } else { Duration::ZERO };
+            Box::pin(fast_path::refuse_connection(&mut Conn::new(stream, limits.write_timeout.get()), patience)).await;
         }
     }
 
@@ -211,7 +208,7 @@ impl Front {
             let idle = ahead.is_empty();
             let head = tokio::select! {
                 biased;
-                head = gate::read_head(&mut conn, &mut ahead, &limits, wait, &self.memory) => head,
+                head = request_head::read_head(&mut conn, &mut ahead, &limits, wait, &self.memory) => head,
                 _ = draining.wait_for(|down| *down), if idle => return,
             };
             wait = limits.idle_timeout.get();
@@ -268,7 +265,7 @@ impl Front {
                 }
                 _ => match &self.door {
                     Door::Clients { relay, .. } => {
-                        let Some(memory) = self.memory.lease(plan::relay(&head)) else {
+                        let Some(memory) = self.memory.lease(memory_plan::relay(&head)) else {
                             drop(ahead);
                             return Box::pin(self.shed_request(conn, Limit::ClientMemory, client)).await;
                         };
@@ -304,7 +301,7 @@ impl Front {
         client: Option<IpAddr>,
     ) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
-        let Some(_memory) = self.memory.lease(plan::request(head)) else {
+        let Some(_memory) = self.memory.lease(memory_plan::request(head)) else {
             drop(ahead);
             self.shed_request(conn, Limit::ClientMemory, client).await;
             return None;
@@ -327,7 +324,7 @@ impl Front {
             let code = reply.status.as_u16();
             let _ = write(&mut session, reply).await;
             session.shutdown().await;
-            raw::refused(self.door.listener(), code, started, client).log(&self.metrics);
+            fast_path::refused(self.door.listener(), code, started, client).log(&self.metrics);
             return None;
         }
         if *draining.borrow() {
@@ -336,8 +333,9 @@ impl Front {
         let method = session.req_header().method.clone();
         let path = session.req_header().uri.path().to_owned();
         let target = Target::of(&path);
-        let before = via::of(&session.req_header().headers);
-        let (reply, fault) = via::along(before, trace::along(request.clone(), self.answer(&mut session, &method, target, limits))).await;
+        let before = via_header::of(&session.req_header().headers);
+        let (reply, fault) =
+            via_header::along(before, trace::along(Some(request.clone()), self.answer(&mut session, &method, target, limits))).await;
         let mut error = fault.map(|fault| fault.to_string());
         let first_byte = reply.is_some().then(|| started.elapsed());
         let (code, served, cache, whole) = match reply {
@@ -348,7 +346,7 @@ impl Front {
                 }
                 peer::prove(&mut reply, asked);
                 let (code, mut served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
-                let written = trace::along(request.clone(), self.write_reply(&mut session, reply)).await;
+                let written = trace::along(Some(request.clone()), self.write_reply(&mut session, reply)).await;
                 let whole = written.is_ok();
                 if let Err(cut) = written {
                     served = Served::Error;
@@ -367,7 +365,7 @@ impl Front {
         if !whole && code != CLIENT_GONE {
             error.get_or_insert_with(|| "cut before its end".to_owned());
         }
-        let (proto, user_agent) = (Some(session.req_header().version), record::user_agent(&session.req_header().headers));
+        let (proto, user_agent) = (Some(session.req_header().version), access_log::user_agent(&session.req_header().headers));
         let digest = if let Target::Blob(digest) = target { Some(digest) } else { None };
         let more = More { first_byte, proto, user_agent, error: error.as_deref(), digest, trace: Some(&request) };
         Record { listener, route, method: method.as_str(), path: &path, code, bytes, took, cache: &cache, served, client, more }
@@ -376,7 +374,7 @@ impl Front {
             session.shutdown().await;
             return None;
         }
-        if !session.is_body_done() && !upload::expects_continue(&session) {
+        if !session.is_body_done() && !request_body::expects_continue(&session) {
             let _ = timeout(LINGER, async { while let Ok(Some(_)) = session.read_request_body().await {} }).await;
         }
         let (stream, ahead) = session.finish().await.ok().flatten()?.into_parts();
@@ -425,60 +423,36 @@ impl Front {
         if castier_wire::names_this_blob(&session.req_header().headers, digest) {
             return Ok(Reply::not_modified(digest));
         }
-        upload::no_body(session).await?;
+        request_body::no_body(session).await?;
         let headers = session.req_header().headers.clone();
         let select = |size: u64| castier_wire::select(&Method::GET, &headers, digest, size);
-        let found = match self.door {
-            Door::Peers(_) if peer::only_if_cached(&headers) => match self.ladder.kept(digest).await {
-                Some(found) => found,
-                None => return Ok(Reply::not_kept()),
-            },
-            _ => self.ladder.get(digest, self.door.asker()).await,
-        };
-        let (mut reader, collapsed) = match found {
-            Found::Memory(bytes, tier) => {
-                let selection = select(bytes.len() as u64);
-                let body = match selection {
-                    Selection::Part { first, last } => bytes.slice(first as usize..=last as usize),
-                    _ => bytes.clone(),
-                };
-                return Ok(Reply::blob(digest, Some(bytes.len() as u64), selection, Via::Tier(tier), Body::Whole(body)));
-            }
-            Found::Disk(blob) => {
-                let size = blob.size();
-                let selection = select(size);
-                let (first, end) = match selection {
-                    Selection::Part { first, last } => (first, last + 1),
-                    _ => (0, size),
-                };
-                let body = Body::Disk(self.ladder.read_disk(digest, self.door.asker(), blob, first, end));
-                return Ok(Reply::blob(digest, Some(size), selection, Via::Tier(TierName::Disk), body));
-            }
-            Found::Flight { reader, collapsed } => (reader, collapsed),
-        };
-        let part = |size: Option<u64>| match size.map(select) {
-            None => (0, None),
-            Some(Selection::Whole) => (0, size),
-            Some(Selection::Part { first, last }) => (first, Some(last + 1)),
-            Some(Selection::NotModified | Selection::Unsatisfiable) => (0, Some(0)),
-        };
         // Without a length, an HTTP/1.0 client could take a cut body for a whole one, and a range would have nothing to refer to.
-        let need_size = session.req_header().version == Version::HTTP_10
+        let needs_size = session.req_header().version == Version::HTTP_10
             || headers.contains_key(header::RANGE)
             || headers.contains_key(header::IF_NONE_MATCH);
-        let opened = tokio::select! {
-            biased;
-            opened = reader.open(need_size, part) => opened?,
-            _ = session.read_body_or_idle(true) => return Err(Fault::ClientGone("before the answer".into())),
+        let part = |size: Option<u64>| match size.map(select) {
+            None if needs_size => Part::AfterSize,
+            None | Some(Selection::Whole) => Part::Whole,
+            Some(Selection::Part { first, last }) => Part::Bytes(first..last + 1),
+            Some(Selection::NotModified | Selection::Unsatisfiable) => Part::Bytes(0..0),
         };
-        Ok(match opened {
-            Opened::Blob(size) => {
-                let selection = size.map_or(Selection::Whole, select);
-                let via = Via::Flight { peer: reader.from_peer(), collapsed, stored: reader.is_stored() };
-                Reply::blob(digest, size, selection, via, Body::Flight(reader))
+        let cache = &self.node.cache;
+        let hit = if matches!(self.door, Door::Peers(_)) && peer::only_if_cached(&headers) {
+            match cache.kept(digest, part).await {
+                Some(hit) => Some(hit),
+                None => return Ok(Reply::not_kept()),
             }
-            Opened::Absent if *digest == Digest::EMPTY => empty(select(0)),
-            Opened::Absent => Reply::absent(digest),
+        } else {
+            tokio::select! {
+                biased;
+                hit = cache.get(digest, self.door.asker(), part) => hit?,
+                _ = session.read_body_or_idle(true) => return Err(Fault::ClientGone("before the answer".into())),
+            }
+        };
+        Ok(match hit {
+            Some(Hit { size, via, reader }) => Reply::blob(digest, size, size.map_or(Selection::Whole, select), via, Body::Blob(reader)),
+            None if *digest == Digest::EMPTY => empty(select(0)),
+            None => Reply::absent(digest),
         })
     }
 
@@ -486,23 +460,18 @@ impl Front {
         if castier_wire::names_this_blob(&session.req_header().headers, digest) {
             return Ok(Reply::not_modified(digest));
         }
-        upload::no_body(session).await?;
+        request_body::no_body(session).await?;
         if matches!(self.door, Door::Peers(_)) && peer::only_if_cached(&session.req_header().headers) {
-            return Ok(peer::known(&self.ladder, digest).await);
+            return Ok(peer::known(&self.node.cache, digest).await);
         }
-        Ok(match self.ladder.stat(digest, self.door.asker()).await? {
-            (Opened::Blob(size), whence) => {
-                let via = match whence {
-                    Whence::Tier(tier) => Via::Tier(tier),
-                    Whence::Peer | Whence::Origin => Via::Flight { peer: whence == Whence::Peer, collapsed: false, stored: false },
-                };
-                let selection = castier_wire::select(&Method::HEAD, &session.req_header().headers, digest, size.unwrap_or(0));
+        let headers = &session.req_header().headers;
+        Ok(match self.node.stat(digest, self.door.asker()).await? {
+            (Stat::Present(size), via) => {
+                let selection = castier_wire::select(&Method::HEAD, headers, digest, size.unwrap_or(0));
                 Reply::blob(digest, size, selection, via, Body::Empty)
             }
-            (Opened::Absent, _) if *digest == Digest::EMPTY => {
-                empty(castier_wire::select(&Method::HEAD, &session.req_header().headers, digest, 0))
-            }
-            (Opened::Absent, _) => Reply::absent(digest),
+            (Stat::Absent, _) if *digest == Digest::EMPTY => empty(castier_wire::select(&Method::HEAD, headers, digest, 0)),
+            (Stat::Absent, _) => Reply::absent(digest),
         })
     }
 
@@ -512,7 +481,7 @@ impl Front {
         let max = limits.max_blob.get();
         let request = session.req_header();
         let announced = request.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.trim().parse::<u64>().ok());
-        let boundary = if digest.is_none() { upload::boundary(&request.headers)? } else { None };
+        let boundary = if digest.is_none() { request_body::boundary(&request.headers)? } else { None };
         // A form is longer than its file.
         let size = if boundary.is_some() { None } else { announced };
         if size.is_some_and(|size| size > max) {
@@ -520,29 +489,29 @@ impl Front {
         }
         // One that is streamed has a connection to the origin of its own for as long as it lasts.
         let _connection = match size {
-            Some(size) if size <= Parcel::SMALL as u64 => None,
+            Some(size) if size <= SMALL as u64 => None,
             _ => Some(self.outgoing().ok_or(Fault::Busy(Limit::Files))?),
         };
-        if upload::expects_continue(session) {
+        if request_body::expects_continue(session) {
             if let Some(digest) = digest
-                && let Ok(Some(size)) = self.ladder.stored_at_origin(&digest, size, self.door.asker()).await
+                && let Ok(Some(size)) = self.node.stored_at_origin(&digest, size, self.door.asker()).await
             {
                 return Ok(Reply::stored(&digest, size, false, true));
             }
-            upload::go_on(session).await?;
+            request_body::go_on(session).await?;
         }
-        let mut body = upload::of_session(session, max, boundary.is_some());
+        let mut body = request_body::of_session(session, max, boundary.is_some());
         if let Some(boundary) = boundary {
-            body = upload::first_file(body, boundary, max);
+            body = request_body::first_file(body, boundary, max);
         }
         let (put, stored, size) =
-            self.ladder.put(digest, size, body, self.door.asker()).await.inspect_err(|fault| not_stored(digest.as_ref(), fault))?;
+            self.node.put(digest, size, body, self.door.asker()).await.inspect_err(|fault| not_stored(digest.as_ref(), fault))?;
         Ok(Reply::stored(&stored, size, put == Put::Created, digest.is_some()))
     }
 
     async fn delete(&self, session: &mut ServerSession, digest: &Digest) -> Result<Reply, Fault> {
-        upload::no_body(session).await?;
-        let deleted = self.ladder.delete(digest).await?;
+        request_body::no_body(session).await?;
+        let deleted = self.node.delete(digest).await?;
         if let Door::Clients { purge, .. } = &self.door {
             purge.everywhere(digest).await;
         }
@@ -552,15 +521,9 @@ impl Front {
     /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.
     async fn write_reply(&self, session: &mut ServerSession, reply: Reply) -> Result<(), Cut> {
         let Reply { status, headers, body, served, tier } = reply;
-        let mut body = match body {
-            Body::Flight(_) | Body::Disk(_) => body,
-            whole => {
-                let sent = write(session, Reply { status, headers, body: whole, served, tier }).await;
-                if let Some(tier) = tier {
-                    self.metrics.served_from(self.door.listener(), Some(tier), session.body_bytes_sent() as u64);
-                }
-                return sent.map_err(Cut::client);
-            }
+        let mut reader = match body {
+            Body::Blob(reader) => reader,
+            body => return write(session, Reply { status, headers, body, served, tier }).await.map_err(Cut::client),
         };
         let mut head = response_header(status, &headers);
         if !headers.contains_key(header::CONTENT_LENGTH) {
@@ -571,7 +534,7 @@ impl Front {
         loop {
             let piece = tokio::select! {
                 biased;
-                piece = body.next() => piece,
+                piece = reader.next() => piece,
                 _ = session.read_body_or_idle(true) => return Err(Cut::client("closed")),
             };
             match piece {
@@ -598,7 +561,7 @@ impl Front {
 
 /// The empty blob is there even if the origin does not have it.
 fn empty(selection: Selection) -> Reply {
-    Reply::blob(&Digest::EMPTY, Some(0), selection, Via::Flight { peer: false, collapsed: false, stored: false }, Body::Empty)
+    Reply::blob(&Digest::EMPTY, Some(0), selection, Via::asked(SourceKind::Origin), Body::Empty)
 }
 
 /// An upload failed. What the client did wrong stands in its access record; what the origin or a peer failed to do is for an operator.

@@ -1,38 +1,30 @@
 //! castier: a caching tier in front of a content-addressed store.
 //!
-//! One GET walks through the house like this. [`gate`] reads its head off the connection; [`http`] asks the [`ladder`] for the blob;
-//! the ladder looks into [`memory`] and onto the [`disk`], and if neither has it, joins or starts a [`flight`], which opens the origin through
-//! [`upstream`], spools the bytes as they come ([`spool`]), hashes them, and keeps the blob once it has verified. Meanwhile everyone
-//! who asked reads from the flight. [`serve`] says what the answer's head is, whichever way the blob was found, and
-//! [`http`] writes it. What is no blob goes to the origin through [`relay`].
+//! A GET takes this way. [`request_head`] reads its head off the connection. [`http`] asks the cache for the blob ([`castier_cache`]). If no tier has it,
+//! the cache starts or joins a flight, which asks peers and the origin as [`cluster_plan`] says, through [`upstream`]. [`reply`] makes the answer's head,
+//! however the blob was found, and [`http`] writes it. Everything that is no blob goes to the origin through [`relay`].
 
+pub mod access_log;
 pub mod admin;
-pub mod buffer;
 mod chunks;
-pub mod conn;
+pub mod cluster_plan;
+pub mod connection;
 pub mod descriptors;
-pub mod disk;
-pub mod eviction;
-pub mod fault;
-pub mod flight;
-pub mod gate;
+pub mod groupcache;
 pub mod http;
-pub mod ladder;
 pub mod members;
-pub mod memory;
+pub mod memory_plan;
 pub mod metrics;
-pub mod plan;
-pub mod pool;
+pub mod node;
 pub mod purge;
 pub mod recent;
-pub mod record;
 pub mod relay;
+pub mod reply;
+pub mod request_body;
+pub mod request_head;
 pub mod ring;
 pub mod secret;
-pub mod serve;
-pub mod spool;
-pub mod tier;
 pub mod trace;
-pub mod upload;
+pub mod traced_plan;
 pub mod upstream;
-pub mod via;
+pub mod via_header;

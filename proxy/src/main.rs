@@ -3,24 +3,22 @@
 use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin, Phase},
+    cluster_plan::ClusterPlan,
     descriptors::{self, Descriptors, Shares},
-    disk::Disk,
-    fault::Fault,
-    flight::{Flights, Tiers},
     http::{Door, Front, PeerDoor},
-    ladder::Ladder,
     members::Members,
-    memory::Memory,
+    memory_plan,
     metrics::{Listener, Metrics},
-    plan,
+    node::Node,
     purge::Purge,
     relay::Relay,
     secret::Secrets,
-    spool::{Budget, Room},
     trace,
-    upstream::{self, HttpProbe, Peers, Sources, Upstream},
+    traced_plan::TracedPlan,
+    upstream::{self, HttpProbe, Peers, Upstream},
 };
 use castier_blob::Digest;
+use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Tiers};
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
 use castier_origin::{
     Origin,
@@ -167,14 +165,13 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let nodes = Nodes::of(&config, &metrics)?;
     let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
     let fill_memory = Budget::new(config.fill.memory.get());
-    let tiers = tiers(&config, &shares, &fill_memory, &metrics, tell_rotten)?;
-    let room = Room::new(&config, fill_memory.clone(), metrics.clone());
-    room.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", room.files.dir().display()))?;
+    let tiers = Tiers::open(&config, shares.open_files, &fill_memory, &metrics.cache, tell_rotten).map_err(|error| error.to_string())?;
+    let spools = Spools::new(&config, fill_memory, metrics.cache.clone());
+    spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin, metrics.clone())?;
     let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
-    let sources = Sources { origin: origin.clone(), peers: peers.clone() };
-    let flights = Flights::new(&config, limits.clone(), tiers.clone(), sources.clone(), room, metrics.clone());
-    let ladder = Arc::new(Ladder::new(tiers.clone(), flights, sources, fill_memory, metrics.clone()));
+    let cache = Cache::new(&config, limits.clone(), tiers.clone(), spools, planner(&origin, peers.clone()), metrics.cache.clone());
+    let node = Arc::new(Node { cache: cache.clone(), origin: Arc::new(origin.store()), peers: peers.clone(), metrics: metrics.clone() });
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let name = shown(&public);
     let own_name = config.cluster.as_ref().map_or_else(|| name.clone(), |cluster| cluster.advertise.clone());
@@ -185,15 +182,15 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
         trace::export_to(spans.sample(), move |span| spans.send(span));
         exporter
     });
-    let purge = Purge::new(ladder.clone(), peers, own_name);
+    let purge = Purge::new(cache.clone(), peers, own_name);
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
     let door = Door::Clients { relay, purge: purge.clone() };
-    let admin = Arc::new(Admin::new(ladder.clone(), metrics.clone(), members, purge));
+    let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge));
     let client_memory = Budget::new(config.limits.client_memory.get());
     let descriptors = Descriptors::new(shares);
     let front = |door| {
         let proxies = config.log.trusted_proxies.clone();
-        Front::new(ladder.clone(), door, limits.clone(), proxies, client_memory.clone(), descriptors.clone(), metrics.clone())
+        Front::new(node.clone(), door, limits.clone(), proxies, client_memory.clone(), descriptors.clone(), metrics.clone())
     };
 
     log.say(&format!("listening public {name}"));
@@ -213,7 +210,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
         _ => None,
     };
     let public = Listening::open("public", front(door), public)?;
-    tokio::spawn(refetch(ladder.clone(), rotten));
+    tokio::spawn(refetch(cache, rotten));
     tokio::spawn(log_stats(admin.clone(), config.log.stats_interval.get()));
     tokio::spawn(keep_history(admin.clone()));
     // The embedded one is here.
@@ -226,7 +223,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     admin.enter(Phase::Ready);
     shares.tell(&config);
     tell_plan(&config, &limits.load(), &metrics);
-    metrics.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
+    metrics.cache.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
     let secrets = nodes.as_ref().map(|nodes| nodes.secrets.clone());
@@ -308,9 +305,9 @@ fn shown(listener: &TcpListener) -> String {
 
 /// Tells what may be held in memory, and whether it fits: to the log and in the series.
 fn tell_plan(config: &Castier, limits: &Limits, metrics: &Metrics) {
-    plan::tell(config, limits);
-    metrics.memory_planned.set(gauged(plan::memory(config, limits)));
-    metrics.memory_limit.set(plan::memory_limit().map_or(0, gauged));
+    memory_plan::tell(config, limits);
+    metrics.memory_planned.set(gauged(memory_plan::memory(config, limits)));
+    metrics.memory_limit.set(memory_plan::memory_limit().map_or(0, gauged));
 }
 
 /// As a gauge takes it.
@@ -318,27 +315,16 @@ fn gauged(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// The places for blobs. A cluster takes its mirror's part out of the memory.
-fn tiers(
-    config: &Castier,
-    shares: &Shares,
-    fill_memory: &Arc<Budget>,
-    metrics: &Arc<Metrics>,
-    rotten: mpsc::Sender<Digest>,
-) -> Result<Tiers, String> {
-    let share = config.cluster.as_ref().map(|cluster| cluster.mirror_share);
-    let (memory, mirror) = {
-        let metrics = metrics.clone();
-        Memory::with_mirror(&config.memory, share, fill_memory, move |tier, age| metrics.evicted(tier, age))
-    };
-    let disk = match &config.disk {
-        Some(disk) => {
-            let disk = config::Disk { open_files: shares.open_files, ..disk.clone() };
-            Some(Disk::open(&disk, metrics.clone(), rotten).map_err(|error| error.to_string())?)
-        }
-        None => None,
-    };
-    Ok(Tiers { memory: Arc::new(memory), mirror: mirror.map(Arc::new), disk })
+/// Plans flights: over the cluster, if there is one, and the origin. Each goes on for the request that starts it.
+fn planner(origin: &Arc<Upstream>, peers: Option<Arc<Peers>>) -> Planner {
+    let origin: Arc<dyn Source> = Arc::new(origin.store());
+    Box::new(move |digest| {
+        let plan: Box<dyn castier_cache::Plan> = match &peers {
+            Some(peers) => Box::new(ClusterPlan::new(peers.clone(), origin.clone(), *digest)),
+            None => Box::new(OneSource(origin.clone())),
+        };
+        Box::new(TracedPlan::new(plan, *digest))
+    })
 }
 
 /// How long the first look-up of `cluster.dns` may keep a node from being ready: without members it serves too, but asks the origin for all.
@@ -463,9 +449,9 @@ async fn drain(config: &Castier, metrics: &Metrics, nodes: Option<&Nodes>, publi
 }
 
 /// Fetches anew what rotted on disk with nobody asking for it, one blob after the other: none of it is urgent.
-async fn refetch(ladder: Arc<Ladder>, mut rotten: mpsc::Receiver<Digest>) {
+async fn refetch(cache: Arc<Cache>, mut rotten: mpsc::Receiver<Digest>) {
     while let Some(digest) = rotten.recv().await {
-        ladder.clone().refetch(digest).await;
+        cache.refetch(digest).await;
     }
 }
 
@@ -494,7 +480,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// Asks the origin once at the start. If it is down, `upstream` logs that. If it answers, but not as a store of blobs, that is logged here.
 async fn ask_origin(origin: Arc<Upstream>, url: String) {
-    match origin.stat(&Digest::EMPTY).await {
+    match origin.store().stat(&[Digest::EMPTY]).await {
         Err(fault @ Fault::Unusable { .. }) => {
             let hint = "check origin.url";
             tracing::warn!(%fault, "the origin {url} answers, but not as a store of blobs does to a HEAD; {hint}");
@@ -508,7 +494,7 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
         tokio::time::sleep(ASK_AGAIN).await;
         if origin.origin_state().is_some_and(|state| !state.up) {
             // What it answers is noted where it is asked.
-            origin.stat(&Digest::EMPTY).await.ok();
+            origin.store().stat(&[Digest::EMPTY]).await.ok();
         }
     }
 }

@@ -1,56 +1,21 @@
-//! Every series of the tier in one place. Labels are finite and never hold a digest.
-//!
-//! The ledger: when no request is running, `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one
-//! of `source_loads{result}`. A HEAD, and a 304 by validator, are not gets, since they send no blob.
+//! The series of the tier beside those of its cache. Labels are finite and never hold a digest.
 
-mod ages;
-
-use crate::{
-    fault::Limit,
-    recent::{ClientRequest, Recent},
-    tier::{TierName, TierStats},
-};
-use ages::Ages;
+use crate::recent::{ClientRequest, Recent};
 use castier_blob::Digest;
+use castier_cache::{Limit, SECONDS, Tier, TierStats};
 use parking_lot::Mutex;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder, core::Collector, process_collector::ProcessCollector,
 };
-use std::{net::IpAddr, sync::OnceLock, time::Duration};
-
-/// Buckets in seconds: from below what a client notices, to the time of a blob of many gigabytes.
-const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
-
-/// More buckets for the age of evicted blobs, up to a month: a large tier keeps blobs for days.
-const AGES: [f64; 7] = [300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0, 2_592_000.0];
+use std::{
+    net::IpAddr,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 /// The `code` if the client left before there was an answer, as in nginx.
 pub const CLIENT_GONE: u16 = 499;
-
-/// As the arrays have them.
-const TIERS: [TierName; 3] = [TierName::Memory, TierName::Mirror, TierName::Disk];
-
-/// How a flight ended: the `result` label of `castier_source_loads_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The blob was received and verified.
-    Ok,
-    /// The source does not have the blob.
-    Absent,
-    /// Anything else.
-    Error,
-}
-
-impl Outcome {
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Absent => "absent",
-            Self::Error => "error",
-        }
-    }
-}
 
 /// The listener that got a request: the `listener` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,130 +154,14 @@ impl Drop for PeerSeries {
     }
 }
 
-/// An operation on the disk: the `op` label of `castier_disk_errors_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiskOp {
-    /// A kept file was opened, or a directory listed.
-    Open,
-    /// A kept file was read.
-    Read,
-    /// A blob was written or renamed.
-    Write,
-    /// A file was deleted, or moved to the quarantine.
-    Remove,
-    /// A spool file in `fill.spool_dir` was created, written or read.
-    Spool,
-}
-
-impl DiskOp {
-    const ALL: [Self; 5] = [Self::Open, Self::Read, Self::Write, Self::Remove, Self::Spool];
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Open => "open",
-            Self::Read => "read",
-            Self::Write => "write",
-            Self::Remove => "remove",
-            Self::Spool => "spool",
-        }
-    }
-}
-
-/// The kind of a disk error: the `kind` label of `castier_disk_errors_total`, and the `reason` label of `castier_disk_write_errors_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiskError {
-    /// The file system is full.
-    Full,
-    /// The user's quota is exhausted.
-    Quota,
-    /// The file system is read-only.
-    ReadOnly,
-    /// The device failed.
-    Io,
-    /// Too many files are open.
-    Files,
-    /// The file would be larger than the process or the file system allows.
-    TooLarge,
-    /// This user has no permission.
-    Denied,
-    /// Something else is at the path, or at one of its directories.
-    Path,
-    /// No answer within `disk.timeout`, or `fill.spool_timeout`.
-    Timeout,
-    /// Not tried: the file system has not answered lately, or too much work is queued.
-    Busy,
-    /// Anything else.
-    Other,
-}
-
-impl DiskError {
-    const ALL: [Self; 11] = [
-        Self::Full,
-        Self::Quota,
-        Self::ReadOnly,
-        Self::Io,
-        Self::Files,
-        Self::TooLarge,
-        Self::Denied,
-        Self::Path,
-        Self::Timeout,
-        Self::Busy,
-        Self::Other,
-    ];
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Full => "full",
-            Self::Quota => "quota",
-            Self::ReadOnly => "read_only",
-            Self::Io => "io",
-            Self::Files => "files",
-            Self::TooLarge => "too_large",
-            Self::Denied => "denied",
-            Self::Path => "path",
-            Self::Timeout => "timeout",
-            Self::Busy => "busy",
-            Self::Other => "other",
-        }
-    }
-}
-
-/// Why the disk tier did not write a blob: the `reason` label of `castier_disk_skipped_writes_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Skip {
-    /// `disk.write_behind` was full.
-    Queue,
-    /// A write had failed less than `disk.cooldown` ago.
-    ReadOnly,
-    /// A purge happened in the meantime, perhaps of this blob.
-    Purged,
-    /// The write failed.
-    Failed,
-    /// The file system did not answer in time less than `disk.cooldown` ago.
-    Timeout,
-}
-
-impl Skip {
-    /// Every reason, so that all series exist from the start.
-    pub const ALL: [Self; 5] = [Self::Queue, Self::ReadOnly, Self::Purged, Self::Failed, Self::Timeout];
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Queue => "queue",
-            Self::ReadOnly => "read_only",
-            Self::Purged => "purged",
-            Self::Failed => "failed",
-            Self::Timeout => "timeout",
-        }
-    }
-}
-
 /// Returns how many log records each sink has dropped so far.
 pub type LogDrops = fn() -> [(&'static str, u64); 3];
 
 /// The series.
 pub struct Metrics {
     registry: Registry,
+    /// The series of the cache.
+    pub cache: Arc<castier_cache::Metrics>,
     requests: IntCounterVec,
     /// The series of hits, looked up once, since hits must be fast.
     hit_requests: [OnceLock<IntCounter>; 2],
@@ -320,7 +169,7 @@ pub struct Metrics {
     first_bytes: [[Histogram; 5]; 5],
     in_flight: IntGauge,
     uploads: IntGauge,
-    /// Bytes served: by listener, and from the tiers in the order of [`TierName`] or from flights.
+    /// Bytes served: by listener, and from the tiers in the order of [`Tier`] or from flights.
     served: [[IntCounter; 4]; 2],
     /// Bytes received from the origin and from peers.
     source_bytes: [IntCounter; 2],
@@ -328,53 +177,9 @@ pub struct Metrics {
     client_errors: IntCounter,
     /// The most active clients and digests, for `/stats`.
     pub recent: Recent,
-    /// Gets: requests for the bytes of a blob.
-    pub gets: IntCounter,
-    /// Gets that no tier could answer.
-    pub loads: IntCounter,
-    /// Loads that started a flight.
-    pub flights: IntCounter,
-    /// Loads that joined one.
-    pub collapsed: IntCounter,
-    /// Gets answered by tiers, in the order of [`TierName`].
-    hits: [IntCounter; 3],
-    /// Hits whose gets came from peers.
-    pub hits_from_peers: IntCounter,
-    /// The time that fills waited for a permit.
-    fill_wait: Histogram,
     origin_up: IntGauge,
-    source_loads: IntCounterVec,
-    source_duration: HistogramVec,
-    source_resumes: IntCounterVec,
-    /// Running fills.
-    pub flights_in_progress: IntGauge,
-    /// Requests reading a flight that another request started.
-    pub flight_followers: IntGauge,
-    tier_bytes: IntGaugeVec,
-    tier_capacity: IntGaugeVec,
-    tier_blobs: IntGaugeVec,
-    tier_evictions: IntCounterVec,
-    /// In the order of [`TierName`].
-    evicted_age: [Histogram; 3],
-    evicted_lately: [Ages; 3],
     following: Mutex<()>,
-    corrupt: IntCounterVec,
     shed: IntCounterVec,
-    /// The fraction of the disk tier that has been listed since the start, 0 to 1.
-    pub disk_scan_progress: Gauge,
-    /// The end of the last complete scrub, in seconds since 1970; 0 before that.
-    pub disk_scrub_last_pass: IntGauge,
-    /// Blobs that the scrub has verified.
-    pub disk_scrubbed: IntCounter,
-    disk_errors: IntCounterVec,
-    /// Bytes of the disk tier's file system that this user may still write.
-    pub disk_avail: IntGauge,
-    disk_inodes: IntGauge,
-    disk_io: [Histogram; 2],
-    disk_write_errors: IntCounterVec,
-    disk_skipped_writes: IntCounterVec,
-    /// The scrub's rate in bytes per second; 0 if it is off.
-    pub disk_scrub_rate: IntGauge,
     certificate_expiry: IntGaugeVec,
     /// The memory limit of the control group in bytes; 0 if there is none.
     pub memory_limit: IntGauge,
@@ -382,8 +187,6 @@ pub struct Metrics {
     pub memory_planned: IntGauge,
     cluster_peers: IntGaugeVec,
     cluster_changes: IntCounter,
-    /// Gets that came from peers.
-    pub gets_from_peers: IntCounter,
     /// Failed requests to peers, including peers that have left.
     pub peer_errors: IntCounter,
     peer_up: IntGaugeVec,
@@ -425,15 +228,10 @@ impl Metrics {
             counters(&r, "castier_http_response_bytes_total", "Bytes of blobs sent to clients and peers", &["from", "listener"])?;
         let froms = ["memory", "mirror", "disk", "flight"];
         let source_bytes = counters(&r, "castier_source_bytes_total", "Bytes of blobs received from a source", &["source"])?;
-        let hits = counters(&r, "castier_hits_total", "Gets answered by a tier", &["tier"])?;
-        let disk_io =
-            histograms(&r, "castier_disk_io_seconds", "Time of reads and writes of the disk tier that waited for the disk", &["op"])?;
-        let ages: Vec<f64> = SECONDS.into_iter().chain(AGES).collect();
-        let ages = HistogramOpts::new("castier_tier_evicted_age_seconds", "Time that evicted blobs had been in a tier").buckets(ages);
-        let evicted_age = add(&r, HistogramVec::new(ages, &["tier"])?)?;
         let info = gauges(&r, "castier_build_info", "The running version", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
+            cache: Arc::new(castier_cache::Metrics::new(&r)?),
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
             hit_requests: Default::default(),
             durations: by_result(durations),
@@ -445,50 +243,9 @@ impl Metrics {
             source_bytes: ["origin", "peer"].map(|source| source_bytes.with_label_values(&[source])),
             client_errors: IntCounter::new("errors", "Not registered")?,
             recent: Recent::default(),
-            gets: counter(&r, "castier_gets_total", "Requests for the bytes of a blob")?,
-            loads: counter(&r, "castier_loads_total", "Gets that no tier could answer")?,
-            flights: counter(&r, "castier_flights_total", "Loads that started a flight")?,
-            collapsed: counter(&r, "castier_collapsed_total", "Loads that joined a flight or found a remembered absence")?,
-            hits: TIERS.map(|tier| hits.with_label_values(&[tier.as_str()])),
-            hits_from_peers: counter(&r, "castier_hits_from_peers_total", "Gets from peers that a tier answered")?,
-            fill_wait: add(
-                &r,
-                Histogram::with_opts(
-                    HistogramOpts::new("castier_fill_wait_seconds", "Time that fills waited for a permit").buckets(SECONDS.to_vec()),
-                )?,
-            )?,
             origin_up: gauge(&r, "castier_origin_up", "Whether the origin is up, as the last requests showed")?,
-            source_loads: counters(&r, "castier_source_loads_total", "Finished flights, by source and result", &["source", "result"])?,
-            source_duration: histograms(&r, "castier_source_load_duration_seconds", "Duration of flights", &["source"])?,
-            source_resumes: counters(&r, "castier_source_resumes_total", "Broken transfers that were resumed", &["source"])?,
-            flights_in_progress: gauge(&r, "castier_flights_in_progress", "Flights in progress")?,
-            flight_followers: gauge(&r, "castier_flight_followers", "Requests that are reading a flight of another request")?,
-            tier_bytes: gauges(&r, "castier_tier_bytes", "Bytes in a tier", &["tier"])?,
-            tier_capacity: gauges(&r, "castier_tier_capacity_bytes", "Capacity of a tier", &["tier"])?,
-            tier_blobs: gauges(&r, "castier_tier_blobs", "Blobs in a tier", &["tier"])?,
-            tier_evictions: counters(&r, "castier_tier_evictions_total", "Blobs evicted for lack of space", &["tier"])?,
-            evicted_age: TIERS.map(|tier| evicted_age.with_label_values(&[tier.as_str()])),
-            evicted_lately: Default::default(),
             following: Mutex::new(()),
-            corrupt: counters(&r, "castier_corrupt_blobs_total", "Blobs whose bytes did not match their digest", &["source"])?,
             shed: counters(&r, "castier_shed_requests_total", "Requests refused at a limit", &["reason"])?,
-            disk_scan_progress: add(
-                &r,
-                Gauge::new("castier_disk_scan_progress_ratio", "Fraction of the disk tier listed since the start, 0 to 1")?,
-            )?,
-            disk_scrub_last_pass: gauge(
-                &r,
-                "castier_disk_scrub_last_pass_timestamp_seconds",
-                "End of the last complete scrub of the disk tier",
-            )?,
-            disk_scrubbed: counter(&r, "castier_disk_scrubbed_blobs_total", "Blobs of the disk tier that the scrub has verified")?,
-            disk_errors: counters(&r, "castier_disk_errors_total", "Failed operations on the disk", &["op", "kind"])?,
-            disk_avail: gauge(&r, "castier_disk_filesystem_avail_bytes", "Free bytes on the disk tier's file system")?,
-            disk_inodes: gauge(&r, "castier_disk_filesystem_free_inodes", "Free inodes on the disk tier's file system")?,
-            disk_io: ["read", "write"].map(|op| disk_io.with_label_values(&[op])),
-            disk_write_errors: counters(&r, "castier_disk_write_errors_total", "Failed writes to the disk tier", &["reason"])?,
-            disk_skipped_writes: counters(&r, "castier_disk_skipped_writes_total", "Blobs not written to the disk tier", &["reason"])?,
-            disk_scrub_rate: gauge(&r, "castier_disk_scrub_rate_bytes", "Configured rate of the scrub in bytes per second; 0: off")?,
             certificate_expiry: gauges(
                 &r,
                 "castier_certificate_expiry_timestamp_seconds",
@@ -499,7 +256,6 @@ impl Metrics {
             memory_planned: gauge(&r, "castier_memory_planned_bytes", "Most memory that the configuration allows")?,
             cluster_peers: gauges(&r, "castier_cluster_peers", "Peers, by state", &["state"])?,
             cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of the members of the cluster and of their state")?,
-            gets_from_peers: counter(&r, "castier_gets_from_peers_total", "Gets from peers")?,
             peer_errors: IntCounter::new("peer_errors", "Not registered")?,
             peer_up: gauges(&r, "castier_peer_up", "Whether a peer is up", &["peer"])?,
             peer_probe: add(
@@ -522,32 +278,11 @@ impl Metrics {
 
     /// Creates the series with known labels at 0, so that rates have a start.
     fn begin_at_zero(&self) {
-        for outcome in [Outcome::Ok, Outcome::Absent, Outcome::Error] {
-            for source in ["origin", "peer"] {
-                self.source_loads.with_label_values(&[source, outcome.as_str()]);
-            }
-        }
-        for source in ["origin", "peer"] {
-            self.source_duration.with_label_values(&[source]);
-            self.source_resumes.with_label_values(&[source]);
-        }
-        for source in ["origin", "peer", "disk", "client"] {
-            self.corrupt.with_label_values(&[source]);
-        }
         for state in ["up", "down"] {
             self.cluster_peers.with_label_values(&[state]);
         }
         for limit in Limit::ALL {
             self.shed.with_label_values(&[limit.as_str()]);
-        }
-        for error in DiskError::ALL {
-            self.disk_write_errors.with_label_values(&[error.as_str()]);
-            for op in DiskOp::ALL {
-                self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]);
-            }
-        }
-        for skip in Skip::ALL {
-            self.disk_skipped_writes.with_label_values(&[skip.as_str()]);
         }
     }
 
@@ -607,23 +342,13 @@ impl Metrics {
 
     /// Requests of clients: all finished ones; those that failed (see `client_errors`); those that are running.
     pub fn client_requests(&self) -> (u64, u64, u64) {
-        let total = sum(&self.requests, Some(("listener", Listener::Public.as_str())));
+        let total = sum(&self.requests, ("listener", Listener::Public.as_str()));
         (total, self.client_errors.get(), u64::try_from(self.in_flight.get()).unwrap_or(0))
     }
 
-    /// Counts a get that a tier answered.
-    pub fn hit(&self, tier: TierName) {
-        self.hits[tier as usize].inc();
-    }
-
-    /// The number of gets that this tier answered.
-    pub fn hits(&self, tier: TierName) -> u64 {
-        self.hits[tier as usize].get()
-    }
-
     /// Counts bytes of answers that came from this tier; without a tier, from a flight.
-    pub fn served_from(&self, listener: Listener, tier: Option<TierName>, bytes: u64) {
-        self.served[listener as usize][tier.map_or(TIERS.len(), |tier| tier as usize)].inc_by(bytes);
+    pub fn served_from(&self, listener: Listener, tier: Option<Tier>, bytes: u64) {
+        self.served[listener as usize][tier.map_or(Tier::ALL.len(), |tier| tier as usize)].inc_by(bytes);
     }
 
     /// The bytes of blobs that were sent to clients.
@@ -642,90 +367,9 @@ impl Metrics {
         (origin.get(), peers.get())
     }
 
-    /// Records how long a fill waited for a permit.
-    pub fn waited(&self, wait: Duration) {
-        self.fill_wait.observe(wait.as_secs_f64());
-    }
-
     /// Sets whether the origin is up.
     pub fn set_origin_up(&self, up: bool) {
         self.origin_up.set(up.into());
-    }
-
-    /// Records that a tier evicted a blob of this age.
-    pub fn evicted(&self, tier: TierName, age: Duration) {
-        self.evicted_age[tier as usize].observe(age.as_secs_f64());
-        self.evicted_lately[tier as usize].add(age);
-    }
-
-    /// The median age of the blobs that a tier evicted lately; `None` if it has evicted none.
-    pub fn evicted_age(&self, tier: TierName) -> Option<Duration> {
-        self.evicted_lately[tier as usize].median()
-    }
-
-    /// Sets the free bytes and inodes of the disk tier's file system.
-    pub fn disk_space(&self, bytes: u64, inodes: u64) {
-        self.disk_avail.set(i64::try_from(bytes).unwrap_or(i64::MAX));
-        self.disk_inodes.set(i64::try_from(inodes).unwrap_or(i64::MAX));
-    }
-
-    /// Records the end of a flight.
-    pub fn source_load(&self, source: &str, outcome: Outcome, took: Duration) {
-        self.source_loads.with_label_values(&[source, outcome.as_str()]).inc();
-        self.source_duration.with_label_values(&[source]).observe(took.as_secs_f64());
-    }
-
-    /// The number of flights with this source and result.
-    pub fn source_loads(&self, source: &str, outcome: Outcome) -> u64 {
-        self.source_loads.with_label_values(&[source, outcome.as_str()]).get()
-    }
-
-    /// Counts a broken transfer that was resumed.
-    pub fn source_resume(&self, source: &str) {
-        self.source_resumes.with_label_values(&[source]).inc();
-    }
-
-    /// Counts a blob from `source` whose bytes did not match its digest.
-    pub fn corrupt(&self, source: &str) {
-        self.corrupt.with_label_values(&[source]).inc();
-    }
-
-    /// The number of such blobs from `source`.
-    pub fn corrupt_count(&self, source: &str) -> u64 {
-        self.corrupt.with_label_values(&[source]).get()
-    }
-
-    /// Counts a failed operation on the disk.
-    pub fn disk_error(&self, op: DiskOp, error: DiskError) {
-        self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).inc();
-        if op == DiskOp::Write {
-            self.disk_write_errors.with_label_values(&[error.as_str()]).inc();
-        }
-    }
-
-    /// The number of failed operations of this kind.
-    pub fn disk_errors(&self, op: DiskOp, error: DiskError) -> u64 {
-        self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).get()
-    }
-
-    /// The number of all failed operations on the disk.
-    pub fn all_disk_errors(&self) -> u64 {
-        sum(&self.disk_errors, None)
-    }
-
-    /// Records how long an operation waited for the disk.
-    pub fn disk_io(&self, op: DiskOp, took: Duration) {
-        self.disk_io[usize::from(op == DiskOp::Write)].observe(took.as_secs_f64());
-    }
-
-    /// Counts a blob that the disk tier did not write.
-    pub fn disk_skipped(&self, why: Skip) {
-        self.disk_skipped_writes.with_label_values(&[why.as_str()]).inc();
-    }
-
-    /// The number of blobs that the disk tier did not write for this reason.
-    pub fn disk_skips(&self, why: Skip) -> u64 {
-        self.disk_skipped_writes.with_label_values(&[why.as_str()]).get()
     }
 
     /// Counts a request that was refused at a limit.
@@ -785,17 +429,8 @@ impl Metrics {
     }
 
     /// The text for Prometheus, with the tiers' figures now.
-    pub fn render(&self, tiers: &[(&str, TierStats)]) -> String {
-        for (tier, stats) in tiers {
-            let gauge = |series: &IntGaugeVec, value: u64| series.with_label_values(&[*tier]).set(i64::try_from(value).unwrap_or(i64::MAX));
-            gauge(&self.tier_bytes, stats.bytes);
-            gauge(&self.tier_capacity, stats.capacity);
-            gauge(&self.tier_blobs, stats.blobs);
-            // The tier has the count, and this adds the difference. The lock keeps two scrapes from both adding it.
-            let evictions = self.tier_evictions.with_label_values(&[*tier]);
-            let _alone = self.following.lock();
-            evictions.inc_by(stats.evictions.saturating_sub(evictions.get()));
-        }
+    pub fn render(&self, tiers: &[(Tier, TierStats)]) -> String {
+        self.cache.tiers_are(tiers);
         if let Some(drops) = self.log_drops.get() {
             let _alone = self.following.lock();
             for (sink, count) in drops() {
@@ -818,11 +453,9 @@ impl Metrics {
     }
 }
 
-/// The sum over all series of a family, or over those with this label.
-fn sum(family: &IntCounterVec, label: Option<(&str, &str)>) -> u64 {
-    let has = |metric: &prometheus::proto::Metric| {
-        label.is_none_or(|(name, value)| metric.get_label().iter().any(|own| own.name() == name && own.value() == value))
-    };
+/// All series of a family with this label together.
+fn sum(family: &IntCounterVec, (name, value): (&str, &str)) -> u64 {
+    let has = |metric: &prometheus::proto::Metric| metric.get_label().iter().any(|own| own.name() == name && own.value() == value);
     let families = family.collect();
     let metrics = families.iter().flat_map(prometheus::proto::MetricFamily::get_metric);
     metrics.filter(|metric| has(metric)).map(|metric| metric.get_counter().get_value() as u64).sum()

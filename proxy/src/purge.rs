@@ -7,9 +7,10 @@
 //!
 //! After the first round, only such copies are left. The second round removes them.
 
-use crate::{ladder::Ladder, members::Member, upstream::Peers};
+use crate::{members::Member, upstream::Peers};
 use backon::{ExponentialBuilder, Retryable as _};
 use castier_blob::Digest;
+use castier_cache::Cache;
 use futures::future::join_all;
 use serde::Serialize;
 use std::{sync::Arc, time::Duration};
@@ -21,7 +22,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// Purges blobs on this node and its peers.
 pub struct Purge {
-    ladder: Arc<Ladder>,
+    cache: Arc<Cache>,
     /// `None` if this node is not in a cluster.
     peers: Option<Arc<Peers>>,
     /// This node's name in answers.
@@ -39,8 +40,8 @@ pub struct Purged {
 
 impl Purge {
     /// Purges on this node, called `name`, and on `peers` if there are any.
-    pub fn new(ladder: Arc<Ladder>, peers: Option<Arc<Peers>>, name: String) -> Arc<Self> {
-        Arc::new(Self { ladder, peers, name })
+    pub fn new(cache: Arc<Cache>, peers: Option<Arc<Peers>>, name: String) -> Arc<Self> {
+        Arc::new(Self { cache, peers, name })
     }
 
     /// Removes the blob from every member, including those that are down. Runs to its end even if the caller drops the future.
@@ -72,7 +73,7 @@ impl Purge {
 
     /// Removes the blob here and at these members. Returns the members that have removed it.
     async fn round(&self, digest: &Digest, members: &[Member]) -> Vec<Member> {
-        self.ladder.forget(digest).await;
+        self.cache.forget(digest).await;
         let Some(peers) = &self.peers else { return Vec::new() };
         let backoff = ExponentialBuilder::new().with_min_delay(PAUSE).with_max_times(RETRIES).with_jitter();
         let purge = async |member: &Member| {

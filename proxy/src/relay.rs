@@ -2,18 +2,18 @@
 //! `pingora_proxy`.
 
 use crate::{
-    conn::{self, Conn},
-    fault::{Fault, Limit},
-    gate::{Head, names_upgrade},
+    access_log,
+    connection::{self, Conn},
+    memory_plan,
     metrics::{Listener, Metrics, Route, Served},
-    plan, record,
-    serve::Reply,
-    spool::Lease,
+    reply::Reply,
+    request_head::{Head, names_upgrade},
     upstream::{Expected, Upstream},
-    via,
+    via_header,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use castier_cache::{Fault, Lease, Limit};
 use castier_config::Limits;
 use castier_wire::{
     self as wire,
@@ -133,7 +133,7 @@ impl Rules {
         if !response.status.is_informational() {
             response.append_header(wire::CACHE_STATUS, "castier; fwd=bypass")?;
         }
-        response.append_header(header::VIA, via::own(response.version))?;
+        response.append_header(header::VIA, via_header::own(response.version))?;
         // Each hop speaks its own version (RFC 9110, section 6.2).
         response.set_version(Version::HTTP_11);
         if session.req_header().version == Version::HTTP_10 && response.headers.contains_key(header::TRANSFER_ENCODING) {
@@ -246,7 +246,7 @@ impl ProxyHttp for Rules {
                 None => drop(request.remove_header(&name)),
             }
         }
-        request.append_header(header::VIA, via::own(session.req_header().version))?;
+        request.append_header(header::VIA, via_header::own(session.req_header().version))?;
         if let Some(credentials) = self.origin.credentials()
             && !request.headers.contains_key(header::AUTHORIZATION)
         {
@@ -284,7 +284,7 @@ impl ProxyHttp for Rules {
             let length = response.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.trim().parse().ok());
             match length {
                 _ if empty => {}
-                Some(length) => ctx.pay(plan::relay_answer(Some(length)))?,
+                Some(length) => ctx.pay(memory_plan::relay_answer(Some(length)))?,
                 // Most answers of unknown length come in small pieces, as events do. `response_body_filter` sees the others.
                 None => return self.answer_head(session, response),
             }
@@ -300,8 +300,8 @@ impl ProxyHttp for Rules {
         _end: bool,
         ctx: &mut Passage,
     ) -> pingora::Result<Option<Duration>> {
-        if !ctx.answer_paid && body.as_ref().is_some_and(|body| body.len() > plan::RELAY_PIECE) {
-            ctx.pay(plan::relay_answer(None))?;
+        if !ctx.answer_paid && body.as_ref().is_some_and(|body| body.len() > memory_plan::RELAY_PIECE) {
+            ctx.pay(memory_plan::relay_answer(None))?;
             ctx.answer_paid = true;
         }
         Ok(None)
@@ -342,7 +342,7 @@ impl ProxyHttp for Rules {
         reply.headers.extend(ctx.known.as_ref().and_then(|known| known.trace.tell_id()).map(|id| (X_REQUEST_ID, id)));
         session.set_keepalive(None);
         let error_code = reply.status.as_u16();
-        if let Err(error) = conn::write(session.as_downstream_mut(), reply).await {
+        if let Err(error) = connection::write(session.as_downstream_mut(), reply).await {
             tracing::debug!(%error, "client gone");
         }
         FailToProxy { error_code, can_reuse_downstream: false }
@@ -350,10 +350,10 @@ impl ProxyHttp for Rules {
 
     async fn logging(&self, session: &mut Session, error: Option<&pingora::Error>, ctx: &mut Passage) {
         let failed = ctx.failed || error.is_some();
-        let code = session.response_written().map_or(record::CLIENT_GONE, |response| response.status.as_u16());
+        let code = session.response_written().map_or(access_log::CLIENT_GONE, |response| response.status.as_u16());
         let request = session.req_header();
         let error = error.map(ToString::to_string);
-        let done = record::Record {
+        let done = access_log::Record {
             listener: Listener::Public,
             route: Route::Relay,
             method: request.method.as_str(),
@@ -364,13 +364,13 @@ impl ProxyHttp for Rules {
             cache: "castier; fwd=bypass",
             served: if failed || code >= 400 { Served::Error } else { Served::Miss },
             client: ctx.known.as_ref().and_then(|known| known.client),
-            more: record::More {
+            more: access_log::More {
                 proto: Some(request.version),
-                user_agent: record::user_agent(&request.headers),
+                user_agent: access_log::user_agent(&request.headers),
                 first_byte: ctx.first_byte,
                 trace: ctx.known.as_ref().map(|known| &known.trace),
                 error: ctx.error.as_deref().or(error.as_deref()).or_else(|| failed.then_some("cut before its end")),
-                ..record::More::default()
+                ..access_log::More::default()
             },
         };
         done.log(&self.metrics);

@@ -1,6 +1,6 @@
 //! Which request a task works for, so that its log records, its spans and what it asks of sources can be joined with those of other programs.
 //!
-//! What a client's request said of itself ([`Trace`]) goes along with the work, as `via` does: into the task of a flight, and from there to
+//! What a client's request said of itself ([`Trace`]) goes along with the work, as its `Via` does: into the task of a flight, and from there to
 //! peers and the origin. A flight that several requests join works for the one that began it.
 //!
 //! Spans go to the function that [`export_to`] was given. Without one, no span is made.
@@ -29,7 +29,8 @@ tokio::task_local! {
     static CURRENT: Option<Arc<Trace>>;
 }
 
-fn current() -> Option<Arc<Trace>> {
+/// What this task works for.
+pub fn current() -> Option<Arc<Trace>> {
     CURRENT.try_with(Clone::clone).ok().flatten()
 }
 
@@ -56,14 +57,14 @@ pub fn of(fields: &impl Fields) -> Trace {
     Trace::of(fields, Chance { trace: rand::random(), request: rand::random(), span: rand::random(), sampled })
 }
 
-/// Does the work of this request. Like all here, it is no `async fn`: that would hold the work twice, and a fill is large.
-pub fn along<F: Future>(trace: Arc<Trace>, work: F) -> impl Future<Output = F::Output> + use<F> {
-    CURRENT.scope(Some(trace), work)
+/// Does the work of this request. It is no `async fn`: that would hold the work twice, and a fill is large.
+pub fn along<F: Future>(trace: Option<Arc<Trace>>, work: F) -> impl Future<Output = F::Output> + use<F> {
+    CURRENT.scope(trace, work)
 }
 
-/// Work for a task of its own, that goes on with what this task has.
-pub fn carry<F: Future + Send>(work: F) -> impl Future<Output = F::Output> + Send + use<F> {
-    CURRENT.scope(current(), work)
+/// As [`along`], for work that does not wait.
+pub fn sync_along<T>(trace: Option<Arc<Trace>>, work: impl FnOnce() -> T) -> T {
+    CURRENT.sync_scope(trace, work)
 }
 
 /// What a source is told of the request that this task works for.
@@ -72,22 +73,22 @@ pub fn tell() -> impl Iterator<Item = (HeaderName, HeaderValue)> {
     told.into_iter().flatten().filter_map(|(name, value)| Some((name, value?)))
 }
 
-/// A part of a request's work: one source that is asked. Nothing, if nobody wants its span.
+/// A part of a request's work: one source that is asked. Does nothing, if nobody wants its span.
 pub struct Part {
     begun: Instant,
     trace: Option<Arc<Trace>>,
 }
 
 impl Part {
-    /// It begins.
-    pub fn begin() -> Self {
-        let sampled = if is_exported() { current().filter(|trace| trace.is_sampled()) } else { None };
+    /// A part of this request begins.
+    pub fn begin(of: Option<&Arc<Trace>>) -> Self {
+        let sampled = if is_exported() { of.filter(|trace| trace.is_sampled()) } else { None };
         Self { begun: Instant::now(), trace: sampled.map(|trace| Arc::new(trace.part(rand::random()))) }
     }
 
-    /// Does it: the source learns that this part asks.
-    pub fn over<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
-        CURRENT.scope(self.trace.clone().or_else(current), work)
+    /// What the source is told: that this part asks. None if it has no span.
+    pub fn trace(&self) -> Option<Arc<Trace>> {
+        self.trace.clone()
     }
 
     /// It is over: with this error, if it failed, and with what is known of it.
@@ -110,7 +111,11 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("x-request-id", HeaderValue::from_static("abc"));
         let trace = Arc::new(of(&headers));
-        let elsewhere = along(trace.clone(), async { tokio::spawn(carry(async { tell().collect::<HeaderMap>() })).await.unwrap() }).await;
+        let elsewhere = along(Some(trace.clone()), async {
+            let current = current();
+            tokio::spawn(along(current, async { sync_along(super::current(), || tell().collect::<HeaderMap>()) })).await.unwrap()
+        })
+        .await;
         assert_eq!(elsewhere["x-request-id"], "abc");
         assert!(elsewhere["traceparent"].to_str().unwrap().contains(&trace.trace_id().to_string()));
         assert_ne!(of(&headers).trace_id().to_string(), trace.trace_id().to_string());

@@ -1,4 +1,4 @@
-//! Sources: where blobs come from and uploads go to. The only place that sees pingora's connectors.
+//! The HTTP client: an origin or a peer as a [`Source`] and a [`Store`]. The only place that sees pingora's connectors.
 
 mod access;
 mod lent;
@@ -11,23 +11,21 @@ mod resolver;
 pub use access::ca_file;
 pub use lent::Expected;
 pub use origin_state::OriginState;
-pub use peers::{Answer, FILLING, FLIGHT, Peers};
+pub use peers::{FILLING, FLIGHT, Only, Peers};
 pub use probe::{HttpProbe, peer_options};
-pub use put::{Parcel, Put, Upload};
 
-use crate::{
-    descriptors,
-    fault::{Fault, Limit},
-    members::Report,
-    metrics::Metrics,
-    secret::Asked,
-    trace, via,
-};
+use crate::{members::Report, metrics::Metrics, secret::Asked, trace, via_header};
 use async_trait::async_trait;
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use castier_blob::Digest;
+use castier_cache::{Answer, Ask, Fault, Incoming, Limit, Put, Source, Stat, Store, Upload, ran_out_of_files};
 use castier_config as config;
 use castier_wire as wire;
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, try_join_all},
+    stream,
+};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use origin_state::OriginHealth;
 use parking_lot::Mutex;
@@ -54,25 +52,16 @@ use tokio::{
     time::timeout,
 };
 
-/// Kept-alive connections to one source: as many as fills have places, unless somebody changed that.
+/// Kept-alive connections to one source: as many as there are permits for fills by default.
 const POOL: usize = 256;
-/// What is said of an answer that nobody vouches for.
+/// Why an answer of a peer does not count.
 const UNPROVED: &str = "without a proof of the cluster's secret; what answers there is no castier of this cluster, or has another secret in cluster.secret_file";
 /// How long a connection is kept alive without a request.
 const IDLE: Duration = Duration::from_secs(60);
 /// The longest answer beside a blob that is worth reading.
 const MAX_ANSWER: usize = 64 << 10;
 
-/// Where this node gets blobs from.
-#[derive(Clone)]
-pub struct Sources {
-    /// The source of truth.
-    pub origin: Arc<Upstream>,
-    /// The other nodes; none without a cluster.
-    pub peers: Option<Arc<Peers>>,
-}
-
-/// One HTTP server that blobs can be had from: the origin, or a peer.
+/// One HTTP server that blobs can be fetched from and stored at: the origin, or a peer.
 pub struct Upstream {
     /// `origin` or `peer`, as in metric labels.
     pub name: &'static str,
@@ -128,6 +117,11 @@ impl Upstream {
         }))
     }
 
+    /// This server as a source and a store.
+    pub fn store(self: &Arc<Self>) -> HttpStore {
+        HttpStore(self.clone())
+    }
+
     /// Host and port as they stand in `Host`.
     pub fn authority(&self) -> &str {
         &self.authority
@@ -143,23 +137,6 @@ impl Upstream {
         self.credentials.as_ref()
     }
 
-    /// Opens the blob for reading from offset `from`. `None`: the source says that it does not exist.
-    ///
-    /// # Errors
-    /// Whatever kept the source from answering, or made its answer useless.
-    pub async fn open(self: &Arc<Self>, digest: &Digest, from: u64) -> Result<Option<Incoming>, Fault> {
-        let request = self.get_request(digest, from)?;
-        let (session, peer) = self.exchange(&request, &[]).await?;
-        match session.get_status() {
-            Some(StatusCode::NOT_FOUND | StatusCode::GONE) => {
-                self.finish(session, &peer).await;
-                Ok(None)
-            }
-            Some(StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) => Err(Fault::Busy(Limit::Origin)),
-            _ => self.incoming(session, peer, from).map(Some),
-        }
-    }
-
     fn get_request(&self, digest: &Digest, from: u64) -> Result<RequestHeader, Fault> {
         let mut request = self.request(Method::GET, &wire::blob_path(digest))?;
         if from > 0 {
@@ -168,8 +145,8 @@ impl Upstream {
         Ok(request)
     }
 
-    /// An answer that gives bytes: those from offset `from`.
-    fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64) -> Result<Incoming, Fault> {
+    /// What an answer with bytes brings: those from offset `from`. With `watch`, a stall watchdog for a peer.
+    fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64, watch: Option<peers::Watch>) -> Result<Incoming, Fault> {
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         self.must_be_uncoded(&head.headers)?;
         let (size, skip) = match head.status {
@@ -188,7 +165,8 @@ impl Upstream {
             }
             status => return Err(self.unusable(format!("status {}", status.as_u16()))),
         };
-        Ok(Incoming { upstream: self.clone(), session: Some(session), peer, size, skip, watch: None })
+        let transfer = Transfer { upstream: self.clone(), session, peer, skip, watch };
+        Ok(Incoming::new(size, stream::try_unfold(Some(transfer), Transfer::next)))
     }
 
     /// Of coded bytes, neither the length nor the digest is the blob's.
@@ -201,40 +179,17 @@ impl Upstream {
         }
     }
 
-    /// The size of the blob, without its bytes. `None`: the source says that it does not exist; `Some(None)`: that it does, but not how
-    /// large it is.
-    ///
-    /// # Errors
-    /// As [`Self::open`].
-    pub async fn stat(&self, digest: &Digest) -> Result<Option<Option<u64>>, Fault> {
+    async fn stat_one(&self, digest: &Digest) -> Result<Stat, Fault> {
         let request = self.request(Method::HEAD, &wire::blob_path(digest))?;
-        let (session, peer, _place) = self.ask(&request, &[]).await?;
+        let (session, peer, _permit) = self.ask(&request, &[]).await?;
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         let (status, size) = (head.status, size_of(head, digest));
         self.finish(session, &peer).await;
         match status {
-            StatusCode::OK => Ok(Some(size)),
-            StatusCode::NOT_FOUND | StatusCode::GONE => Ok(None),
+            StatusCode::OK => Ok(Stat::Present(size)),
+            StatusCode::NOT_FOUND | StatusCode::GONE => Ok(Stat::Absent),
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
             status => Err(self.unusable(format!("status {}", status.as_u16()))),
-        }
-    }
-
-    /// Deletes the blob; false if it was not there.
-    ///
-    /// # Errors
-    /// [`Fault::NotAllowed`] if the source does not delete; else as [`Self::open`].
-    pub async fn delete(&self, digest: &Digest) -> Result<bool, Fault> {
-        let request = self.request(Method::DELETE, &wire::blob_path(digest))?;
-        let (session, peer, _place) = self.ask(&request, &[]).await?;
-        let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
-        self.finish(session, &peer).await;
-        match status {
-            StatusCode::OK | StatusCode::ACCEPTED | StatusCode::NO_CONTENT => Ok(true),
-            StatusCode::NOT_FOUND | StatusCode::GONE => Ok(false),
-            StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED | StatusCode::FORBIDDEN => Err(Fault::NotAllowed),
-            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
-            status => Err(self.unusable(format!("status {} to a DELETE", status.as_u16()))),
         }
     }
 
@@ -318,12 +273,12 @@ impl Upstream {
         }
     }
 
-    /// [`Self::exchange`] in one of `origin.max_requests` places, which comes with the answer. It is waited for as long as an answer
-    /// would be: to a client it is the same. Unlike a fill, nobody takes this up again, so it has one repeat of its own.
+    /// [`Self::exchange`] with one of `origin.max_requests` permits, which comes with the answer. The wait for it has the limit that the answer has:
+    /// to a client both are the same. A fill goes on with a transfer that broke; here nobody does, so there is one repeat.
     async fn ask(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer, SemaphorePermit<'_>), Fault> {
-        let Ok(Ok(place)) = timeout(self.read_timeout, self.requests.acquire()).await else { return Err(Fault::Busy(Limit::Requests)) };
+        let Ok(Ok(permit)) = timeout(self.read_timeout, self.requests.acquire()).await else { return Err(Fault::Busy(Limit::Requests)) };
         let (session, peer) = self.repeat(request, body, 1).await?;
-        Ok((session, peer, place))
+        Ok((session, peer, permit))
     }
 
     /// Sends a request that may be repeated, with a body small enough to be at hand, and reads the head of the answer.
@@ -432,7 +387,7 @@ impl Upstream {
         insert(&mut request, header::HOST, &self.authority)?;
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
         insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
-        request.insert_header(header::VIA, via::whole()).map_err(|error| Fault::Internal(error.to_string()))?;
+        request.insert_header(header::VIA, via_header::whole()).map_err(|error| Fault::Internal(error.to_string()))?;
         for (name, value) in trace::tell() {
             request.insert_header(name, value).map_err(|error| Fault::Internal(error.to_string()))?;
         }
@@ -478,7 +433,7 @@ impl Upstream {
 
     /// What a pingora error means here.
     pub fn fault(&self, error: &pingora::Error) -> Fault {
-        if descriptors::ran_out(error.root_cause()) {
+        if ran_out_of_files(error.root_cause()) {
             return Fault::Busy(Limit::Files);
         }
         let (source_name, why) = (self.name, error.to_string());
@@ -498,61 +453,103 @@ impl Upstream {
     }
 }
 
-/// A blob on its way from a source.
-pub struct Incoming {
-    upstream: Arc<Upstream>,
-    session: Option<HttpSession>,
-    peer: HttpPeer,
-    /// The whole blob's size, where the source told it.
-    pub size: Option<u64>,
-    /// Bytes to pass over first: the source began at 0 although it was asked for less.
-    skip: u64,
-    /// Whose silence means what; none: only `read_timeout` counts.
-    watch: Option<Arc<peers::Watch>>,
+/// An HTTP server as a source and a store.
+#[derive(Clone)]
+pub struct HttpStore(Arc<Upstream>);
+
+impl Source for HttpStore {
+    fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
+        async move {
+            let request = self.0.get_request(&ask.digest, ask.from)?;
+            let (session, peer) = self.0.exchange(&request, &[]).await?;
+            match session.get_status() {
+                Some(StatusCode::NOT_FOUND | StatusCode::GONE) => {
+                    self.0.finish(session, &peer).await;
+                    Ok(Answer::Absent)
+                }
+                Some(StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) => Err(Fault::Busy(Limit::Origin)),
+                _ => self.0.incoming(session, peer, ask.from, None).map(Answer::Bytes),
+            }
+        }
+        .boxed()
+    }
+
+    fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
+        // Each takes one of `origin.max_requests`, so no batch can flood the origin.
+        try_join_all(digests.iter().map(|digest| self.0.stat_one(digest))).boxed()
+    }
+
+    fn url(&self) -> Option<String> {
+        Some(self.0.url())
+    }
 }
 
-impl Incoming {
-    /// From where it comes: `origin` or `peer`.
-    pub fn source_name(&self) -> &'static str {
-        self.upstream.name
+impl Store for HttpStore {
+    fn put<'a>(&'a self, upload: &'a mut Upload<'_>) -> BoxFuture<'a, Result<Put, Fault>> {
+        self.0.put(upload).boxed()
     }
 
-    /// Gives the connection back early: the reader has all it wants. Keeps it only if the answer is at its end.
-    pub async fn release(&mut self) {
-        if let Some(mut session) = self.session.take()
-            && session.is_body_done()
-        {
-            self.upstream.finish(session, &self.peer).await;
+    fn delete<'a>(&'a self, digest: &'a Digest) -> BoxFuture<'a, Result<bool, Fault>> {
+        async move {
+            let request = self.0.request(Method::DELETE, &wire::blob_path(digest))?;
+            let (session, peer, _permit) = self.0.ask(&request, &[]).await?;
+            let status = session.get_status().ok_or_else(|| self.0.unusable("no status"))?;
+            self.0.finish(session, &peer).await;
+            match status {
+                StatusCode::OK | StatusCode::ACCEPTED | StatusCode::NO_CONTENT => Ok(true),
+                StatusCode::NOT_FOUND | StatusCode::GONE => Ok(false),
+                StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED | StatusCode::FORBIDDEN => Err(Fault::NotAllowed),
+                StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Err(Fault::Busy(Limit::Origin)),
+                status => Err(self.0.unusable(format!("status {} to a DELETE", status.as_u16()))),
+            }
+        }
+        .boxed()
+    }
+
+    fn holds<'a>(&'a self, digest: &'a Digest, size: Option<u64>) -> BoxFuture<'a, Result<Option<u64>, Fault>> {
+        self.0.holds_durably(digest, size).boxed()
+    }
+}
+
+/// The body of an answer, on its way.
+struct Transfer {
+    upstream: Arc<Upstream>,
+    session: HttpSession,
+    peer: HttpPeer,
+    /// Bytes to skip first: the source began at 0 although it was asked for less.
+    skip: u64,
+    /// Stall watchdog for peers; `None` for the origin.
+    watch: Option<peers::Watch>,
+}
+
+impl Transfer {
+    /// The next bytes, and the rest of the transfer. At the end of the answer the connection goes back to the pool.
+    async fn next(transfer: Option<Self>) -> Result<Option<(Bytes, Option<Self>)>, Fault> {
+        let Some(mut transfer) = transfer else { return Ok(None) };
+        let watch = transfer.watch.take();
+        let bytes = match &watch {
+            None => transfer.read().await?,
+            Some(watch) => watch.over(transfer.read()).await?,
+        };
+        transfer.watch = watch;
+        match bytes {
+            Some(bytes) => Ok(Some((bytes, Some(transfer)))),
+            None => {
+                transfer.upstream.finish(transfer.session, &transfer.peer).await;
+                Ok(None)
+            }
         }
     }
 
-    /// The next bytes, never none at all; `None` at the end of the source's answer.
-    ///
-    /// # Errors
-    /// The transfer broke off, or fell silent.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
-        match self.watch.clone() {
-            None => self.read().await,
-            Some(watch) => watch.over(self.read()).await,
-        }
-    }
-
+    /// The next bytes; none at the end of the answer.
     async fn read(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
-            let Some(session) = &mut self.session else { return Ok(None) };
-            let read = session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error));
-            let Some(mut bytes) = read.inspect_err(|_| self.upstream.broke())? else {
-                if let Some(session) = self.session.take() {
-                    self.upstream.finish(session, &self.peer).await;
-                }
-                return Ok(None);
-            };
+            let read = self.session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error));
+            let Some(mut bytes) = read.inspect_err(|_| self.upstream.broke())? else { return Ok(None) };
             self.upstream.metrics.received(self.upstream.name, bytes.len() as u64);
-            if self.skip > 0 {
-                let skip = self.skip.min(bytes.len() as u64);
-                self.skip -= skip;
-                bytes = bytes.slice(skip as usize..);
-            }
+            let skip = self.skip.min(bytes.len() as u64);
+            self.skip -= skip;
+            bytes.advance(usize::try_from(skip).unwrap_or(bytes.len()));
             if !bytes.is_empty() {
                 return Ok(Some(bytes));
             }

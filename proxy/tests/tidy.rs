@@ -1,7 +1,6 @@
 //! The house rules that no compiler checks: what must be documented, who may use whom, and which words
 //! have no place here. Every failure says what to do. Works on the files as they lie there, without git.
 
-use castier_config::{Castier, Config, OriginServer};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -88,52 +87,6 @@ const CONFINED: &[(&str, &[&str])] = &[
 const IMPURE: &[&str] = &["tokio", "futures", "hyper", "std::fs", "std::net", "std::thread", "std::time::Instant", "std::time::SystemTime"];
 
 // ---- 1 and 2: documentation ----
-
-#[test]
-fn every_key_is_documented_with_its_default() {
-    let mut wrong = Vec::new();
-    compare_keys("castier", &defaults::<Castier>(), &mut wrong);
-    compare_keys("castier-origin", &defaults::<OriginServer>(), &mut wrong);
-    verdict(&wrong);
-}
-
-fn compare_keys(program: &str, code: &BTreeMap<String, String>, wrong: &mut Vec<String>) {
-    let section = format!("Keys of {program}");
-    let documented: BTreeMap<_, _> = rows(&section).into_iter().map(|cells| (plain(&cells[0]), plain(&cells[2]))).collect();
-    for (key, default) in code {
-        match documented.get(key) {
-            None => {
-                wrong.push(format!("{OPERATIONS}: add a row for the key `{key}` to the section \"{section}\"; its default is {default:?}"))
-            }
-            Some(told) if told != default => {
-                wrong.push(format!("{OPERATIONS}: the default of `{key}` of {program} is {default:?}, not {told:?}; correct the row"));
-            }
-            Some(_) => {}
-        }
-    }
-    for key in documented.keys().filter(|key| !code.contains_key(*key)) {
-        wrong.push(format!("{OPERATIONS}: {program} has no key `{key}`; remove its row from the section \"{section}\""));
-    }
-}
-
-/// Every key of a program with its default, in text; those of optional sections with the values that they have once the section is there.
-fn defaults<C: Config>() -> BTreeMap<String, String> {
-    let mut section = String::new();
-    let mut found = BTreeMap::new();
-    for line in castier_config::print(&C::complete()).lines() {
-        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
-            section = format!("{name}.");
-        } else if let Some((key, value)) = line.split_once(" = ") {
-            found.insert(format!("{section}{key}"), plain(value));
-        }
-    }
-    assert_eq!(
-        found.keys().cloned().collect::<BTreeSet<_>>(),
-        castier_config::keys::<C>().into_iter().collect(),
-        "print and keys disagree"
-    );
-    found
-}
 
 #[test]
 fn every_metric_is_documented_and_every_documented_metric_exists() {

@@ -1,33 +1,87 @@
 //! The proof that bytes are the blob they claim to be.
 
 use crate::Digest;
+use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
+use std::convert::Infallible;
 
-/// Hashes a blob's bytes as they pass, and at their end turns whatever holds them into a [`Verified`], or refuses to.
+/// Where a blob's bytes go while they are hashed: memory, a file, or nowhere.
+pub trait Sink {
+    /// What holds the bytes once all of them have come.
+    type Content;
+    /// Why it cannot take bytes.
+    type Error;
+
+    /// Takes the next bytes, in order.
+    ///
+    /// # Errors
+    /// The sink's own. The blob is then incomplete, and the verifier is of no more use.
+    fn write(&mut self, bytes: &Bytes) -> Result<(), Self::Error>;
+
+    /// Closes the sink. Called only after every byte has matched.
+    fn close(self) -> Self::Content;
+}
+
+/// For bytes that are hashed and go nowhere.
+impl Sink for () {
+    type Content = ();
+    type Error = Infallible;
+
+    fn write(&mut self, _: &Bytes) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn close(self) {}
+}
+
+/// Collects the bytes in one piece of memory.
+impl Sink for Vec<u8> {
+    type Content = Bytes;
+    type Error = Infallible;
+
+    fn write(&mut self, bytes: &Bytes) -> Result<(), Infallible> {
+        self.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn close(self) -> Bytes {
+        self.into()
+    }
+}
+
+/// Hashes a blob's bytes on their way into a sink, and at their end turns what the sink holds into a [`Verified`], or refuses to.
 ///
-/// Invariant: this is the only maker of [`Verified`], and it makes one only after it has seen every byte.
-#[derive(Clone)]
-pub struct Verifier {
+/// Invariant: this is the only maker of [`Verified`], and it makes one only of the bytes that it has seen, all of them.
+pub struct Verifier<S = ()> {
     /// The name the bytes claim; none for an upload that lets the store name it.
     claimed: Option<Digest>,
     hasher: Sha256,
     /// Bytes hashed so far.
     seen: u64,
+    sink: S,
 }
 
-impl Verifier {
-    /// Will accept only the blob named `digest`.
-    pub fn of(digest: Digest) -> Self {
-        Self { claimed: Some(digest), hasher: Sha256::new(), seen: 0 }
+impl<S: Sink> Verifier<S> {
+    /// Accepts only the blob named `digest`.
+    pub fn of(digest: Digest, sink: S) -> Self {
+        Self { claimed: Some(digest), hasher: Sha256::new(), seen: 0, sink }
     }
 
-    /// Will accept anything, and name it.
-    pub fn any() -> Self {
-        Self { claimed: None, hasher: Sha256::new(), seen: 0 }
+    /// Accepts anything, and names it.
+    pub fn any(sink: S) -> Self {
+        Self { claimed: None, hasher: Sha256::new(), seen: 0, sink }
     }
 
     /// Takes the next bytes, in order.
-    pub fn update(&mut self, bytes: &[u8]) {
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn write(&mut self, bytes: &Bytes) -> Result<(), S::Error> {
+        self.hash(bytes);
+        self.sink.write(bytes)
+    }
+
+    fn hash(&mut self, bytes: &[u8]) {
         self.hasher.update(bytes);
         self.seen += bytes.len() as u64;
     }
@@ -37,16 +91,33 @@ impl Verifier {
         self.seen
     }
 
-    /// The bytes are complete: `content` holds exactly what passed through [`Self::update`].
+    /// The digest of the bytes that have passed, followed by these.
+    pub fn digest_with(&self, next: &[u8]) -> Digest {
+        Digest::from_hash(self.hasher.clone().chain_update(next).finalize().into())
+    }
+
+    /// The sink, for what it needs beside bytes: a flush, a new file.
+    pub const fn sink(&mut self) -> &mut S {
+        &mut self.sink
+    }
+
+    /// All bytes have passed.
     ///
     /// # Errors
-    /// [`Mismatch`] when they are not the claimed blob.
-    pub fn finish<C>(self, content: C) -> Result<Verified<C>, Mismatch> {
+    /// [`Mismatch`] when they are not the claimed blob. The sink is dropped.
+    pub fn finish(self) -> Result<Verified<S::Content>, Mismatch> {
         let actual = Digest::from_hash(self.hasher.finalize().into());
         match self.claimed {
             Some(claimed) if claimed != actual => Err(Mismatch { claimed, actual, size: self.seen }),
-            _ => Ok(Verified { digest: actual, size: self.seen, content }),
+            _ => Ok(Verified { digest: actual, size: self.seen, content: self.sink.close() }),
         }
+    }
+}
+
+impl Verifier {
+    /// As [`Self::write`], for bytes that go nowhere.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.hash(bytes);
     }
 }
 
@@ -74,9 +145,10 @@ impl<C> Verified<C> {
         &self.content
     }
 
-    /// The same proof for something else that holds the very bytes that were verified.
-    pub fn with_content<D>(self, content: D) -> Verified<D> {
-        Verified { digest: self.digest, size: self.size, content }
+    /// The same proof for a part of the content; none if `part` finds none. `part` is a plain function, which captures nothing: what it returns
+    /// can only come out of the content, so no proof gets other bytes.
+    pub fn narrow<D>(self, part: fn(C) -> Option<D>) -> Option<Verified<D>> {
+        Some(Verified { digest: self.digest, size: self.size, content: part(self.content)? })
     }
 
     /// Gives up the proof for what holds the bytes.
@@ -105,12 +177,15 @@ mod tests {
     proptest! {
         #[test]
         fn any_split_of_the_bytes_verifies(bytes: Vec<u8>, cut: prop::sample::Index) {
+            let bytes = Bytes::from(bytes);
             let cut = cut.index(bytes.len() + 1);
-            let mut verifier = Verifier::of(Digest::of(&bytes));
-            verifier.update(&bytes[..cut]);
-            verifier.update(&bytes[cut..]);
-            let verified = verifier.finish(()).unwrap();
+            let mut verifier = Verifier::of(Digest::of(&bytes), Vec::new());
+            verifier.write(&bytes.slice(..cut)).unwrap();
+            prop_assert_eq!((verifier.seen(), verifier.digest_with(&[])), (cut as u64, Digest::of(&bytes[..cut])));
+            verifier.write(&bytes.slice(cut..)).unwrap();
+            let verified = verifier.finish().unwrap();
             prop_assert_eq!((verified.digest(), verified.size()), (Digest::of(&bytes), bytes.len() as u64));
+            prop_assert_eq!(verified.content(), &bytes);
         }
 
         #[test]
@@ -118,10 +193,19 @@ mod tests {
             let claimed = Digest::of(&bytes);
             let at = at.index(bytes.len());
             bytes[at] ^= 1 << bit;
-            let mut verifier = Verifier::of(claimed);
+            let mut verifier = Verifier::of(claimed, ());
             verifier.update(&bytes);
-            let mismatch = verifier.finish(()).unwrap_err();
+            let mismatch = verifier.finish().unwrap_err();
             prop_assert_eq!((mismatch.claimed, mismatch.actual), (claimed, Digest::of(&bytes)));
         }
+    }
+
+    #[test]
+    fn a_part_of_the_content_has_the_same_proof() {
+        let mut verifier = Verifier::any(Vec::new());
+        verifier.write(&Bytes::from_static(b"abc")).unwrap();
+        let verified = verifier.finish().unwrap();
+        assert!(verified.clone().narrow(|_| None::<Bytes>).is_none());
+        assert_eq!(verified.narrow(Some).unwrap().digest(), Digest::of(b"abc"));
     }
 }

@@ -30,7 +30,7 @@ pub(super) struct Taker<'a> {
 
 impl<'a> Taker<'a> {
     pub(super) fn new(check: &'a Check<'a>) -> Self {
-        let verifier = if let Check::Hash(digest) = check { Some(Verifier::of(*digest)) } else { None };
+        let verifier = if let Check::Hash(digest) = check { Some(Verifier::of(*digest, ())) } else { None };
         Self { received: 0, check, verifier, equal: true, kept: Vec::new() }
     }
 
@@ -58,7 +58,7 @@ impl<'a> Taker<'a> {
     pub(super) fn finish(self) -> (bool, Vec<u8>) {
         let sound = match self.check {
             Check::Drop | Check::Keep => true,
-            Check::Hash(_) => self.verifier.is_some_and(|verifier| verifier.finish(()).is_ok()),
+            Check::Hash(_) => self.verifier.is_some_and(|verifier| verifier.finish().is_ok()),
             Check::Compare(expected) => self.equal && self.received == expected.len() as u64,
         };
         (sound, self.kept)

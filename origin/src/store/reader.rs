@@ -41,7 +41,7 @@ impl Reader {
 
     fn new(owner: Owner, file: File, digest: Digest, size: u64, range: Range<u64>) -> Self {
         let whole = range == (0..size);
-        Self { owner, file, left: range, verifier: whole.then(|| Verifier::of(digest)) }
+        Self { owner, file, left: range, verifier: whole.then(|| Verifier::of(digest, ())) }
     }
 
     /// Whether everything has been handed out.
@@ -62,7 +62,7 @@ impl Reader {
         if let Some(verifier) = &mut self.verifier {
             verifier.update(&chunk);
         }
-        if self.is_done() && self.verifier.take().is_some_and(|verifier| verifier.finish(()).is_err()) {
+        if self.is_done() && self.verifier.take().is_some_and(|verifier| verifier.finish().is_err()) {
             return Err(self.rotten());
         }
         Ok(chunk.into())

@@ -1,13 +1,8 @@
 //! One flight, many readers.
 
-use castier::{
-    flight::{Asker, Flights, Joined, Opened, Reader, Tiers},
-    memory::Memory,
-    metrics::Metrics,
-    spool::{Budget, Room},
-    upstream::{Sources, Upstream},
-};
+use castier::{metrics::Metrics, upstream::Upstream};
 use castier_blob::Digest;
+use castier_cache::{Asker, Budget, Cache, Memory, OneSource, Part, Spools, Tiers};
 use castier_config::{Castier, Size};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use std::{
@@ -33,7 +28,7 @@ pub(crate) fn fan_out(criterion: &mut Criterion) {
     let digest = Digest::of(&blob);
     let origin = origin(blob, loads.clone());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (flights, memory) = runtime.block_on(async { tier(origin) });
+    let (cache, memory) = runtime.block_on(async { tier(origin) });
     let mut group = criterion.benchmark_group("flight fan-out");
     group.sample_size(20);
     for readers in [1, 100, 1000] {
@@ -41,7 +36,7 @@ pub(crate) fn fan_out(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter(readers), |bencher| {
             bencher.iter_custom(|times| {
                 let before = loads.load(Ordering::Relaxed);
-                let took = (0..times).map(|_| runtime.block_on(one_flight(&flights, &memory, &digest, readers))).sum();
+                let took = (0..times).map(|_| runtime.block_on(one_flight(&cache, &memory, &digest, readers))).sum();
                 assert_eq!(loads.load(Ordering::Relaxed) - before, times, "one load for each flight");
                 took
             });
@@ -49,47 +44,47 @@ pub(crate) fn fan_out(criterion: &mut Criterion) {
     }
 }
 
-async fn one_flight(flights: &Arc<Flights>, memory: &Memory, digest: &Digest, readers: u64) -> Duration {
+async fn one_flight(cache: &Arc<Cache>, memory: &Memory, digest: &Digest, readers: u64) -> Duration {
     let started = Instant::now();
     let mut reading = JoinSet::new();
     for _ in 0..readers {
-        let (Joined::Led(reader) | Joined::Followed(reader)) = flights.join(digest, Asker::Client, true) else {
-            panic!("the blob was there already")
-        };
-        reading.spawn(read(reader));
+        reading.spawn(read(cache.clone(), *digest));
     }
     while let Some(size) = reading.join_next().await {
         assert_eq!(size.unwrap(), SIZE);
     }
     let took = started.elapsed();
-    while flights.peek(digest).is_some() {
+    while cache.is_filling(digest) || cache.in_progress(0).0 > 0 {
         tokio::task::yield_now().await;
     }
     assert!(memory.forget(digest));
     took
 }
 
-async fn read(mut reader: Reader) -> usize {
-    assert_eq!(reader.open(false, |size| (0, size)).await.unwrap(), Opened::Blob(Some(SIZE as u64)));
+async fn read(cache: Arc<Cache>, digest: Digest) -> usize {
+    let mut hit = cache.get(&digest, Asker::Client, |_| Part::Whole).await.unwrap().unwrap();
+    assert_eq!(hit.size, Some(SIZE as u64));
     let mut size = 0;
-    while let Some(piece) = reader.next().await.unwrap() {
+    while let Some(piece) = hit.reader.next().await.unwrap() {
         size += piece.len();
     }
     size
 }
 
 /// As `main` puts it together, without a disk.
-fn tier(origin: SocketAddr) -> (Arc<Flights>, Arc<Memory>) {
+fn tier(origin: SocketAddr) -> (Arc<Cache>, Arc<Memory>) {
     let mut config = Castier::default();
     config.verify.buffer_up_to = Size::new(64 << 10);
     let budget = Budget::new(config.fill.memory.get());
     let memory = Arc::new(Memory::new(&config.memory, &budget));
     let metrics = Arc::new(Metrics::new().unwrap());
-    let room = Room::new(&config, budget, metrics.clone());
+    let spools = Spools::new(&config, budget, metrics.cache.clone());
     let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin, metrics.clone()).unwrap();
     let limits = Arc::new(arc_swap::ArcSwap::from_pointee(config.limits.clone()));
     let tiers = Tiers { memory: memory.clone(), mirror: None, disk: None };
-    (Flights::new(&config, limits, tiers, Sources { origin, peers: None }, room, metrics), memory)
+    let origin = Arc::new(origin.store());
+    let planner = Box::new(move |_: &Digest| Box::new(OneSource(origin.clone())) as Box<dyn castier_cache::Plan>);
+    (Cache::new(&config, limits, tiers, spools, planner, metrics.cache.clone()), memory)
 }
 
 /// Answers whatever is asked with the blob, and counts how often.

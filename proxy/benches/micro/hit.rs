@@ -2,14 +2,12 @@
 
 use bytes::{Bytes, BytesMut};
 use castier::{
-    gate,
-    memory::Memory,
     recent::{ClientRequest, Recent},
-    serve::{Body, Reply, Via},
-    spool::Budget,
-    tier::TierName,
+    reply::{Body, Reply},
+    request_head,
 };
 use castier_blob::{Digest, Verifier};
+use castier_cache::{Budget, Memory, Tier, Via};
 use castier_config::{Limits, Memory as Config, Policy, Size};
 use castier_wire::{self as wire, Selection};
 use criterion::Criterion;
@@ -32,7 +30,7 @@ pub(crate) fn request_head(criterion: &mut Criterion) {
         bencher.iter(|| {
             let mut ahead = BytesMut::new();
             let mut connection = black_box(request.as_bytes());
-            let head = gate::read_head(&mut connection, &mut ahead, &limits, Duration::from_secs(1), &memory);
+            let head = request_head::read_head(&mut connection, &mut ahead, &limits, Duration::from_secs(1), &memory);
             let (head, _) = head.now_or_never().unwrap().unwrap();
             matches!(head.target(&ahead), wire::Target::Blob(_)) && head.plain
         });
@@ -45,10 +43,10 @@ pub(crate) fn memory_get(criterion: &mut Criterion) {
     let tier = Memory::new(&config, &Budget::new(1 << 30));
     let mut digests = Vec::new();
     for number in 0..BLOBS {
-        let mut verifier = Verifier::any();
+        let mut verifier = Verifier::any(Vec::new());
         let bytes = Bytes::from(number.to_le_bytes().repeat(128));
-        verifier.update(&bytes);
-        let blob = verifier.finish(bytes).unwrap();
+        verifier.write(&bytes).unwrap();
+        let blob = verifier.finish().unwrap();
         digests.push(blob.digest());
         tier.keep(blob);
     }
@@ -81,7 +79,7 @@ pub(crate) fn note(criterion: &mut Criterion) {
 /// The head of a hit's answer: its headers, and what goes over the wire.
 pub(crate) fn reply_head(criterion: &mut Criterion) {
     let digest = Digest::of(b"");
-    let reply = || Reply::blob(black_box(&digest), Some(1024), Selection::Whole, Via::Tier(TierName::Memory), Body::Empty);
+    let reply = || Reply::blob(black_box(&digest), Some(1024), Selection::Whole, Via::Tier(Tier::Memory), Body::Empty);
     let mut group = criterion.benchmark_group("reply head");
     group.bench_function("headers", |bencher| bencher.iter(reply));
     let (made, date) = (reply(), HeaderValue::from_static("Sun, 06 Nov 1994 08:49:37 GMT"));

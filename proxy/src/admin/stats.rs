@@ -6,13 +6,8 @@ use super::{
     problems::{NodeProblem, NodeState},
     utc::Utc,
 };
-use crate::{
-    disk::DiskState,
-    ladder::{self, TierName},
-    members, plan,
-    recent::Top,
-    tier::TierStats,
-};
+use crate::{groupcache::GroupcacheStats, members, memory_plan, recent::Top};
+use castier_cache::{DiskState, Tier as CacheTier, TierStats};
 use serde::Serialize;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -23,7 +18,7 @@ const FLIGHTS: usize = 20;
 #[derive(Serialize)]
 pub struct Brief {
     #[serde(flatten)]
-    groupcache: ladder::Stats,
+    groupcache: GroupcacheStats,
     version: &'static str,
     /// This node's name in its cluster.
     node: Option<String>,
@@ -128,14 +123,14 @@ struct FlightRow {
 impl Admin {
     /// The whole answer, now.
     pub fn stats(&self) -> Stats {
-        let (flights_total, flights) = self.ladder.going(FLIGHTS);
+        let (flights_total, flights) = self.node.cache.in_progress(FLIGHTS);
         let flights = flights.into_iter().map(|flight| FlightRow {
             digest: flight.digest.to_string(),
             bytes: flight.bytes,
             size: flight.size,
             age_seconds: rounded(flight.age),
             readers: flight.readers,
-            from: flight.from,
+            from: flight.from.as_str(),
         });
         let members = self.members.as_ref().map(|members| members.figures()).unwrap_or_default().into_iter().map(|member| MemberRow {
             name: member.name,
@@ -159,28 +154,28 @@ impl Admin {
     /// The answer without `top`, `history`, `flights`, `members` and `cluster`.
     pub fn brief(&self) -> Brief {
         let (metrics, now) = (&self.metrics, Instant::now());
-        let tiers = self.ladder.tiers();
+        let tiers = self.node.cache.tier_stats();
         let (first_byte, [memory, mirror, disk]) = {
             let history = self.history.lock();
-            let tier = |tier: TierName| {
+            let tier = |tier: CacheTier| {
                 let stats = tiers[tier as usize].1;
                 TierReport {
                     stats,
-                    evicted_age_seconds: metrics.evicted_age(tier).map(|age| age.as_secs_f64()),
+                    evicted_age_seconds: metrics.cache.evicted_age(tier).map(|age| age.as_secs_f64()),
                     full_in_seconds: history.full_in(tier as usize, now, level(stats)),
                 }
             };
-            (history.first_byte(&metrics.recent.first_byte()), [TierName::Memory, TierName::Mirror, TierName::Disk].map(tier))
+            (history.first_byte(&metrics.recent.first_byte()), CacheTier::ALL.map(tier))
         };
-        let origin = self.ladder.origin_state();
+        let origin = self.origin.origin_state();
         let (from_origin, from_peers) = metrics.received_bytes();
         let (total, errors, in_flight) = metrics.client_requests();
-        let (disk_state, disk_since) = self.ladder.disk().map_or((None, None), |disk| {
+        let (disk_state, disk_since) = self.node.cache.disk().map_or((None, None), |disk| {
             let (state, since) = disk.state();
             (Some(state), since)
         });
         Brief {
-            groupcache: self.ladder.stats(),
+            groupcache: GroupcacheStats::of(&self.metrics),
             version: env!("CARGO_PKG_VERSION"),
             node: self.members.as_ref().map(|members| members.advertised().to_owned()),
             uptime_seconds: rounded(self.began.elapsed()),
@@ -202,9 +197,9 @@ impl Admin {
                     Some(DiskState::NotAnswering) => "not answering",
                 },
                 since: disk_since.map(Utc),
-                path: self.ladder.disk().map(|disk| disk.path().display().to_string()),
-                filesystem_avail_bytes: u64::try_from(metrics.disk_avail.get()).unwrap_or(0),
-                errors: metrics.all_disk_errors(),
+                path: self.node.cache.disk().map(|disk| disk.path().display().to_string()),
+                filesystem_avail_bytes: u64::try_from(metrics.cache.disk_avail.get()).unwrap_or(0),
+                errors: metrics.cache.all_disk_errors(),
             },
             tiers: TiersStats { memory, mirror, disk },
             problems: self.problems(),
@@ -217,20 +212,19 @@ impl Admin {
             },
             bytes: ByteStats { served: metrics.served_to_clients(), from_origin, from_peers },
             first_byte,
-            flights_total: self.ladder.going(0).0,
+            flights_total: self.node.cache.in_progress(0).0,
         }
     }
 
     /// Ends a step of the history. Call it every [`super::STEP`].
     pub fn step(&self) {
         let (metrics, now) = (&self.metrics, Instant::now());
-        let tiers = self.ladder.tiers().map(|(_, stats)| level(stats));
+        let tiers = self.node.cache.tier_stats().map(|(_, stats)| level(stats));
         let (requests, errors, _) = metrics.client_requests();
-        let hits: u64 = [TierName::Memory, TierName::Mirror, TierName::Disk].map(|tier| metrics.hits(tier)).iter().sum();
         let figures = Figures {
             requests,
-            gets: metrics.gets.get().saturating_sub(metrics.gets_from_peers.get()),
-            hits: hits.saturating_sub(metrics.hits_from_peers.get()),
+            gets: metrics.cache.client_gets(),
+            hits: metrics.cache.client_hits(),
             errors,
             bytes_served: metrics.served_to_clients(),
             bytes_from_origin: metrics.received_bytes().0,
@@ -244,8 +238,8 @@ impl Admin {
     }
 
     fn problems(&self) -> Vec<NodeProblem> {
-        let origin = self.ladder.origin_state().filter(|origin| !origin.up);
-        let disk = self.ladder.disk().map(|disk| disk.state());
+        let origin = self.origin.origin_state().filter(|origin| !origin.up);
+        let disk = self.node.cache.disk().map(|disk| disk.state());
         let since = |state| disk.filter(|(now, _)| *now == state).map(|(_, since)| since.unwrap_or(self.started));
         let members = self.members.as_ref().map(|members| members.figures()).unwrap_or_default();
         let down = members.into_iter().filter(|member| !member.up);
@@ -255,9 +249,9 @@ impl Admin {
             disk_silent: since(DiskState::NotAnswering),
             peers_down: down.map(|member| (member.name, member.since.unwrap_or(self.started))).collect(),
             sheds: self.metrics.sheds().to_vec(),
-            corrupt: ["origin", "peer", "disk"].map(|source| (source, self.metrics.corrupt_count(source))).to_vec(),
+            corrupt: ["origin", "peer", "disk"].map(|source| (source, self.metrics.cache.corrupt_count(source))).to_vec(),
             log_dropped: self.metrics.log_dropped().to_vec(),
-            memory: self.memory_limit.and_then(|limit| Some((plan::resident()?, limit))),
+            memory: self.memory_limit.and_then(|limit| Some((memory_plan::resident()?, limit))),
         };
         self.problems.lock().update(SystemTime::now(), &node)
     }

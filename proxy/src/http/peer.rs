@@ -3,20 +3,19 @@
 //! Invariant: a hop is a hop. What comes in here is answered from the tiers, a flight or the origin ([`Asker::Peer`]), and never handed
 //! on to another node, whatever the two nodes believe about the ring; and nothing at all is relayed.
 //!
-//! [`Asker::Peer`]: crate::flight::Asker::Peer
+//! [`Asker::Peer`]: castier_cache::Asker::Peer
 
 use super::{Front, tls};
 use crate::{
-    fault::Fault,
-    gate::Head,
-    ladder::Ladder,
     members::{Members, NODE},
+    reply::Reply,
+    request_body,
+    request_head::Head,
     secret::{Asked, PROOF, Secrets},
-    serve::{Reply, Via},
-    upload,
     upstream::{FILLING, FLIGHT},
 };
 use castier_blob::Digest;
+use castier_cache::{Cache, Fault, Via};
 use castier_config::ClusterTls;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use pingora::{
@@ -99,7 +98,7 @@ impl PeerDoor {
 impl Front {
     /// What nodes tell each other beside blobs.
     pub(super) async fn control(&self, door: &PeerDoor, session: &mut ServerSession, method: &Method) -> Result<Reply, Fault> {
-        upload::no_body(session).await?;
+        request_body::no_body(session).await?;
         let path = session.req_header().uri.path();
         let names = |prefix: &str| path.strip_prefix(prefix)?.parse::<Digest>().ok().filter(|_| *method == Method::POST);
         // The proof covers `Host`. So a machine between two nodes cannot have a third one confirm what the second was asked to do.
@@ -109,12 +108,12 @@ impl Front {
             return Ok(Reply::error(StatusCode::MISDIRECTED_REQUEST, "this is another node than the one that the request names"));
         }
         if let Some(digest) = names("/purge/") {
-            self.ladder.forget(&digest).await;
+            self.node.cache.forget(&digest).await;
             tracing::info!(%digest, "purged, since a peer said so");
             return Ok(Reply::done());
         }
         if let Some(digest) = names("/stored/") {
-            self.ladder.stored(&digest);
+            self.node.cache.stored(&digest);
             return Ok(Reply::done());
         }
         Ok(match *method {
@@ -138,12 +137,12 @@ pub(super) fn only_if_cached(headers: &HeaderMap) -> bool {
 }
 
 /// The answer to `HEAD` with `only-if-cached`: whether a tier keeps the blob, and if not, whether it is on its way.
-pub(super) async fn known(ladder: &Ladder, digest: &Digest) -> Reply {
-    match ladder.knows(digest).await {
+pub(super) async fn known(cache: &Cache, digest: &Digest) -> Reply {
+    match cache.kept_size(digest).await {
         Some((size, tier)) => Reply::size(digest, size, Via::Tier(tier)),
         None => {
             let mut reply = Reply::not_kept();
-            if ladder.is_flying(digest) {
+            if cache.is_filling(digest) {
                 reply.headers.insert(FLIGHT, FILLING);
             }
             reply

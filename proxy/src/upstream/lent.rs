@@ -18,8 +18,9 @@
 //! If the connection is to end instead, pingora shuts it down or drops it, and no such read comes.
 
 use super::{Handed, Upstream};
-use crate::{chunks::Chunks, fault::Fault};
+use crate::chunks::Chunks;
 use bytes::{Buf, BytesMut};
+use castier_cache::Fault;
 use pingora::{
     protocols::{
         Stream,

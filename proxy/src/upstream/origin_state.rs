@@ -7,7 +7,8 @@
 //! Requests overlap. So one that came to nothing proves nothing if the origin has answered another since it was sent: a silence is noticed
 //! half a minute late.
 
-use crate::{fault::Fault, metrics::Metrics};
+use crate::metrics::Metrics;
+use castier_cache::Fault;
 use http::StatusCode;
 use parking_lot::Mutex;
 use std::{

@@ -1,24 +1,27 @@
-//! The other nodes of the cluster, as sources and as takers of uploads: what is asked of a peer, what its answers mean, and when its
-//! silence is one.
+//! Peers as sources and as stores: what is asked of a peer, what its answers mean, and when it has stalled.
 //!
-//! - Nothing that a peer says counts unless the answer proves that the peer knows the cluster's secret ([`Secrets`]). Where there is no
-//!   secret, peers are on this machine and are taken at their word, but no upload is handed over: nobody could prove that it is stored.
-//! - A peer is believed when it says that a blob is absent, for it has that from the origin. Its bytes are hashed like anybody's.
-//! - Silence alone does not tell a peer that has stopped from one that waits for a slow origin, and giving up the second would make
-//!   the origin see another load. So a peer that has been silent for half of `cluster.stall_timeout` is asked, over another
-//!   connection, whether its own flight is waiting ([`FILLING`]). That sets its clock back; anything else does not.
-//! - Whoever meets with a failure says so to [`Peers::failed`]: it is counted, and makes the peer doubtful.
+//! - An answer of a peer counts only if it proves that the peer knows the cluster's secret ([`Secrets`]). Where there is no secret, peers are on this
+//!   machine and are believed. But no upload is handed over: no peer could prove that it has stored it.
+//! - A peer is believed when it says that a blob is absent, since the origin has told it so. Its bytes are hashed like all others.
+//! - A peer that sends nothing may have stopped, or may wait for a slow origin. To give up the second would cost the origin another load. So a peer that
+//!   has sent nothing for half of `cluster.stall_timeout` is asked over another connection whether its own flight waits ([`FILLING`]). Only that answer
+//!   starts the timeout again.
+//! - A failure is reported to [`Peers::failed`]: it is counted, and the peer is probed at once.
 
-use super::{Addresses, Incoming, POOL, Parcel, Put, Upstream, insert, peer_options, put::REPEATERS};
+use super::{Addresses, POOL, Upstream, insert, peer_options, put::REPEATERS};
 use crate::{
-    fault::{Fault, Limit},
     members::{Member, Members, Report, View},
     metrics::Metrics,
     secret::{Asked, PROOF, Secrets},
 };
-use castier_blob::{Digest, Verified};
+use castier_blob::Digest;
+use castier_cache::{Answer, Ask, Fault, Limit, Put, Source, Stat, Upload};
 use castier_config as config;
 use castier_wire::{self as wire, CACHE_STATUS, Problem};
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, try_join_all},
+};
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{
@@ -48,7 +51,7 @@ const PEER: &str = "peer";
 /// For how long a peer that sent wrong bytes is not asked for any. Its large blobs reach clients as cut answers, so it must not be
 /// asked with every request; and since whatever was wrong with it may be mended, it is asked again.
 const DISTRUST: Duration = Duration::from_secs(60);
-/// What patience with a peer adds to what the peer itself has with the origin: its pauses between two attempts, and the way here.
+/// What the longest wait for a peer adds to the peer's own longest wait for the origin: its pauses between retries, and the network.
 const MARGIN: Duration = Duration::from_secs(5);
 
 /// The peers, and the connections to them.
@@ -65,10 +68,10 @@ pub struct Peers {
     stall_timeout: Duration,
     /// `cluster.peek_for`.
     peek_for: Duration,
-    /// The longest that a peer may wait for the origin: when it gives up by itself, and a little more.
-    patience: Duration,
+    /// How long a peer may wait for the origin: until it gives up by itself, and a little more.
+    longest_wait: Duration,
     /// `fill.max_in_flight`, for each peer.
-    places: usize,
+    fills: usize,
     /// `origin.max_requests`, for each peer.
     requests: usize,
     /// `fill.max_wait`.
@@ -78,10 +81,10 @@ pub struct Peers {
 /// One of them.
 struct Peer {
     upstream: Arc<Upstream>,
-    /// Fills from it. Apart from those of others and from those at the origin: a peer's slowness takes no place from them, and nodes
-    /// whose places are all taken by fills from each other cannot come to wait in a circle.
-    places: Arc<Semaphore>,
-    /// It sent wrong bytes; until then it is asked for none.
+    /// Permits for fills from it. Other peers and the origin have permits of their own: a slow peer takes none of theirs, and nodes whose permits
+    /// are all taken by fills from each other cannot wait in a circle.
+    permits: Arc<Semaphore>,
+    /// It has sent wrong bytes, and is asked for none until then.
     distrusted: Mutex<Option<Instant>>,
 }
 
@@ -107,48 +110,68 @@ pub(super) fn prove(secrets: &Secrets, request: &mut RequestHeader) -> pingora::
     Ok(asked)
 }
 
-/// What a peer says to a GET.
-pub enum Answer {
-    /// The bytes are coming.
-    Blob(Box<Incoming>),
-    /// The origin has no such blob.
-    Absent,
-    /// It was asked for what it keeps, and keeps it not.
-    NotKept,
-    /// It is well, but cannot help: it does not get through to the origin, or has too much to do.
-    Unable,
+/// What a peer may do for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Only {
+    /// Whatever it takes, a load from the origin included.
+    Anything,
+    /// Look into its tiers (`only-if-cached`).
+    Kept,
 }
 
-/// What a peer says of itself when it is asked whether its flight waits.
+/// What a peer says when it is asked whether its flight waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sign {
-    /// It waits for the origin too.
+enum Liveness {
+    /// Its flight waits for the origin.
     Filling,
-    /// It answers, and that is all.
+    /// It answers, and has no such flight.
     Alive,
 }
 
-/// What may be hoped for from a silent peer, and so which sign gives it more time.
+/// What this node waits for at a peer, and so which answer starts the stall timeout again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Hope {
-    /// Bytes out of a flight: that it waits.
+enum WaitsFor {
+    /// Bytes out of a flight: it may wait for the origin.
     Flight,
-    /// Bytes out of a tier, which waits for nobody: none.
+    /// Bytes out of a tier, which waits for nothing.
     Tier,
-    /// The answer to an upload: that it lives.
+    /// The answer to an upload, which takes as long as its client does.
     Upload,
 }
 
-/// Sees to it that a silent peer is given up in time.
+/// Stall watchdog of a transfer from or to a peer.
 pub(super) struct Watch {
     peers: Arc<Peers>,
     member: Member,
     digest: Digest,
-    hope: Hope,
-    /// How long it may be silent.
-    patience: Duration,
+    waits_for: WaitsFor,
+    /// How long the peer may send nothing.
+    timeout: Duration,
     /// Held to the end of the transfer.
-    _place: Option<OwnedSemaphorePermit>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// A peer as the source of one flight.
+struct PeerSource {
+    peers: Arc<Peers>,
+    member: Member,
+    only: Only,
+    /// How long it may send nothing.
+    timeout: Duration,
+}
+
+impl Source for PeerSource {
+    fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
+        self.peers.open(&self.member, ask, self.only, self.timeout).boxed()
+    }
+
+    fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
+        try_join_all(digests.iter().map(|digest| self.peers.stat(&self.member, digest))).boxed()
+    }
+
+    fn url(&self) -> Option<String> {
+        Some(self.peers.url(&self.member))
+    }
 }
 
 impl Peers {
@@ -170,10 +193,10 @@ impl Peers {
             known: Mutex::default(),
             stall_timeout: cluster.stall_timeout.get(),
             peek_for: cluster.peek_for.get(),
-            patience: (config.origin.connect_timeout.get() + config.origin.read_timeout.get()) * attempts
+            longest_wait: (config.origin.connect_timeout.get() + config.origin.read_timeout.get()) * attempts
                 + config.fill.max_wait.get()
                 + MARGIN,
-            places: config.fill.max_in_flight,
+            fills: config.fill.max_in_flight,
             requests: config.origin.max_requests,
             max_wait: config.fill.max_wait.get(),
         }))
@@ -199,8 +222,13 @@ impl Peers {
         self.stall_timeout
     }
 
+    /// A peer as the source of a flight. It may send nothing for `timeout`, unless its own flight waits.
+    pub fn source(self: &Arc<Self>, member: &Member, only: Only, timeout: Duration) -> Arc<dyn Source> {
+        Arc::new(PeerSource { peers: self.clone(), member: member.clone(), only, timeout })
+    }
+
     /// Whether the cluster has changed so recently that a blob may be with the member that comes after its owner.
-    pub fn peeks(&self, view: &View) -> bool {
+    pub fn changed_lately(&self, view: &View) -> bool {
         view.changed_at.elapsed() < self.peek_for
     }
 
@@ -234,72 +262,58 @@ impl Peers {
         self.members.report(&member.name, Report::Answered);
     }
 
-    /// Opens the blob for reading from offset `from`. With `only_kept` the peer starts nothing for its sake.
-    /// Waits while the peer's own flight does, and else gives up after `patience` without a byte.
-    ///
-    /// # Errors
-    /// Whatever kept the peer from answering, or made its answer useless. To be told to [`Self::failed`].
-    pub async fn open(
-        self: &Arc<Self>,
-        member: &Member,
-        digest: &Digest,
-        from: u64,
-        only_kept: bool,
-        patience: Duration,
-    ) -> Result<Answer, Fault> {
+    async fn open(self: &Arc<Self>, member: &Member, ask: Ask, only: Only, timeout: Duration) -> Result<Answer, Fault> {
         let peer = self.peer(member);
-        // What is kept comes at once or not at all, and whoever asks for it has a place already.
-        let place = if only_kept { None } else { Some(self.place(&peer).await?) };
-        let mut request = peer.upstream.get_request(digest, from)?;
-        if only_kept {
-            insert(&mut request, header::CACHE_CONTROL, ONLY_IF_CACHED)?;
-        }
-        let hope = if only_kept { Hope::Tier } else { Hope::Flight };
-        let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, hope, patience, _place: place };
+        let mut request = peer.upstream.get_request(&ask.digest, ask.from)?;
+        let (waits_for, permit) = match only {
+            Only::Anything => (WaitsFor::Flight, Some(self.permit(&peer).await?)),
+            // What is kept comes at once or not at all; and a fill that asks for it has a permit already.
+            Only::Kept => {
+                insert(&mut request, header::CACHE_CONTROL, ONLY_IF_CACHED)?;
+                (WaitsFor::Tier, None)
+            }
+        };
+        let watch = Watch { peers: self.clone(), member: member.clone(), digest: ask.digest, waits_for, timeout, _permit: permit };
         let (session, connection) = watch.over(peer.upstream.exchange(&request, &[])).await?;
-        let answer = match session.resp_header().map_or(Said::Other, |head| said(head, only_kept)) {
+        let answer = match session.resp_header().map_or(Said::Other, |head| said(head, only)) {
             Said::Absent => Answer::Absent,
             Said::NotKept => Answer::NotKept,
             Said::Unable => {
                 self.members.failed(&member.name);
                 Answer::Unable
             }
-            Said::Other => {
-                let incoming = peer.upstream.incoming(session, connection, from)?;
-                return Ok(Answer::Blob(Box::new(Incoming { watch: Some(Arc::new(watch)), ..incoming })));
-            }
+            Said::Other => return peer.upstream.incoming(session, connection, ask.from, Some(watch)).map(Answer::Bytes),
         };
         peer.upstream.finish(session, &connection).await;
         self.answered(member);
         Ok(answer)
     }
 
-    /// Waits for half of `fill.max_wait`, since the fill goes on to the next source without it, and may have to wait there.
-    async fn place(&self, peer: &Peer) -> Result<OwnedSemaphorePermit, Fault> {
+    /// A permit for a fill from this peer. Waits for half of `fill.max_wait`: the fill then goes on to the next source, where it may have to wait too.
+    async fn permit(&self, peer: &Peer) -> Result<OwnedSemaphorePermit, Fault> {
         let asked = Instant::now();
-        let place = timeout(self.max_wait / 2, peer.places.clone().acquire_owned()).await;
-        self.metrics.waited(asked.elapsed());
-        match place {
-            Ok(Ok(place)) => Ok(place),
+        let permit = timeout(self.max_wait / 2, peer.permits.clone().acquire_owned()).await;
+        self.metrics.cache.waited(asked.elapsed());
+        match permit {
+            Ok(Ok(permit)) => Ok(permit),
             _ => Err(Fault::Busy(Limit::Fills)),
         }
     }
 
-    /// The size of the blob, as this member knows it or learns it from the origin; `None`: the origin has no such blob; `Some(None)`: it
-    /// has, and nobody knows the size.
+    /// What this member knows about a blob, or learns from the origin.
     ///
     /// # Errors
     /// The member cannot tell.
-    pub async fn stat(&self, member: &Member, digest: &Digest) -> Result<Option<Option<u64>>, Fault> {
+    pub async fn stat(&self, member: &Member, digest: &Digest) -> Result<Stat, Fault> {
         let peer = self.peer(member);
         let request = peer.upstream.request(Method::HEAD, &wire::blob_path(digest))?;
         let asked = async {
             let (session, connection) = peer.upstream.exchange(&request, &[]).await?;
             let head = session.resp_header().ok_or_else(|| peer.upstream.unusable("no head"))?;
-            let told = match said(head, false) {
-                Said::Absent => Ok(None),
+            let told = match said(head, Only::Anything) {
+                Said::Absent => Ok(Stat::Absent),
                 Said::Unable => Err(Fault::Busy(Limit::Origin)),
-                Said::NotKept | Said::Other if head.status == StatusCode::OK => Ok(Some(super::size_of(head, digest))),
+                Said::NotKept | Said::Other if head.status == StatusCode::OK => Ok(Stat::Present(super::size_of(head, digest))),
                 Said::NotKept | Said::Other => Err(peer.upstream.unusable(format!("status {}", head.status.as_u16()))),
             };
             peer.upstream.finish(session, &connection).await;
@@ -313,21 +327,21 @@ impl Peers {
         self.secrets.is_there()
     }
 
-    /// Hands an upload over to this member, which stores it at the origin. Gives up only if the member does not live.
+    /// Hands an upload over to this member, which stores it at the origin. Gives up only if the member does not answer a question meanwhile.
     ///
-    /// One that is streamed may be too large to be had again, so the member has to prove what it is before the first byte leaves.
+    /// A large upload may not be there to be sent again, so the member has to prove what it is before the first byte leaves.
     ///
     /// # Errors
-    /// As [`Upstream::put`].
-    pub async fn put(self: &Arc<Self>, member: &Member, digest: &Digest, parcel: &mut Parcel<'_>) -> Result<(Put, Verified<()>), Fault> {
+    /// As [`Store::put`](castier_cache::Store::put).
+    pub async fn put(self: &Arc<Self>, member: &Member, digest: &Digest, upload: &mut Upload<'_>) -> Result<Put, Fault> {
         let upstream = self.peer(member).upstream.clone();
-        let patience = self.stall_timeout;
-        let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, hope: Hope::Upload, patience, _place: None };
+        let (waits_for, timeout) = (WaitsFor::Upload, self.stall_timeout);
+        let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, waits_for, timeout, _permit: None };
         let handed_over = async {
-            if !parcel.is_whole() {
+            if upload.whole().is_none() {
                 self.meet(&upstream).await?;
             }
-            upstream.put(parcel).await
+            upstream.put(upload).await
         };
         watch.over(handed_over).await.inspect_err(|fault| self.failed(member, fault))
     }
@@ -352,15 +366,15 @@ impl Peers {
         self.tell(member, &format!("/purge/{digest}"), self.stall_timeout).await
     }
 
-    /// Tells this member that the blob is at the origin now, whatever it has heard before. It has `patience` to say that it has understood.
+    /// Tells this member that the blob is at the origin now, whatever it has heard before. It must answer within `timeout_after`.
     ///
     /// # Errors
     /// It does not say that it has understood.
-    pub async fn stored(&self, member: &Member, digest: &Digest, patience: Duration) -> Result<(), Fault> {
-        self.tell(member, &format!("/stored/{digest}"), patience).await
+    pub async fn stored(&self, member: &Member, digest: &Digest, timeout_after: Duration) -> Result<(), Fault> {
+        self.tell(member, &format!("/stored/{digest}"), timeout_after).await
     }
 
-    async fn tell(&self, member: &Member, path: &str, patience: Duration) -> Result<(), Fault> {
+    async fn tell(&self, member: &Member, path: &str, timeout_after: Duration) -> Result<(), Fault> {
         let peer = self.peer(member);
         let mut request = peer.upstream.request(Method::POST, path)?;
         insert(&mut request, header::CONTENT_LENGTH, "0")?;
@@ -371,12 +385,17 @@ impl Peers {
             peer.upstream.finish(session, &connection).await;
             if status.is_success() { Ok(()) } else { Err(peer.upstream.unusable(format!("status {} to POST {path}", status.as_u16()))) }
         };
-        self.in_time(member, patience, told).await
+        self.in_time(member, timeout_after, told).await
     }
 
     /// What is answered at once or not at all.
-    async fn in_time<T>(&self, member: &Member, patience: Duration, asked: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
-        let answer = timeout(patience, asked).await.unwrap_or_else(|_| Err(stalled(patience)));
+    async fn in_time<T>(
+        &self,
+        member: &Member,
+        timeout_after: Duration,
+        asked: impl Future<Output = Result<T, Fault>>,
+    ) -> Result<T, Fault> {
+        let answer = timeout(timeout_after, asked).await.unwrap_or_else(|_| Err(stalled(timeout_after)));
         match &answer {
             Ok(_) => self.answered(member),
             Err(fault) => self.failed(member, fault),
@@ -384,20 +403,20 @@ impl Peers {
         answer
     }
 
-    /// Asks whether the peer's own flight waits. None: no answer. Over another connection, since the one in question says nothing.
-    async fn ask_after(&self, member: &Member, digest: &Digest) -> Option<Sign> {
+    /// Asks whether the peer's own flight waits. `None`: no answer. Over another connection, since the one in question is silent.
+    async fn ask_after(&self, member: &Member, digest: &Digest) -> Option<Liveness> {
         let upstream = self.peer(member).upstream.clone();
         let mut request = upstream.request(Method::HEAD, &wire::blob_path(digest)).ok()?;
         insert(&mut request, header::CACHE_CONTROL, ONLY_IF_CACHED).ok()?;
         let (session, connection) = upstream.exchange(&request, &[]).await.ok()?;
         let head = session.resp_header()?;
-        let sign = match head.status {
-            StatusCode::GATEWAY_TIMEOUT if head.headers.get(FLIGHT) == Some(&FILLING) => Some(Sign::Filling),
-            StatusCode::GATEWAY_TIMEOUT | StatusCode::OK => Some(Sign::Alive),
+        let liveness = match head.status {
+            StatusCode::GATEWAY_TIMEOUT if head.headers.get(FLIGHT) == Some(&FILLING) => Some(Liveness::Filling),
+            StatusCode::GATEWAY_TIMEOUT | StatusCode::OK => Some(Liveness::Alive),
             _ => None,
         };
         upstream.finish(session, &connection).await;
-        sign
+        liveness
     }
 
     fn peer(&self, member: &Member) -> Arc<Peer> {
@@ -420,14 +439,14 @@ impl Peers {
                 // Before the stall, so that it is known to be no connection, and late enough for a lost packet to be sent again.
                 connect_timeout: self.stall_timeout * 3 / 4,
                 // A watch is over all that may take long.
-                read_timeout: self.patience,
+                read_timeout: self.longest_wait,
                 metrics: self.metrics.clone(),
                 health: None,
                 requests: Semaphore::new(self.requests),
                 repeaters: Semaphore::new(REPEATERS),
                 ties: Some(Ties { members: self.members.clone(), secrets: self.secrets.clone() }),
             }),
-            places: Arc::new(Semaphore::new(self.places)),
+            permits: Arc::new(Semaphore::new(self.fills)),
             distrusted: Mutex::new(None),
         });
         known.insert(member.name.clone(), peer.clone());
@@ -436,11 +455,11 @@ impl Peers {
 }
 
 impl Watch {
-    /// What `wait` comes to, unless the peer is silent for too long and gives no sign that there is hope.
+    /// The result of `wait`, unless the peer sends nothing for too long and its own flight does not wait either.
     pub(super) async fn over<T>(&self, wait: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
         let peers = &self.peers;
-        let (started, half) = (Instant::now(), self.patience / 2);
-        let mut until = started + self.patience;
+        let (started, half) = (Instant::now(), self.timeout / 2);
+        let mut until = started + self.timeout;
         tokio::pin!(wait);
         loop {
             tokio::select! {
@@ -448,34 +467,34 @@ impl Watch {
                 done = &mut wait => return done,
                 () = sleep_until((until - half).into()) => {}
             }
-            let hopeful = async {
-                let sign = if self.hope == Hope::Tier { None } else { peers.ask_after(&self.member, &self.digest).await };
-                if !sign.is_some_and(|sign| self.hope.is_fed_by(sign)) {
+            let more_time = async {
+                let liveness = if self.waits_for == WaitsFor::Tier { None } else { peers.ask_after(&self.member, &self.digest).await };
+                if !liveness.is_some_and(|liveness| self.waits_for.goes_on_after(liveness)) {
                     std::future::pending().await
                 }
             };
             tokio::select! {
                 biased;
                 done = &mut wait => return done,
-                () = hopeful => until = Instant::now() + self.patience,
-                () = sleep_until(until.into()) => return Err(stalled(self.patience)),
+                () = more_time => until = Instant::now() + self.timeout,
+                () = sleep_until(until.into()) => return Err(stalled(self.timeout)),
             }
-            // An upload takes as long as its client does.
-            if self.hope != Hope::Upload && started.elapsed() > peers.patience {
-                return Err(stalled(self.patience));
+            if self.waits_for != WaitsFor::Upload && started.elapsed() > peers.longest_wait {
+                return Err(stalled(self.timeout));
             }
         }
     }
 }
 
-fn stalled(patience: Duration) -> Fault {
-    Fault::Silent { source_name: PEER, why: format!("no sign of life for {patience:?}") }
+fn stalled(timeout: Duration) -> Fault {
+    Fault::Silent { source_name: PEER, why: format!("no sign of life for {timeout:?}") }
 }
 
-impl Hope {
-    fn is_fed_by(self, sign: Sign) -> bool {
+impl WaitsFor {
+    /// Whether this answer starts the stall timeout again.
+    fn goes_on_after(self, liveness: Liveness) -> bool {
         match self {
-            Self::Flight => sign == Sign::Filling,
+            Self::Flight => liveness == Liveness::Filling,
             Self::Tier => false,
             Self::Upload => true,
         }
@@ -492,14 +511,14 @@ enum Said {
     Other,
 }
 
-fn said(head: &ResponseHeader, only_kept: bool) -> Said {
+fn said(head: &ResponseHeader, only: Only) -> Said {
     let begins = |name: &HeaderName, with: &str| {
         head.headers.get(name).and_then(|value| value.to_str().ok()).is_some_and(|value| value.trim_start().starts_with(with))
     };
     match head.status {
         // Some other server that happens to listen there knows nothing of the origin.
         StatusCode::NOT_FOUND if begins(&CACHE_STATUS, "castier") => Said::Absent,
-        StatusCode::GATEWAY_TIMEOUT if only_kept => Said::NotKept,
+        StatusCode::GATEWAY_TIMEOUT if only == Only::Kept => Said::NotKept,
         status if status.is_server_error() && head.headers.get(header::CONTENT_TYPE) == Some(&Problem::MEDIA_TYPE) => Said::Unable,
         _ => Said::Other,
     }
@@ -529,13 +548,13 @@ mod tests {
         ] {
             let mut head = ResponseHeader::build(status, None).unwrap();
             headers.iter().for_each(|(name, value)| head.insert_header((*name).to_owned(), *value).unwrap());
-            assert_eq!((said(&head, false), said(&head, true)), (plain, only_kept), "{status} {headers:?}");
+            assert_eq!((said(&head, Only::Anything), said(&head, Only::Kept)), (plain, only_kept), "{status} {headers:?}");
         }
     }
 
     #[test]
-    fn only_the_right_sign_gives_hope() {
-        let fed = |hope: Hope| [Sign::Filling, Sign::Alive].map(|sign| hope.is_fed_by(sign));
-        assert_eq!([Hope::Flight, Hope::Tier, Hope::Upload].map(fed), [[true, false], [false, false], [true, true]]);
+    fn only_the_right_answer_gives_more_time() {
+        let more = |waits: WaitsFor| [Liveness::Filling, Liveness::Alive].map(|liveness| waits.goes_on_after(liveness));
+        assert_eq!([WaitsFor::Flight, WaitsFor::Tier, WaitsFor::Upload].map(more), [[true, false], [false, false], [true, true]]);
     }
 }

@@ -1,14 +1,11 @@
 //! Uploads to a source.
 
 use super::{MAX_ANSWER, Upstream, insert, read_final};
-use crate::{
-    fault::{Fault, Limit},
-    secret::Asked,
-};
+use crate::secret::Asked;
 use bytes::Bytes;
-use castier_blob::{Digest, Verified, Verifier};
+use castier_blob::Digest;
+use castier_cache::{Fault, Limit, Next, Put, Stat, Upload};
 use castier_wire as wire;
-use futures::{StreamExt, stream::BoxStream};
 use http::{Method, StatusCode, header};
 use pingora::{ErrorType, http::RequestHeader, protocols::http::v1::client::HttpSession};
 use std::time::Duration;
@@ -30,91 +27,13 @@ const HELD_FOR: Duration = Duration::from_secs(1);
 /// How long a source may think about an expectation before the upload is simply sent, as curl does.
 const EXPECT_PATIENCE: Duration = Duration::from_secs(1);
 
-/// The bytes of an upload as they arrive from the client.
-pub type Upload<'a> = BoxStream<'a, Result<Bytes, Fault>>;
-
-/// How an upload ended well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Put {
-    /// It was not there before.
-    Created,
-    /// It was there already.
-    Existed,
-}
-
-/// An upload on its way: what has come of it, and the rest. It can be offered to one source after the other until bytes have gone
-/// to one that are not at hand any more.
-pub struct Parcel<'a> {
-    /// The name that the bytes must have; none: any.
-    digest: Option<Digest>,
-    /// The size that was announced.
-    size: Option<u64>,
-    /// Has seen all bytes that came.
-    verifier: Verifier,
-    /// The bytes that came and have not been sent: all of them, while nothing has been.
-    held: Bytes,
-    /// All bytes have come, and they are right.
-    whole: Option<Verified<()>>,
-    rest: Upload<'a>,
-    /// Bytes have left that are not in `held`.
-    begun: bool,
-}
-
-impl Parcel<'_> {
-    /// Uploads up to this size are read before they are sent on: they can then use a kept-alive connection, since they can be repeated.
-    pub const SMALL: usize = 64 << 10;
-}
-
-impl<'a> Parcel<'a> {
-    /// Reads the first bytes of an upload, and all of a small one.
-    ///
-    /// # Errors
-    /// The client's; [`Fault::Mismatch`] if a small one is not the blob named `digest`.
-    pub async fn pack(digest: Option<Digest>, size: Option<u64>, mut rest: Upload<'a>) -> Result<Self, Fault> {
-        let mut verifier = digest.map_or_else(Verifier::any, Verifier::of);
-        let mut held = Vec::new();
-        let mut ended = false;
-        while !ended && held.len() <= Self::SMALL {
-            match rest.next().await.transpose()? {
-                Some(chunk) => {
-                    verifier.update(&chunk);
-                    held.extend_from_slice(&chunk);
-                }
-                None => ended = true,
-            }
-        }
-        let whole = if ended { Some(verifier.clone().finish(()).map_err(Fault::Mismatch)?) } else { None };
-        Ok(Self { digest, size, verifier, held: held.into(), whole, rest, begun: false })
-    }
-
-    /// It can be offered again: this is all that came.
-    pub fn begin_anew(&mut self, all: Bytes) {
-        (self.held, self.begun) = (all, false);
-    }
-
-    /// Whether all of it has come, so that it can be offered as often as need be.
-    pub const fn is_whole(&self) -> bool {
-        self.whole.is_some()
-    }
-
-    /// Whether it can still be offered to another source.
-    pub const fn is_at_hand(&self) -> bool {
-        !self.begun
-    }
-}
-
 impl Upstream {
-    /// Uploads a blob as its bytes arrive. With a digest by PUT, else by POST, which lets the source name it.
-    /// The last bytes wait until all of them have verified, so that the source never
-    /// sees a complete upload of something else.
-    ///
-    /// # Errors
-    /// [`Fault::Mismatch`] when the bytes are not the blob of that name; else as [`Self::open`].
-    pub async fn put(&self, parcel: &mut Parcel<'_>) -> Result<(Put, Verified<()>), Fault> {
+    /// Uploads a blob as its bytes arrive: with a digest by PUT, else by POST, which lets the source name it.
+    pub(super) async fn put(&self, upload: &mut Upload<'_>) -> Result<Put, Fault> {
         // A small one is counted by `repeat`, as all requests are that can be repeated.
-        let streams = parcel.whole.is_none();
+        let streams = upload.whole().is_none();
         let asked = std::time::Instant::now();
-        let put = self.send(parcel).await;
+        let put = self.send(upload).await;
         if streams {
             match &put {
                 Ok(_) => self.found(asked, Ok(StatusCode::OK)),
@@ -122,25 +41,25 @@ impl Upstream {
                 Err(Fault::OriginFull | Fault::Unusable { .. } | Fault::Busy(Limit::Origin)) => {
                     self.found(asked, Ok(StatusCode::INTERNAL_SERVER_ERROR));
                 }
-                // By the client's doing.
+                // The client's fault.
                 Err(_) => {}
             }
         }
         put
     }
 
-    async fn send(&self, parcel: &mut Parcel<'_>) -> Result<(Put, Verified<()>), Fault> {
-        let by_name = parcel.digest.is_some();
-        let (method, path) = parcel.digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(&digest)));
+    async fn send(&self, upload: &mut Upload<'_>) -> Result<Put, Fault> {
+        let digest = upload.digest();
+        let (method, path) = digest.map_or((Method::POST, wire::CAS.to_owned()), |digest| (Method::PUT, wire::blob_path(digest)));
         let mut request = self.request(method, &path)?;
-        if let Some(verified) = &parcel.whole {
-            insert(&mut request, header::CONTENT_LENGTH, &parcel.held.len().to_string())?;
-            let (mut session, peer, _place) = self.ask(&request, &parcel.held).await?;
-            let put = self.stored(&mut session, by_name, verified).await?;
+        if let Some(bytes) = upload.whole() {
+            insert(&mut request, header::CONTENT_LENGTH, &bytes.len().to_string())?;
+            let (mut session, peer, _permit) = self.ask(&request, bytes).await?;
+            let put = self.stored(&mut session, unnamed(upload)).await?;
             self.finish(session, &peer).await;
-            return Ok((put, verified.clone()));
+            return Ok(put);
         }
-        match parcel.size {
+        match upload.size() {
             Some(size) => insert(&mut request, header::CONTENT_LENGTH, &size.to_string())?,
             None => insert(&mut request, header::TRANSFER_ENCODING, "chunked")?,
         }
@@ -150,66 +69,64 @@ impl Upstream {
             Some(connection) => connection,
             None => Box::pin(self.connect()).await?,
         };
-        let (mut session, mut peer, mut asked, answered_early, sent) = loop {
+        let (mut session, mut peer, mut asked, rest) = loop {
             let reused = connection.reused;
             let (session, peer) = connection.session(self.read_timeout);
             // Held for as long as what was sent is.
             let repeater = repeater.take().filter(|_| reused);
-            match self.stream(session, &request, parcel, repeater).await? {
-                Sent::Answered { session, asked, early, sent } => break (session, peer, asked, early, sent),
+            match self.stream(session, &request, upload, repeater).await? {
+                Sent::Streamed { session, asked, rest } => break (session, peer, asked, rest),
                 Sent::Stale => connection = Box::pin(self.connect()).await?,
             }
         };
-        if answered_early {
-            // Before the rest is read: it can still go elsewhere.
-            self.must_be_proved(&asked, &session)?;
-        }
-        if answered_early && session.get_status().is_some_and(|status| status.is_client_error() || status.is_server_error()) {
-            // The source does not want it, whatever the rest is. The body is cut off here, and the connection with it.
-            return Err(session.get_status().map_or_else(|| self.unusable("no status"), |status| self.refused(status)));
-        }
-        if answered_early {
-            // What it says counts only for bytes that verified, so the rest of them is read all the same.
-            while let Some(chunk) = parcel.rest.next().await.transpose()? {
-                parcel.verifier.update(&chunk);
-            }
-        }
-        let verified = parcel.verifier.clone().finish(()).map_err(Fault::Mismatch)?;
-        parcel.whole = Some(verified.clone());
         let mut all_sent = false;
-        if !answered_early {
-            let ended = self.end(&mut session, &parcel.held).await;
-            match (ended, sent) {
-                (Ok(whole), _) => all_sent = whole,
-                (Err(error), Some((mut all, _repeater))) if error.etype != ErrorType::ReadTimedout => {
-                    // All of it is at hand, and right.
-                    all.extend_from_slice(&parcel.held);
-                    let (fresh, address) = Box::pin(self.connect()).await?.session(self.read_timeout);
-                    (*session, peer) = (fresh, address);
-                    let mut request = request.clone();
-                    asked = self.prove(&mut request)?;
-                    let again = async {
-                        session.write_request_header(Box::new(request)).await?;
-                        self.end(&mut session, &all).await
-                    };
-                    all_sent = again.await.map_err(|error| self.fault(&error))?;
+        match rest {
+            Rest::AnsweredEarly => {
+                // Before the rest is read: it can still go elsewhere.
+                self.must_be_proved(&asked, &session)?;
+                if session.get_status().is_some_and(|status| status.is_client_error() || status.is_server_error()) {
+                    // The source does not want it, whatever the rest is. The body is cut off here, and the connection with it.
+                    return Err(session.get_status().map_or_else(|| self.unusable("no status"), |status| self.refused(status)));
                 }
-                (Err(error), _) => return Err(self.fault(&error)),
+                upload.drain().await?;
             }
-            self.must_be_proved(&asked, &session)?;
+            Rest::Last { last, sent } => {
+                let ended = self.end(&mut session, &last).await;
+                match (ended, sent) {
+                    (Ok(whole), _) => all_sent = whole,
+                    (Err(error), Some((mut all, _repeater))) if error.etype != ErrorType::ReadTimedout => {
+                        // All of it is at hand, and right.
+                        all.extend_from_slice(&last);
+                        let (fresh, address) = Box::pin(self.connect()).await?.session(self.read_timeout);
+                        (*session, peer) = (fresh, address);
+                        let mut request = request.clone();
+                        asked = self.prove(&mut request)?;
+                        let again = async {
+                            session.write_request_header(Box::new(request)).await?;
+                            self.end(&mut session, &all).await
+                        };
+                        all_sent = again.await.map_err(|error| self.fault(&error))?;
+                    }
+                    (Err(error), _) => return Err(self.fault(&error)),
+                }
+                self.must_be_proved(&asked, &session)?;
+            }
         }
-        let put = self.stored(&mut session, by_name, &verified).await?;
+        let put = self.stored(&mut session, unnamed(upload)).await?;
         // Else the next request would be taken for the rest of this one.
         if all_sent {
             self.finish(*session, &peer).await;
         }
-        Ok((put, verified))
+        Ok(put)
     }
 
     /// Sends the last bytes of an upload, and reads the head of the answer. False: it came although not all could be sent.
     async fn end(&self, session: &mut HttpSession, last: &[u8]) -> pingora::Result<bool> {
         let sent = async {
-            session.write_body(last).await?;
+            // An empty chunk would be the end of a chunked body.
+            if !last.is_empty() {
+                session.write_body(last).await?;
+            }
             session.finish_body().await
         };
         let sent = sent.await;
@@ -222,15 +139,14 @@ impl Upstream {
         }
     }
 
-    /// Sends what comes, all but the last of it. Ends with the upload, or when the source answers before that.
+    /// Sends what comes, all but the last bytes. Ends with the upload, or when the source answers before that.
     async fn stream<'a>(
         &self,
         session: HttpSession,
         request: &RequestHeader,
-        parcel: &mut Parcel<'_>,
+        upload: &mut Upload<'_>,
         repeater: Option<SemaphorePermit<'a>>,
     ) -> Result<Sent<'a>, Fault> {
-        parcel.begun = true;
         let mut session = Box::new(session);
         // What has been sent, while it is little enough to be sent again.
         let mut sent = repeater.map(|repeater| (Vec::new(), repeater));
@@ -243,24 +159,22 @@ impl Upstream {
             return if sent.is_some() { Ok(Sent::Stale) } else { Err(self.fault(&error)) };
         }
         let error = loop {
-            let chunk = tokio::select! {
+            let next = tokio::select! {
                 biased;
                 answer = read_final(&mut session) => match answer {
-                    Ok(()) => return Ok(Sent::Answered { session, asked, early: true, sent: None }),
+                    Ok(()) => return Ok(Sent::Streamed { session, asked, rest: Rest::AnsweredEarly }),
                     Err(error) => break error,
                 },
-                chunk = parcel.rest.next() => chunk.transpose()?,
+                next = upload.next() => next?,
                 () = sleep_until(until), if sent.is_some() => {
                     sent = None;
                     continue;
                 }
             };
-            let Some(chunk) = chunk else { return Ok(Sent::Answered { session, asked, early: false, sent }) };
-            if chunk.is_empty() {
-                continue;
-            }
-            parcel.verifier.update(&chunk);
-            let ready = std::mem::replace(&mut parcel.held, chunk);
+            let ready = match next {
+                Next::Part(ready) => ready,
+                Next::Last(last) => return Ok(Sent::Streamed { session, asked, rest: Rest::Last { last, sent } }),
+            };
             sent = sent.filter(|(sent, _): &(Vec<u8>, _)| sent.len() + ready.len() <= REPEATABLE);
             if let Some((sent, _)) = &mut sent {
                 sent.extend_from_slice(&ready);
@@ -269,14 +183,13 @@ impl Upstream {
                 // It stopped reading, most likely because it has answered already.
                 session.read_timeout = Some(self.read_timeout);
                 match self.final_head(&mut session).await {
-                    Ok(()) => return Ok(Sent::Answered { session, asked, early: true, sent: None }),
+                    Ok(()) => return Ok(Sent::Streamed { session, asked, rest: Rest::AnsweredEarly }),
                     Err(error) => break error,
                 }
             }
         };
-        let Some((mut all, _)) = sent.filter(|_| error.etype != ErrorType::ReadTimedout) else { return Err(self.fault(&error)) };
-        all.extend_from_slice(&parcel.held);
-        parcel.held = all.into();
+        let Some((all, _)) = sent.filter(|_| error.etype != ErrorType::ReadTimedout) else { return Err(self.fault(&error)) };
+        upload.put_back(all);
         Ok(Sent::Stale)
     }
 
@@ -291,8 +204,8 @@ impl Upstream {
         }
     }
 
-    /// Reads the answer to an upload.
-    async fn stored(&self, session: &mut HttpSession, by_name: bool, verified: &Verified<()>) -> Result<Put, Fault> {
+    /// Reads the answer to an upload. `unnamed`: the digest of an upload that the source had to name.
+    async fn stored(&self, session: &mut HttpSession, unnamed: Option<Digest>) -> Result<Put, Fault> {
         let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
         let mut answer = Vec::new();
         let read = async {
@@ -311,11 +224,11 @@ impl Upstream {
             StatusCode::OK => Put::Existed,
             status => return Err(self.refused(status)),
         };
-        if !by_name {
+        if let Some(digest) = unnamed {
             let stored: wire::Stored =
                 serde_json::from_slice(&answer).map_err(|_| self.unusable("a POST answer that is no JSON of digest and size"))?;
-            if stored.digest.parse().ok() != Some(verified.digest()) {
-                return Err(self.unusable(format!("stored {} as {}", verified.digest(), stored.digest)));
+            if stored.digest.parse().ok() != Some(digest) {
+                return Err(self.unusable(format!("stored {digest} as {}", stored.digest)));
             }
         }
         Ok(put)
@@ -328,10 +241,10 @@ impl Upstream {
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub async fn holds(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
+    pub(super) async fn holds_durably(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
+        let Stat::Present(known) = self.stat_one(digest).await? else { return Ok(None) };
         // Without a size there is nothing to answer with.
-        let Some(known) = self.stat(digest).await?.map(|known| known.or(size)) else { return Ok(None) };
-        let Some(known) = known else { return Ok(None) };
+        let Some(known) = known.or(size) else { return Ok(None) };
         let mut request = self.request(Method::PUT, &wire::blob_path(digest))?;
         insert(&mut request, header::CONTENT_LENGTH, &size.unwrap_or(known).to_string())?;
         insert(&mut request, header::EXPECT, "100-continue")?;
@@ -348,17 +261,32 @@ impl Upstream {
     }
 }
 
+/// The digest of an upload that has no name. All of it has come.
+fn unnamed(upload: &Upload<'_>) -> Option<Digest> {
+    upload.digest().is_none().then(|| upload.verified())?.map(|(digest, _)| digest)
+}
+
 /// How far an upload came.
 enum Sent<'a> {
-    /// All but the last bytes have been sent, or the source has answered `early`.
-    Answered {
+    /// All but the last bytes have been sent, or the source has answered early.
+    Streamed {
         session: Box<HttpSession>,
         /// What the answer must prove.
         asked: Asked,
-        early: bool,
-        /// What has been sent, if it can be sent again.
-        sent: Option<(Vec<u8>, SemaphorePermit<'a>)>,
+        rest: Rest<'a>,
     },
     /// The connection had been kept alive and was closed. All bytes are at hand, for a new one.
     Stale,
+}
+
+/// What is left to do.
+enum Rest<'a> {
+    /// The source has answered before the end.
+    AnsweredEarly,
+    /// The last bytes are to be sent.
+    Last {
+        last: Bytes,
+        /// What has been sent, if it can be sent again.
+        sent: Option<(Vec<u8>, SemaphorePermit<'a>)>,
+    },
 }

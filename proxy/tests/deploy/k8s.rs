@@ -353,7 +353,7 @@ fn memory_disk_and_grace_fit_the_configuration() {
         let disk = config.disk.as_ref().unwrap();
         // docs/kubernetes.md, "Memory"; blobs of 64 KiB on average.
         let index = disk.capacity.get() / (64 * 1024) * 264;
-        let plan = castier::plan::memory(&config, &config.limits) + index;
+        let plan = castier::memory_plan::memory(&config, &config.limits) + index;
         let resources = &container(set)["resources"];
         let limit = quantity(&resources["limits"]["memory"]);
         assert_eq!(quantity(&resources["requests"]["memory"]), limit, "{name}");

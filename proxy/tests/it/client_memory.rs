@@ -1,7 +1,7 @@
 //! What clients make castier hold is within `limits.client_memory`, and a node that is sized by docs/operations.md is not killed.
 
 use crate::support::{Castier, Conn, MIB, MemoryGroup, MuteOrigin, Request, eventually, get, heavy, light, metrics, process::config_text};
-use castier::plan;
+use castier::memory_plan;
 use castier_config::{Castier as Config, Limits, Size};
 use std::{fs, time::Duration};
 use tempfile::TempDir;
@@ -141,13 +141,13 @@ async fn the_measured_costs_hold() {
     for (what, bytes, cost) in [
         ("an idle connection", b"".as_slice(), 0),
         ("a half head of 31 KiB", half.as_bytes(), 32 << 10),
-        ("a GET that waits for a flight", absent, plan::REQUEST),
-        ("a slow upload of 60,000 bytes", &upload, plan::REQUEST + plan::BODY + 3 * 60_000),
-        ("a slow upload of 1,000 bytes", small.as_bytes(), plan::REQUEST + (16 << 10) + 1_000 + 3 * 1_000),
-        ("a relay that waits", silence, plan::RELAY),
-        ("a relay that drips", drip, plan::RELAY),
-        ("a relay with 64 KiB behind it", &pipelined, plan::RELAY),
-        ("a relay whose answer nobody takes", flood, plan::RELAY + plan::RELAY_ANSWER),
+        ("a GET that waits for a flight", absent, memory_plan::REQUEST),
+        ("a slow upload of 60,000 bytes", &upload, memory_plan::REQUEST + memory_plan::BODY + 3 * 60_000),
+        ("a slow upload of 1,000 bytes", small.as_bytes(), memory_plan::REQUEST + (16 << 10) + 1_000 + 3 * 1_000),
+        ("a relay that waits", silence, memory_plan::RELAY),
+        ("a relay that drips", drip, memory_plan::RELAY),
+        ("a relay with 64 KiB behind it", &pipelined, memory_plan::RELAY),
+        ("a relay whose answer nobody takes", flood, memory_plan::RELAY + memory_plan::RELAY_ANSWER),
     ] {
         let origin = MuteOrigin::start().await;
         let config = "limits.client_memory = \"1GiB\"\nlimits.header_timeout = \"60s\"\norigin.read_timeout = \"60s\"";
@@ -167,21 +167,21 @@ async fn the_measured_costs_hold() {
         .await;
         // What is made once, for the first of a kind, belongs to the program.
         let each = castier.memory("VmHWM").saturating_sub(before + MIB) / MANY;
-        println!("{what}: {:.1} KiB, planned {:.1}", each as f64 / 1024.0, (plan::CONNECTION + cost) as f64 / 1024.0);
-        assert!(each <= plan::CONNECTION + cost, "{what} costs {each} bytes, and {} are planned", plan::CONNECTION + cost);
+        println!("{what}: {:.1} KiB, planned {:.1}", each as f64 / 1024.0, (memory_plan::CONNECTION + cost) as f64 / 1024.0);
+        assert!(each <= memory_plan::CONNECTION + cost, "{what} costs {each} bytes, and {} are planned", memory_plan::CONNECTION + cost);
         drop(held);
     }
     // The formula in the handbook is this one.
     let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md")).unwrap();
     for (what, bytes) in [
-        ("the program", plan::BASE),
-        ("a connection", plan::CONNECTION),
-        ("a fill", plan::FILL),
-        ("a request that waits", plan::REQUEST),
-        ("a relay", plan::RELAY),
-        ("a relay's answer", plan::RELAY_ANSWER),
-        ("a relay's request body", plan::RELAY_REQUEST),
-        ("an upload's body", plan::BODY),
+        ("the program", memory_plan::BASE),
+        ("a connection", memory_plan::CONNECTION),
+        ("a fill", memory_plan::FILL),
+        ("a request that waits", memory_plan::REQUEST),
+        ("a relay", memory_plan::RELAY),
+        ("a relay's answer", memory_plan::RELAY_ANSWER),
+        ("a relay's request body", memory_plan::RELAY_REQUEST),
+        ("an upload's body", memory_plan::BODY),
     ] {
         let row = if bytes >= MIB { format!("| {what} | {} MiB |", bytes / MIB) } else { format!("| {what} | {} KiB |", bytes / 1024) };
         assert!(text.contains(&row), "docs/operations.md has no row {row:?}");
@@ -192,7 +192,7 @@ async fn the_measured_costs_hold() {
 async fn a_plan_that_does_not_fit_is_told() {
     let _turn = light().await;
     let (config, limits) = sized();
-    assert!(plan::memory(&config, &limits) <= LIMIT, "{}", plan::memory(&config, &limits));
+    assert!(memory_plan::memory(&config, &limits) <= LIMIT, "{}", memory_plan::memory(&config, &limits));
     let Some(group) = MemoryGroup::new(LIMIT) else { return };
     let origin = MuteOrigin::start().await;
     let castier = start_in(&group, &origin.url, "memory.capacity = \"512MiB\"").await;

@@ -42,14 +42,14 @@ impl Blob {
 
     fn of_pattern(pattern: Arc<[u8]>, size: u64) -> Self {
         let mut blob = Self { digest: Digest::of(b""), size, pattern };
-        let mut hash = Verifier::any();
+        let mut hash = Verifier::any(());
         let mut at = 0;
         while at < size {
             let piece = blob.slice(at, size);
             hash.update(piece);
             at += piece.len() as u64;
         }
-        blob.digest = hash.finish(()).unwrap().digest();
+        blob.digest = hash.finish().unwrap().digest();
         blob
     }
 

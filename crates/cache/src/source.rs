@@ -1,0 +1,161 @@
+//! Where blobs come from and go to: the seam between the cache and everything behind it. An HTTP origin, local files, a peer and a closure in a
+//! test are all [`Source`]s.
+
+use crate::{fault::Fault, upload::Upload};
+use bytes::Bytes;
+use castier_blob::Digest;
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::BoxStream};
+use std::time::Duration;
+
+/// How long a source may take to end an answer whose bytes have all come. Past that its connection is dropped instead of used again.
+const END: Duration = Duration::from_millis(200);
+
+/// What a source is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ask {
+    /// The blob.
+    pub digest: Digest,
+    /// The offset of the first byte that is wanted.
+    pub from: u64,
+}
+
+/// What a source says to an [`Ask`].
+pub enum Answer {
+    /// The bytes, from the wanted offset on.
+    Bytes(Incoming),
+    /// There is no such blob. Only the origin knows that; a peer may pass on what the origin told it.
+    Absent,
+    /// The source was asked only for what it keeps, and does not keep the blob.
+    NotKept,
+    /// The source works, but cannot help now: it does not reach the origin, or has too much to do.
+    Unable,
+}
+
+/// What a source knows about a blob without its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stat {
+    /// There is no such blob.
+    Absent,
+    /// There is one, of this size if the source tells it.
+    Present(Option<u64>),
+}
+
+/// The bytes of a blob on their way from a source.
+pub struct Incoming {
+    /// The size of the whole blob, if the source tells it.
+    pub size: Option<u64>,
+    bytes: BoxStream<'static, Result<Bytes, Fault>>,
+}
+
+impl Incoming {
+    /// `bytes` begin at the wanted offset. They end with an error if the transfer breaks. Dropping the stream ends the transfer.
+    pub fn new(size: Option<u64>, bytes: impl futures::Stream<Item = Result<Bytes, Fault>> + Send + 'static) -> Self {
+        Self { size, bytes: bytes.boxed() }
+    }
+
+    /// The same transfer, seen through a stream that `wrap` puts around its bytes.
+    #[must_use]
+    pub fn map(self, wrap: impl FnOnce(BoxStream<'static, Result<Bytes, Fault>>) -> BoxStream<'static, Result<Bytes, Fault>>) -> Self {
+        Self { size: self.size, bytes: wrap(self.bytes) }
+    }
+
+    /// The next bytes, at least one; `None` at the end of the source's answer. Safe to cancel and call again.
+    ///
+    /// # Errors
+    /// The transfer broke, or stalled.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Fault> {
+        loop {
+            match self.bytes.next().await.transpose()? {
+                Some(bytes) if bytes.is_empty() => {}
+                next => return Ok(next),
+            }
+        }
+    }
+
+    /// All bytes have come. Reads up to the end of the answer, so that the source can use its connection again.
+    pub async fn end(mut self) {
+        tokio::time::timeout(END, self.next()).await.ok();
+    }
+}
+
+/// Something that blobs can be read from.
+pub trait Source: Send + Sync {
+    /// Opens a blob for reading.
+    ///
+    /// # Errors
+    /// What kept the source from answering, or made its answer useless.
+    fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>>;
+
+    /// What is known about each of these blobs, in their order.
+    ///
+    /// # Errors
+    /// As [`Self::open`], for any of them.
+    fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>>;
+
+    /// The URL of the server that is asked, for spans and logs; none if it has none.
+    fn url(&self) -> Option<String> {
+        None
+    }
+}
+
+/// Something that blobs can be stored in for good.
+pub trait Store: Source {
+    /// Stores an upload. Done only when the blob is durable. The bytes end with an error, and never with a clean end, if they are not the blob that
+    /// the upload names.
+    ///
+    /// # Errors
+    /// The client's, the store's, or a limit.
+    fn put<'a>(&'a self, upload: &'a mut Upload<'_>) -> BoxFuture<'a, Result<Put, Fault>>;
+
+    /// Deletes a blob; false if it was not there.
+    ///
+    /// # Errors
+    /// [`Fault::NotAllowed`] if the store does not delete; else as [`Source::open`].
+    fn delete<'a>(&'a self, digest: &'a Digest) -> BoxFuture<'a, Result<bool, Fault>>;
+
+    /// The size of a blob that is stored durably, so that an upload of `size` bytes need not be sent. `None` if it must be.
+    ///
+    /// # Errors
+    /// As [`Source::open`].
+    fn holds<'a>(&'a self, digest: &'a Digest, size: Option<u64>) -> BoxFuture<'a, Result<Option<u64>, Fault>> {
+        let known = self.stat(std::slice::from_ref(digest));
+        async move {
+            Ok(match known.await?.first() {
+                Some(Stat::Present(known)) => known.or(size),
+                _ => None,
+            })
+        }
+        .boxed()
+    }
+}
+
+/// How an upload ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Put {
+    /// The blob was not there before.
+    Created,
+    /// The blob was there already.
+    Existed,
+}
+
+/// A function from an [`Ask`] to an [`Answer`] is a source, for tests and for embedding.
+impl<F> Source for F
+where
+    F: Fn(Ask) -> BoxFuture<'static, Result<Answer, Fault>> + Send + Sync,
+{
+    fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
+        self(ask)
+    }
+
+    fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
+        let asks = digests.iter().map(|digest| {
+            self(Ask { digest: *digest, from: 0 }).map(|answer| {
+                Ok(match answer? {
+                    Answer::Bytes(incoming) => Stat::Present(incoming.size),
+                    _ => Stat::Absent,
+                })
+            })
+        });
+        futures::future::try_join_all(asks).boxed()
+    }
+}

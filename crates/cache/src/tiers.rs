@@ -1,0 +1,122 @@
+//! The tiers of this node.
+
+use crate::{
+    budget::Budget,
+    disk::Disk,
+    memory::Memory,
+    metrics::Metrics,
+    via::{Owner, Tier},
+};
+use bytes::Bytes;
+use castier_blob::{Digest, Verified};
+use castier_config as config;
+use std::{io, sync::Arc};
+use tokio::sync::mpsc;
+
+/// Where blobs are kept.
+///
+/// Invariant: a blob that a peer owns is kept in the mirror or not at all ([`Owner`]).
+#[derive(Clone)]
+pub struct Tiers {
+    /// For blobs that this node owns.
+    pub memory: Arc<Memory>,
+    /// For hot blobs that peers own; none without a cluster.
+    pub mirror: Option<Arc<Memory>>,
+    /// For blobs that this node owns; none unless it is configured.
+    pub disk: Option<Arc<Disk>>,
+}
+
+impl Tiers {
+    /// The tiers as configured. A cluster takes the mirror's share out of the memory. `disk.open_files` is replaced by `open_files`, what the process may
+    /// open. `budget` is `fill.memory`. Blobs that the disk tier finds rotten are told to `rotten`.
+    ///
+    /// # Errors
+    /// The disk tier's directory cannot be used. The text names it.
+    pub fn open(
+        config: &config::Castier,
+        open_files: u64,
+        budget: &Arc<Budget>,
+        metrics: &Arc<Metrics>,
+        rotten: mpsc::Sender<Digest>,
+    ) -> io::Result<Self> {
+        let share = config.cluster.as_ref().map(|cluster| cluster.mirror_share);
+        let (memory, mirror) = {
+            let metrics = metrics.clone();
+            Memory::with_mirror(&config.memory, share, budget, move |tier, age| metrics.evicted(tier, age))
+        };
+        let disk = match &config.disk {
+            Some(disk) => Some(Disk::open(&config::Disk { open_files, ..disk.clone() }, metrics.clone(), rotten)?),
+            None => None,
+        };
+        Ok(Self { memory: Arc::new(memory), mirror: mirror.map(Arc::new), disk })
+    }
+
+    /// The blob, if it is in memory, and in which part of it.
+    pub fn in_memory(&self, digest: &Digest) -> Option<(Bytes, Tier)> {
+        if let Some(bytes) = self.memory.find(digest) {
+            return Some((bytes, Tier::Memory));
+        }
+        Some((self.mirror.as_ref()?.find(digest)?, Tier::Mirror))
+    }
+
+    /// As [`Self::in_memory`], and sure that a blob that is not found is not there.
+    pub fn in_memory_settled(&self, digest: &Digest) -> Option<(Bytes, Tier)> {
+        if let Some(bytes) = self.memory.find_settled(digest) {
+            return Some((bytes, Tier::Memory));
+        }
+        Some((self.mirror.as_ref()?.find_settled(digest)?, Tier::Mirror))
+    }
+
+    /// Counts one get for the eviction policies: for the part of memory that had the blob, or for all tiers. Call it once for each get.
+    pub fn count(&self, digest: &Digest, hit: Option<Tier>) {
+        if hit != Some(Tier::Mirror) {
+            self.memory.count(digest);
+        }
+        if hit != Some(Tier::Memory)
+            && let Some(mirror) = &self.mirror
+        {
+            mirror.count(digest);
+        }
+        if !matches!(hit, Some(Tier::Memory | Tier::Mirror))
+            && let Some(disk) = &self.disk
+        {
+            disk.count(digest);
+        }
+    }
+
+    /// Whether memory keeps a blob of this size.
+    pub fn memory_takes(&self, size: u64, owner: Owner) -> bool {
+        match owner {
+            Owner::ThisNode => self.memory.takes(size),
+            Owner::Peer => self.mirror.as_ref().is_some_and(|mirror| mirror.takes(size)),
+        }
+    }
+
+    /// Whether the disk would keep this blob now.
+    pub fn disk_keeps(&self, digest: &Digest, size: u64, owner: Owner) -> bool {
+        owner == Owner::ThisNode && self.disk.as_ref().is_some_and(|disk| disk.keeps(digest, size))
+    }
+
+    /// Keeps a blob that is in one piece of memory, on disk a little later. If memory keeps it, returns its bytes as every reader must hold them from
+    /// now on. See [`Memory::keep`] for the lease that the caller must hold.
+    pub fn keep(&self, blob: Verified<Bytes>, owner: Owner) -> Option<Bytes> {
+        if owner == Owner::Peer {
+            return self.mirror.as_ref()?.keep(blob);
+        }
+        if let Some(disk) = &self.disk {
+            disk.keep_later(blob.clone());
+        }
+        self.memory.keep(blob)
+    }
+
+    /// Drops the blob. The order matters: a promotion moves it from disk to memory.
+    pub async fn forget(&self, digest: &Digest) {
+        if let Some(disk) = &self.disk {
+            disk.forget(digest).await;
+        }
+        self.memory.forget(digest);
+        if let Some(mirror) = &self.mirror {
+            mirror.forget(digest);
+        }
+    }
+}

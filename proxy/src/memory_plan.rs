@@ -1,0 +1,203 @@
+//! What this node may come to hold in memory: what one of each thing costs, the sum of it all, and whether it fits.
+//!
+//! The costs are measured (see docs/operations.md, "Sizing", and the test `memory_plan`, which holds the program to them). They count what
+//! the process holds. What the kernel holds for a socket comes on top and is counted with the connection.
+
+use crate::request_head::{Framing, Head};
+use castier_cache::SMALL;
+use castier_config::{Castier, Limits, Size};
+use std::{fs, path::Path};
+
+/// The program itself, with its threads and what the allocator keeps at hand.
+pub const BASE: u64 = 32 << 20;
+/// A connection that is idle, and its socket in the kernel.
+pub const CONNECTION: u64 = 8 << 10;
+/// A connection to an origin or a peer that is kept alive, both ends of it with an embedded origin.
+const UPSTREAM: u64 = 24 << 10;
+/// A fill: its task, the connection it reads from, and what it has read and not yet put into its spool.
+pub const FILL: u64 = 160 << 10;
+/// What an open file of the disk tier keeps: its checksums.
+const OPEN_FILE: u64 = 16 << 10;
+/// Read buffers that the disk tier and the spools share.
+const BUFFERS: u64 = 8 << 20;
+
+/// A request that is not answered at once from memory: its session, its task, and, for a GET, its part in a flight.
+pub const REQUEST: u64 = 8 << 10;
+/// A body that comes in: what pingora reads it into.
+pub const BODY: u64 = 32 << 10;
+/// A relayed request that waits for its answer: the session, both connections, and the futures between.
+pub const RELAY: u64 = 48 << 10;
+/// The most that a relay queues of a request's body, in reads of [`crate::connection::Conn::READ`] bytes; and what it keeps for a second try.
+pub const RELAY_REQUEST: u64 = 256 << 10;
+/// The most that a relay queues of an answer to a client that is slower than the origin.
+pub const RELAY_ANSWER: u64 = 512 << 10;
+
+/// An answer of unknown length is charged only when a piece of it is longer than this: as long as none is, little can queue.
+pub const RELAY_PIECE: usize = 1 << 10;
+
+/// What `limits.client_memory` is charged for a request about blobs.
+pub fn request(head: &Head) -> u64 {
+    let body = match head.framing {
+        Framing::Length(0) => 0,
+        // What pingora reads into is touched as far as bytes come. Then twice: as it came, and as one piece for the origin.
+        Framing::Length(length) => BODY.min(length.saturating_add(16 << 10)) + 2 * length.min(SMALL as u64),
+        Framing::Chunked => BODY + 2 * SMALL as u64,
+    };
+    REQUEST + head.len as u64 + body
+}
+
+/// What `limits.client_memory` is charged for a relayed request until its answer begins.
+pub fn relay(head: &Head) -> u64 {
+    let body = match head.framing {
+        Framing::Length(length) => (2 * length).min(RELAY_REQUEST),
+        Framing::Chunked => RELAY_REQUEST,
+    };
+    // The head is sent on as a copy.
+    RELAY + 2 * head.len as u64 + body
+}
+
+/// What it is charged beside that when the answer has begun; of unknown length it is [`RELAY_ANSWER`].
+pub fn relay_answer(length: Option<u64>) -> u64 {
+    length.map_or(RELAY_ANSWER, |length| length.saturating_mul(2).min(RELAY_ANSWER))
+}
+
+/// What this node may come to hold, as configured, with `connections` from clients.
+pub fn memory(config: &Castier, limits: &Limits) -> u64 {
+    let peers = config.cluster.as_ref().map_or(0, |_| limits.max_peer_connections as u64);
+    let connections = limits.max_connections as u64 + limits.max_admin_connections as u64 + peers;
+    let sources = 1 + config.cluster.as_ref().map_or(0, |cluster| cluster.peers.len() as u64);
+    let fills = config.fill.max_in_flight as u64 * FILL + config.origin.max_requests as u64 * UPSTREAM;
+    let disk = config.disk.as_ref().map_or(0, |disk| disk.write_behind.get() + disk.open_files * OPEN_FILE + BUFFERS);
+    let logged = if config.log.loki_url.is_empty() { 0 } else { config.log.loki.buffer.get() };
+    let traced = if config.otlp.endpoint.is_empty() { 0 } else { config.otlp.buffer.get() };
+    let parts = [
+        BASE,
+        logged,
+        traced,
+        config.memory.capacity.get(),
+        config.fill.memory.get(),
+        // An evicted blob that a client still reads may take `fill.memory` over its limit once.
+        config.memory.max_blob.get(),
+        limits.client_memory.get(),
+        connections * CONNECTION,
+        sources * fills,
+        disk,
+    ];
+    parts.into_iter().fold(0, u64::saturating_add)
+}
+
+/// What the control group that this process is in may hold; none if there is no limit.
+pub fn memory_limit() -> Option<u64> {
+    group_limit(Path::new("/proc/self"))
+}
+
+/// What this process holds now, as far as the kernel tells.
+pub fn resident() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let kibibytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())?;
+    kibibytes.checked_mul(1024)
+}
+
+/// Warns if what is configured is more than the control group that this process is in may hold.
+pub fn tell(config: &Castier, limits: &Limits) {
+    let planned = memory(config, limits);
+    if let Some(limit) = memory_limit()
+        && planned > limit
+    {
+        tracing::warn!(
+            %planned,
+            %limit,
+            "the configuration lets castier hold {} of memory, and its control group allows {}: under load the kernel may kill it; lower \
+             memory.capacity, fill.memory, limits.client_memory or limits.max_connections, or raise the limit",
+            shown(planned),
+            shown(limit),
+        );
+    }
+}
+
+fn shown(bytes: u64) -> Size {
+    // In whole MiB: nobody compares more digits.
+    Size::mib(bytes >> 20)
+}
+
+/// The memory limit of the control group that the process whose folder in /proc this is belongs to, or of a group above it; none if there
+/// is no limit. Knows both versions of control groups.
+fn group_limit(process: &Path) -> Option<u64> {
+    let groups = fs::read_to_string(process.join("cgroup")).ok()?;
+    let mounts = fs::read_to_string(process.join("mountinfo")).ok()?;
+    limits_of(&groups, &mounts, |path| fs::read_to_string(path).ok()).into_iter().min()
+}
+
+/// All limits that hold, by what /proc/PID/cgroup and /proc/PID/mountinfo say.
+fn limits_of(groups: &str, mounts: &str, read: impl Fn(&Path) -> Option<String>) -> Vec<u64> {
+    let mut found = Vec::new();
+    for line in groups.lines() {
+        // HIERARCHY:CONTROLLERS:PATH; version 2 is hierarchy 0, without controllers.
+        let mut fields = line.splitn(3, ':');
+        let (Some(hierarchy), Some(controllers), Some(group)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let (kind, file) = match (hierarchy, controllers) {
+            ("0", "") => ("cgroup2", "memory.max"),
+            (_, controllers) if controllers.split(',').any(|controller| controller == "memory") => ("cgroup", "memory.limit_in_bytes"),
+            _ => continue,
+        };
+        for mount in mounts.lines() {
+            // ID PARENT DEVICE ROOT MOUNT-POINT OPTIONS … - TYPE SOURCE SUPER-OPTIONS
+            let Some((mount, made_of)) = mount.split_once(" - ") else { continue };
+            let (mut mount, mut made_of) = (mount.split(' ').skip(3), made_of.split(' '));
+            let (Some(root), Some(point)) = (mount.next(), mount.next()) else { continue };
+            let options = made_of.clone().nth(2).unwrap_or_default();
+            if made_of.next() != Some(kind) || (kind == "cgroup" && !options.split(',').any(|option| option == "memory")) {
+                continue;
+            }
+            // In a container the mount begins at the container's own group.
+            let below = if root == "/" { group } else { group.strip_prefix(root).unwrap_or_default() };
+            let mut path = Path::new(point).join(below.trim_start_matches('/'));
+            while path.starts_with(point) {
+                // "max", or in version 1 a number near 2^63, is no limit.
+                let limit = read(&path.join(file)).and_then(|text| text.trim().parse::<u64>().ok()).filter(|limit| *limit < 1 << 62);
+                found.extend(limit);
+                if !path.pop() {
+                    break;
+                }
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_of_both_versions_are_found() {
+        let files = |path: &Path| {
+            Some(
+                match path.to_str().unwrap() {
+                    "/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes" => "9223372036854771712\n",
+                    "/sys/fs/cgroup/memory/a/memory.limit_in_bytes" => "167772160\n",
+                    "/sys/fs/cgroup/a/b/memory.max" => "max\n",
+                    "/sys/fs/cgroup/a/memory.max" => "4096\n",
+                    "/sys/fs/cgroup/memory.max" => "12288\n",
+                    _ => return None,
+                }
+                .to_owned(),
+            )
+        };
+        let one = "4:memory:/a/b\n3:cpu:/a\n0::/\n";
+        let mounts =
+            "25 20 0:22 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n26 20 0:23 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
+        assert_eq!(limits_of(one, mounts, files), [167_772_160]);
+        let two = "0::/a/b\n";
+        assert_eq!(limits_of(two, "25 20 0:22 / /sys/fs/cgroup rw - cgroup2 cgroup rw\n", files), [4096, 12288]);
+        // A container sees its own group as the root of the mount.
+        assert_eq!(limits_of(two, "25 20 0:22 /a/b /sys/fs/cgroup rw - cgroup2 cgroup rw\n", files), [12288]);
+        assert_eq!(limits_of("", "", files), [0u64; 0]);
+    }
+
+    #[test]
+    fn small_answers_cost_little() {
+        assert_eq!((relay_answer(Some(0)), relay_answer(Some(1000)), relay_answer(None)), (0, 2000, RELAY_ANSWER));
+        assert_eq!(relay_answer(Some(u64::MAX)), RELAY_ANSWER);
+    }
+}

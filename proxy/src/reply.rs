@@ -1,0 +1,222 @@
+//! Responses: status, headers, and which body. Pure, and free of pingora, so that every way to write a response writes the same one.
+
+use crate::metrics::Served;
+use bytes::{BufMut, Bytes, BytesMut};
+use castier_blob::Digest;
+use castier_cache::{Fault, Limit, Reader, SourceKind, Tier, Via};
+use castier_wire::{self as wire, Selection};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+
+/// What a shed client is told to wait, in seconds: long enough for a burst to pass, short enough to be worth it.
+const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
+
+/// What a blob takes when nothing may be deleted.
+const BLOB_METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD, PUT");
+
+/// A response, ready to be written.
+pub struct Reply {
+    /// The status.
+    pub status: StatusCode,
+    /// All headers but `Date` and `Connection`, which belong to the connection.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Body,
+    /// For metrics and the access record.
+    pub served: Served,
+    /// The tier that the body comes from.
+    pub tier: Option<Tier>,
+}
+
+/// The body of a response.
+pub enum Body {
+    /// Nothing.
+    Empty,
+    /// Made up here, whole.
+    Whole(Bytes),
+    /// Bytes of a blob.
+    Blob(Reader),
+}
+
+/// How a blob was found, as `Cache-Status` tells it.
+const fn cache_status(via: Via) -> HeaderValue {
+    HeaderValue::from_static(match via {
+        Via::Tier(Tier::Memory) => "castier; hit; detail=memory",
+        Via::Tier(Tier::Mirror) => "castier; hit; detail=mirror",
+        Via::Tier(Tier::Disk) => "castier; hit; detail=disk",
+        Via::Flight { from: SourceKind::Origin, collapsed, kept } => match (kept, collapsed) {
+            (true, false) => "castier; fwd=uri-miss; stored; detail=origin",
+            (false, false) => "castier; fwd=uri-miss; detail=origin",
+            (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=origin",
+            (false, true) => "castier; fwd=uri-miss; collapsed; detail=origin",
+        },
+        Via::Flight { from: SourceKind::Peer, collapsed, kept } => match (kept, collapsed) {
+            (true, false) => "castier; fwd=uri-miss; stored; detail=peer",
+            (false, false) => "castier; fwd=uri-miss; detail=peer",
+            (true, true) => "castier; fwd=uri-miss; stored; collapsed; detail=peer",
+            (false, true) => "castier; fwd=uri-miss; collapsed; detail=peer",
+        },
+    })
+}
+
+const fn served(via: Via) -> Served {
+    match via {
+        Via::Tier(_) => Served::Hit,
+        Via::Flight { collapsed: true, .. } => Served::Collapsed,
+        Via::Flight { .. } => Served::Miss,
+    }
+}
+
+impl Reply {
+    /// A blob, or the part of it that was selected. `size` is none while it streams with no length announced.
+    pub fn blob(digest: &Digest, size: Option<u64>, selection: Selection, via: Via, body: Body) -> Self {
+        let (status, mut headers) = wire::blob_head(digest, size, selection);
+        headers.insert(wire::CACHE_STATUS, cache_status(via));
+        if selection == Selection::Unsatisfiable {
+            let known = size.map_or_else(String::new, |size| format!(" of {size} bytes"));
+            return Self::explained(status, headers, &format!("the range lies outside the blob{known}"));
+        }
+        Self {
+            status,
+            headers,
+            body: if selection == Selection::NotModified { Body::Empty } else { body },
+            served: served(via),
+            tier: via.tier(),
+        }
+    }
+
+    /// The head as it goes over the wire where there is no session, with room behind it for so much of the body.
+    pub fn head(&self, date: &HeaderValue, keep_alive: bool, room: usize) -> BytesMut {
+        let mut out = BytesMut::with_capacity(1024 + room);
+        out.put_slice(b"HTTP/1.1 ");
+        out.put_slice(self.status.as_str().as_bytes());
+        out.put_u8(b' ');
+        out.put_slice(self.status.canonical_reason().unwrap_or_default().as_bytes());
+        out.put_slice(b"\r\nDate: ");
+        out.put_slice(date.as_bytes());
+        out.put_slice(if keep_alive { b"\r\n" } else { b"\r\nConnection: close\r\n" });
+        for (name, value) in &self.headers {
+            out.put_slice(name.as_str().as_bytes());
+            out.put_slice(b": ");
+            out.put_slice(value.as_bytes());
+            out.put_slice(b"\r\n");
+        }
+        out.put_slice(b"\r\n");
+        out
+    }
+
+    /// The client named this very blob in `If-None-Match`: nothing had to be looked up.
+    pub fn not_modified(digest: &Digest) -> Self {
+        let (status, mut headers) = wire::blob_head(digest, None, Selection::NotModified);
+        headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; hit; detail=validator"));
+        Self { status, headers, body: Body::Empty, served: Served::Hit, tier: None }
+    }
+
+    /// The blob's size, without its bytes.
+    pub fn size(digest: &Digest, size: u64, via: Via) -> Self {
+        Self::blob(digest, Some(size), Selection::Whole, via, Body::Empty)
+    }
+
+    /// An upload was stored, or was there already. Under its own name (`PUT`) that says it all; otherwise (`POST`) the name is told.
+    pub fn stored(digest: &Digest, size: u64, created: bool, by_name: bool) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ETAG, value(digest.etag()));
+        let status = if created || !by_name { StatusCode::CREATED } else { StatusCode::OK };
+        headers.insert(header::LOCATION, value(wire::blob_path(digest)));
+        let mut body = Bytes::new();
+        if !by_name {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            let stored = wire::Stored { digest: digest.to_string(), size };
+            body = serde_json::to_vec(&stored).unwrap_or_default().into();
+        }
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        Self { status, headers, body: Body::Whole(body), served: Served::Miss, tier: None }
+    }
+
+    /// What was to be done is done, and there is no more to say.
+    pub fn done() -> Self {
+        Self { status: StatusCode::NO_CONTENT, headers: HeaderMap::new(), body: Body::Empty, served: Served::Miss, tier: None }
+    }
+
+    /// The origin says that there is no such blob.
+    pub fn absent(digest: &Digest) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=uri-miss; detail=origin"));
+        Self::explained(StatusCode::NOT_FOUND, headers, &format!("the origin has no blob {digest}"))
+    }
+
+    /// A word, for programs.
+    pub fn text(text: &'static str) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(text.len()));
+        Self { status: StatusCode::OK, headers, body: Body::Whole(Bytes::from_static(text.as_bytes())), served: Served::Miss, tier: None }
+    }
+
+    /// No tier keeps the blob, and the request was not to go further (`only-if-cached`).
+    pub fn not_kept() -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=request"));
+        Self::explained(StatusCode::GATEWAY_TIMEOUT, headers, "the blob is not kept here")
+    }
+
+    /// Below `/cas/`, but no digest.
+    pub fn malformed_digest() -> Self {
+        Self::error(StatusCode::BAD_REQUEST, &format!("{}; the path is {}/<digest>", castier_blob::MalformedDigest, wire::CAS))
+    }
+
+    /// The origin does not do this to a blob.
+    fn not_allowed() -> Self {
+        Self::error(StatusCode::METHOD_NOT_ALLOWED, "the origin does not allow this; it takes GET, HEAD and PUT")
+    }
+
+    /// Any fault, as the client may know it: the cause stays in the log.
+    pub fn fault(fault: &Fault) -> Self {
+        let (status, detail) = match fault {
+            Fault::Mismatch(mismatch) => (StatusCode::UNPROCESSABLE_ENTITY, mismatch.to_string()),
+            Fault::BadRequest(why) => (StatusCode::BAD_REQUEST, why.clone()),
+            Fault::TooLarge { limit } => (StatusCode::PAYLOAD_TOO_LARGE, format!("larger than the limit of {limit} bytes")),
+            Fault::OriginRefusesSize => (StatusCode::PAYLOAD_TOO_LARGE, "larger than the origin takes".into()),
+            Fault::Unreachable { source_name, .. } => {
+                (StatusCode::BAD_GATEWAY, format!("the {source_name} cannot be reached, and the request needs it"))
+            }
+            Fault::Unusable { source_name, .. } => {
+                (StatusCode::BAD_GATEWAY, format!("the {source_name} gave an unusable answer, and the request needs one"))
+            }
+            Fault::Corrupt { source_name, .. } => {
+                (StatusCode::BAD_GATEWAY, format!("the {source_name} sent bytes that do not match the digest"))
+            }
+            Fault::Silent { source_name, .. } => (StatusCode::GATEWAY_TIMEOUT, format!("the {source_name} was silent for too long")),
+            Fault::Busy(Limit::Origin) => (StatusCode::SERVICE_UNAVAILABLE, "the origin is over a limit; try again".into()),
+            Fault::Busy(limit) => (StatusCode::SERVICE_UNAVAILABLE, format!("over the limit on {limit}; try again")),
+            Fault::OriginFull => (StatusCode::INSUFFICIENT_STORAGE, "the origin has no room for the blob".into()),
+            Fault::NotAllowed => return Self::not_allowed(),
+            Fault::ClientGone(_) => (StatusCode::BAD_REQUEST, "the request body ended before its announced end".into()),
+            Fault::ClientSilent => (StatusCode::REQUEST_TIMEOUT, "the request body did not go on for too long".into()),
+            Fault::Abandoned | Fault::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the request could not be completed".into()),
+        };
+        Self::error(status, &detail)
+    }
+
+    /// An error with nothing but its explanation.
+    pub fn error(status: StatusCode, detail: &str) -> Self {
+        Self::explained(status, HeaderMap::new(), detail)
+    }
+
+    fn explained(status: StatusCode, mut headers: HeaderMap, detail: &str) -> Self {
+        let body = wire::Problem::new(status, detail).to_json();
+        headers.insert(header::CONTENT_TYPE, wire::Problem::MEDIA_TYPE);
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        match status {
+            StatusCode::SERVICE_UNAVAILABLE => headers.insert(header::RETRY_AFTER, RETRY_AFTER),
+            StatusCode::METHOD_NOT_ALLOWED => headers.insert(header::ALLOW, BLOB_METHODS),
+            _ => None,
+        };
+        Self { status, headers, body: Body::Whole(body.into()), served: Served::Error, tier: None }
+    }
+}
+
+/// A header value made of text that was composed here, and which is therefore visible ASCII.
+fn value(text: String) -> HeaderValue {
+    HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+}

@@ -1,0 +1,604 @@
+//! Reads one request head off a connection, within every limit, before anything is built for it.
+//!
+//! Strict on purpose: what two parsers could read differently is refused here, and only here.
+
+use crate::{
+    secret::{ASKED, Field, PROOF, Twice},
+    via_header,
+};
+use bytes::{Buf, BytesMut};
+use castier_cache::{Budget, Lease};
+use castier_config::Limits;
+use castier_wire::{Fields, Target};
+use http::{
+    HeaderName, Method, StatusCode, header,
+    uri::{Authority, PathAndQuery},
+};
+use std::{
+    borrow::Cow,
+    future::poll_fn,
+    io,
+    mem::MaybeUninit,
+    ops::Range,
+    pin::Pin,
+    sync::Arc,
+    task::{Poll, ready},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, ReadBuf},
+    time::{Instant, timeout_at},
+};
+
+/// `limits.max_headers` cannot be more than this (the config sees to it): the room on the stack for parsing.
+const MAX_HEADERS: usize = 256;
+/// How much is read at once.
+const READ: usize = 4 << 10;
+
+/// A complete and well-formed request head at the front of the bytes read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Its length, the empty line included.
+    pub len: usize,
+    /// The method.
+    pub method: Method,
+    /// Where the path stands, without the query.
+    path: Range<usize>,
+    /// Where scheme and authority stand, in front of the path; empty in origin form.
+    authority: Range<usize>,
+    /// Asks to change the protocol, and has no body.
+    pub upgrade: bool,
+    /// GET over HTTP/1.1 with no header that could change the answer, unless it is `If-None-Match`: the bytes of the blob, whole.
+    pub plain: bool,
+    /// The connection is to be closed after the answer.
+    pub close: bool,
+    /// Where `If-None-Match` stands, if there is one. Of two none counts: then it is empty, which no entity tag is.
+    validator: Option<Range<usize>>,
+    /// How the request's body is framed.
+    pub framing: Framing,
+    /// `Via` names this node: it was here before.
+    pub looped: bool,
+    /// Where `User-Agent` stands, if there is one.
+    user_agent: Option<Range<usize>>,
+    /// It says whom it comes from, or which request it is.
+    introduced: bool,
+    /// Where a peer's proof stands, if there is one. Of two none counts: then it is empty, which no proof is.
+    proof: Option<Range<usize>>,
+}
+
+/// How a request's body is framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// So many bytes; 0 for none.
+    Length(u64),
+    /// In chunks, to an end that only a parser of chunks knows.
+    Chunked,
+}
+
+/// Why there is no request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoHead {
+    /// The client closed, or stayed idle too long: nothing to answer.
+    Closed,
+    /// Refused, with what to say before closing.
+    Refused(StatusCode, String),
+    /// `limits.client_memory` is used up, and the rest of the head is still to come.
+    NoMemory,
+}
+
+impl Head {
+    /// The path, out of the very bytes that were parsed.
+    pub fn path<'a>(&self, bytes: &'a [u8]) -> &'a str {
+        bytes.get(self.path.clone()).and_then(|path| str::from_utf8(path).ok()).unwrap_or_default()
+    }
+
+    /// The proof that the request carries.
+    pub fn proof<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        bytes.get(self.proof.clone()?)
+    }
+
+    /// The fields that a proof covers. Parsed once more, since only peers' requests need them.
+    pub fn asked<'a>(&self, bytes: &'a [u8]) -> Option<[Field<'a>; ASKED.len()]> {
+        let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
+        let mut request = httparse::Request::new(&mut []);
+        request.parse_with_uninit_headers(bytes, &mut headers).ok()?.is_complete().then_some(())?;
+        Some(ASKED.map(|name| {
+            let mut named = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name));
+            match (named.next(), named.next()) {
+                (header, None) => Ok(header.map(|header| header.value.trim_ascii())),
+                _ => Err(Twice),
+            }
+        }))
+    }
+
+    /// The entity tag, or tags, that the client has already.
+    pub fn validator<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        bytes.get(self.validator.clone()?)
+    }
+
+    /// What the client calls itself, for the record.
+    pub fn user_agent<'a>(&self, bytes: &'a [u8]) -> Option<Cow<'a, str>> {
+        Some(String::from_utf8_lossy(bytes.get(self.user_agent.clone()?)?))
+    }
+
+    /// What `read` makes of the fields in which a request says whom it comes from and which one it is. Parsed once more, since only those who
+    /// log or trace need them; where there are none, `read` sees none.
+    pub fn introduction<T>(&self, bytes: &[u8], read: impl FnOnce(&Parsed<'_, '_>) -> T) -> T {
+        let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
+        let mut request = httparse::Request::new(&mut []);
+        if self.introduced && request.parse_with_uninit_headers(bytes, &mut headers).is_ok() {
+            return read(&Parsed(request.headers));
+        }
+        read(&Parsed(&[]))
+    }
+
+    /// What the request is for.
+    pub fn target<'a>(&self, bytes: &'a [u8]) -> Target<'a> {
+        Target::of(self.path(bytes))
+    }
+}
+
+/// The fields of a head that was parsed and not copied.
+pub struct Parsed<'h, 'b>(&'h [httparse::Header<'b>]);
+
+impl Fields for Parsed<'_, '_> {
+    fn values<'a>(&'a self, name: &'static str) -> impl DoubleEndedIterator<Item = &'a [u8]> {
+        let named = self.0.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
+        named.map(|header| header.value)
+    }
+}
+
+/// The fields in which a request says whom it comes from and which one it is.
+const INTRODUCING: [&str; 4] = ["x-forwarded-for", "forwarded", "traceparent", "x-request-id"];
+
+/// Reads until `ahead` begins with a whole head. What follows the head stays in `ahead`.
+///
+/// The first byte may take `wait` (a new connection's whole head must then come within `header_timeout`); `ahead` may hold bytes from before.
+/// A head that does not come whole in the first read is paid for out of `memory`. The lease comes with the head, which keeps the bytes. A
+/// head that does come whole costs no lease: that is the case that must be fast, and it holds [`READ`] bytes at most.
+///
+/// # Errors
+/// [`NoHead`]: nothing came, or nothing that may be served.
+pub async fn read_head(
+    stream: &mut (impl AsyncRead + Unpin),
+    ahead: &mut BytesMut,
+    limits: &Limits,
+    wait: Duration,
+    memory: &Arc<Budget>,
+) -> Result<(Head, Option<Lease>), NoHead> {
+    let max_bytes = usize::try_from(limits.max_header_bytes.get()).unwrap_or(usize::MAX);
+    let started = Instant::now();
+    let mut begun = !ahead.is_empty();
+    let mut deadline = if begun { started + limits.header_timeout.get() } else { started + wait };
+    let mut lease: Option<Lease> = None;
+    let mut search = Search::default();
+    loop {
+        // Empty lines before a request mean nothing (RFC 9112, section 2.2). They go at once, or each would be parsed with every byte.
+        let empty = ahead.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+        if empty > 0 {
+            ahead.advance(empty);
+            search = Search::default();
+        }
+        if search.is_worth_parsing(ahead)
+            && let Some(head) = parse(ahead, limits.max_headers)?
+        {
+            let head = to_origin_form(ahead, head, limits.max_headers)?;
+            if head.len > max_bytes {
+                return Err(too_large(max_bytes));
+            }
+            return Ok((head, lease));
+        }
+        if ahead.len() > max_bytes {
+            return Err(too_large(max_bytes));
+        }
+        if !begun {
+            *ahead = BytesMut::new();
+        }
+        let held = (begun && !ahead.is_empty()).then_some(&mut lease);
+        match timeout_at(deadline, read_some(stream, ahead, held, memory)).await {
+            Ok(Ok(n)) if n > 0 => {}
+            Ok(Err(error)) if error.kind() == io::ErrorKind::OutOfMemory => return Err(NoHead::NoMemory),
+            Ok(_) => return Err(NoHead::Closed),
+            Err(_) if !begun => return Err(NoHead::Closed),
+            Err(_) => {
+                let why = format!("the request head did not arrive within {}", limits.header_timeout);
+                return Err(NoHead::Refused(StatusCode::REQUEST_TIMEOUT, why));
+            }
+        }
+        if !begun {
+            begun = true;
+            deadline = Instant::now() + limits.header_timeout.get();
+        }
+    }
+}
+
+/// When to parse a head that comes in pieces. A head is parsed from its start, so parsing it with every byte would cost the square of its
+/// length. It is parsed when its end may have come, and, so that a malformed one is refused early, each time it has doubled.
+#[derive(Default)]
+struct Search {
+    /// So many bytes hold no empty line.
+    seen: usize,
+    /// Parse once there are so many.
+    next: usize,
+}
+
+impl Search {
+    fn is_worth_parsing(&mut self, bytes: &[u8]) -> bool {
+        if bytes.is_empty() {
+            return false;
+        }
+        // The end is `\n\r\n` or `\n\n`, of which up to two bytes may have been seen.
+        let from = self.seen.saturating_sub(2);
+        let ended = bytes.len() >= self.next
+            || bytes[from..].windows(3).any(|end| end == b"\n\r\n")
+            || bytes[from..].windows(2).any(|end| end == b"\n\n");
+        self.seen = bytes.len();
+        if ended {
+            self.next = 2 * bytes.len();
+        }
+        ended
+    }
+}
+
+/// Reads what there is onto the end of `ahead`, and says how much; 0 at the end. The room to read into is on the stack, so that an idle
+/// connection has no buffer. With `held`, a lease covers all of `ahead` before it grows.
+async fn read_some(
+    stream: &mut (impl AsyncRead + Unpin),
+    ahead: &mut BytesMut,
+    mut held: Option<&mut Option<Lease>>,
+    memory: &Arc<Budget>,
+) -> io::Result<usize> {
+    poll_fn(|cx| {
+        let mut part = [MaybeUninit::uninit(); READ];
+        let mut part = ReadBuf::uninit(&mut part);
+        ready!(Pin::new(&mut *stream).poll_read(cx, &mut part))?;
+        if let Some(held) = &mut held {
+            // As `BytesMut` grows: at least twofold.
+            let after = ahead.len() + part.filled().len();
+            let capacity = if after > ahead.capacity() { after.max(2 * ahead.capacity()) } else { ahead.capacity() };
+            if !held.get_or_insert_with(|| memory.empty()).cover(capacity as u64) {
+                return Poll::Ready(Err(io::ErrorKind::OutOfMemory.into()));
+            }
+        }
+        ahead.extend_from_slice(part.filled());
+        Poll::Ready(Ok(part.filled().len()))
+    })
+    .await
+}
+
+fn too_large(max_bytes: usize) -> NoHead {
+    NoHead::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, format!("the request head is larger than {max_bytes} bytes"))
+}
+
+/// Rewrites a target in absolute form to the path it means, so that everybody after this sees one form. The authority it names is
+/// dropped: whatever it says, the request is served here.
+fn to_origin_form(ahead: &mut BytesMut, head: Head, max_headers: usize) -> Result<Head, NoHead> {
+    if head.authority.is_empty() {
+        return Ok(head);
+    }
+    let rest = ahead.split_off(head.authority.end);
+    ahead.truncate(head.authority.start);
+    if !rest.starts_with(b"/") {
+        ahead.extend_from_slice(b"/");
+    }
+    ahead.unsplit(rest);
+    parse(ahead, max_headers)?.ok_or_else(|| bad("malformed request target"))
+}
+
+/// A head, or none yet, or never.
+fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
+    let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
+    let max_headers = max_headers.min(MAX_HEADERS);
+    let mut request = httparse::Request::new(&mut []);
+    let len = match request.parse_with_uninit_headers(bytes, &mut headers[..max_headers]) {
+        Ok(httparse::Status::Complete(len)) => len,
+        Ok(httparse::Status::Partial) => return Ok(None),
+        Err(httparse::Error::TooManyHeaders) => {
+            let why = format!("more than {max_headers} header fields");
+            return Err(NoHead::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, why));
+        }
+        Err(httparse::Error::Version) => {
+            return Err(NoHead::Refused(StatusCode::HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 and HTTP/1.0 are spoken here".into()));
+        }
+        Err(error) => return Err(bad(&format!("malformed request head: {error}"))),
+    };
+    let (Some(method), Some(target), Some(minor)) = (request.method, request.path, request.version) else {
+        return Err(bad("malformed request line"));
+    };
+    let method = Method::from_bytes(method.as_bytes()).map_err(|_| bad("malformed method"))?;
+    if method == Method::TRACE {
+        // Its answer is the request as the origin had it, with the origin's credentials.
+        return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "TRACE is not served: it would echo what is not the client's".into()));
+    }
+    if method == Method::CONNECT {
+        return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served: castier is no forward proxy".into()));
+    }
+    let (authority, path) = target_of(bytes, target)?;
+    let (mut plain, mut close) = (method == Method::GET && minor == 1, false);
+    let framing = framing(request.headers, minor, &mut plain, &mut close)?;
+    let named = |name: &'static str| request.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
+    let upgrade = minor == 1
+        && framing == Framing::Length(0)
+        && named("upgrade").next().is_some()
+        && names_upgrade(named("connection").map(|header| header.value));
+    let proof = the_one(bytes, request.headers, &PROOF);
+    let looped = named("via").any(|header| via_header::names_this_node(header.value));
+    let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
+    let user_agent = the_one(bytes, request.headers, &header::USER_AGENT);
+    let introduced = request.headers.iter().any(|header| INTRODUCING.iter().any(|name| header.name.eq_ignore_ascii_case(name)));
+    Ok(Some(Head { user_agent, introduced, len, method, authority, path, upgrade, plain, close, validator, framing, looped, proof }))
+}
+
+/// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer. Sets `close` at the one
+/// that ends the connection.
+fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool, close: &mut bool) -> Result<Framing, NoHead> {
+    let mut length = None;
+    let mut chunked = false;
+    let mut hosts = 0;
+    for header in headers {
+        let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+        match header.name.len() {
+            4 if is("host") => {
+                hosts += 1;
+                if !is_host(header.value) {
+                    return Err(bad("malformed Host"));
+                }
+            }
+            14 if is("content-length") => {
+                let value = str::from_utf8(header.value).ok().map(str::trim).filter(|v| v.bytes().all(|b| b.is_ascii_digit()));
+                let value: u64 = value.and_then(|v| v.parse().ok()).ok_or_else(|| bad("malformed Content-Length"))?;
+                if length.is_some_and(|before| before != value) {
+                    return Err(bad("contradicting Content-Length"));
+                }
+                length = Some(value);
+            }
+            17 if is("transfer-encoding") => {
+                if !header.value.trim_ascii().eq_ignore_ascii_case(b"chunked") || chunked || minor == 0 {
+                    return Err(bad("the only Transfer-Encoding is chunked, over HTTP/1.1"));
+                }
+                chunked = true;
+            }
+            10 if is("connection") => {
+                let says = |option: &[u8]| header.value.trim_ascii().eq_ignore_ascii_case(option);
+                *close |= says(b"close");
+                *plain &= *close || says(b"keep-alive");
+            }
+            5 if is("range") => *plain = false,
+            6 if is("expect") => *plain = false,
+            7 if is("upgrade") => *plain = false,
+            _ => {}
+        }
+    }
+    if hosts > 1 || (hosts == 0 && minor == 1) {
+        return Err(bad("HTTP/1.1 wants exactly one Host header field"));
+    }
+    if chunked && length.is_some() {
+        return Err(bad("both Content-Length and Transfer-Encoding"));
+    }
+    let framing = if chunked { Framing::Chunked } else { Framing::Length(length.unwrap_or(0)) };
+    *plain &= framing == Framing::Length(0);
+    Ok(framing)
+}
+
+/// Whether the values of `Connection` name `Upgrade`: without that it is not meant for this hop (RFC 9110, section 7.8).
+pub fn names_upgrade<'a>(connection: impl Iterator<Item = &'a [u8]>) -> bool {
+    connection.flat_map(|value| value.split(|byte| *byte == b',')).any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
+}
+
+/// A host and perhaps a port, or nothing (RFC 9110, section 7.2).
+fn is_host(value: &[u8]) -> bool {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':');
+    value.iter().all(plain) || (Authority::try_from(value).is_ok() && !value.contains(&b'@'))
+}
+
+/// Where the value of a header that must stand alone is within the head; nowhere, which is empty, if it is repeated.
+fn the_one(bytes: &[u8], headers: &[httparse::Header<'_>], name: &HeaderName) -> Option<Range<usize>> {
+    let mut found =
+        headers.iter().filter(|header| header.name.len() == name.as_str().len() && header.name.eq_ignore_ascii_case(name.as_str()));
+    let value = found.next()?.value.trim_ascii();
+    if found.next().is_some() {
+        return Some(0..0);
+    }
+    let start = value.as_ptr() as usize - bytes.as_ptr() as usize;
+    Some(start..start + value.len())
+}
+
+/// Where authority and path stand within the head: `/a?b` and `http://host/a?b` both mean `/a`.
+fn target_of(bytes: &[u8], target: &str) -> Result<(Range<usize>, Range<usize>), NoHead> {
+    let start = target.as_ptr() as usize - bytes.as_ptr() as usize;
+    let skip = match target.find("://") {
+        _ if target.starts_with('/') || target == "*" => 0,
+        Some(scheme) => target[scheme + 3..].find(['/', '?']).map_or(target.len(), |end| scheme + 3 + end),
+        None => return Err(bad("the request target is neither a path nor a URL")),
+    };
+    let path = &target[skip..];
+    // Most need no closer look.
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'/' | b'.' | b'-' | b'_' | b'~' | b'%');
+    if !path.bytes().all(plain) && PathAndQuery::try_from(path).is_err() {
+        return Err(bad("the request target has characters that must be percent-encoded"));
+    }
+    let end = path.find(['?', '#']).unwrap_or(path.len());
+    Ok((start..start + skip, start + skip..start + skip + end))
+}
+
+fn bad(why: &str) -> NoHead {
+    NoHead::Refused(StatusCode::BAD_REQUEST, why.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn head(text: &str) -> Result<Option<Head>, NoHead> {
+        parse(text.as_bytes(), 100)
+    }
+
+    fn refused(text: &str) -> u16 {
+        match head(text) {
+            Err(NoHead::Refused(status, _)) => status.as_u16(),
+            other => panic!("{text:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn targets_and_framing() {
+        let text = "GET http://a.example:80/cas/abc?x=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello";
+        let parsed = head(text).unwrap().unwrap();
+        assert_eq!((parsed.path(text.as_bytes()), parsed.framing, parsed.plain), ("/cas/abc", Framing::Length(5), false));
+        assert_eq!(&text[parsed.len..], "hello");
+        for (absolute, origin) in [
+            ("http://b.example:80/cas/abc?x=1", "/cas/abc?x=1"),
+            ("http://b", "/"),
+            ("HTTP://b?x", "/?x"),
+            ("/cas/abc", "/cas/abc"),
+            ("*", "*"),
+        ] {
+            let mut ahead = BytesMut::from(&format!("\r\nOPTIONS {absolute} HTTP/1.1\r\nHost: a\r\n\r\nrest")[..]);
+            let parsed = parse(&ahead, 100).unwrap().unwrap();
+            let parsed = to_origin_form(&mut ahead, parsed, 100).unwrap();
+            let text = String::from_utf8(ahead.to_vec()).unwrap();
+            assert_eq!(text, format!("\r\nOPTIONS {origin} HTTP/1.1\r\nHost: a\r\n\r\nrest"));
+            assert_eq!((parsed.path(&ahead), &text[parsed.len..]), (origin.split('?').next().unwrap(), "rest"));
+        }
+        let text = "GET /cas/abc HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nConnection: Keep-Alive\r\n\r\n";
+        assert!(head(text).unwrap().unwrap().plain);
+        for change in ["Range: bytes=0-1", "Connection: close, X-Hop", "Expect: 100-continue", "Upgrade: h2c", "Transfer-Encoding: chunked"]
+        {
+            let text = format!("GET /cas/abc HTTP/1.1\r\nHost: a\r\n{change}\r\n\r\n");
+            assert!(!head(&text).unwrap().unwrap().plain, "{change}");
+        }
+        for (lines, close, validator) in [
+            ("", false, None),
+            ("Connection: Close\r\nIf-None-Match:  \"x\" \r\n", true, Some("\"x\"")),
+            ("Connection: keep-alive\r\nConnection: close\r\n", true, None),
+            ("If-None-Match: \"x\"\r\nif-none-match: \"x\"\r\n", false, Some("")),
+        ] {
+            let text = format!("GET /cas/abc HTTP/1.1\r\nHost: a\r\n{lines}\r\n");
+            let parsed = head(&text).unwrap().unwrap();
+            assert_eq!((parsed.plain, parsed.close, parsed.validator(text.as_bytes())), (true, close, validator.map(str::as_bytes)));
+        }
+        assert!(!head("GET / HTTP/1.0\r\n\r\n").unwrap().unwrap().plain);
+        assert!(!head("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap().unwrap().plain);
+        assert_eq!(head("GET / HTTP/1.1\r\nHost: a\r\n").unwrap(), None);
+    }
+
+    #[test]
+    fn the_proof_is_found_if_there_is_one() {
+        for (lines, proof) in [
+            ("", None),
+            ("Castier-Proof:  a proof \r\n", Some("a proof")),
+            ("castier-proof:\r\n", Some("")),
+            ("castier-proof: one\r\nX: y\r\ncastier-proof: one\r\n", Some("")),
+            ("castier-proo: one\r\n", None),
+        ] {
+            let mut ahead = BytesMut::from(&format!("GET http://b/cas HTTP/1.1\r\nHost: a\r\n{lines}\r\n")[..]);
+            let parsed = parse(&ahead, 100).unwrap().unwrap();
+            assert_eq!(parsed.proof(&ahead), proof.map(str::as_bytes), "{lines:?}");
+            let parsed = to_origin_form(&mut ahead, parsed, 100).unwrap();
+            assert_eq!(parsed.proof(&ahead), proof.map(str::as_bytes), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn refusals() {
+        for (status, text) in [
+            (400, "GET / HTTP/1.1\r\n\r\n"),
+            (400, "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"),
+            (400, "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n"),
+            (400, "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: +1\r\n\r\n"),
+            (400, "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"),
+            (400, "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"),
+            (400, "GET /\0 HTTP/1.1\r\nHost: a\r\n\r\n"),
+            (400, "GET somewhere HTTP/1.1\r\nHost: a\r\n\r\n"),
+            (400, "\u{16}\u{3}\u{1}TLS client hello\r\n\r\n"),
+            (405, "TRACE / HTTP/1.1\r\nHost: a\r\n\r\n"),
+            (405, "CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n"),
+            (505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+        ] {
+            assert_eq!(refused(text), status, "{text:?}");
+        }
+        let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: y\r\n".repeat(100));
+        assert_eq!(refused(&many), 431);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn limits_of_size_and_time() {
+        let (limits, memory) = (Limits::default(), Budget::new(1 << 20));
+        let wait = limits.idle_timeout.get();
+        let large = format!("GET / HTTP/1.1\r\nX: {}", "y".repeat(40_000));
+        let mut ahead = BytesMut::new();
+        let answer = read_head(&mut large.as_bytes(), &mut ahead, &limits, wait, &memory).await;
+        assert!(matches!(answer, Err(NoHead::Refused(status, _)) if status == 431), "{answer:?}");
+        // A client that sends a byte now and then does not get more time for it.
+        let (mut client, mut server) = tokio::io::duplex(64);
+        let sender = tokio::spawn(async move {
+            for byte in b"GET / HTTP/1.1\r\nHost: a\r\n".iter().cycle() {
+                if tokio::io::AsyncWriteExt::write_all(&mut client, &[*byte]).await.is_err() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
+        let answer = read_head(&mut server, &mut BytesMut::new(), &limits, wait, &memory).await;
+        assert!(matches!(answer, Err(NoHead::Refused(status, _)) if status == 408), "{answer:?}");
+        drop(server);
+        sender.await.unwrap();
+        let answer = read_head(&mut tokio::io::empty(), &mut BytesMut::new(), &limits, wait, &memory).await;
+        assert!(matches!(answer, Err(NoHead::Closed)), "{answer:?}");
+    }
+
+    #[test]
+    fn a_head_that_dribbles_in_is_parsed_a_few_times() {
+        let text = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n", "y".repeat(30_000));
+        let mut search = Search::default();
+        let parsed: Vec<_> = (1..=text.len()).filter(|&len| search.is_worth_parsing(&text.as_bytes()[..len])).collect();
+        assert!(parsed.len() < 20 && parsed.last() == Some(&text.len()), "{parsed:?}");
+        // The end is not missed, however the pieces fall.
+        for end in ["\n\n", "\r\n\r\n", "\n\r\n"] {
+            for piece in 1..5 {
+                let text = format!("GET / HTTP/1.1\r\nHost: abc{end}");
+                let (mut search, mut at) = (Search::default(), 0);
+                let found = loop {
+                    at = text.len().min(at + piece);
+                    let worth = search.is_worth_parsing(&text.as_bytes()[..at]);
+                    if at == text.len() {
+                        break worth;
+                    }
+                };
+                assert!(found, "{end:?} in pieces of {piece}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_head_in_pieces_is_paid_for() {
+        let (limits, memory) = (Limits::default(), Budget::new(16 << 10));
+        let wait = limits.idle_timeout.get();
+        let head = |length| format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n", "y".repeat(length));
+        let (_, lease) = read_head(&mut head(1_000).as_bytes(), &mut BytesMut::new(), &limits, wait, &memory).await.unwrap();
+        assert!(lease.is_none(), "it came in one read");
+        let (_, lease) = read_head(&mut head(10_000).as_bytes(), &mut BytesMut::new(), &limits, wait, &memory).await.unwrap();
+        assert!(lease.is_some(), "it keeps what it took");
+        let answer = read_head(&mut head(10_000).as_bytes(), &mut BytesMut::new(), &limits, wait, &memory).await;
+        assert!(matches!(answer, Err(NoHead::NoMemory)), "{answer:?}");
+        drop(lease);
+        assert!(read_head(&mut head(10_000).as_bytes(), &mut BytesMut::new(), &limits, wait, &memory).await.is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = parse(&bytes, 10);
+        }
+
+        #[test]
+        fn no_request_line_panics(target in "[ -~]{0,40}", rest in "[ -~\r\n]{0,80}") {
+            let text = format!("GET {target} HTTP/1.1\r\nHost: a\r\n{rest}\r\n\r\n");
+            if let Ok(Some(head)) = parse(text.as_bytes(), 10) {
+                prop_assert!(text.contains(head.path(text.as_bytes())));
+            }
+        }
+    }
+}
