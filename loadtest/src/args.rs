@@ -1,38 +1,38 @@
-//! The command line, and what makes sense on it.
+//! The command line, and the checks of its flags.
 
 use crate::{
     mix::{Mix, Op},
-    pace::Limit,
-    scenario::{Scenario, Shape, Work},
+    scenario::{LoadShape, Scenario, Work},
+    schedule::RunLimit,
 };
 use bytesize::ByteSize;
 use clap::Parser;
 use std::time::Duration;
 
-/// More blobs than this are refused: their names alone would fill the memory.
+/// The most blobs. The digests of more would fill the memory.
 const MAX_OBJECTS: usize = 50_000_000;
-/// More clients than this have no ports to call from.
+/// The most clients. More would run out of local ports.
 const MAX_CONCURRENCY: usize = 60_000;
-/// A longer wait or run is a slip of the pen, and clocks have their bounds.
+/// The longest timeout or run: a year. Longer ones are mistakes, and could overflow a clock.
 const MAX_TIME: Duration = Duration::from_secs(365 * 24 * 3600);
-/// A corpus of more bytes than this takes hours to make.
+/// The largest corpus in bytes. A larger one takes hours to make.
 const MAX_CORPUS: u64 = 1 << 40;
-/// Smaller blobs are equal by chance, and what is deleted would be another's.
+/// The least size of blobs that the run deletes, in bytes. Smaller blobs can be equal by chance, and a client would delete another one's.
 const MIN_DELETED: u64 = 16;
 /// `--verify bytes` holds the whole corpus, up to this.
 const MAX_HELD: u64 = 2 << 30;
 
-/// Loads content-addressed stores, and checks every body against its digest.
+/// Sends load to content-addressed stores, and checks every body against its digest.
 ///
-/// Exits with 0 only if every request succeeded and no body was corrupt, with 1 if not, and with 2, before any load is sent, if the
-/// run makes no sense or a target cannot be loaded.
+/// Exits with 0 if every request succeeded and no body was corrupt, and else with 1. Exits with 2 before it sends load if the flags
+/// contradict each other or a target cannot be used.
 #[derive(Debug, Parser)]
 #[command(name = "castier-load", version)]
 pub(crate) struct Args {
-    /// Server to load, as http://127.0.0.1:8080; several take turns
+    /// Server to load, as http://127.0.0.1:8080; repeat it to spread the load over several
     #[arg(long, value_name = "URL")]
     target: Vec<String>,
-    /// End after so many requests
+    /// End after this number of requests
     #[arg(long, value_name = "N")]
     requests: Option<u64>,
     /// End after this time, as 30s or 5m
@@ -41,7 +41,7 @@ pub(crate) struct Args {
     /// Clients, each with its own connection [default: 10]
     #[arg(long, value_name = "C")]
     concurrency: Option<usize>,
-    /// Open loop: start so many requests a second, whatever the answers do; latency counts from the intended start
+    /// Open loop: start this number of requests per second, however slow the answers are; latency counts from the intended start
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     rate: Option<f64>,
     /// Blobs in the corpus [default: 100]
@@ -50,16 +50,16 @@ pub(crate) struct Args {
     /// Size of every blob, as 1000, 64KiB or 1MiB [default: 1KiB]
     #[arg(long, value_name = "S")]
     size: Option<ByteSize>,
-    /// Popularity by Zipf's law with this exponent; without it all blobs are alike
+    /// Popularity by Zipf's law with this exponent; without it all blobs are equally popular
     #[arg(long, value_name = "A", allow_negative_numbers = true)]
     zipf: Option<f64>,
-    /// Shares of the operations; put and post store blobs that are in no other run, delete takes those away again [default: get=100]
+    /// Shares of the operations; put and post store blobs that no other run has, delete deletes those again [default: get=100]
     #[arg(long, value_name = "MIX")]
     mix: Option<Mix>,
-    /// Store the corpus here, past the targets, so that they start without it
+    /// Store the corpus at this URL and not at the targets, so that they start without it
     #[arg(long, value_name = "URL")]
     fill: Option<String>,
-    /// Makes another corpus and another order
+    /// Seed of the corpus and of the order of requests
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Admin address of a castier, for the origin loads of the run; may be repeated
@@ -68,7 +68,7 @@ pub(crate) struct Args {
     /// Print the report as one JSON object
     #[arg(long)]
     json: bool,
-    /// Repeat a published run; fixes everything about the load but its targets
+    /// Repeat a published run; it fixes everything about the load except its targets
     #[arg(long, value_name = "NAME", value_enum)]
     scenario: Option<Scenario>,
     /// A new connection for every request
@@ -80,7 +80,7 @@ pub(crate) struct Args {
     /// Longest time for one request, from its intended start
     #[arg(long, value_name = "D", value_parser = humantime::parse_duration, default_value = "60s")]
     timeout: Duration,
-    /// Threads that send; the clients are shared out among them
+    /// Threads that send; the clients are distributed among them
     #[arg(long, value_name = "N", default_value_t = 1)]
     threads: usize,
     /// Allow targets that are not on this machine
@@ -95,7 +95,7 @@ pub(crate) enum Verify {
     Bytes,
 }
 
-/// A run that makes sense. Its addresses are not resolved yet.
+/// A checked run. Its addresses are not resolved yet.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) targets: Vec<String>,
@@ -103,7 +103,7 @@ pub(crate) struct Plan {
     pub(crate) stats: Vec<String>,
     pub(crate) remote: bool,
     pub(crate) scenario: Option<Scenario>,
-    pub(crate) shape: Shape,
+    pub(crate) shape: LoadShape,
     pub(crate) seed: u64,
     pub(crate) json: bool,
     pub(crate) close: bool,
@@ -156,7 +156,7 @@ impl Args {
         })
     }
 
-    /// A scenario repeats a published run, and is nothing when it is changed.
+    /// Refuses flags that would change the load of a scenario.
     fn refuse_beside(&self, scenario: Scenario) -> Result<(), String> {
         let given = [
             ("--requests", self.requests.is_some()),
@@ -174,12 +174,12 @@ impl Args {
         }
     }
 
-    fn shape(&self) -> Result<Shape, String> {
+    fn shape(&self) -> Result<LoadShape, String> {
         let limit = match (self.requests, self.duration) {
             (Some(0), None) => return Err("--requests must be at least 1".to_owned()),
             (None, Some(Duration::ZERO)) => return Err("--duration must be above 0".to_owned()),
-            (Some(requests), None) => Limit::Turns(requests),
-            (None, Some(duration)) => Limit::Time(duration),
+            (Some(requests), None) => RunLimit::Turns(requests),
+            (None, Some(duration)) => RunLimit::Time(duration),
             (Some(_), Some(_)) => return Err("--requests and --duration exclude each other".to_owned()),
             (None, None) => return Err("say when to end: --requests N, --duration D or --scenario NAME".to_owned()),
         };
@@ -208,7 +208,7 @@ impl Args {
         if mix.has(Op::Delete) && size < MIN_DELETED {
             return Err(format!("a mix with delete needs a --size of {MIN_DELETED} or more: smaller blobs are equal by chance"));
         }
-        Ok(Shape { work: Work::Mix(mix), limit, concurrency, rate: self.rate, objects, size, zipf: self.zipf })
+        Ok(LoadShape { work: Work::Mix(mix), limit, concurrency, rate: self.rate, objects, size, zipf: self.zipf })
     }
 }
 
@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(shape("--requests 5 --size 25kB").size, 25_000);
         assert_eq!(shape("--requests 5 --size 0").size, 0);
         assert_eq!(shape("--requests 5 --size 2048").size, 2048);
-        assert_eq!(shape("--duration 1m30s").limit, Limit::Time(Duration::from_secs(90)));
+        assert_eq!(shape("--duration 1m30s").limit, RunLimit::Time(Duration::from_secs(90)));
         assert_eq!(shape("--scenario cas-harness"), Scenario::CasHarness.shape());
         assert_eq!(shape("--requests 5").work, Work::Mix("get=100".parse::<Mix>().map(|_| Mix::only(Op::Get)).unwrap()));
     }

@@ -1,5 +1,5 @@
-//! A keep-alive HTTP/1.1 client that does only what a load tester needs, and nearly no work per request: the tester must not be
-//! slower than what it tests. One client holds one connection, and one buffer for all it reads.
+//! A minimal keep-alive HTTP/1.1 client. It does little work per request, since the tester must be faster than the server. One client has
+//! one connection and one read buffer.
 
 mod check;
 
@@ -19,27 +19,27 @@ use tokio::{
     net::TcpStream,
 };
 
-/// Size of the read buffer, and so the limit on a response head and on a chunk-size line.
+/// The size of the read buffer. It limits the head of an answer and a chunk-size line.
 const BUFFER: usize = 64 << 10;
-/// More headers than this are not an answer of anything we load.
+/// The most headers of an answer.
 const MAX_HEADERS: usize = 64;
-/// How long a server may take to say `100 Continue` before the body is sent anyway, as curl has it.
+/// How long to wait for `100 Continue` before the body is sent anyway, as curl does.
 const CONTINUE_WAIT: Duration = Duration::from_secs(1);
 
-/// What a request asks for.
+/// A request.
 #[derive(Clone, Copy)]
 pub(crate) struct Request<'a> {
     pub(crate) op: Op,
     pub(crate) path: Path<'a>,
     pub(crate) body: Body<'a>,
-    /// Of the body, where it matters.
+    /// The media type of the body, if needed.
     pub(crate) content_type: Option<&'static str>,
-    /// Ask before sending the body: spares it where the server has the blob.
+    /// Send `Expect: 100-continue`: a server that has the blob answers without the body.
     pub(crate) ask_first: bool,
 }
 
 impl<'a> Request<'a> {
-    /// One that says no more than it must.
+    /// A request with the necessary headers only.
     pub(crate) const fn new(op: Op, path: Path<'a>, body: Body<'a>) -> Self {
         Self { op, path, body, content_type: None, ask_first: false }
     }
@@ -74,22 +74,22 @@ impl Body<'_> {
     }
 }
 
-/// What came back.
+/// The answer to a request.
 pub(crate) struct Answer {
     pub(crate) status: u16,
     /// The `Content-Length`, if any.
     pub(crate) announced: Option<u64>,
     /// Bytes of the body.
     pub(crate) received: u64,
-    /// When the first byte of the answer was there.
+    /// When the first byte of the answer arrived.
     pub(crate) first_byte: Instant,
-    /// The body passed its check, or there was none to pass.
+    /// Whether the body passed its check. True if there was no check.
     pub(crate) sound: bool,
     /// The body, for [`Check::Keep`].
     pub(crate) kept: Vec<u8>,
 }
 
-/// Why there is no answer. The texts name no blob, so that equal failures count as one.
+/// Why there is no answer. The texts name no blob, so that equal failures are counted together.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
     #[error("cannot connect: {0}")]
@@ -102,7 +102,7 @@ pub(crate) enum Failure {
     Malformed(&'static str),
 }
 
-/// How far an attempt got.
+/// How an attempt failed.
 enum Attempt {
     /// Closed or reset before any byte came back.
     Unanswered,
@@ -115,7 +115,7 @@ impl From<Failure> for Attempt {
     }
 }
 
-/// How the end of a body is known.
+/// How the end of a body is found.
 enum Framing {
     Length(u64),
     Chunked,
@@ -133,28 +133,28 @@ struct Head {
 /// One client with its connection.
 pub(crate) struct Client {
     target: Arc<Target>,
-    /// A connection for each request.
+    /// Whether each request uses a new connection.
     close: bool,
-    /// Open between requests, while the server keeps it.
+    /// The kept-alive connection, if the server has not closed it.
     stream: Option<TcpStream>,
-    /// The last request was sent again.
+    /// Whether the last request was sent again.
     reconnected: bool,
-    /// What is to be sent.
+    /// The bytes to send.
     out: Vec<u8>,
-    /// What was read; `start..end` is not consumed yet.
+    /// The bytes read. `start..end` is not consumed yet.
     input: Box<[u8]>,
     start: usize,
     end: usize,
 }
 
 impl Client {
-    /// Not connected yet: the first request connects, and that belongs to its latency.
+    /// Does not connect: the first request does, and its latency includes that.
     pub(crate) fn new(target: Arc<Target>, close: bool) -> Self {
         Self { target, close, stream: None, reconnected: false, out: Vec::new(), input: vec![0; BUFFER].into(), start: 0, end: 0 }
     }
 
-    /// Whether the kept-alive connection was closed under the last request, before any byte of an answer, and it was sent again on a new
-    /// one, whatever came of that.
+    /// Whether the server closed the kept-alive connection before any byte of the last answer, so that the request was sent again on a new
+    /// connection.
     pub(crate) const fn reconnected(&self) -> bool {
         self.reconnected
     }
@@ -205,7 +205,7 @@ impl Client {
         if surplus && head.status < 300 {
             return Err(Failure::Malformed("there are bytes after its end").into());
         }
-        // After an early answer the server may still expect the body, so such a connection is of no further use.
+        // After an early answer the server may still expect the body, so the connection cannot be reused.
         if head.keep_alive && !self.close && !body_unsent && !surplus {
             self.stream = Some(stream);
         }
@@ -245,8 +245,8 @@ impl Client {
         out.extend_from_slice(b"\r\n");
     }
 
-    /// Sends what stands in `out` and then the body; head and a small body leave in one write. A server may answer before it has read all of
-    /// a body, and read no further: that answer is returned. A write that fails leaves it to the reader to find out why.
+    /// Sends `out` and then the body; the head and a small body in one write. If the server answers before it has read the whole body, returns
+    /// that answer. If a write fails, the following read finds the reason.
     async fn write_body(&mut self, stream: &mut TcpStream, request: &Request<'_>) -> Result<Option<(Head, Instant)>, Attempt> {
         let (mut reading, mut writing) = stream.split();
         let mut pieces = None;
@@ -284,7 +284,7 @@ impl Client {
         }
     }
 
-    /// Waits for leave to send the body. A final answer in its place is returned.
+    /// Waits for `100 Continue`. Returns a final answer if one comes instead.
     async fn wait_for_continue(&mut self, stream: &mut TcpStream) -> Result<Option<(Head, Instant)>, Attempt> {
         let mut asked = Box::pin(tokio::time::sleep(CONTINUE_WAIT));
         loop {
@@ -315,7 +315,7 @@ impl Client {
         }
     }
 
-    /// Consumes the head of the answer if it is complete, and those of interim answers before it.
+    /// Consumes the heads of interim answers, and the head of the final answer if it is complete.
     fn parse_final(&mut self, op: Op) -> Result<Option<Head>, Failure> {
         loop {
             match self.parse_head(op)? {
@@ -358,7 +358,7 @@ impl Client {
         Ok(Some(Head { status, announced, framing, keep_alive }))
     }
 
-    /// Reads the body; returns its length, whether it passed the check, and what was to be kept of it.
+    /// Reads the body. Returns its length, whether it passed the check, and the bytes to keep.
     async fn read_body(&mut self, stream: &mut TcpStream, head: &Head, check: &Check<'_>) -> Result<(u64, bool, Vec<u8>), Failure> {
         let unchecked = Check::Drop;
         let mut taker = Taker::new(if head.status == 200 || matches!(check, Check::Keep) { check } else { &unchecked });
@@ -408,7 +408,7 @@ impl Client {
             if size > 0 {
                 self.take_bytes(stream, size, taker).await.map_err(Failure::Broken)?;
             }
-            // The end of the chunk's data is an empty line; after the last chunk, trailers may stand before it.
+            // An empty line ends the chunk's data. After the last chunk, trailers may come before it.
             while !self.take_line(stream).await?.eq(&0) {
                 if size > 0 {
                     return Err(Failure::Malformed("its chunks"));
@@ -420,7 +420,7 @@ impl Client {
         }
     }
 
-    /// Consumes a line; returns its length without the CRLF.
+    /// Consumes a line. Returns its length without CRLF.
     async fn take_line(&mut self, stream: &mut TcpStream) -> Result<usize, Failure> {
         loop {
             let unread = &self.input[self.start..self.end];
@@ -432,7 +432,7 @@ impl Client {
         }
     }
 
-    /// Reads some bytes more; an end of the stream is an error.
+    /// Reads more bytes. The end of the stream is an error.
     async fn fill(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);

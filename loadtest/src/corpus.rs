@@ -1,5 +1,5 @@
-//! The blobs of a run. Those that it reads are made from the seed alone, so that two runs, or two machines, load the very same bytes;
-//! those that it writes are like those of no other run, since to store what is there already is another operation.
+//! The blobs of a run. The blobs that it reads depend on the seed only, so that two runs, or two machines, load the same bytes. The blobs
+//! that it writes differ from those of every other run, since storing an existing blob is a different operation.
 
 use castier_blob::{Digest, Verifier};
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
@@ -7,14 +7,14 @@ use rand_distr::{Distribution as _, Zipf};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Blobs are made and sent in pieces of this size, so that a huge blob costs no memory. A multiple of 8, the generator's
-/// word, since only then do pieces of any blob join to the same bytes.
+/// Blobs are made and sent in pieces of this size, so that a huge blob needs little memory. It must be a multiple of 8, the generator's
+/// word: otherwise the bytes would depend on the pieces.
 pub(crate) const PIECE: usize = 64 << 10;
 
-/// The recipe of one blob.
+/// The parameters from which one blob is made.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Blob {
-    /// The corpus's seed, or that of the fresh blobs.
+    /// The seed of the corpus, or of the new blobs.
     seed: u64,
     /// Its number under that seed.
     number: u64,
@@ -23,23 +23,23 @@ pub(crate) struct Blob {
 }
 
 impl Blob {
-    /// Calls `piece` with the blob's bytes in order, in pieces of [`PIECE`] bytes (the last may be shorter).
+    /// The blob's bytes in order, in pieces of [`PIECE`] bytes (the last may be shorter).
     pub(crate) fn pieces(&self) -> Pieces {
         Pieces { rng: generator(self.seed, self.number), left: self.size }
     }
 
-    /// The blob's name.
+    /// The blob's digest.
     pub(crate) fn digest(&self) -> Digest {
         let (mut verifier, mut buffer, mut pieces) = (Verifier::any(()), Vec::new(), self.pieces());
         while pieces.next_into(&mut buffer) {
             verifier.update(&buffer);
             buffer.clear();
         }
-        // A verifier that accepts anything has no mismatch to report.
+        // A verifier without an expected digest never reports a mismatch.
         verifier.finish().map_or_else(|mismatch| mismatch.actual, |verified| verified.digest())
     }
 
-    /// As [`Self::digest`], on another thread if that takes long: the other clients of this one have answers to read.
+    /// As [`Self::digest`], but on another thread for a large blob, since other clients of this thread must read their answers.
     pub(crate) async fn digest_aside(self) -> Digest {
         if self.size <= PIECE as u64 {
             return self.digest();
@@ -62,7 +62,7 @@ pub(crate) struct Pieces {
 }
 
 impl Pieces {
-    /// Appends the next piece; false at the end.
+    /// Appends the next piece. Returns false at the end.
     pub(crate) fn next_into(&mut self, buffer: &mut Vec<u8>) -> bool {
         let length = usize::try_from(self.left).map_or(PIECE, |left| left.min(PIECE));
         if length == 0 {
@@ -81,20 +81,20 @@ pub(crate) fn generator(seed: u64, number: u64) -> Xoshiro256PlusPlus {
     Xoshiro256PlusPlus::seed_from_u64(seed.rotate_left(32) ^ number.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15))
 }
 
-/// The blobs that a run reads, and the recipe of those that it writes.
+/// The blobs that a run reads, and the parameters of those that it writes.
 pub(crate) struct Corpus {
     seed: u64,
-    /// The seed of what this run alone writes.
+    /// The seed of the blobs that this run writes.
     fresh: u64,
     size: u64,
-    /// Names of the blobs that are stored before the run; empty when it reads none.
+    /// The digests of the blobs that are stored before the run; empty if it reads none.
     digests: Vec<Digest>,
-    /// The bytes themselves, when bodies are compared instead of hashed.
+    /// The blobs' bytes, if bodies are compared and not hashed.
     held: Option<Vec<Vec<u8>>>,
 }
 
 impl Corpus {
-    /// Names `objects` blobs of `size` bytes; keeps the bytes only if `hold`. `made` follows.
+    /// Computes the digests of `objects` blobs of `size` bytes. Keeps the bytes if `hold`. `made` counts the progress.
     pub(crate) fn new(seed: u64, objects: usize, size: u64, hold: bool, made: &AtomicU64) -> Self {
         let mut corpus = Self { seed, fresh: rand::random(), size, digests: Vec::with_capacity(objects), held: hold.then(Vec::new) };
         for number in 0..objects {
@@ -108,7 +108,7 @@ impl Corpus {
         corpus
     }
 
-    /// How many blobs it holds.
+    /// The number of its blobs.
     pub(crate) const fn len(&self) -> usize {
         self.digests.len()
     }
@@ -118,38 +118,38 @@ impl Corpus {
         self.size
     }
 
-    /// The name of one of its blobs.
+    /// The digest of one of its blobs.
     pub(crate) fn digest(&self, number: usize) -> Digest {
         self.digests[number]
     }
 
-    /// The bytes of one of its blobs, if held.
+    /// The bytes of one of its blobs, if it keeps them.
     pub(crate) fn held(&self, number: usize) -> Option<&[u8]> {
         self.held.as_ref().map(|held| held[number].as_slice())
     }
 
-    /// The recipe of one of its blobs.
+    /// One of its blobs.
     pub(crate) const fn blob(&self, number: usize) -> Blob {
         Blob { seed: self.seed, number: number as u64, size: self.size }
     }
 
-    /// The recipe of a blob that only the request with this ticket writes, in this run and in no other.
+    /// The blob that the request with this ticket writes. No other request or run writes it.
     pub(crate) const fn fresh(&self, ticket: u64) -> Blob {
         Blob { seed: self.fresh, number: ticket, size: self.size }
     }
 }
 
-/// Which blob of the corpus a request wants.
+/// Chooses the blob of the corpus that a request reads.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Popularity {
-    /// Every blob alike.
+    /// All blobs are equally popular.
     Uniform,
     /// The blob of rank r in proportion to 1/r^a.
     Zipf(Zipf<f64>),
 }
 
 impl Popularity {
-    /// Over `objects` blobs; none is uniform.
+    /// Over `objects` blobs. Without an exponent it is uniform.
     pub(crate) fn new(objects: usize, exponent: Option<f64>) -> Result<Self, String> {
         match exponent {
             None => Ok(Self::Uniform),
@@ -161,7 +161,7 @@ impl Popularity {
     pub(crate) fn pick(&self, objects: usize, rng: &mut Xoshiro256PlusPlus) -> usize {
         match self {
             Self::Uniform => rng.random_range(0..objects),
-            // The sample is a whole number from 1 to `objects`, as a float; the clamp guards against its rounding.
+            // The sample is a whole number from 1 to `objects`, as a float. The clamp protects against rounding.
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rank: whole, positive and small")]
             Self::Zipf(zipf) => (zipf.sample(rng) as usize).clamp(1, objects) - 1,
         }

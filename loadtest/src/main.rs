@@ -1,27 +1,27 @@
-//! `castier-load`: loads content-addressed stores over HTTP, and checks every byte that comes back.
+//! `castier-load`: sends load to content-addressed stores over HTTP, and checks every byte of the answers.
 //!
-//! In reading order: `args` makes a plan of the flags, `scenario` knows the published runs; `target` resolves addresses and
-//! `prepare` asks whether they can be loaded, and stores the `corpus`; `run` drives `client`s through the `mix` at the `pace`
-//! asked for; `tally` counts and `report` tells.
+//! In reading order: `args` checks the flags; `scenario` has the published runs; `target` resolves addresses; `prepare` checks that the
+//! targets can be used, and stores the `corpus`; `run` sends requests of the `mix` with `client`s, when the `schedule` says; `tally` counts,
+//! and `report` prints.
 
 mod args;
 mod client;
 mod corpus;
 mod mix;
-mod pace;
 mod prepare;
 mod report;
 mod run;
 mod scenario;
+mod schedule;
 mod tally;
 mod target;
 
 use crate::{
     args::{Args, Plan, Verify},
     corpus::{Corpus, Popularity},
-    pace::{Limit, Schedule},
     report::{Context, Report},
     run::Run,
+    schedule::{RunLimit, Schedule},
     tally::Tally,
     target::Target,
 };
@@ -40,14 +40,14 @@ use std::{
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Signals that come within this time are one.
+/// Signals within this time count as one.
 const SAME_SIGNAL: Duration = Duration::from_millis(500);
 
 /// Why there is no report.
 enum Refusal {
-    /// The run makes no sense or a target cannot be loaded; no load was sent.
+    /// The flags contradict each other, or a target cannot be used. No load was sent.
     Usage(String),
-    /// It began, and could not go on.
+    /// The run started, and could not continue.
     Broken(String),
 }
 
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => {
-            // Help or version: clap prints them, and a closed pipe is no failure.
+            // Help or version: clap prints them. A closed pipe is not a failure.
             let _ = error.print();
             return ExitCode::SUCCESS;
         }
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(512).build();
         let runtime = runtime.map_err(|error| Refusal::Broken(format!("cannot start: {error}")))?;
         let result = runtime.block_on(load(plan));
-        // A corpus that nobody waits for any more is not waited for here either.
+        // After an interruption, do not wait for the thread that makes the corpus.
         runtime.shutdown_background();
         result
     });
@@ -85,13 +85,13 @@ fn refuse(refusal: &Refusal) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// What clap says at length, in short.
+/// The first line of clap's error.
 fn first_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
     format!("{line}; see castier-load --help")
 }
 
-/// The whole run; whether everything went well.
+/// Does the whole run. Returns whether everything succeeded.
 async fn load(plan: Plan) -> Result<bool, Refusal> {
     let stop = stop_on_signal().map_err(|error| Refusal::Broken(format!("cannot wait for signals: {error}")))?;
     let resolve = async |urls: &[String]| {
@@ -148,7 +148,7 @@ async fn load(plan: Plan) -> Result<bool, Refusal> {
         _ if admins.is_empty() => None,
         Ok(after) => Some(after.saturating_sub(before)),
         Err(text) => {
-            // The rest of the report is still worth having.
+            // Print the rest of the report all the same.
             eprintln!("castier-load: the report is without origin loads: {text}");
             None
         }
@@ -164,13 +164,13 @@ async fn load(plan: Plan) -> Result<bool, Refusal> {
         report.text(&tally)
     };
     match std::io::stdout().write_all(text.as_bytes()) {
-        // A reader that has seen enough is no failure.
+        // A closed pipe is not a failure.
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Refusal::Broken(format!("cannot print the report: {error}"))),
         _ => Ok(tally.flawless()),
     }
 }
 
-/// Makes the corpus, on another thread; none if the run is stopped before it is done.
+/// Makes the corpus on another thread. Returns `None` if the run is stopped before that is done.
 async fn make(plan: &Plan, objects: usize, stop: &CancellationToken) -> Result<Option<Arc<Corpus>>, Refusal> {
     let (seed, size, hold) = (plan.seed, plan.shape.size, plan.verify == Verify::Bytes);
     let made = Arc::new(AtomicU64::new(0));
@@ -186,9 +186,9 @@ async fn make(plan: &Plan, objects: usize, stop: &CancellationToken) -> Result<O
 async fn drive(run: &Arc<Run>, stop: &CancellationToken) -> std::io::Result<Tally> {
     let start = Instant::now();
     let (length, clock) = match run.schedule.limit {
-        Limit::Turns(turns) => (turns, false),
-        Limit::TurnsOfEach(turns) => (turns * run.concurrency as u64, false),
-        Limit::Time(time) => (u64::try_from(time.as_millis()).unwrap_or(u64::MAX), true),
+        RunLimit::Turns(turns) => (turns, false),
+        RunLimit::TurnsOfEach(turns) => (turns * run.concurrency as u64, false),
+        RunLimit::Time(time) => (u64::try_from(time.as_millis()).unwrap_or(u64::MAX), true),
     };
     let bar = bar("loading", length);
     let position = || {
@@ -199,7 +199,7 @@ async fn drive(run: &Arc<Run>, stop: &CancellationToken) -> std::io::Result<Tall
     tally
 }
 
-/// A bar on standard error, if that is a terminal; nothing otherwise.
+/// A progress bar on standard error, if that is a terminal.
 fn bar(what: &'static str, length: u64) -> ProgressBar {
     let bar = ProgressBar::new(length).with_message(what);
     match ProgressStyle::with_template("{msg} {wide_bar} {percent:>3} % {elapsed}") {
@@ -208,7 +208,7 @@ fn bar(what: &'static str, length: u64) -> ProgressBar {
     }
 }
 
-/// Redraws the bar while `work` goes on. Not more often than an eye notices: the tester's core is busy.
+/// Redraws the bar while `work` runs. Only a few times per second, since the tester's core is busy.
 async fn with_progress<T>(work: impl Future<Output = T>, bar: &ProgressBar, position: impl Fn() -> u64) -> T {
     let mut tick = tokio::time::interval(Duration::from_millis(250));
     let mut work = std::pin::pin!(work);
@@ -220,8 +220,8 @@ async fn with_progress<T>(work: impl Future<Output = T>, bar: &ProgressBar, posi
     }
 }
 
-/// Cancelled by the first SIGINT or SIGTERM, so that the report is still printed; the second ends the process at once. What comes at the
-/// heels of the first is the first again: shells and `timeout` tell the process and its group.
+/// A token that the first SIGINT or SIGTERM cancels, so that the report is still printed. The second signal ends the process at once. Signals
+/// right after the first one are ignored: shells and `timeout` signal the process and its group.
 fn stop_on_signal() -> std::io::Result<CancellationToken> {
     let stop = CancellationToken::new();
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
@@ -239,7 +239,7 @@ fn stop_on_signal() -> std::io::Result<CancellationToken> {
     Ok(stop)
 }
 
-/// Raises the soft limit on open files as far as the run needs.
+/// Raises the soft limit of open files to what the run needs.
 fn allow_descriptors(connections: usize) -> Result<(), String> {
     let needed = connections as u64 + 64;
     let mut limit = getrlimit(Resource::Nofile);

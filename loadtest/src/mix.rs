@@ -1,4 +1,4 @@
-//! Which operations a run is made of, and in what shares.
+//! The operations of a run and their shares.
 
 use std::{fmt, str::FromStr};
 
@@ -7,26 +7,26 @@ use std::{fmt, str::FromStr};
 pub(crate) enum Op {
     /// Fetch a blob of the corpus and check its bytes.
     Get,
-    /// Store a fresh blob under its digest.
+    /// Store a new blob under its digest.
     Put,
-    /// Store a fresh blob and let the server name it.
+    /// Store a new blob; the server returns its digest.
     Post,
-    /// Ask whether a blob of the corpus exists, and how long it is.
+    /// Get the headers of a blob of the corpus.
     Head,
-    /// Delete a blob that this run put or posted. Blobs of the corpus are never deleted: others are reading them.
+    /// Delete a blob that this run put or posted. Blobs of the corpus are never deleted, since other requests read them.
     Delete,
 }
 
 impl Op {
-    /// Every operation; [`Op::index`] is the place in here.
+    /// Every operation, in the order of [`Op::index`].
     pub(crate) const ALL: [Self; 5] = [Self::Get, Self::Put, Self::Post, Self::Head, Self::Delete];
 
-    /// The place in [`Op::ALL`].
+    /// The index in [`Op::ALL`].
     pub(crate) const fn index(self) -> usize {
         self as usize
     }
 
-    /// As `--mix` and the report spell it.
+    /// Its name in `--mix` and in the report.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Get => "get",
@@ -37,7 +37,7 @@ impl Op {
         }
     }
 
-    /// As HTTP spells it.
+    /// The HTTP method.
     pub(crate) const fn method(self) -> &'static str {
         match self {
             Self::Get => "GET",
@@ -48,7 +48,7 @@ impl Op {
         }
     }
 
-    /// Whether a status means that the operation did what it was for.
+    /// Whether the operation succeeded with this status.
     pub(crate) const fn succeeded(self, status: u16) -> bool {
         match self {
             Self::Get | Self::Head => status == 200,
@@ -66,18 +66,18 @@ pub(crate) struct Mix {
     total: u32,
 }
 
-/// The largest weight: far beyond any sensible share, and five of them still fit a `u32`.
+/// The largest weight. Five of them fit into a `u32`.
 const MAX_WEIGHT: u32 = 1_000_000;
 
 impl Mix {
-    /// Nothing but `op`.
+    /// Only `op`.
     pub(crate) fn only(op: Op) -> Self {
         let mut weights = [0; Op::ALL.len()];
         weights[op.index()] = 1;
         Self { weights, total: 1 }
     }
 
-    /// Whether the mix ever does `op`.
+    /// Whether the mix has `op`.
     pub(crate) fn has(&self, op: Op) -> bool {
         self.weights[op.index()] > 0
     }
@@ -87,17 +87,17 @@ impl Mix {
         self.has(Op::Get) || self.has(Op::Head)
     }
 
-    /// Whether the mix stores fresh blobs.
+    /// Whether the mix stores new blobs.
     pub(crate) fn writes(&self) -> bool {
         self.has(Op::Put) || self.has(Op::Post)
     }
 
-    /// The bound of the draw that [`Mix::pick`] wants.
+    /// The exclusive bound of the number for [`Mix::pick`].
     pub(crate) const fn total(&self) -> u32 {
         self.total
     }
 
-    /// The operation that a uniform `draw` below [`Mix::total`] falls on.
+    /// The operation for `draw`, a uniform random number below [`Mix::total`].
     pub(crate) fn pick(&self, mut draw: u32) -> Op {
         for op in Op::ALL {
             let weight = self.weights[op.index()];

@@ -1,4 +1,4 @@
-//! What happens before the load: is everything there, is it what it should be, and has it the corpus.
+//! Before the load: checks the targets, and stores the corpus.
 
 use crate::{
     client::{Answer, Body, Check, Client, Path, Request},
@@ -17,9 +17,9 @@ use std::{
 };
 use tokio::{task::JoinSet, time::timeout};
 
-/// How long a server may take to answer a question that it can answer at once.
+/// The timeout for requests that a server can answer at once.
 const QUESTION: Duration = Duration::from_secs(5);
-/// Uploads at a time while the corpus is stored: enough to keep an origin's disk busy.
+/// The concurrent uploads of the corpus: enough to keep an origin's disk busy.
 const UPLOADS: usize = 16;
 
 async fn ask(target: &Arc<Target>, op: Op, path: Path<'_>) -> Result<Answer, String> {
@@ -31,17 +31,17 @@ async fn ask(target: &Arc<Target>, op: Op, path: Path<'_>) -> Result<Answer, Str
     }
 }
 
-/// Makes sure that a target is there, is a content-addressed store and, if the run `deletes`, lets it.
+/// Checks that a target answers, is a content-addressed store and, if the run `deletes`, allows DELETE.
 pub(crate) async fn check_target(target: &Arc<Target>, deletes: bool) -> Result<(), String> {
     let not = |what: &str, answer: &Answer| {
         format!("{} is not a content-addressed store: it answered {} to {what}; is it the public port?", target.url, answer.status)
     };
-    // Two questions: web servers say 404 to anything, and TLS ports say 400 to anything.
+    // Two requests: a web server answers 404 to everything, and a TLS port answers 400 to everything.
     let malformed = ask(target, Op::Get, Path::Plain("/cas/not-a-digest")).await?;
     if malformed.status != 400 {
         return Err(not("GET /cas/not-a-digest, where a store says 400", &malformed));
     }
-    // The digest of something that nobody stored; the process id keeps it out of earlier runs' negative caches.
+    // The digest of a blob that nobody has stored. With the process id, since a tier may remember the absence from an earlier run.
     let absent = Digest::of(format!("castier-load {} was never stored", std::process::id()).as_bytes());
     let answer = ask(target, Op::Head, Path::Blob(&absent)).await?;
     if answer.status >= 500 {
@@ -74,7 +74,7 @@ pub(crate) async fn origin_loads(admins: &[Arc<Target>]) -> Result<u64, String> 
     Ok(sum)
 }
 
-/// Puts the whole corpus, to one store after the other in turn. `stored` follows.
+/// Stores the whole corpus, distributed over the stores. `stored` counts the progress.
 pub(crate) async fn store(corpus: &Arc<Corpus>, stores: &[Arc<Target>], limit: Duration, stored: &Arc<AtomicU64>) -> Result<(), String> {
     let next = Arc::new(AtomicUsize::new(0));
     let mut uploads: JoinSet<Result<(), String>> = JoinSet::new();
@@ -97,7 +97,7 @@ pub(crate) async fn store(corpus: &Arc<Corpus>, stores: &[Arc<Target>], limit: D
         });
     }
     while let Some(upload) = uploads.join_next().await {
-        upload.map_err(|error| format!("an upload died: {error}"))??;
+        upload.map_err(|error| format!("an upload panicked: {error}"))??;
     }
     Ok(())
 }
@@ -105,7 +105,7 @@ pub(crate) async fn store(corpus: &Arc<Corpus>, stores: &[Arc<Target>], limit: D
 async fn put(client: &mut Client, corpus: &Corpus, number: usize, limit: Duration) -> Result<(), String> {
     let digest = corpus.digest(number);
     let body = corpus.held(number).map_or_else(|| Body::Blob(corpus.blob(number)), Body::Bytes);
-    // Asking costs a round trip, and the connection if the blob is there: worth it only for what is large.
+    // `Expect` costs a round trip, and the connection if the blob exists. So only for large blobs.
     let ask_first = corpus.size() >= PIECE as u64;
     let request = Request { ask_first, ..Request::new(Op::Put, Path::Blob(&digest), body) };
     let answer = timeout(limit, client.exchange(&request, &Check::Keep)).await;

@@ -1,4 +1,4 @@
-//! What a run came to: vegeta's JSON, or text.
+//! The report of a run: JSON with vegeta's fields, or text.
 
 use crate::{
     mix::Op,
@@ -12,8 +12,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// The report with vegeta's field names and vegeta's meanings: durations in nanoseconds, `duration` from the first start to the
-/// last, `wait` from there to the last answer, `rate` over the former, `throughput` (of successes) over both.
+/// The report, with vegeta's field names and meanings. Durations are in nanoseconds. `duration` is from the first start to the last one,
+/// `wait` from there to the last answer. `rate` is requests over `duration`; `throughput` is successes over `duration + wait`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     latencies: Latencies,
@@ -27,27 +27,27 @@ pub(crate) struct Report {
     requests: u64,
     rate: f64,
     throughput: f64,
-    /// Share of requests that succeeded.
+    /// The fraction of requests that succeeded.
     success: f64,
-    /// How often each status came; "0" is a request without an answer.
+    /// The number of answers by status; "0" stands for no answer.
     status_codes: BTreeMap<String, u64>,
-    /// Each different error text once.
+    /// The different error texts.
     errors: Vec<String>,
-    /// Whole answers whose bytes were not the blob's.
+    /// Complete answers with wrong bytes.
     corrupt: u64,
-    /// Requests sent again because a kept-alive connection was closed under them.
+    /// Requests that were sent again, since the server had closed the kept-alive connection.
     reconnects: u64,
     /// Time to the first byte of the answer.
     first_byte: Latencies,
     /// Requests by operation.
     operations: BTreeMap<&'static str, Operation>,
-    /// Loads from the origin during the run, where `--stats` was given.
+    /// Loads from the origin during the run, if `--stats` was given.
     #[serde(skip_serializing_if = "Option::is_none")]
     origin_loads: Option<u64>,
-    /// The published run that this repeats.
+    /// The repeated scenario.
     #[serde(skip_serializing_if = "Option::is_none")]
     scenario: Option<String>,
-    /// The user ended the run.
+    /// Whether the user interrupted the run.
     interrupted: bool,
 }
 
@@ -87,7 +87,7 @@ impl From<&Spread> for Latencies {
     }
 }
 
-/// What the report needs beside the tally.
+/// The data for the report beside the tally.
 pub(crate) struct Context {
     pub(crate) origin_loads: Option<u64>,
     pub(crate) scenario: Option<String>,
@@ -97,7 +97,7 @@ pub(crate) struct Context {
 impl Report {
     /// Sums up a run.
     pub(crate) fn new(tally: &Tally, context: Context) -> Self {
-        // Instants have no date: the offset is taken here, once.
+        // An `Instant` has no date, so compute the offset to the wall clock once.
         let (now, today) = (Instant::now(), SystemTime::now());
         let date = |at: Instant| humantime::format_rfc3339_nanos(today - now.saturating_duration_since(at)).to_string();
         let (first, last) = tally.starts.unwrap_or((now, now));
@@ -137,7 +137,7 @@ impl Report {
 
     /// One JSON object on one line.
     pub(crate) fn json(&self) -> String {
-        // Strings and numbers alone: this cannot fail.
+        // Strings and numbers always serialise.
         serde_json::to_string(self).unwrap_or_default()
     }
 
@@ -186,7 +186,7 @@ impl Latencies {
     }
 }
 
-/// The latencies in steps of 1, 2, 5, with a bar for each, from the first step with anything in it to the last.
+/// The latencies in steps of 1, 2, 5, with a bar for each, from the first to the last step that is not empty.
 fn histogram(all: &Spread) -> String {
     let bounds: Vec<_> = (3..12).flat_map(|power| [1, 2, 5].map(|step| step * 10_u64.pow(power))).chain([u64::MAX]).collect();
     let rows: Vec<_> = bounds.iter().copied().zip(all.up_to_each(&bounds)).collect();
@@ -208,7 +208,7 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Three digits or so, and a unit.
+/// A duration with about three digits and a unit.
 fn time(nanos: u64) -> String {
     let value = nanos as f64;
     let (value, unit) = match nanos {

@@ -1,11 +1,11 @@
-//! The load itself: threads of clients that take turns until the schedule ends.
+//! Sends the load: threads of clients that take turns until the schedule ends.
 
 use crate::{
     client::{Body, Check, Client, Path, Request},
     corpus::{Blob, Corpus, Popularity, generator},
     mix::Op,
-    pace::{Pacer, Schedule, Turn},
     scenario::Work,
+    schedule::{Pacer, Schedule, Turn},
     tally::{Outcome, Tally},
     target::Target,
 };
@@ -27,18 +27,18 @@ use std::{
 use tokio::{task::JoinSet, time::timeout_at};
 use tokio_util::sync::CancellationToken;
 
-/// A client remembers so many blobs that it stored, to delete them later; beyond that it forgets the oldest.
+/// The most stored blobs that a client remembers to delete later. Beyond that it forgets the oldest.
 const MAX_REMEMBERED: usize = 4096;
-/// When the run is stopped, what is in flight has so long to come to its end.
+/// The time that running requests have to end when the run is stopped.
 const GRACE: Duration = Duration::from_secs(1);
-/// Characters of a message.
+/// The length of a message, in characters.
 const MESSAGE: usize = 20;
-/// Separates the parts of a form. No blob of random bytes has a real chance to contain it.
+/// Separates the parts of a form. A blob of random bytes does not contain it.
 const BOUNDARY: &str = "castier-load-7f3c9a51e2d84b06";
-/// The media type that says so.
+/// The media type with that boundary.
 const FORM: &str = "multipart/form-data; boundary=castier-load-7f3c9a51e2d84b06";
 
-/// Everything about a run that its threads share.
+/// The data of a run that its threads share.
 pub(crate) struct Run {
     pub(crate) targets: Vec<Arc<Target>>,
     pub(crate) work: Work,
@@ -48,17 +48,17 @@ pub(crate) struct Run {
     pub(crate) seed: u64,
     pub(crate) concurrency: usize,
     pub(crate) threads: usize,
-    /// Longest time of a request, from its intended start.
+    /// The timeout of a request, from its intended start.
     pub(crate) timeout: Duration,
-    /// A connection for each request.
+    /// Whether each request uses a new connection.
     pub(crate) close: bool,
-    /// Requests that ended so far.
+    /// Requests that have ended.
     pub(crate) done: AtomicU64,
 }
 
 impl Run {
-    /// Drives the load to its end, or until `stop`. What is in flight then and does not end soon, and what was due by then and could
-    /// not be sent, has failed: a target that hangs must not look well because somebody lost patience.
+    /// Runs the load to its end, or until `stop`. Requests that are running then and do not end soon, and requests that were due and could not
+    /// be sent, count as failed: a target that hangs must not look good because the run was stopped.
     pub(crate) async fn drive(self: &Arc<Self>, stop: &CancellationToken) -> io::Result<Tally> {
         let start = Instant::now();
         let mut threads = JoinSet::new();
@@ -74,7 +74,7 @@ impl Run {
         Ok(sum)
     }
 
-    /// One thread with its own runtime: its clients never meet those of another but at the ticket counter.
+    /// One thread with its own runtime. Its clients share only the ticket counter with those of other threads.
     fn thread(self: &Arc<Self>, clients: usize, start: Instant, stop: &CancellationToken) -> io::Result<Tally> {
         let tally = Arc::new(Mutex::new(Tally::default()));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -99,13 +99,13 @@ impl Run {
             };
             tokio::select! { ended = all => ended, ended = stopped => ended }
         });
-        // Whatever has not ended is counted as it is dropped. A digest that is being made is not waited for.
+        // Running requests are counted when they are dropped. Digests that are being computed are not waited for.
         runtime.shutdown_background();
         let tally = std::mem::take(&mut *tally.lock());
         ended.map(|()| tally)
     }
 
-    /// Counts what was due before now and has no client yet.
+    /// Counts the requests that were due before now and have no client.
     fn give_up_overdue(&self, start: Instant, tally: &Mutex<Tally>) {
         let now = Instant::now();
         while let Some(turn) = self.schedule.overdue(start, now) {
@@ -114,8 +114,8 @@ impl Run {
         }
     }
 
-    /// The operation of a turn, and the generator of what else is drawn for it. They follow from the seed and the ticket alone, so that
-    /// runs can be repeated.
+    /// The operation of a turn, and the generator for its other random choices. They depend only on the seed and the ticket, so that runs can
+    /// be repeated.
     fn draw(&self, ticket: u64) -> (Op, Xoshiro256PlusPlus) {
         let mut rng = generator(!self.seed, ticket);
         let op = match &self.work {
@@ -130,31 +130,31 @@ impl Run {
 struct Worker {
     run: Arc<Run>,
     tally: Arc<Mutex<Tally>>,
-    /// One per target.
+    /// One client per target.
     clients: Vec<Client>,
-    /// Blobs that this client stored and did not delete yet, oldest first.
+    /// Blobs that this client has stored and not deleted, oldest first.
     stored: VecDeque<Digest>,
 }
 
-/// What a turn does, with all made ready that takes time to make.
-enum Deed {
+/// The action of a turn, with everything prepared that takes time.
+enum TurnAction {
     /// Get or head a blob of the corpus, by its number.
     Read(Op, usize),
     /// Put or post a blob.
     Store(Op, Blob, Digest),
-    /// Delete what this client stored.
+    /// Delete a blob that this client stored.
     Delete(Digest),
     /// POST a message, GET it back, DELETE it.
     Message(String, Digest),
-    /// POST a form with this body, whose file is the blob of that name.
+    /// POST a form with this body. Its file is the blob with that digest.
     Form(Vec<u8>, Digest),
 }
 
-/// What one request does, apart from how it is counted.
+/// One request, and what is expected of its answer.
 struct Step<'a> {
     request: Request<'a>,
     check: Check<'a>,
-    /// The blob that a POST must name, or whose length a HEAD must tell.
+    /// The blob whose digest a POST must return, or whose length a HEAD must return.
     expects: Expects<'a>,
 }
 
@@ -164,7 +164,7 @@ enum Expects<'a> {
     Name(&'a Digest),
 }
 
-/// A request under way. It is counted when it is dropped, so that one that is cut off counts as well, as the failure that it is.
+/// A running request. It is counted when it is dropped, so that a request that is cut off counts as a failure.
 struct Pending<'a> {
     run: &'a Run,
     tally: &'a Mutex<Tally>,
@@ -196,31 +196,31 @@ impl Worker {
         }
     }
 
-    /// Makes ready what a turn sends.
-    async fn prepare(&mut self, run: &Run, ticket: u64) -> Deed {
+    /// Prepares the action of a turn.
+    async fn prepare(&mut self, run: &Run, ticket: u64) -> TurnAction {
         let fresh = run.corpus.fresh(ticket);
         let (op, mut rng) = run.draw(ticket);
         match (&run.work, op) {
-            (Work::Mix(_), Op::Get | Op::Head) => Deed::Read(op, run.popularity.pick(run.corpus.len(), &mut rng)),
-            (Work::Mix(_), Op::Put | Op::Post) => Deed::Store(op, fresh, fresh.digest_aside().await),
+            (Work::Mix(_), Op::Get | Op::Head) => TurnAction::Read(op, run.popularity.pick(run.corpus.len(), &mut rng)),
+            (Work::Mix(_), Op::Put | Op::Post) => TurnAction::Store(op, fresh, fresh.digest_aside().await),
             (Work::Mix(_), Op::Delete) => match self.stored.pop_front() {
-                Some(digest) => Deed::Delete(digest),
-                // Nothing to delete yet: store something.
-                None => Deed::Store(Op::Put, fresh, fresh.digest_aside().await),
+                Some(digest) => TurnAction::Delete(digest),
+                // There is no blob to delete yet, so store one.
+                None => TurnAction::Store(Op::Put, fresh, fresh.digest_aside().await),
             },
             (Work::Messages, _) => {
                 let text = HEXLOWER.encode(&fresh.bytes()[..MESSAGE / 2]);
                 let digest = Digest::of(text.as_bytes());
-                Deed::Message(text, digest)
+                TurnAction::Message(text, digest)
             }
-            (Work::Forms, _) => Deed::Form(form(ticket, fresh), fresh.digest()),
+            (Work::Forms, _) => TurnAction::Form(form(ticket, fresh), fresh.digest()),
         }
     }
 
-    /// Takes a turn.
-    async fn act(&mut self, run: &Run, turn: Turn, deed: Deed) {
+    /// Does the action of a turn.
+    async fn act(&mut self, run: &Run, turn: Turn, deed: TurnAction) {
         match &deed {
-            Deed::Read(op, number) => {
+            TurnAction::Read(op, number) => {
                 let digest = run.corpus.digest(*number);
                 let (check, expects) = match run.corpus.held(*number) {
                     _ if *op == Op::Head => (Check::Drop, Expects::Length(run.corpus.size())),
@@ -230,7 +230,7 @@ impl Worker {
                 let request = Request::new(*op, Path::Blob(&digest), Body::None);
                 self.step(run, turn, Step { request, check, expects }).await;
             }
-            Deed::Store(op, blob, digest) => {
+            TurnAction::Store(op, blob, digest) => {
                 let (path, check, expects) = match op {
                     Op::Post => (Path::Plain(wire::CAS), Check::Keep, Expects::Name(digest)),
                     _ => (Path::Blob(digest), Check::Drop, Expects::Nothing),
@@ -243,11 +243,11 @@ impl Worker {
                     self.stored.push_back(*digest);
                 }
             }
-            Deed::Delete(digest) => {
+            TurnAction::Delete(digest) => {
                 let request = Request::new(Op::Delete, Path::Blob(digest), Body::None);
                 self.step(run, turn, Step { request, check: Check::Drop, expects: Expects::Nothing }).await;
             }
-            Deed::Message(text, digest) => {
+            TurnAction::Message(text, digest) => {
                 let request = Request::new(Op::Post, Path::Plain(wire::CAS), Body::Bytes(text.as_bytes()));
                 if !self.step(run, turn, Step { request, check: Check::Keep, expects: Expects::Name(digest) }).await {
                     return;
@@ -258,21 +258,21 @@ impl Worker {
                     self.step(run, turn, Step { request, check, expects: Expects::Nothing }).await;
                 }
             }
-            Deed::Form(body, digest) => {
+            TurnAction::Form(body, digest) => {
                 let request = Request { content_type: Some(FORM), ..Request::new(Op::Post, Path::Plain(wire::CAS), Body::Bytes(body)) };
                 self.step(run, turn, Step { request, check: Check::Keep, expects: Expects::Name(digest) }).await;
             }
         }
     }
 
-    /// Sends one request and counts it; whether it succeeded.
+    /// Sends one request and counts it. Returns whether it succeeded.
     async fn step(&mut self, run: &Run, turn: Turn, step: Step<'_>) -> bool {
         let deadline = turn.intended + run.timeout;
         let targets = self.clients.len() as u64;
         let client = &mut self.clients[usize::try_from(turn.ticket % targets).unwrap_or(0)];
         let mut pending = Pending { run, tally: &self.tally, outcome: Outcome::of(step.request.op, turn.intended) };
         let outcome = &mut pending.outcome;
-        // A request that is due for so long that it would time out is not sent any more: the target did not keep up.
+        // A request that has been due for longer than the timeout is not sent: the target did not keep up.
         if run.schedule.rate.is_some() && Instant::now() >= deadline {
             outcome.error = Some(format!("not sent: all clients were busy for {:?} after it was due", run.timeout));
             return false;
@@ -319,10 +319,10 @@ fn form(ticket: u64, blob: Blob) -> Vec<u8> {
 }
 
 impl Expects<'_> {
-    /// What is wrong with a successful answer, and whether that makes it corrupt.
+    /// What is wrong with a successful answer, and whether it is corrupt.
     fn unmet(&self, announced: Option<u64>, kept: &[u8]) -> (Option<String>, bool) {
         match self {
-            // A HEAD may leave the length out (RFC 9110, section 9.3.2).
+            // The answer to a HEAD may have no length (RFC 9110, section 9.3.2).
             Self::Length(length) if announced.is_some_and(|announced| announced != *length) => {
                 (Some("corrupt: the Content-Length is not the blob's length".to_owned()), true)
             }
@@ -336,7 +336,7 @@ impl Expects<'_> {
     }
 }
 
-/// As vegeta words it: `503 Service Unavailable`.
+/// The status as in vegeta: `503 Service Unavailable`.
 fn status_text(status: u16) -> String {
     http::StatusCode::from_u16(status).map_or_else(|_| status.to_string(), |status| status.to_string())
 }

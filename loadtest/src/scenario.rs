@@ -1,8 +1,8 @@
-//! The published runs of the systems that castier succeeds, flag for flag.
+//! The published runs of the systems that castier replaces, flag for flag.
 
 use crate::{
     mix::{Mix, Op},
-    pace::Limit,
+    schedule::RunLimit,
 };
 use clap::ValueEnum;
 use std::time::Duration;
@@ -26,10 +26,10 @@ pub(crate) enum Scenario {
     DataServices,
 }
 
-/// What one turn does.
+/// The work of one turn.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Work {
-    /// One operation, drawn from the mix.
+    /// One operation of the mix, chosen at random.
     Mix(Mix),
     /// POST a message, GET it, DELETE it.
     Messages,
@@ -53,41 +53,41 @@ impl Work {
     }
 }
 
-/// What is sent, how much of it and how fast.
+/// The work, its amount and its rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Shape {
+pub(crate) struct LoadShape {
     pub(crate) work: Work,
-    pub(crate) limit: Limit,
+    pub(crate) limit: RunLimit,
     pub(crate) concurrency: usize,
-    /// Turns per second of an open loop; none for a closed loop.
+    /// Turns per second of an open loop; `None` for a closed loop.
     pub(crate) rate: Option<f64>,
     /// Blobs in the corpus.
     pub(crate) objects: usize,
-    /// Bytes of a blob.
+    /// The size of a blob in bytes.
     pub(crate) size: u64,
-    /// Exponent of the popularity; none for uniform.
+    /// The exponent of the popularity; `None` for uniform.
     pub(crate) zipf: Option<f64>,
 }
 
 impl Scenario {
-    /// The run's flags. Where a publication leaves something open (the number of files, the clients of the last run, the size
-    /// of a form), it is chosen here and said in docs/benchmarks.md.
-    pub(crate) fn shape(self) -> Shape {
+    /// The load of the scenario. The publications leave some parameters open (the number of files, the clients of the last run, the size of a
+    /// form). These are chosen here and named in docs/benchmarks.md.
+    pub(crate) fn shape(self) -> LoadShape {
         let gets = Work::Mix(Mix::only(Op::Get));
-        let base = Shape { work: gets, limit: Limit::Turns(100), concurrency: 20, rate: None, objects: 1, size: 2048, zipf: None };
+        let base = LoadShape { work: gets, limit: RunLimit::Turns(100), concurrency: 20, rate: None, objects: 1, size: 2048, zipf: None };
         match self {
             Self::Sangraha2k => base,
-            Self::Sangraha1m => Shape { size: 1 << 20, ..base },
-            Self::Messages => Shape { work: Work::Messages, limit: Limit::TurnsOfEach(500), concurrency: 6, size: 20, ..base },
-            Self::Forms => Shape { work: Work::Forms, limit: Limit::TurnsOfEach(5), concurrency: 1000, size: 1024, ..base },
+            Self::Sangraha1m => LoadShape { size: 1 << 20, ..base },
+            Self::Messages => LoadShape { work: Work::Messages, limit: RunLimit::TurnsOfEach(500), concurrency: 6, size: 20, ..base },
+            Self::Forms => LoadShape { work: Work::Forms, limit: RunLimit::TurnsOfEach(5), concurrency: 1000, size: 1024, ..base },
             Self::CasHarness => {
-                Shape { limit: Limit::Time(Duration::from_secs(10)), concurrency: 10, rate: Some(3.0), size: 25_000, ..base }
+                LoadShape { limit: RunLimit::Time(Duration::from_secs(10)), concurrency: 10, rate: Some(3.0), size: 25_000, ..base }
             }
-            Self::DataServices => Shape { limit: Limit::Turns(10_000), concurrency: 10, objects: 20, size: 1024, ..base },
+            Self::DataServices => LoadShape { limit: RunLimit::Turns(10_000), concurrency: 10, objects: 20, size: 1024, ..base },
         }
     }
 
-    /// As `--scenario` spells it.
+    /// Its name in `--scenario`.
     pub(crate) fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }

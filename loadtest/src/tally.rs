@@ -1,4 +1,4 @@
-//! What is counted during a run.
+//! Counts the results of a run.
 
 use crate::mix::Op;
 use hdrhistogram::Histogram;
@@ -9,30 +9,30 @@ use std::{
 
 /// Histograms keep three significant digits up to an hour, in nanoseconds.
 const LONGEST: u64 = 3600 * 1_000_000_000;
-/// More different error texts than this are counted, but not listed.
+/// The most different error texts. Others are counted together.
 const MAX_TEXTS: usize = 50;
 
 /// How one request ended.
 pub(crate) struct Outcome {
     pub(crate) op: Op,
-    /// When it should have started; latency counts from here.
+    /// When it should have started. Latency counts from here.
     pub(crate) intended: Instant,
     pub(crate) end: Instant,
-    /// When the first byte of the answer came, if one did.
+    /// When the first byte of the answer arrived, if one did.
     pub(crate) first_byte: Option<Instant>,
     /// 0 without an answer.
     pub(crate) status: u16,
     pub(crate) bytes_in: u64,
     pub(crate) bytes_out: u64,
     pub(crate) reconnected: bool,
-    /// What was wrong; none on success.
+    /// What was wrong; `None` on success.
     pub(crate) error: Option<String>,
-    /// The answer was whole, and its bytes were not the blob's.
+    /// Whether the answer was complete and had wrong bytes.
     pub(crate) corrupt: bool,
 }
 
 impl Outcome {
-    /// Of a request that came to nothing yet.
+    /// The outcome of a request without an answer so far.
     pub(crate) const fn of(op: Op, intended: Instant) -> Self {
         Self {
             op,
@@ -53,7 +53,7 @@ impl Outcome {
 #[derive(Clone)]
 pub(crate) struct Spread {
     histogram: Histogram<u64>,
-    /// Exact, where the histogram rounds.
+    /// Exact, since the histogram rounds.
     pub(crate) max: u64,
     pub(crate) min: u64,
     pub(crate) total: u128,
@@ -73,14 +73,14 @@ impl Spread {
     }
 
     fn add(&mut self, other: &Self) {
-        // Equal bounds, so the addition cannot fail.
+        // The bounds are equal, so this cannot fail.
         let _ = self.histogram.add(&other.histogram);
         self.max = self.max.max(other.max);
         self.min = self.min.min(other.min);
         self.total += other.total;
     }
 
-    /// How many durations.
+    /// The number of durations.
     pub(crate) fn count(&self) -> u64 {
         self.histogram.len()
     }
@@ -90,16 +90,16 @@ impl Spread {
         u64::try_from(self.total / u128::from(self.count().max(1))).unwrap_or(u64::MAX)
     }
 
-    /// The duration in nanoseconds that `share` of all do not exceed.
+    /// The quantile `share` (0 to 1), in nanoseconds.
     pub(crate) fn quantile(&self, share: f64) -> u64 {
         self.histogram.value_at_quantile(share).min(self.max)
     }
 
-    /// How many durations there are up to each of `bounds`, which rise, and above the one before.
+    /// For each of the ascending `bounds`, the number of durations up to it and above the bound before it.
     pub(crate) fn up_to_each(&self, bounds: &[u64]) -> Vec<u64> {
         let mut counts = vec![0; bounds.len()];
         for step in self.histogram.iter_recorded() {
-            // One step of the histogram may lie on both sides of a bound, and counts on one.
+            // A step of the histogram may contain a bound. It counts on one side.
             let nanos = self.histogram.lowest_equivalent(step.value_iterated_to());
             let row = bounds.partition_point(|bound| *bound < nanos);
             if let Some(count) = counts.get_mut(row) {
@@ -113,7 +113,7 @@ impl Spread {
 /// The sums of a run, or of one thread of it.
 #[derive(Default)]
 pub(crate) struct Tally {
-    /// Latencies, by [`Op::index`]; none where the operation never happened.
+    /// Latencies, by [`Op::index`]; `None` if the operation never happened.
     pub(crate) latencies: [Option<Spread>; Op::ALL.len()],
     /// Times to the first byte, from the intended start.
     pub(crate) first_bytes: Option<Spread>,
@@ -124,7 +124,7 @@ pub(crate) struct Tally {
     pub(crate) bytes_in: u64,
     pub(crate) bytes_out: u64,
     pub(crate) statuses: BTreeMap<u16, u64>,
-    /// How often each error text came.
+    /// The number of errors by text.
     pub(crate) errors: BTreeMap<String, u64>,
     /// The first and the last intended start.
     pub(crate) starts: Option<(Instant, Instant)>,
@@ -200,7 +200,7 @@ impl Tally {
         self.end = self.end.max(other.end);
     }
 
-    /// The latencies of all operations together; none without requests.
+    /// The latencies of all operations together; `None` without requests.
     pub(crate) fn all_latencies(&self) -> Option<Spread> {
         let mut all: Option<Spread> = None;
         for spread in self.latencies.iter().flatten() {
@@ -212,7 +212,7 @@ impl Tally {
         all
     }
 
-    /// Whether everything went well, and there was something to go well.
+    /// Whether there were requests, and all of them succeeded.
     pub(crate) const fn flawless(&self) -> bool {
         self.requests > 0 && self.successes == self.requests && self.corrupt == 0
     }

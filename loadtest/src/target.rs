@@ -1,23 +1,23 @@
-//! Where requests go.
+//! The servers that requests go to.
 
 use std::net::SocketAddr;
 use url::Url;
 
-/// A server, resolved once, so that no look-up is measured.
+/// A server. Its name is resolved once, so that look-ups are not measured.
 #[derive(Debug)]
 pub(crate) struct Target {
-    /// As the user wrote it, for messages.
+    /// The URL as the user wrote it, for messages.
     pub(crate) url: String,
-    /// What the name resolved to, in the resolver's order.
+    /// The addresses of the name, in the resolver's order.
     pub(crate) addresses: Vec<SocketAddr>,
-    /// What stands before `/cas` in every path; empty for most.
+    /// The part of every path before `/cas`; usually empty.
     pub(crate) prefix: String,
-    /// What ends every request line, and the headers that every request has.
+    /// The end of every request line, and the headers of every request.
     pub(crate) head: String,
 }
 
 impl Target {
-    /// Reads and resolves a URL. Refuses what is not loopback unless `remote`.
+    /// Parses and resolves a URL. Refuses addresses that are not loopback unless `remote`.
     pub(crate) async fn resolve(text: &str, remote: bool) -> Result<Self, String> {
         let url = Url::parse(text).map_err(|error| format!("{text}: {error}; write it as http://127.0.0.1:8080"))?;
         let (Some(host), "http") = (url.host_str(), url.scheme()) else {

@@ -1,4 +1,4 @@
-//! The real program against the real origin, and against a store that lies, breaks and stalls on purpose.
+//! Tests of the real program against the real origin, and against a store with deliberate faults.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod rogue;
@@ -29,7 +29,7 @@ fn report(line: &str) -> (Option<i32>, Value) {
     (output.status.code(), json.unwrap_or_else(|error| panic!("{line}: {error}: {}", String::from_utf8_lossy(&output.stderr))))
 }
 
-/// The real origin in this process, and where it listens. Lives as long as the runtime that is returned with it.
+/// Starts the real origin in this process. Returns its URL, and the runtime that keeps it alive.
 fn origin(root: &tempfile::TempDir) -> (tokio::runtime::Runtime, String) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let config = castier_config::OriginServer::default();
@@ -57,7 +57,7 @@ fn every_operation_against_the_real_origin() {
         ["get", "put", "post", "head", "delete"].iter().map(|op| json["operations"][op]["requests"].as_u64().unwrap()).collect();
     assert!(counts.iter().all(|&count| count > 10), "{json}");
     assert_eq!(json["bytes_in"]["total"].as_u64().unwrap() / 70_000, counts[0], "every GET's body, and little else");
-    // The same seed again: all that is read is there already, and that is as good; what is written never was there.
+    // The same seed again: the blobs that it reads exist already, and the blobs that it writes are new.
     let (code, json) = report(&format!("--target {url} --requests 50 --objects 20 --size 70000 --mix get=1,put=1,post=1"));
     let written = ["put", "post"].iter().map(|op| json["operations"][op]["requests"].as_u64().unwrap()).sum::<u64>();
     assert_eq!((code, json["status_codes"]["201"].as_u64()), (Some(0), Some(written)), "{json}");
@@ -119,7 +119,7 @@ fn chunked_bodies_are_whole() {
 fn a_stale_connection_is_replaced_and_reported() {
     let rogue = Rogue::new(Fault::CloseAfter);
     let (code, json) = report(&format!("--target {} --requests 50 --concurrency 1", rogue.url()));
-    // The fifth close comes after the last request, so nobody notices it.
+    // The fifth close comes after the last request, so it has no effect.
     assert_eq!((code, json["requests"].as_u64(), json["reconnects"].as_u64()), (Some(0), Some(50), Some(4)), "{json}");
 }
 
@@ -135,7 +135,7 @@ fn what_was_sent_twice_is_reported_whatever_came_of_it() {
 fn bytes_after_an_answer_are_an_error() {
     let rogue = Rogue::new(Fault::TooMuch);
     let (code, json) = report(&format!("--target {} --requests 50 --concurrency 1", rogue.url()));
-    // Seen with the answer, or by the next request on that connection, which was not answered yet.
+    // Detected with the answer, or by the next request on that connection.
     assert!(code == Some(1) && json["requests"].as_u64() == Some(50) && json["success"].as_f64().unwrap() < 1.0, "{json}");
 }
 
@@ -169,7 +169,7 @@ fn an_open_loop_charges_a_stall_to_every_request_that_was_due() {
     assert_eq!(code, Some(0));
     let latency = |json: &Value, which: &str| json["latencies"][which].as_u64().unwrap() / 1_000_000;
     let stall = u64::try_from(rogue::STALL.as_millis()).unwrap();
-    // 40 of the 60 requests were due during the 400 ms of the stall, and so waited from 400 ms down to nothing.
+    // 40 of the 60 requests were due during the stall of 400 ms, and so waited between 0 and 400 ms.
     assert!(latency(&open, "max") >= stall && latency(&open, "90th") >= stall / 2 && latency(&open, "50th") >= stall / 8, "{open}");
     assert!(open["duration"].as_u64() == Some(590_000_000), "60 starts, 10 ms apart: {open}");
 }
@@ -195,7 +195,7 @@ fn origin_loads_are_those_of_the_run() {
 fn the_corpus_goes_past_the_targets_with_fill() {
     let (target, fill) = (Rogue::new(Fault::None), Rogue::new(Fault::None));
     let output = load(&format!("--target {} --fill {} --requests 10 --objects 9", target.url(), fill.url()));
-    // The target never got the blobs, so every GET is a 404.
+    // The target does not have the blobs, so every GET gets a 404.
     assert_eq!((output.status.code(), target.puts(), fill.puts(), fill.gets()), (Some(1), 0, 9, 0));
 }
 
@@ -254,7 +254,7 @@ fn a_refused_store_is_one_line_and_exit_1() {
     assert!(error.contains("507") && error.contains("no room"), "{error}");
 }
 
-/// Interrupts a run when the condition holds, and gives back its exit code and its report.
+/// Interrupts a run when the condition holds. Returns its exit code and its report.
 fn interrupted(line: &str, when: impl Fn() -> bool) -> (Option<i32>, Value) {
     let mut child = command(&format!("{line} --json")).stdout(Stdio::piped()).spawn().unwrap();
     wait_for(&mut child, when);
@@ -285,7 +285,7 @@ fn what_hangs_when_the_run_is_interrupted_has_failed() {
 fn what_was_due_when_the_run_is_interrupted_has_failed() {
     let rogue = Rogue::new(Fault::Hang);
     let since = Instant::now();
-    // The one client hangs at the tenth request, which is due after a tenth of a second, and the others are due all the same.
+    // The only client hangs at the tenth request, which is due after 0.1 s. The other requests are due all the same.
     let late = || rogue.faults() == 1 && since.elapsed() > Duration::from_secs(1);
     let (code, json) = interrupted(&format!("--target {} --duration 1h --concurrency 1 --rate 100", rogue.url()), late);
     assert!(code == Some(1) && json["requests"].as_u64().unwrap() > rogue.gets() + 5, "{json}");
@@ -295,7 +295,7 @@ fn what_was_due_when_the_run_is_interrupted_has_failed() {
 #[test]
 fn a_corpus_in_the_making_can_be_interrupted() {
     let rogue = Rogue::new(Fault::None);
-    // Both questions to the target have been asked: then it is made.
+    // After both requests of the check, the corpus is being made.
     let line = format!("--target {} --requests 1 --objects 50000 --size 10MiB", rogue.url());
     let (code, json) = interrupted(&line, || rogue.connections() == 2);
     assert_eq!((code, json["requests"].as_u64(), rogue.puts()), (Some(1), Some(0), 0));
@@ -310,7 +310,7 @@ fn a_report_that_cannot_be_printed_is_one_line_and_exit_1() {
     assert!(output.status.code() == Some(1) && error.lines().count() == 1 && error.contains("cannot print"), "{error}");
 }
 
-/// Waits until the condition holds; a child that ends before, or half a minute without, is a failure.
+/// Waits until the condition holds. Panics if the child ends before that, or after 30 seconds.
 fn wait_for(child: &mut Child, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !condition() {

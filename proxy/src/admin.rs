@@ -27,7 +27,7 @@ use history::History;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
-use problems::Problems;
+use problems::ProblemTracker;
 use serde::Serialize;
 use std::{
     sync::{
@@ -39,47 +39,47 @@ use std::{
 use tokio::net::{TcpListener, TcpStream};
 use tower_service::Service as _;
 
-/// The longest head of a request here, and what is read of a body at once.
+/// The longest request head, and the most bytes of a body that are read at once.
 const MAX_HEAD: usize = 16 << 10;
-/// How long to wait before accepting again after a failure.
+/// The pause after a failed `accept`.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What the admin listener tells about.
+/// The parts of the node that the admin listener reports on and controls.
 pub struct Admin {
     /// The data path.
     pub node: Arc<Node>,
     /// The origin.
     pub origin: Arc<Upstream>,
-    /// The series.
+    /// All metrics.
     pub metrics: Arc<Metrics>,
-    /// The other nodes; none if this one is alone.
+    /// The members of the cluster; `None` without one.
     pub members: Option<Arc<Members>>,
-    /// Forgets blobs, on every node.
+    /// Purges blobs on every node.
     pub purge: Arc<Purge>,
     phase: Mutex<Phase>,
-    /// When this node began, on both clocks.
+    /// When this node started, on both clocks.
     began: Instant,
     started: SystemTime,
-    /// What the control group of this process may hold.
+    /// The memory limit of this process's control group, in bytes.
     memory_limit: Option<u64>,
     history: Mutex<History>,
-    problems: Mutex<Problems>,
+    problems: Mutex<ProblemTracker>,
 }
 
-/// How far a node is. An origin that is down does not change it: what is kept is served.
+/// The phase of the node's life. It does not depend on the origin: while the origin is down, the node serves the blobs that it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// Not yet for clients.
+    /// Not ready for clients yet.
     Starting,
-    /// For clients.
+    /// Ready for clients.
     Ready,
-    /// No more for clients.
+    /// Shutting down; takes no new clients.
     Draining,
 }
 
 impl Admin {
-    /// Tells about these. The node is starting.
+    /// Of these parts. The phase is [`Phase::Starting`].
     pub fn new(node: Arc<Node>, origin: Arc<Upstream>, metrics: Arc<Metrics>, members: Option<Arc<Members>>, purge: Arc<Purge>) -> Self {
         Self {
             node,
@@ -96,7 +96,7 @@ impl Admin {
         }
     }
 
-    /// The node has come so far.
+    /// Changes the phase.
     pub fn enter(&self, phase: Phase) {
         *self.phase.lock() = phase;
     }
@@ -106,7 +106,7 @@ impl Admin {
     }
 }
 
-/// The admin interface.
+/// The routes of the admin listener.
 pub fn router(admin: Arc<Admin>) -> Router {
     Router::new()
         .route("/", get(page::page))
@@ -122,15 +122,15 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .with_state(admin)
 }
 
-/// Serves the admin interface, within limits of its own.
+/// Serves the admin listener within its own limits.
 ///
-/// At `limits.max_admin_connections` the oldest connection that asks for nothing is closed for a new one, so that a health check is
-/// answered beside any number of others.
+/// At `limits.max_admin_connections` it closes the oldest idle connection for a new one. So a health check is always answered, beside any
+/// number of idle connections.
 pub async fn serve(listener: TcpListener, router: Router, limits: Arc<ArcSwap<Limits>>) {
     let mut open = AdminConnections::default();
     loop {
         let Ok((stream, _)) = listener.accept().await else {
-            // Most often there are no descriptors left. Asked again at once, the kernel would say the same.
+            // Usually there are no descriptors left. Trying again at once would give the same error.
             tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
@@ -144,7 +144,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Arc<ArcSwap<Li
     }
 }
 
-/// One connection. hyper's time limit on heads runs between requests, too: a scraper that comes back later connects anew.
+/// Serves one connection. hyper's timeout for heads also runs between requests, so a scraper that comes back later opens a new connection.
 async fn connection(stream: TcpStream, router: Router, busy: Arc<AtomicBool>, limits: Arc<Limits>) {
     let answer = service_fn(move |request: Request<Incoming>| {
         let (mut router, busy) = (router.clone(), busy.clone());
@@ -161,7 +161,7 @@ async fn connection(stream: TcpStream, router: Router, busy: Arc<AtomicBool>, li
         .header_read_timeout(limits.header_timeout.get())
         .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), answer);
-    // How a connection ended is its client's business.
+    // An error here concerns only this client.
     served.await.ok();
 }
 

@@ -1,101 +1,101 @@
-//! Where a chunked body ends (RFC 9112, section 7.1), and that each chunk says how long it is.
+//! Finds the end of a chunked body (RFC 9112, section 7.1), and works around two faults of the crate httparse.
 //!
-//! pingora's body reader leaves the size line to `parse_chunk_size` of the crate httparse (src/lib.rs, 1.10.1), which takes two lines that
-//! are none:
+//! pingora's body reader parses the size line of a chunk with `parse_chunk_size` of httparse 1.10.1 (src/lib.rs). That accepts two
+//! malformed lines:
 //!
-//! - One without digits counts as the size 0, so a malformed body passes for one that is whole. The fix there: in the arm for `b'\r'`, and
-//!   in those for `b';'`, a tab and a space, return `InvalidChunkSize` while `count` is 0. hyper has its own parser and refuses such lines.
-//! - A line feed alone counts as a byte of an extension, so that two readers disagree about where the line ends. The fix there: an arm
-//!   `b'\n' => return Err(InvalidChunkSize)` before the one for `in_ext`.
+//! - A line without digits counts as size 0, so that a malformed body looks complete. Fix in httparse: in the arms for `b'\r'`, `b';'`, tab
+//!   and space, return `InvalidChunkSize` while `count` is 0. hyper has its own parser, and rejects such lines.
+//! - A line feed without a carriage return counts as part of an extension, so that two readers disagree about the end of the line. Fix in
+//!   httparse: an arm `b'\n' => return Err(InvalidChunkSize)` before the one for `in_ext`.
 //!
-//! Until both are in a release, such a line is spoilt here on its way to pingora, which then refuses it. Everything else that is wrong
-//! with chunks it refuses by itself. Where the body ends is found out on the way, too. This holds for the bodies of requests and for those
-//! of relayed answers; blobs are hashed.
+//! Until a release has both fixes, this module overwrites a byte of such a line before pingora sees it, so that pingora rejects the body.
+//! pingora rejects all other malformed chunks itself. The module is used for bodies of requests and of relayed answers. Blobs do not need
+//! it, since their bytes are hashed.
 
-/// What pingora refuses where digits should stand, or behind a carriage return.
-const SPOILT: u8 = b'!';
+/// pingora rejects this byte in place of a digit, and after a carriage return.
+const INVALID: u8 = b'!';
 
-/// How far into a chunked body its reader has come.
+/// The position of a reader in a chunked body.
 #[derive(Debug, Default)]
 pub(crate) struct Chunks {
-    at: At,
+    at: ChunkState,
 }
 
-/// Where in a body.
 #[derive(Debug, Default)]
-enum At {
+enum ChunkState {
     /// Before a size line.
     #[default]
     Size,
-    /// Within one, behind some of its digits.
+    /// In a size line, after some digits.
     Digits(u64),
-    /// Behind its digits: an extension, or the line's end. `cr`: the last byte was a carriage return.
+    /// In a size line, after the digits. `cr`: the last byte was a carriage return.
     Extension { size: u64, cr: bool },
-    /// Behind a line that ended without a carriage return: nothing is shown as it is any more.
-    Spoilt,
-    /// Within a chunk, with so many bytes and its line end to come.
+    /// After a line that ended without a carriage return. Everything that follows is invalid.
+    Invalid,
+    /// In a chunk. The value is the number of bytes to come, including the chunk's line end.
     Data(u64),
-    /// Within a trailer line, or before one. `empty`: nothing of it has come.
+    /// In the trailers. `empty`: the current line has no byte yet.
     Trailer { empty: bool },
-    /// Behind it all.
+    /// After the body.
     End,
 }
 
 impl Chunks {
-    /// How many of the bytes belong to the body. Spoils what pingora must not read as a size.
+    /// Advances over `bytes`. Returns how many of them belong to the body. Overwrites a byte that pingora must not accept as part of a
+    /// size line.
     pub(crate) fn pass(&mut self, bytes: &mut [u8]) -> usize {
         let mut passed = 0;
         while passed < bytes.len() {
             let byte = bytes[passed];
             let digit = char::from(byte).to_digit(16).map(u64::from);
             self.at = match self.at {
-                At::End => break,
-                At::Size => match digit {
-                    Some(digit) => At::Digits(digit),
+                ChunkState::End => break,
+                ChunkState::Size => match digit {
+                    Some(digit) => ChunkState::Digits(digit),
                     None => {
-                        bytes[passed] = SPOILT;
-                        At::Size
+                        bytes[passed] = INVALID;
+                        ChunkState::Size
                     }
                 },
-                At::Digits(size) => match digit {
-                    Some(digit) => At::Digits(size.saturating_mul(16).saturating_add(digit)),
+                ChunkState::Digits(size) => match digit {
+                    Some(digit) => ChunkState::Digits(size.saturating_mul(16).saturating_add(digit)),
                     None => Self::after_size(size, &mut bytes[passed], false),
                 },
-                At::Extension { size, cr } => Self::after_size(size, &mut bytes[passed], cr),
-                At::Spoilt => {
-                    bytes[passed] = SPOILT;
-                    At::Spoilt
+                ChunkState::Extension { size, cr } => Self::after_size(size, &mut bytes[passed], cr),
+                ChunkState::Invalid => {
+                    bytes[passed] = INVALID;
+                    ChunkState::Invalid
                 }
-                At::Data(left) => {
+                ChunkState::Data(left) => {
                     let here = (bytes.len() - passed).min(usize::try_from(left).unwrap_or(usize::MAX));
                     passed += here;
-                    self.at = if here as u64 == left { At::Size } else { At::Data(left - here as u64) };
+                    self.at = if here as u64 == left { ChunkState::Size } else { ChunkState::Data(left - here as u64) };
                     continue;
                 }
-                At::Trailer { empty: true } if byte == b'\n' => At::End,
-                At::Trailer { empty } => At::Trailer { empty: byte == b'\n' || (empty && byte == b'\r') },
+                ChunkState::Trailer { empty: true } if byte == b'\n' => ChunkState::End,
+                ChunkState::Trailer { empty } => ChunkState::Trailer { empty: byte == b'\n' || (empty && byte == b'\r') },
             };
             passed += 1;
         }
         passed
     }
 
-    /// Whether the last byte of the body has passed.
+    /// Whether the body has ended.
     pub(crate) const fn is_over(&self) -> bool {
-        matches!(self.at, At::End)
+        matches!(self.at, ChunkState::End)
     }
 
-    const fn after_size(size: u64, byte: &mut u8, cr: bool) -> At {
+    const fn after_size(size: u64, byte: &mut u8, cr: bool) -> ChunkState {
         match (*byte, size) {
             (b'\n', _) if !cr => {
-                // A carriage return and then anything but a line feed: that is refused.
+                // pingora rejects a carriage return that no line feed follows. The next byte becomes `INVALID`.
                 *byte = b'\r';
-                At::Spoilt
+                ChunkState::Invalid
             }
-            (b'\n', 0) => At::Trailer { empty: true },
-            // The chunk's own line end comes along.
-            (b'\n', size) => At::Data(size.saturating_add(2)),
-            (byte, size) => At::Extension { size, cr: byte == b'\r' },
+            (b'\n', 0) => ChunkState::Trailer { empty: true },
+            // Plus the chunk's line end.
+            (b'\n', size) => ChunkState::Data(size.saturating_add(2)),
+            (byte, size) => ChunkState::Extension { size, cr: byte == b'\r' },
         }
     }
 }
@@ -104,8 +104,8 @@ impl Chunks {
 mod tests {
     use super::*;
 
-    /// What is shown of a body that comes in parts of this length, and what is left of it.
-    fn shown(text: &str, part: usize) -> (String, String) {
+    /// Passes `text` in parts of `part` bytes. Returns the body as pingora sees it, and the bytes after the body.
+    fn pass(text: &str, part: usize) -> (String, String) {
         let (mut chunks, mut bytes, mut at) = (Chunks::default(), text.as_bytes().to_vec(), 0);
         while at < bytes.len() {
             let end = bytes.len().min(at + part);
@@ -119,13 +119,13 @@ mod tests {
     }
 
     #[test]
-    fn a_body_ends_behind_its_trailers() {
+    fn a_body_ends_after_its_trailers() {
         for body in
             ["0\r\n\r\n", "5\r\nhello\r\n0\r\n\r\n", "A;of=blob\r\n0123456789\r\n00b\r\n0123\r\n\r\n0\r\n\r\n0\r\nX: y\r\nZ:\r\n\r\n"]
         {
             for part in [1, 2, 3, 7, 1000] {
                 let text = format!("{body}GET / HTTP/1.1\r\n");
-                assert_eq!(shown(&text, part), (body.to_owned(), "GET / HTTP/1.1\r\n".to_owned()), "in parts of {part}");
+                assert_eq!(pass(&text, part), (body.to_owned(), "GET / HTTP/1.1\r\n".to_owned()), "in parts of {part}");
             }
         }
     }
@@ -136,13 +136,13 @@ mod tests {
             [("5;x\nhello\r\n0\r\n\r\n", "5;x\r!"), ("5\nhello\r\n", "5\r!"), ("0;x\n\r\n", "0;x\r!"), ("5;a\n\nhello", "5;a\r!")]
         {
             for part in [1, 2, 1000] {
-                assert!(shown(body, part).0.starts_with(seen), "{body:?}: {:?}", shown(body, part));
+                assert!(pass(body, part).0.starts_with(seen), "{body:?}: {:?}", pass(body, part));
             }
         }
     }
 
     #[test]
-    fn a_size_without_digits_is_spoilt() {
+    fn a_size_without_digits_is_made_invalid() {
         for (body, seen) in [
             ("5\r\nhello\r\n\r\n6\r\n world\r\n0\r\n\r\n", "5\r\nhello\r\n!!6\r\n"),
             (";x\r\n\r\n", "!"),
@@ -150,7 +150,7 @@ mod tests {
             ("\r\n", "!"),
         ] {
             for part in [1, 2, 1000] {
-                assert!(shown(body, part).0.starts_with(seen), "{body:?}: {:?}", shown(body, part));
+                assert!(pass(body, part).0.starts_with(seen), "{body:?}: {:?}", pass(body, part));
             }
         }
     }

@@ -1,7 +1,8 @@
-//! File descriptors: how many the system grants, who gets them, and how it shows that they have run out.
+//! Divides the process's file descriptors among their uses.
 //!
-//! Connections get what the rest leaves, so that a client too many is refused in words: an `accept` that fails leaves it waiting.
-//! What runs out all the same is a limit like any other ([`Limit::Files`](castier_cache::Limit::Files)).
+//! Client connections get the descriptors that the other uses leave. So castier can accept and refuse a client too many with a 503; if
+//! `accept` itself failed, the client would wait without an answer. If descriptors run out all the same, the request fails with
+//! [`Limit::Files`](castier_cache::Limit::Files).
 
 use castier_config::{Castier, Limits, OriginUrl};
 use castier_serverkit::open_files;
@@ -10,35 +11,35 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-/// What castier holds open at all times: listeners, logs, the runtime.
+/// Descriptors that castier always needs: listeners, logs, the runtime.
 const OWN: u64 = 64;
-/// Connections over the limit are held for as long as it takes to tell them so: at most this many.
+/// The most connections over the limit that stay open until the client has read its 503.
 const REFUSALS: u64 = 1024;
-/// Connections to one source that are kept alive while nobody uses them: those of fills and those of relays.
+/// The most idle keep-alive connections to one source, of fills and of relays.
 const IDLE: u64 = 512;
 
-/// Who gets the descriptors. Each kind has a share of its own, so that none can take what another needs: the admin listener's clients, other
-/// nodes, the disk tier's files, fills. The rest is for clients, and for what relays and streamed uploads open on their behalf.
+/// How many descriptors each use may have. The admin listener, peers, the disk tier's files and fills have shares of their own, so that no
+/// use can starve another. Clients, and the connections that relays and streamed uploads open for them, share the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shares {
-    /// All there are.
+    /// All descriptors.
     granted: u64,
     /// Files of the disk tier that stay open between reads.
     pub open_files: u64,
-    /// Connections over the limit that are waited for until they have read that they are.
+    /// Connections over the limit that stay open until the client has read its 503.
     refusals: u64,
-    /// Connections from other nodes.
+    /// Connections from peers.
     peers: u64,
     /// Connections to the admin listener.
     admin: u64,
-    /// What relays and streamed uploads take for each connection that they open.
+    /// Descriptors for each connection that a relay or a streamed upload opens.
     each: u64,
-    /// Client connections, and what is opened on their behalf.
+    /// Client connections, and the connections opened for them.
     clients: u64,
 }
 
 impl Shares {
-    /// Divides `granted` descriptors: as configured if they suffice, and else so that nothing goes without.
+    /// Divides `granted` descriptors as configured. If they do not suffice, each use gets at least a part.
     pub fn of(granted: u64, config: &Castier) -> Self {
         let open_files = config.disk.as_ref().map_or(0, |disk| disk.open_files).min(granted / 8);
         let fills = fills(config).min(granted / 4);
@@ -49,7 +50,7 @@ impl Shares {
         Self { granted, open_files, refusals, peers, admin, each: each(config), clients }
     }
 
-    /// The limits that can be kept: these, with as many connections as there are descriptors for.
+    /// `limits`, with the numbers of connections lowered to the descriptors that there are.
     pub fn within(&self, limits: &Limits) -> Limits {
         let most = |share: u64| usize::try_from(share).unwrap_or(usize::MAX).max(1);
         Limits {
@@ -64,7 +65,7 @@ impl Shares {
         }
     }
 
-    /// Says so if there are fewer connections than configured.
+    /// Logs it if there are fewer descriptors than the configured connections need.
     pub fn tell(&self, config: &Castier) {
         let limits = &config.limits;
         let wanted = limits.max_connections as u64;
@@ -78,14 +79,14 @@ impl Shares {
     }
 }
 
-/// What is open on behalf of clients.
+/// Counts the descriptors of clients.
 pub struct Descriptors {
     shares: Shares,
     /// Connections that relays and streamed uploads have opened.
     outgoing: AtomicU64,
 }
 
-/// A connection that may be opened on behalf of a client; given back on drop.
+/// The right to open one connection for a client. Released on drop.
 pub struct Outgoing(Arc<Descriptors>);
 
 impl Drop for Outgoing {
@@ -100,28 +101,29 @@ impl Descriptors {
         Arc::new(Self { shares, outgoing: AtomicU64::new(0) })
     }
 
-    /// How many connections over the limit are told so at once.
+    /// The most connections over the limit that get a 503 at the same time.
     pub fn refusals(&self) -> usize {
         usize::try_from(self.shares.refusals).unwrap_or(usize::MAX)
     }
 
-    /// Whether so many client connections fit beside what relays and uploads have open.
+    /// Whether this many client connections fit beside the connections of relays and uploads.
     pub fn has_room(&self, connections: usize) -> bool {
         self.open(connections as u64) <= self.shares.clients
     }
 
-    /// Whether the descriptors kept for refusals suffice to tell this one, too.
+    /// Whether there is a descriptor left to send one more client a 503, with this many client connections open.
     pub fn may_refuse(&self, connections: usize) -> bool {
         self.open(connections as u64) <= self.shares.clients + self.shares.refusals
     }
 
-    /// Whether a client that has been told no may keep its connection until it has read that. A client that comes now needs an answer more.
+    /// Whether a refused client may keep its connection until it has read the answer. Returns false when descriptors are scarce: new
+    /// clients need them more.
     pub fn may_linger(&self, connections: u64) -> bool {
         self.open(connections) <= self.shares.clients / 4 * 3
     }
 
-    /// Takes the descriptors of a connection on behalf of one of so many clients. An eighth is left for clients that come now: they can
-    /// then be answered, if only with a 503.
+    /// Takes the descriptors of one connection for a client, with `connections` clients connected. Returns `None` if less than an eighth of
+    /// the clients' share would be left: new clients must still get an answer, if only a 503.
     pub fn outgoing(self: &Arc<Self>, connections: u64) -> Option<Outgoing> {
         self.outgoing.fetch_add(1, Ordering::Relaxed);
         let taken = Outgoing(self.clone());
@@ -133,13 +135,16 @@ impl Descriptors {
     }
 }
 
-/// What a connection to the origin takes: its own descriptor, and with an embedded origin the other end and a file.
+/// The descriptors of one connection to the origin. An embedded origin needs the other end of the connection and a file too.
 const fn each(config: &Castier) -> u64 {
     if matches!(config.origin.url, OriginUrl::Embedded(_)) { 3 } else { 1 }
 }
 
-/// What all fills together may hold open: a connection and a file each, and an embedded origin as much again; in a cluster also those that
-/// peers ask for, and those from each peer. And small requests to the origin, which need no file here, and connections that are kept alive.
+/// The descriptors of all sources together:
+/// - each fill from the origin: a connection and a file, and the embedded origin's;
+/// - each small request to the origin: a connection, and the embedded origin's;
+/// - in a cluster, the same for each peer;
+/// - idle keep-alive connections.
 fn fills(config: &Castier) -> u64 {
     let each = each(config);
     let peers = config.cluster.as_ref().map_or(0, |cluster| 1 + (cluster.peers.len() as u64).saturating_sub(1).max(1));
@@ -154,7 +159,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn enough_is_as_configured() {
+    fn with_enough_descriptors_the_configuration_holds() {
         let config = Castier { disk: Some(Disk::default()), ..Castier::default() };
         let shares = Shares::of(1 << 20, &config);
         assert_eq!(shares.open_files, 1024);
@@ -163,7 +168,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nobody_goes_without_and_all_fits(granted in 16u64..100_000, max in 1usize..50_000, disk: bool) {
+        fn every_use_gets_a_part_and_all_fits(granted in 16u64..100_000, max in 1usize..50_000, disk: bool) {
             let config = Castier { disk: disk.then(Disk::default), ..Castier::default() };
             let shares = Shares::of(granted, &config);
             let limits = shares.within(&Limits { max_connections: max, ..Limits::default() });
@@ -172,7 +177,7 @@ mod tests {
             let held = connections + shares.refusals + shares.open_files + shares.admin;
             prop_assert!(held < granted, "{held} of {granted}");
             prop_assert!(!disk || shares.open_files > 0);
-            // A quarter at most is kept for the fills, and as much for castier's own.
+            // At most a quarter is for the fills, and a quarter for castier's own.
             prop_assert!(connections == max as u64 || connections >= granted / 4 , "{connections} of {granted}");
         }
     }

@@ -1,13 +1,12 @@
-//! The cluster as this node sees it: who is a member, who of them is up, and so who is to be asked for a digest.
+//! The members of the cluster, and which of them are up. From this follows which peers to ask for a digest.
 //!
-//! Members come from `cluster.peers` or, looked up again and again, from `cluster.dns`; whether they are up is learnt by probing
-//! them and from what the data path reports. All of it is one immutable [`View`], replaced as a whole with every change.
+//! The list of members comes from `cluster.peers`, or from `cluster.dns`, which is looked up periodically. Probes and the results of
+//! requests show which members are up. All of it is one immutable [`View`], which each change replaces.
 //!
-//! - A list that could not be had, or is empty, changes nothing: a broken name server must not take a working cluster apart.
-//! - This node need not be on the list (a rolling start, a list that is not everywhere yet). Then it owns nothing, and asks the others
-//!   as any member does.
-//! - This node may be on the list under several names. The one that is `cluster.advertise` is known at once, any other by its
-//!   answer to the first probe. It matters: a fill that asked its own node for the blob would wait for itself.
+//! - If the list cannot be fetched, or is empty, the members stay as they are: a broken name server must not break a working cluster.
+//! - The list may lack this node, for example during a rolling start. Then this node owns nothing, and asks the others like any member.
+//! - The list may have this node under several names. It recognises `cluster.advertise` at once, and any other name by the answer to the
+//!   first probe. Otherwise a fill could ask its own node for the blob, and wait for itself.
 //! - This node counts as up.
 
 mod dns;
@@ -24,7 +23,7 @@ use crate::{
 use castier_blob::Digest;
 use castier_config::{Cluster, Peer};
 use dns::{Dns, Resolve};
-use health::{Evidence, Health, Pace};
+use health::{Evidence, PeerHealth, ProbeTiming};
 use http::HeaderName;
 use parking_lot::Mutex;
 use std::{
@@ -39,7 +38,8 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-/// In the answer to `GET /healthz` on the peer listener: [`Members::node`], by which a node knows itself under another name.
+/// The header with [`Members::node`] in the answer to `GET /healthz` on the peer listener. By it a node recognises itself under another
+/// name.
 pub const NODE: HeaderName = HeaderName::from_static("castier-node");
 
 /// A node of the cluster.
@@ -51,40 +51,40 @@ pub struct Member {
     pub host: String,
     /// The port of its peer listener.
     pub port: u16,
-    /// It is this node.
+    /// Whether it is this node.
     pub itself: bool,
-    /// It answers.
+    /// Whether it is up.
     pub up: bool,
 }
 
-/// The cluster at one moment.
+/// The members at one moment.
 #[derive(Clone, Debug)]
 pub struct View {
     ring: Arc<Ring>,
     /// In the order of the ring's indices.
     members: Vec<Member>,
-    /// When a member last came, went, fell or rose: since then some digests have another owner.
+    /// When a member last joined, left, went down or came up. Since then some digests have another owner.
     pub changed_at: Instant,
 }
 
 impl View {
-    /// All members, up or down, in the order of their names.
+    /// All members, up or down, sorted by name.
     pub fn members(&self) -> &[Member] {
         &self.members
     }
 
-    /// How digests are spread over [`Self::members`], by index.
+    /// The ring. Its indices are those of [`Self::members`].
     pub fn ring(&self) -> &Ring {
         &self.ring
     }
 
-    /// The members to ask for the digest, in this order; those that are down are left out. Behind this node itself there is no
-    /// point in going on: it would be asked what it just asks.
+    /// The members that are up, in the digest's fail-over order. A caller stops at this node itself: the members after it would ask this
+    /// node.
     pub fn order(&self, digest: &Digest) -> impl Iterator<Item = &Member> {
         self.ring.order(digest).filter_map(|index| self.members.get(index)).filter(|member| member.up)
     }
 
-    /// The member that owns the digest as things are; none only while no member is known or up.
+    /// The member that owns the digest now; `None` if no member is up.
     pub fn owner(&self, digest: &Digest) -> Option<&Member> {
         self.order(digest).next()
     }
@@ -94,39 +94,39 @@ impl View {
     }
 }
 
-/// Keeps the [`View`] true. Dropping it ends the probes and look-ups.
+/// Keeps the [`View`] up to date. Dropping it ends the probes and look-ups.
 pub struct Members {
     /// This node's name on the ring.
     advertise: String,
-    /// Made up at the start, so that no two processes ever share it.
+    /// Random for each process, so that no two processes share it.
     node: String,
     view: watch::Sender<Arc<View>>,
-    /// Every peer that is probed. Whoever changes the view holds this lock, so that no change is lost.
-    watched: Mutex<HashMap<Arc<str>, Watched>>,
+    /// Every peer that is probed. A thread that changes the view holds this lock, so that no change is lost.
+    watched: Mutex<HashMap<Arc<str>, WatchedPeer>>,
     probe: Arc<dyn Probe>,
-    pace: Pace,
+    timing: ProbeTiming,
     metrics: Arc<Metrics>,
     lookups: Mutex<Option<AbortOnDropHandle<()>>>,
 }
 
-struct Watched {
-    health: Health,
-    /// When it last fell or rose.
+struct WatchedPeer {
+    health: PeerHealth,
+    /// When it last went down or came up.
     since: Option<SystemTime>,
     /// How long the last probe took.
     probe: Option<Duration>,
     series: PeerSeries,
-    /// Asks for a probe right now.
-    doubt: Arc<Notify>,
+    /// Triggers a probe at once.
+    probe_now: Arc<Notify>,
     _probing: AbortOnDropHandle<()>,
 }
 
 impl Members {
-    /// Starts to look after the cluster. With `cluster.dns` there are no members until the first look-up is done; see
+    /// Starts probes, and look-ups if `cluster.dns` is set. Then there are no members until the first look-up is done; see
     /// [`Self::subscribe`].
     ///
     /// # Errors
-    /// A text that names the key that cannot be used.
+    /// A text that names the invalid key.
     pub fn start(config: &Cluster, probe: Arc<dyn Probe>, metrics: Arc<Metrics>) -> Result<Arc<Self>, String> {
         let resolve = if config.dns.is_empty() { None } else { Some(Arc::new(Dns::new(config)?) as Arc<dyn Resolve>) };
         Self::start_with(config, resolve, probe, metrics)
@@ -139,14 +139,14 @@ impl Members {
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, String> {
         let advertise = config.advertise.parse::<Peer>().map_err(|error| format!("cluster.advertise: {error}"))?.name();
-        let nobody = View { ring: Arc::default(), members: Vec::new(), changed_at: Instant::now() };
+        let empty = View { ring: Arc::default(), members: Vec::new(), changed_at: Instant::now() };
         let members = Arc::new(Self {
             advertise,
             node: format!("{:016x}", RandomState::new().hash_one(std::process::id())),
-            view: watch::Sender::new(Arc::new(nobody)),
+            view: watch::Sender::new(Arc::new(empty)),
             watched: Mutex::default(),
             probe,
-            pace: Pace { interval: config.probe_interval.get(), timeout: config.probe_timeout.get() },
+            timing: ProbeTiming { interval: config.probe_interval.get(), timeout: config.probe_timeout.get() },
             metrics,
             lookups: Mutex::default(),
         });
@@ -160,22 +160,22 @@ impl Members {
         Ok(members)
     }
 
-    /// This node's name for itself, to be told in the header [`NODE`].
+    /// This process's random name, sent in the header [`NODE`].
     pub fn node(&self) -> &str {
         &self.node
     }
 
-    /// The cluster as of now.
+    /// The members now.
     pub fn view(&self) -> Arc<View> {
         self.view.borrow().clone()
     }
 
-    /// The cluster as of now and from now on.
+    /// The members now, and each change.
     pub fn subscribe(&self) -> watch::Receiver<Arc<View>> {
         self.view.subscribe()
     }
 
-    /// These are the members now. An empty list is taken for a mistake and changes nothing.
+    /// Replaces the list of members. An empty list counts as a mistake, and changes nothing.
     pub fn set_peers(self: &Arc<Self>, peers: &[Peer]) {
         let mut watched = self.watched.lock();
         let old = self.view();
@@ -191,11 +191,11 @@ impl Members {
                 host: peer.host.clone(),
                 port: peer.port,
                 itself: *name == self.advertise,
-                // Taken for sound until it proves otherwise, which a refused connection does at once.
+                // A new member counts as up. A refused connection takes it down at once.
                 up: true,
             },
         };
-        // Sorted by name, as the ring is.
+        // A BTreeMap, since the ring is sorted by name too.
         let members: Vec<_> = by_name.iter().map(member).collect();
         let names = |members: &[Member], known: &View| {
             members.iter().filter(|member| known.find(&member.name).is_none()).map(|member| member.name.to_string()).collect::<Vec<_>>()
@@ -205,7 +205,10 @@ impl Members {
         let (joined, left) = (names(&new.members, &old), names(&old.members, &new));
         tracing::info!(members = new.members.len(), ?joined, ?left, "the cluster changed");
         if !new.members.iter().any(|member| member.itself) {
-            tracing::warn!(advertise = self.advertise, "this node is not among the members: it owns no blobs, and asks those that do");
+            tracing::warn!(
+                advertise = self.advertise,
+                "this node is not among the members: it owns no blobs, and asks the members for them"
+            );
         }
         watched.retain(|name, _| new.find(name).is_some());
         for member in new.members.iter().filter(|member| !member.itself) {
@@ -214,30 +217,37 @@ impl Members {
         self.publish(new);
     }
 
-    /// What the data path met with when it asked this member.
+    /// The data path reports the outcome of a request to this member.
     pub fn report(&self, member: &str, report: Report) {
         self.learn(member, report.into(), "reported by a request");
     }
 
-    /// An attempt at this member failed: for the figures alone, see [`Self::report`]. Of one that has left nothing is counted.
+    /// Counts a failed request to this member in the metrics only; see [`Self::report`]. Does nothing if the member has left.
     pub fn failed(&self, member: &str) {
         if let Some(peer) = self.watched.lock().get(member) {
             self.metrics.peer_failed(&peer.series);
         }
     }
 
-    fn watch(self: &Arc<Self>, member: &Member) -> Watched {
-        let doubt = Arc::new(Notify::new());
+    fn watch(self: &Arc<Self>, member: &Member) -> WatchedPeer {
+        let probe_now = Arc::new(Notify::new());
         let learn = {
             let (members, name) = (Arc::downgrade(self), member.name.clone());
             move |answer, took| members.upgrade().and_then(|members| members.probed(&name, answer, took))
         };
-        let probing = health::keep_probing(member.clone(), self.probe.clone(), self.pace, doubt.clone(), learn);
+        let probing = health::keep_probing(member.clone(), self.probe.clone(), self.timing, probe_now.clone(), learn);
         let _probing = AbortOnDropHandle::new(tokio::spawn(probing));
-        Watched { health: Health::default(), since: None, probe: None, series: self.metrics.peer(&member.name), doubt, _probing }
+        WatchedPeer {
+            health: PeerHealth::default(),
+            since: None,
+            probe: None,
+            series: self.metrics.peer(&member.name),
+            probe_now,
+            _probing,
+        }
     }
 
-    /// Takes note of a probe's end. None: nobody wants to know more of this member. Else whether it is up.
+    /// Records the result of a probe, and how long it took. Returns whether the member is up, or `None` if it must not be probed any more.
     fn probed(&self, name: &str, answer: Result<Option<String>, String>, took: Duration) -> Option<bool> {
         if let Some(peer) = self.watched.lock().get_mut(name) {
             peer.probe = Some(took);
@@ -253,29 +263,31 @@ impl Members {
         }
     }
 
-    /// Whether the member is up, with this in mind; none if it is no longer watched.
+    /// Records evidence about a member. Returns whether the member is up, or `None` if it is not watched any more.
     fn learn(&self, name: &str, evidence: Evidence, why: &str) -> Option<bool> {
         let mut watched = self.watched.lock();
         let peer = watched.get_mut(name)?;
         let before = peer.health;
         peer.health.learn(evidence);
         let after = peer.health;
-        if evidence == Evidence::Reported(Report::Broken) && after.is_doubtful() && !before.is_doubtful() {
-            peer.doubt.notify_one();
+        if evidence == Evidence::Reported(Report::Broken) && after.is_suspect() && !before.is_suspect() {
+            peer.probe_now.notify_one();
         }
         if after.is_up() != before.is_up() {
             peer.since = Some(SystemTime::now());
             peer.series.set_up(after.is_up());
             match after.is_up() {
                 true => tracing::info!(peer = name, "the peer is up again"),
-                false => tracing::warn!(peer = name, why, "the peer is down: the next in order take its blobs until it is back"),
+                false => {
+                    tracing::warn!(peer = name, why, "the peer is down: the next peers in order take over its blobs until it is up again")
+                }
             }
             self.change(name, |member| member.up = after.is_up());
         }
         Some(after.is_up())
     }
 
-    /// The member turned out to be this node under another name.
+    /// Records that the member is this node under another name.
     fn recognise(&self, name: &str) {
         let mut watched = self.watched.lock();
         if watched.remove(name).is_some() {
@@ -284,7 +296,7 @@ impl Members {
         }
     }
 
-    /// Changes one member. The caller holds the lock.
+    /// Changes one member. The caller holds the lock of `watched`.
     fn change(&self, name: &str, change: impl FnOnce(&mut Member)) {
         let mut view = View::clone(&self.view());
         if let Some(index) = view.find(name) {
@@ -302,13 +314,13 @@ impl Members {
     }
 }
 
-/// Asks again and again who the members are.
+/// Looks up the members every `every`.
 async fn look_up(members: Weak<Members>, resolve: Arc<dyn Resolve>, name: String, every: Duration) {
-    // A look-up that hangs counts as failed when the next is due; a name server gets a second in any case.
-    let patience = every.max(Duration::from_secs(1));
+    // A look-up that hangs has failed when the next one is due, but not within its first second.
+    let limit = every.max(Duration::from_secs(1));
     let mut failed = false;
     loop {
-        let found = tokio::time::timeout(patience, resolve.resolve()).await.unwrap_or_else(|_| Err("no answer in time".into()));
+        let found = tokio::time::timeout(limit, resolve.resolve()).await.unwrap_or_else(|_| Err("no answer in time".into()));
         let Some(members) = members.upgrade() else { return };
         let found = found.and_then(|peers| if peers.is_empty() { Err("no such records".to_owned()) } else { Ok(peers) });
         match &found {
@@ -318,7 +330,7 @@ async fn look_up(members: Weak<Members>, resolve: Arc<dyn Resolve>, name: String
                 }
                 members.set_peers(peers);
             }
-            // Once per outage, not every few seconds.
+            // Logged once per outage, and not every few seconds.
             Err(why) if !failed => tracing::warn!(name, why, "cluster.dns names no members; the last known ones stay"),
             Err(_) => {}
         }

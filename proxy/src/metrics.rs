@@ -1,6 +1,6 @@
 //! The series of the tier beside those of its cache. Labels are finite and never hold a digest.
 
-use crate::recent::{Asked, Recent};
+use crate::recent::{ClientRequest, Recent};
 use castier_blob::Digest;
 use castier_cache::{Limit, Tier, TierStats};
 use castier_serverkit::series::{CLIENT_GONE, Series, add, counter, counters, gauge, gauges, histograms, status_label};
@@ -11,12 +11,12 @@ use std::{
     time::Duration,
 };
 
-/// Where a request came in: the `listener` label.
+/// The listener that got a request: the `listener` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
-    /// From a client.
+    /// For clients.
     Public,
-    /// From another node of the cluster.
+    /// For peers.
     Peer,
 }
 
@@ -30,18 +30,18 @@ impl Listener {
     }
 }
 
-/// What a request was about: the `route` label.
+/// The target of a request: the `route` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// `/cas/<digest>`, malformed ones included.
     Blob,
     /// `/cas`.
     Collection,
-    /// Anything that goes to the origin unchanged.
+    /// Anything that castier relays to the origin unchanged.
     Relay,
-    /// Nothing that could be understood, or that was let in.
+    /// Rejected: the head was unreadable, over a limit, or unauthorised.
     Refused,
-    /// What nodes tell each other beside blobs: health, purges, what was stored.
+    /// Messages between nodes other than blobs: health checks, purges, notices of stored blobs.
     Control,
 }
 
@@ -61,15 +61,15 @@ impl Route {
 /// How a request was answered: the `result` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// From a tier, or without needing one.
+    /// By a tier, or without looking up a blob.
     Hit,
     /// By a flight that this request started, or by the origin.
     Miss,
-    /// By a flight that another request had started.
+    /// By a flight that another request started.
     Collapsed,
-    /// With 404. Counted as such wherever a 404 would be an error.
+    /// With 404. `request` counts an error with status 404 as this.
     Absent,
-    /// With another status of 400 or more, or by cutting the connection.
+    /// With another status of 400 or more, or with a cut connection.
     Error,
 }
 
@@ -77,32 +77,32 @@ impl Served {
     const ALL: [&'static str; 5] = ["hit", "miss", "collapsed", "absent", "error"];
 }
 
-/// A request that was answered, or whose client left.
+/// A finished request: answered, or abandoned by the client.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
-    /// Where it came in.
+    /// The listener that got it.
     pub listener: Listener,
-    /// Its method, out of a finite set.
+    /// Its method, from a finite set.
     pub method: &'static str,
-    /// What it was about.
+    /// Its target.
     pub route: Route,
-    /// The status it got.
+    /// The status of its answer.
     pub code: u16,
     /// How it was answered.
     pub served: Served,
-    /// From its head to the last byte of the answer.
+    /// The time from its head to the last byte of the answer.
     pub took: Duration,
-    /// From its head to the first byte of the answer.
+    /// The time from its head to the first byte of the answer.
     pub first_byte: Option<Duration>,
-    /// How much of a body was sent.
+    /// The bytes of the body that were sent.
     pub bytes: u64,
-    /// Who sent it.
+    /// The client's address.
     pub client: Option<IpAddr>,
-    /// The blob that it was about.
+    /// The requested blob.
     pub digest: Option<Digest>,
 }
 
-/// A gauge that is one higher for as long as this lives.
+/// Raises a gauge by one until it is dropped.
 pub struct Counted<'a>(&'a IntGauge);
 
 impl Drop for Counted<'_> {
@@ -111,28 +111,28 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// The series of one other node. They end with this.
+/// The series of one peer. Dropping it removes them.
 pub struct PeerSeries {
     name: String,
     up: IntGaugeVec,
     probe: GaugeVec,
     errors: IntCounterVec,
-    /// Attempts at it that failed.
+    /// Requests to it that failed.
     failed: IntCounter,
 }
 
 impl PeerSeries {
-    /// Whether it is up.
+    /// Sets whether it is up.
     pub fn set_up(&self, up: bool) {
         self.up.with_label_values(&[&self.name]).set(up.into());
     }
 
-    /// How long the last probe took, answered or not.
+    /// Sets how long the last probe took, answered or not.
     pub fn set_probe(&self, took: Duration) {
         self.probe.with_label_values(&[&self.name]).set(took.as_secs_f64());
     }
 
-    /// How many attempts at it failed.
+    /// The number of failed requests to it.
     pub fn errors(&self) -> u64 {
         self.failed.get()
     }
@@ -140,7 +140,7 @@ impl PeerSeries {
 
 impl Drop for PeerSeries {
     fn drop(&mut self) {
-        // They were there: this made them.
+        // The series exist, so removing them cannot fail.
         let name = [self.name.as_str()];
         self.up.remove_label_values(&name).ok();
         self.probe.remove_label_values(&name).ok();
@@ -154,7 +154,7 @@ pub struct Metrics {
     /// The series of the cache.
     pub cache: Arc<castier_cache::Metrics>,
     requests: IntCounterVec,
-    /// The series of the one kind of request that must cost nothing, found once.
+    /// The series of hits, looked up once, since hits must be fast.
     hit_requests: [OnceLock<IntCounter>; 2],
     durations: [[Histogram; 5]; 5],
     first_bytes: [[Histogram; 5]; 5],
@@ -164,20 +164,20 @@ pub struct Metrics {
     served: [[IntCounter; 4]; 2],
     /// Bytes received from the origin and from peers.
     source_bytes: [IntCounter; 2],
-    /// Requests of clients whose answers were an error of ours, or were cut for a source's sake. Part of `/stats` alone.
+    /// Requests of clients that got status 500 or above, or whose answer was cut because a source failed. Only in `/stats`.
     client_errors: IntCounter,
-    /// Who asks for what.
+    /// The most active clients and digests, for `/stats`.
     pub recent: Recent,
     origin_up: IntGauge,
     shed: IntCounterVec,
     certificate_expiry: IntGaugeVec,
-    /// What the control group lets this process hold, in bytes; 0 if there is no limit.
+    /// The memory limit of the control group in bytes; 0 if there is none.
     pub memory_limit: IntGauge,
-    /// What the configuration lets this process hold, in bytes.
+    /// The most memory that the configuration allows, in bytes.
     pub memory_planned: IntGauge,
     cluster_peers: IntGaugeVec,
     cluster_changes: IntCounter,
-    /// Attempts at peers that failed, those that have left included.
+    /// Failed requests to peers, including peers that have left.
     pub peer_errors: IntCounter,
     peer_up: IntGaugeVec,
     peer_probe: GaugeVec,
@@ -185,15 +185,15 @@ pub struct Metrics {
     members_hash: IntGauge,
     /// Client connections open now.
     pub connections: IntGauge,
-    /// Connections that other nodes have opened to this one.
+    /// Connections from peers that are open now.
     pub peer_connections: IntGauge,
 }
 
 impl Metrics {
-    /// All series, those with known labels at 0 from the start.
+    /// Registers all series. Those with known labels start at 0.
     ///
     /// # Errors
-    /// A name or label that Prometheus does not allow: a mistake in this file.
+    /// Prometheus does not allow a name or label: a bug in this file.
     pub fn new() -> prometheus::Result<Self> {
         let series = Series::new("castier_log_dropped_total", "Log records that a sink did not take in time")?;
         let r = series.registry().clone();
@@ -215,7 +215,7 @@ impl Metrics {
             counters(&r, "castier_http_response_bytes_total", "Bytes of blobs sent to clients and peers", &["from", "listener"])?;
         let froms = ["memory", "mirror", "disk", "flight"];
         let source_bytes = counters(&r, "castier_source_bytes_total", "Bytes of blobs received from a source", &["source"])?;
-        let info = gauges(&r, "castier_build_info", "The version that runs", &["version"])?;
+        let info = gauges(&r, "castier_build_info", "The running version", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
             cache: Arc::new(castier_cache::Metrics::new(&r)?),
@@ -224,43 +224,43 @@ impl Metrics {
             durations: by_result(durations),
             first_bytes: by_result(first_bytes),
             in_flight: gauge(&r, "castier_http_requests_in_flight", "Requests being answered now")?,
-            uploads: gauge(&r, "castier_uploads_in_progress", "Uploads now")?,
+            uploads: gauge(&r, "castier_uploads_in_progress", "Uploads in progress")?,
             served: [Listener::Public, Listener::Peer]
                 .map(|listener| froms.map(|from| response_bytes.with_label_values(&[from, listener.as_str()]))),
             source_bytes: ["origin", "peer"].map(|source| source_bytes.with_label_values(&[source])),
             client_errors: IntCounter::new("errors", "Not registered")?,
             recent: Recent::default(),
-            origin_up: gauge(&r, "castier_origin_up", "Whether the origin answers, as the last requests found it")?,
-            shed: counters(&r, "castier_shed_requests_total", "Requests turned away at a limit", &["reason"])?,
+            origin_up: gauge(&r, "castier_origin_up", "Whether the origin is up, as the last requests showed")?,
+            shed: counters(&r, "castier_shed_requests_total", "Requests refused at a limit", &["reason"])?,
             certificate_expiry: gauges(
                 &r,
                 "castier_certificate_expiry_timestamp_seconds",
-                "When the first of a listener's certificates expires",
+                "Time when the first certificate of a listener expires",
                 &["listener"],
             )?,
-            memory_limit: gauge(&r, "castier_memory_limit_bytes", "The memory limit of the control group; 0: none")?,
-            memory_planned: gauge(&r, "castier_memory_planned_bytes", "The memory that the configuration may come to take")?,
-            cluster_peers: gauges(&r, "castier_cluster_peers", "Other nodes of the cluster", &["state"])?,
-            cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of who is in the cluster, and who of them is up")?,
+            memory_limit: gauge(&r, "castier_memory_limit_bytes", "Memory limit of the control group; 0: none")?,
+            memory_planned: gauge(&r, "castier_memory_planned_bytes", "Most memory that the configuration allows")?,
+            cluster_peers: gauges(&r, "castier_cluster_peers", "Peers, by state", &["state"])?,
+            cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of the members of the cluster and of their state")?,
             peer_errors: IntCounter::new("peer_errors", "Not registered")?,
-            peer_up: gauges(&r, "castier_peer_up", "Whether another node of the cluster answers", &["peer"])?,
+            peer_up: gauges(&r, "castier_peer_up", "Whether a peer is up", &["peer"])?,
             peer_probe: add(
                 &r,
-                GaugeVec::new(Opts::new("castier_peer_probe_seconds", "Time of the last probe of another node of the cluster"), &["peer"])?,
+                GaugeVec::new(Opts::new("castier_peer_probe_seconds", "Duration of the last probe of a peer"), &["peer"])?,
             )?,
-            peer_failures: counters(&r, "castier_peer_errors_total", "Attempts at another node of the cluster that failed", &["peer"])?,
-            members_hash: gauge(&r, "castier_cluster_members_hash", "Equal on all nodes that agree on who the members are")?,
-            connections: gauge(&r, "castier_connections", "Client connections open")?,
-            peer_connections: gauge(&r, "castier_peer_connections", "Connections open from other nodes of the cluster")?,
+            peer_failures: counters(&r, "castier_peer_errors_total", "Failed requests to a peer", &["peer"])?,
+            members_hash: gauge(&r, "castier_cluster_members_hash", "Hash of the list of members; equal on all nodes that agree on it")?,
+            connections: gauge(&r, "castier_connections", "Open client connections")?,
+            peer_connections: gauge(&r, "castier_peer_connections", "Open connections from peers")?,
             series,
         };
         metrics.begin_at_zero();
-        // Until somebody finds that it does not.
+        // Until a request shows that it is down.
         metrics.origin_up.set(1);
         Ok(metrics)
     }
 
-    /// Makes the series with known labels exist, so that rates have a start.
+    /// Creates the series with known labels at 0, so that rates have a start.
     fn begin_at_zero(&self) {
         for state in ["up", "down"] {
             self.cluster_peers.with_label_values(&[state]);
@@ -270,7 +270,7 @@ impl Metrics {
         }
     }
 
-    /// A request was answered.
+    /// Records a finished request.
     pub fn request(&self, request: &Request) {
         let Request { listener, method, route, code, .. } = *request;
         let served = if request.served == Served::Error && code == 404 { Served::Absent } else { request.served };
@@ -288,9 +288,9 @@ impl Metrics {
             if code >= 500 {
                 self.client_errors.inc();
             }
-            self.recent.note(&Asked {
+            self.recent.note(&ClientRequest {
                 client: request.client,
-                // Nobody was given an answer to read, or refused one.
+                // No blob was sent and none was refused.
                 digest: request.digest.filter(|_| code != CLIENT_GONE),
                 reads: route == Route::Blob && matches!(method, "GET" | "HEAD"),
                 code,
@@ -300,73 +300,73 @@ impl Metrics {
         }
     }
 
-    /// A request is being answered, for as long as this lives.
+    /// Counts a running request until the result is dropped.
     pub fn answering(&self) -> Counted<'_> {
         self.in_flight.inc();
         Counted(&self.in_flight)
     }
 
-    /// An upload is on its way, for as long as this lives.
+    /// Counts a running upload until the result is dropped.
     pub fn uploading(&self) -> Counted<'_> {
         self.uploads.inc();
         Counted(&self.uploads)
     }
 
-    /// The answer to a client was cut, by no fault of the client's.
+    /// Counts an answer to a client that was cut because a source failed.
     pub fn answer_cut(&self, listener: Listener) {
         if listener == Listener::Public {
             self.client_errors.inc();
         }
     }
 
-    /// Requests of clients that were answered; those whose answers were an error of ours; those being answered.
+    /// Requests of clients: all finished ones; those that failed (see `client_errors`); those that are running.
     pub fn client_requests(&self) -> (u64, u64, u64) {
         let total = sum(&self.requests, ("listener", Listener::Public.as_str()));
         (total, self.client_errors.get(), u64::try_from(self.in_flight.get()).unwrap_or(0))
     }
 
-    /// So many bytes of answers came from this tier, or, without one, from a flight.
+    /// Counts bytes of answers that came from this tier; without a tier, from a flight.
     pub fn served_from(&self, listener: Listener, tier: Option<Tier>, bytes: u64) {
         self.served[listener as usize][tier.map_or(Tier::ALL.len(), |tier| tier as usize)].inc_by(bytes);
     }
 
-    /// How many bytes of blobs clients were sent.
+    /// The bytes of blobs that were sent to clients.
     pub fn served_to_clients(&self) -> u64 {
         self.served[Listener::Public as usize].iter().map(IntCounter::get).sum()
     }
 
-    /// So many bytes came from a source.
+    /// Counts bytes that came from a source.
     pub fn received(&self, source: &str, bytes: u64) {
         self.source_bytes[usize::from(source != "origin")].inc_by(bytes);
     }
 
-    /// How many bytes came from the origin, and from peers.
+    /// The bytes that came from the origin, and from peers.
     pub fn received_bytes(&self) -> (u64, u64) {
         let [origin, peers] = &self.source_bytes;
         (origin.get(), peers.get())
     }
 
-    /// Whether the origin answers.
+    /// Sets whether the origin is up.
     pub fn set_origin_up(&self, up: bool) {
         self.origin_up.set(up.into());
     }
 
-    /// A request was turned away.
+    /// Counts a request that was refused at a limit.
     pub fn shed(&self, limit: Limit) {
         self.shed.with_label_values(&[limit.as_str()]).inc();
     }
 
-    /// The certificates of a listener are good until then, in seconds since 1970.
+    /// Sets when the first certificate of a listener expires, in seconds since 1970.
     pub fn certificate_expires(&self, listener: Listener, at: i64) {
         self.certificate_expiry.with_label_values(&[listener.as_str()]).set(at);
     }
 
-    /// How often requests were turned away, by the limit.
+    /// The number of refused requests, by limit.
     pub fn sheds(&self) -> [(&'static str, u64); Limit::ALL.len()] {
         Limit::ALL.map(|limit| (limit.as_str(), self.shed.with_label_values(&[limit.as_str()]).get()))
     }
 
-    /// Makes the series of another node.
+    /// Creates the series of a peer.
     pub fn peer(&self, name: &str) -> PeerSeries {
         let (up, probe, errors) = (self.peer_up.clone(), self.peer_probe.clone(), self.peer_failures.clone());
         probe.with_label_values(&[name]);
@@ -375,18 +375,18 @@ impl Metrics {
         series
     }
 
-    /// An attempt at another node failed.
+    /// Counts a failed request to a peer.
     pub fn peer_failed(&self, peer: &PeerSeries) {
         peer.failed.inc();
         self.peer_errors.inc();
     }
 
-    /// What the members are, as one number.
+    /// Sets the hash of the list of members.
     pub fn set_members_hash(&self, hash: u64) {
         self.members_hash.set(i64::try_from(hash).unwrap_or(0));
     }
 
-    /// The cluster changed: so many peers are up now, and so many down.
+    /// Records a change of the cluster, and how many peers are up and down now.
     pub fn cluster_changed(&self, up: usize, down: usize) {
         self.cluster_changes.inc();
         for (state, count) in [("up", up), ("down", down)] {
@@ -394,7 +394,7 @@ impl Metrics {
         }
     }
 
-    /// How many connections are open at a listener.
+    /// Sets the number of open connections of a listener.
     pub fn connections_at(&self, listener: Listener) -> &IntGauge {
         match listener {
             Listener::Public => &self.connections,
@@ -402,7 +402,7 @@ impl Metrics {
         }
     }
 
-    /// The text that Prometheus scrapes, with the tiers' state as of now.
+    /// The text for Prometheus, with the tiers' figures now.
     pub fn render(&self, tiers: &[(Tier, TierStats)]) -> String {
         self.cache.tiers_are(tiers);
         self.series.text().unwrap_or_else(|error| {

@@ -1,7 +1,11 @@
-//! Forgetting a blob on every node.
+//! Removes a blob from the tiers of every node.
 //!
-//! Two rounds, since blobs travel between nodes: one that has forgotten can get the blob anew from one that is still to forget. After
-//! the first round nobody has it but from such a transfer, and the second catches that.
+//! It takes two rounds, since nodes copy blobs from each other:
+//! 1. node A removes the blob;
+//! 2. node A gets the blob again, from node B, which has not removed it yet;
+//! 3. node B removes the blob.
+//!
+//! After the first round, only such copies are left. The second round removes them.
 
 use crate::{members::Member, upstream::Peers};
 use backon::{ExponentialBuilder, Retryable as _};
@@ -11,36 +15,36 @@ use futures::future::join_all;
 use serde::Serialize;
 use std::{sync::Arc, time::Duration};
 
-/// How often a node is told that does not answer, beyond the first time.
+/// How often a purge is repeated at a node that does not answer.
 const RETRIES: usize = 2;
-/// The pause before the first of those; it doubles.
+/// The pause before the first retry. It doubles with each retry.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Makes nodes forget blobs.
+/// Purges blobs on this node and its peers.
 pub struct Purge {
     cache: Arc<Cache>,
-    /// None: this node is alone.
+    /// `None` if this node is not in a cluster.
     peers: Option<Arc<Peers>>,
     /// This node's name in answers.
     name: String,
 }
 
-/// Which nodes have forgotten a blob.
+/// The result of a purge, as `POST /purge/<digest>` gives it.
 #[derive(Debug, Default, Serialize)]
 pub struct Purged {
-    /// Those that have.
+    /// The names of the nodes that have removed the blob.
     purged: Vec<String>,
-    /// Those that did not answer, and may still keep it.
+    /// The names of the nodes that did not answer. They may still have the blob.
     failed: Vec<String>,
 }
 
 impl Purge {
-    /// At this node, and at `peers` if there are any.
+    /// Purges on this node, called `name`, and on `peers` if there are any.
     pub fn new(cache: Arc<Cache>, peers: Option<Arc<Peers>>, name: String) -> Arc<Self> {
         Arc::new(Self { cache, peers, name })
     }
 
-    /// Makes every node forget the blob, members that are down included. Goes on to its end even if whoever asked for it has left.
+    /// Removes the blob from every member, including those that are down. Runs to its end even if the caller drops the future.
     pub async fn everywhere(self: &Arc<Self>, digest: &Digest) -> Purged {
         let (this, digest) = (self.clone(), *digest);
         let done = tokio::spawn(async move {
@@ -55,7 +59,7 @@ impl Purge {
             if failed.is_empty() {
                 tracing::info!(%digest, ?purged, "purged");
             } else {
-                tracing::warn!(%digest, ?failed, "purged, but not from these nodes, which did not answer and may still serve it");
+                tracing::warn!(%digest, ?failed, "purged, except from the failed nodes: they did not answer, and may still serve the blob; purge again");
             }
             Purged { purged, failed }
         });
@@ -67,17 +71,18 @@ impl Purge {
         view.map(|view| view.members().iter().filter(|member| !member.itself).cloned().collect()).unwrap_or_default()
     }
 
-    /// Forgets here, and tells these members to; gives those that have.
+    /// Removes the blob here and at these members. Returns the members that have removed it.
     async fn round(&self, digest: &Digest, members: &[Member]) -> Vec<Member> {
         self.cache.forget(digest).await;
         let Some(peers) = &self.peers else { return Vec::new() };
         let backoff = ExponentialBuilder::new().with_min_delay(PAUSE).with_max_times(RETRIES).with_jitter();
-        let tell = async |member: &Member| {
-            let told = (|| peers.purge(member, digest)).retry(backoff).await;
-            told.inspect_err(|fault| tracing::debug!(peer = &*member.name, %fault, "a purge did not arrive"))
+        let purge = async |member: &Member| {
+            let answer = (|| peers.purge(member, digest)).retry(backoff).await;
+            answer
+                .inspect_err(|fault| tracing::debug!(peer = &*member.name, %fault, "a peer did not confirm a purge"))
                 .is_ok()
                 .then(|| member.clone())
         };
-        join_all(members.iter().map(tell)).await.into_iter().flatten().collect()
+        join_all(members.iter().map(purge)).await.into_iter().flatten().collect()
     }
 }

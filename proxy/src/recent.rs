@@ -1,26 +1,25 @@
-//! Who asks for what, of late: the heaviest clients, the hottest and the most refused digests, and how long first bytes took.
+//! The heaviest clients, the most requested and the most refused digests of the last five minutes, and the latencies of first bytes.
 //!
-//! A label of a metric never names a client or a digest, since there is no end of them. Here the heaviest are found in memory of fixed size, by
-//! space-saving [`sketch`]es over windows of [`WINDOW`]: the present one and [`CLOSED`] that are over, which together are the last five
-//! minutes, or up to one window less.
+//! Metrics must not have clients or digests as labels, since their number is unbounded. So this module finds the heaviest in fixed memory,
+//! with [`heavy_hitters`] over windows of [`WINDOW`]: the current one and the last [`CLOSED`]. Together they cover the last five minutes, or
+//! up to one window less.
 //!
-//! A hit must not wait here. Each thread has a shard of its own, and takes its lock only if nobody has it: else the next one's, and if all
-//! are taken the request is not counted here ([`Top::skipped`]). A shard is locked by another for as long as it takes to swap it for an empty one or
-//! to copy it.
+//! A hit must not wait here. Each thread has its own shard, and tries its lock. If that is taken, it tries the next shard. If all are taken,
+//! the request is not counted ([`Top::skipped`]). Another thread holds a shard's lock only to swap it for an empty one, or to copy it.
 //!
-//! Each shard and window has [`COUNTERS`] counters for each kind. What is told of a key is exact while a window has no more keys than that in
-//! a shard. Beyond that the figures are never too large, and miss at most two parts in [`COUNTERS`] of all that came in each window; a key
-//! with more than that is not missed.
+//! Each shard and window has [`COUNTERS`] counters for each kind. While a window has no more keys than that in a shard, the figures are
+//! exact. Beyond that the figures of a key are never too large, and too small by at most 2/[`COUNTERS`] of the window's total. A key with
+//! more than that is always found.
 
+mod heavy_hitters;
 mod latency;
-mod sketch;
 
 pub use latency::Latency;
 
 use castier_blob::Digest;
+use heavy_hitters::HeavyHitters;
 use parking_lot::Mutex;
 use serde::Serialize;
-use sketch::Sketch;
 use std::{
     cell::Cell,
     collections::{HashMap, VecDeque},
@@ -32,85 +31,85 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What [`Top`] covers.
+/// The time that [`Top`] covers.
 const COVERED: Duration = Duration::from_secs(300);
-/// How long a window lasts.
+/// The length of a window.
 const WINDOW: Duration = Duration::from_secs(30);
-/// How many windows are remembered beside the present one.
+/// The number of past windows beside the current one.
 const CLOSED: usize = 9;
-/// How many keys of each kind a shard or a window can tell apart. All of it takes 2 MiB at 16 shards.
+/// The counters of each kind in a shard or a window. With 16 shards, all of them take 2 MiB.
 const COUNTERS: u16 = 256;
-/// The most shards: more threads share them.
+/// The most shards. More threads share them.
 const SHARDS: usize = 16;
-/// How many of each kind are told.
-const TOLD: usize = 20;
-/// What a request weighs beside its bytes when clients are compared. A small hit costs about as much processor time as copying so much.
+/// The length of each list in [`Top`].
+const LISTED: usize = 20;
+/// The weight of a request, in bytes, beside its body. A small hit costs about as much CPU time as copying this many bytes.
 const REQUEST: u64 = 32 << 10;
 
-/// One request of a client, answered.
+/// An answered request of a client.
 #[derive(Clone, Copy, Debug)]
-pub struct Asked {
-    /// Who asked.
+pub struct ClientRequest {
+    /// The client's address.
     pub client: Option<IpAddr>,
-    /// For which blob.
+    /// The requested blob.
     pub digest: Option<Digest>,
-    /// To read it, and not to store or delete it.
+    /// Whether the request reads the blob; false for uploads and deletions.
     pub reads: bool,
     /// The status of the answer.
     pub code: u16,
-    /// How much of the blob was sent.
+    /// The bytes of the blob that were sent.
     pub bytes: u64,
-    /// How long the first byte took.
+    /// The time to the first byte of the answer.
     pub first_byte: Option<Duration>,
 }
 
 /// See the module.
 pub struct Recent {
-    shards: Box<[Mutex<Shard>]>,
+    shards: Box<[Mutex<ThreadShard>]>,
     closed: Mutex<Closed>,
     skipped: AtomicU64,
 }
 
-/// What one thread has seen.
-struct Shard {
-    /// In the present window.
+/// The counts of one thread.
+struct ThreadShard {
+    /// Of the current window.
     counts: Counts,
     /// Since the start.
     first_byte: Latency,
 }
 
 struct Counts {
-    clients: Sketch<IpAddr>,
-    digests: Sketch<Digest>,
-    refused: Sketch<Digest>,
+    clients: HeavyHitters<IpAddr>,
+    digests: HeavyHitters<Digest>,
+    refused: HeavyHitters<Digest>,
 }
 
-/// The windows that are over.
+/// The past windows.
 struct Closed {
-    /// When the present one began.
+    /// When the current window began.
     began: Instant,
-    windows: VecDeque<Tallies>,
-    /// Empty, to be swapped for a shard's counts.
+    windows: VecDeque<WindowSums>,
+    /// Empty counts, to swap for those of a shard.
     spare: Counts,
 }
 
-/// What several sketches say together.
+/// The sums over several shards or windows.
 #[derive(Default)]
-struct Tallies {
-    clients: Tally<IpAddr>,
-    digests: Tally<Digest>,
-    refused: Tally<Digest>,
+struct WindowSums {
+    clients: KeySums<IpAddr>,
+    digests: KeySums<Digest>,
+    refused: KeySums<Digest>,
 }
 
-struct Tally<K>(HashMap<K, Sum>);
+struct KeySums<K>(HashMap<K, Sum>);
 
-impl<K> Default for Tally<K> {
+impl<K> Default for KeySums<K> {
     fn default() -> Self {
         Self(HashMap::new())
     }
 }
 
-/// What is sure about a key.
+/// The figures of a key that are certain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Sum {
     weight: u64,
@@ -118,55 +117,55 @@ struct Sum {
     bytes: u64,
 }
 
-/// The heaviest of late.
+/// The object `top` of `/stats`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Top {
-    /// How far back it goes at most.
+    /// The time that it covers at most.
     pub seconds: u64,
-    /// By their bytes and, for each request, 32 KiB.
+    /// The heaviest clients. Each request counts its bytes and 32 KiB.
     pub clients: Vec<TopClient>,
-    /// By how often clients read them.
+    /// The digests that clients have read most often.
     pub digests: Vec<TopDigest>,
-    /// By how often clients were answered with 400 or more.
+    /// The digests that were most often answered with status 400 or more.
     pub refused: Vec<TopRefused>,
-    /// Requests since the start that are in none of these, as all shards were in use at that moment.
+    /// Requests since the start that were not counted, since all shards were in use.
     pub skipped: u64,
 }
 
 /// One client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TopClient {
-    /// Its address.
+    /// The client's address.
     pub client: IpAddr,
-    /// Its requests.
+    /// The number of its requests.
     pub requests: u64,
-    /// What it was sent.
+    /// The bytes of blobs that were sent to it.
     pub bytes: u64,
 }
 
-/// One blob that was read.
+/// One blob that clients read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TopDigest {
-    /// Its name.
+    /// Its digest.
     pub digest: String,
-    /// How often.
+    /// The number of requests.
     pub requests: u64,
-    /// How much of it was sent, by all answers together.
+    /// The bytes that were sent in all answers together.
     pub bytes: u64,
 }
 
-/// One blob that was refused.
+/// One blob whose requests failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TopRefused {
-    /// Its name.
+    /// Its digest.
     pub digest: String,
-    /// How often.
+    /// The number of requests.
     pub requests: u64,
 }
 
 thread_local! {
-    /// Which shard is this thread's.
-    static MINE: Cell<usize> = {
+    /// The index of this thread's shard.
+    static SHARD_OF_THREAD: Cell<usize> = {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         Cell::new(NEXT.fetch_add(1, Ordering::Relaxed))
     };
@@ -180,14 +179,14 @@ impl Default for Recent {
 
 impl Recent {
     fn new(shards: usize, now: Instant) -> Self {
-        let shard = || Mutex::new(Shard { counts: Counts::new(), first_byte: Latency::default() });
+        let shard = || Mutex::new(ThreadShard { counts: Counts::new(), first_byte: Latency::default() });
         let closed = Closed { began: now, windows: VecDeque::with_capacity(CLOSED + 1), spare: Counts::new() };
         Self { shards: (0..shards.max(1)).map(|_| shard()).collect(), closed: Mutex::new(closed), skipped: AtomicU64::new(0) }
     }
 
-    /// Counts one request. Waits for nobody, and allocates nothing.
-    pub fn note(&self, asked: &Asked) {
-        let mine = MINE.get();
+    /// Counts one request. Does not wait and does not allocate.
+    pub fn note(&self, asked: &ClientRequest) {
+        let mine = SHARD_OF_THREAD.get();
         let mut shards = (0..self.shards.len()).map(|next| &self.shards[(mine + next) % self.shards.len()]);
         match shards.find_map(|shard| shard.try_lock()) {
             Some(mut shard) => shard.note(asked),
@@ -195,15 +194,15 @@ impl Recent {
         }
     }
 
-    /// Closes the present window if it has lasted long enough. To be called every few seconds.
-    pub fn turn(&self, now: Instant) {
+    /// Starts a new window if the current one has lasted [`WINDOW`]. Call it every few seconds.
+    pub fn rotate(&self, now: Instant) {
         let mut closed = self.closed.lock();
         let Closed { began, windows, spare } = &mut *closed;
         if now.saturating_duration_since(*began) < WINDOW {
             return;
         }
         *began = now;
-        let mut window = Tallies::default();
+        let mut window = WindowSums::default();
         for shard in &self.shards {
             mem::swap(&mut shard.lock().counts, spare);
             window.add(spare);
@@ -218,8 +217,8 @@ impl Recent {
 
     /// The heaviest of the last five minutes.
     pub fn top(&self) -> Top {
-        let mut all = Tallies::default();
-        // Held all along, so that no window is closed meanwhile and counted twice.
+        let mut all = WindowSums::default();
+        // Held until the end, so that `rotate` cannot move a shard's counts into a window that was merged already.
         let closed = self.closed.lock();
         closed.windows.iter().for_each(|window| all.merge(window));
         self.shards.iter().for_each(|shard| all.add(&shard.lock().counts));
@@ -227,18 +226,20 @@ impl Recent {
         let text = |digest: Digest| digest.to_string();
         Top {
             seconds: COVERED.as_secs(),
-            clients: heaviest(all.clients, TOLD)
+            clients: heaviest(all.clients, LISTED)
                 .map(|(client, sum)| TopClient { client, requests: sum.requests, bytes: sum.bytes })
                 .collect(),
-            digests: heaviest(all.digests, TOLD)
+            digests: heaviest(all.digests, LISTED)
                 .map(|(digest, sum)| TopDigest { digest: text(digest), requests: sum.requests, bytes: sum.bytes })
                 .collect(),
-            refused: heaviest(all.refused, TOLD).map(|(digest, sum)| TopRefused { digest: text(digest), requests: sum.requests }).collect(),
+            refused: heaviest(all.refused, LISTED)
+                .map(|(digest, sum)| TopRefused { digest: text(digest), requests: sum.requests })
+                .collect(),
             skipped: self.skipped.load(Ordering::Relaxed),
         }
     }
 
-    /// How long the first byte of an answer to a client's read took, since the start.
+    /// The latencies of the first bytes of answers to clients' reads, since the start.
     pub fn first_byte(&self) -> Latency {
         let mut all = Latency::default();
         self.shards.iter().for_each(|shard| all.merge(&shard.lock().first_byte));
@@ -246,8 +247,8 @@ impl Recent {
     }
 }
 
-impl Shard {
-    fn note(&mut self, asked: &Asked) {
+impl ThreadShard {
+    fn note(&mut self, asked: &ClientRequest) {
         let counts = &mut self.counts;
         if let Some(client) = asked.client {
             counts.clients.add(client.to_canonical(), asked.bytes.saturating_add(REQUEST), asked.bytes);
@@ -265,7 +266,7 @@ impl Shard {
 
 impl Counts {
     fn new() -> Self {
-        Self { clients: Sketch::new(COUNTERS), digests: Sketch::new(COUNTERS), refused: Sketch::new(COUNTERS) }
+        Self { clients: HeavyHitters::new(COUNTERS), digests: HeavyHitters::new(COUNTERS), refused: HeavyHitters::new(COUNTERS) }
     }
 
     fn clear(&mut self) {
@@ -275,7 +276,7 @@ impl Counts {
     }
 }
 
-impl Tallies {
+impl WindowSums {
     fn add(&mut self, counts: &Counts) {
         self.clients.add(&counts.clients);
         self.digests.add(&counts.digests);
@@ -295,7 +296,7 @@ impl Tallies {
     }
 }
 
-impl<K: Copy + Eq + Hash + Ord> Tally<K> {
+impl<K: Copy + Eq + Hash + Ord> KeySums<K> {
     fn plus(&mut self, key: K, sum: Sum) {
         let known = self.0.entry(key).or_default();
         *known = Sum {
@@ -305,9 +306,9 @@ impl<K: Copy + Eq + Hash + Ord> Tally<K> {
         };
     }
 
-    /// Takes over what a sketch is sure of.
-    fn add(&mut self, sketch: &Sketch<K>) {
-        for (counter, weight) in sketch.counters() {
+    /// Adds the certain part of the figures.
+    fn add(&mut self, found: &HeavyHitters<K>) {
+        for (counter, weight) in found.counters() {
             self.plus(counter.key, Sum { weight: weight - counter.error, requests: counter.requests, bytes: counter.bytes });
         }
     }
@@ -324,8 +325,8 @@ impl<K: Copy + Eq + Hash + Ord> Tally<K> {
 }
 
 /// The heaviest keys, the heaviest first.
-fn heaviest<K: Copy + Ord>(tally: Tally<K>, most: usize) -> impl Iterator<Item = (K, Sum)> {
-    let mut all: Vec<_> = tally.0.into_iter().collect();
+fn heaviest<K: Copy + Ord>(sums: KeySums<K>, most: usize) -> impl Iterator<Item = (K, Sum)> {
+    let mut all: Vec<_> = sums.0.into_iter().collect();
     all.sort_unstable_by(|(a, left), (b, right)| right.weight.cmp(&left.weight).then(a.cmp(b)));
     all.into_iter().take(most)
 }
@@ -340,13 +341,13 @@ mod tests {
         Ipv4Addr::new(10, 0, 0, number).into()
     }
 
-    fn asked(number: u8, code: u16, bytes: u64) -> Asked {
+    fn asked(number: u8, code: u16, bytes: u64) -> ClientRequest {
         let first_byte = Some(Duration::from_micros(100));
-        Asked { client: Some(client(number)), digest: Some(Digest::of(&[number])), reads: true, code, bytes, first_byte }
+        ClientRequest { client: Some(client(number)), digest: Some(Digest::of(&[number])), reads: true, code, bytes, first_byte }
     }
 
     proptest! {
-        /// With fewer keys than counters all is exact, whatever thread and window it came in.
+        /// With fewer keys than counters, the figures are exact, for any threads and windows.
         #[test]
         fn few_keys_are_counted_exactly(requests in prop::collection::vec((0_u8..60, any::<bool>(), 0_u64..1_000_000, 0_usize..4, 0_u64..3), 0..400)) {
             let start = Instant::now();
@@ -358,8 +359,8 @@ mod tests {
                 if now - start > WINDOW * (CLOSED as u32) {
                     break;
                 }
-                recent.turn(now);
-                MINE.set(shard);
+                recent.rotate(now);
+                SHARD_OF_THREAD.set(shard);
                 recent.note(&asked(number, if fails { 404 } else { 200 }, bytes));
                 let plus = |map: &mut BTreeMap<u8, (u64, u64)>| {
                     let entry = map.entry(number).or_default();
@@ -371,7 +372,7 @@ mod tests {
             let heaviest = |map: &BTreeMap<u8, (u64, u64)>, weight: fn((u64, u64)) -> u64| {
                 let mut weights: Vec<_> = map.values().map(|sum| weight(*sum)).collect();
                 weights.sort_unstable_by(|a, b| b.cmp(a));
-                weights.truncate(TOLD);
+                weights.truncate(LISTED);
                 weights
             };
             let top = recent.top();
@@ -388,28 +389,28 @@ mod tests {
     }
 
     #[test]
-    fn what_is_old_is_forgotten() {
+    fn old_windows_are_dropped() {
         let start = Instant::now();
         let recent = Recent::new(2, start);
         recent.note(&asked(1, 200, 5));
         for window in 1..=CLOSED as u32 {
-            recent.turn(start + WINDOW * window);
-            recent.turn(start + WINDOW * window + WINDOW / 2);
+            recent.rotate(start + WINDOW * window);
+            recent.rotate(start + WINDOW * window + WINDOW / 2);
             assert_eq!(recent.top().clients.len(), 1, "after {window}");
         }
         assert_eq!((recent.top().digests[0].requests, recent.top().digests[0].bytes), (1, 5));
-        recent.turn(start + WINDOW * (CLOSED as u32 + 1));
+        recent.rotate(start + WINDOW * (CLOSED as u32 + 1));
         let forgotten = Top { seconds: 300, ..Top::default() };
         assert_eq!(recent.top(), forgotten);
         assert_eq!(recent.first_byte().quantile(0.5).map(|ms| (ms * 100.0).round()), Some(10.0), "first bytes are counted since the start");
     }
 
     #[test]
-    fn who_floods_shows_among_many() {
+    fn a_heavy_client_is_found_among_many() {
         let recent = Recent::new(1, Instant::now());
         for number in 0..100_000_u32 {
             let once = Ipv4Addr::from(number);
-            recent.note(&Asked { client: Some(once.into()), digest: Some(Digest::of(&number.to_le_bytes())), ..asked(0, 200, 10) });
+            recent.note(&ClientRequest { client: Some(once.into()), digest: Some(Digest::of(&number.to_le_bytes())), ..asked(0, 200, 10) });
             if number % 100 == 0 {
                 recent.note(&asked(7, 200, 10));
             }
@@ -420,20 +421,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_counted_where() {
+    fn reads_writes_and_errors_are_counted_apart() {
         let recent = Recent::new(1, Instant::now());
-        recent.note(&Asked { reads: false, ..asked(1, 201, 0) });
+        recent.note(&ClientRequest { reads: false, ..asked(1, 201, 0) });
         recent.note(&asked(2, 404, 0));
-        recent.note(&Asked { client: Some("::ffff:10.0.0.2".parse().unwrap()), digest: None, ..asked(2, 200, 0) });
+        recent.note(&ClientRequest { client: Some("::ffff:10.0.0.2".parse().unwrap()), digest: None, ..asked(2, 200, 0) });
         let top = recent.top();
         assert_eq!(top.clients.iter().map(|top| (top.client, top.requests)).collect::<Vec<_>>(), [(client(2), 2), (client(1), 1)]);
         assert!(top.digests.is_empty() && top.refused.len() == 1, "{top:?}");
     }
 
     #[test]
-    fn a_busy_shard_is_passed_over_and_all_busy_are_told() {
+    fn a_locked_shard_is_skipped_and_lost_requests_are_counted() {
         let recent = Recent::new(2, Instant::now());
-        MINE.set(0);
+        SHARD_OF_THREAD.set(0);
         let first = recent.shards[0].lock();
         recent.note(&asked(1, 200, 0));
         let second = recent.shards[1].lock();

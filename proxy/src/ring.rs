@@ -1,44 +1,44 @@
-//! Who owns a blob: rendezvous hashing (highest random weight). Pure: no I/O, no clock.
+//! The hash ring: which member owns a digest, by rendezvous hashing (highest random weight). Pure: no I/O, no clock.
 //!
-//! Every member gets a score for a digest, and the members in the order of their scores are the digest's fail-over order; the
-//! first is its owner. A member's score depends on nothing but its own name, its weight and the digest, so a member that leaves
-//! takes only its own digests with it, and each goes to the next in its order (D. G. Thaler, C. V. Ravishankar: "Using name-based
-//! mappings to increase hit rates", IEEE/ACM Transactions on Networking 6(1), 1998).
+//! Every member gets a score for a digest. The members sorted by score are the digest's fail-over order; the first one is its owner. A
+//! member's score depends only on its name, its weight and the digest. So when a member leaves, only its own digests move, each to the next
+//! member in its order.
+//! Source: D. G. Thaler, C. V. Ravishankar: "Using name-based mappings to increase hit rates", IEEE/ACM Transactions on Networking 6(1), 1998.
 //!
 //! # The hash
 //!
-//! Nodes of different versions and processors must agree, so the hash is fixed for good, and a test pins it:
+//! Nodes of different versions and processors must agree. So the hash never changes, and a test checks it:
 //!
 //! - A member's seed is the first 8 bytes, big-endian, of the SHA-256 of its name.
 //! - Its hash of a digest is the first 8 bytes of the digest, big-endian, XORed with the seed and put through the finaliser of
 //!   SplitMix64 (Stafford's variant 13; G. L. Steele, D. Lea, C. H. Flood: "Fast splittable pseudorandom number generators", OOPSLA
-//!   2014). The digest is random already; the finaliser makes each member see another random number in it.
-//! - Where all weights are equal, the highest hash is first.
-//! - Else the hash becomes a number `u` in (0, 1), and the lowest `-ln(u) / weight` is first: the logarithmic method (C. Schindelhauer,
-//!   G. Schomaker: "Weighted distributed hash tables", SPAA 2005), which gives each member its exact share, and keeps the promise
-//!   above when a weight changes. With equal weights that is the same order, up to hashes that share their first 53 bits.
-//!   The logarithm is `libm`'s, in plain IEEE arithmetic, since the processors' and systems' own differ in the last bit.
-//! - Equal scores go by name.
+//!   2014). The digest is already random; the finaliser makes the numbers of different members independent.
+//! - If all weights are equal, the highest hash is first.
+//! - If not, the hash becomes a number `u` in (0, 1), and the lowest `-ln(u) / weight` is first. This is the logarithmic method (C.
+//!   Schindelhauer, G. Schomaker: "Weighted distributed hash tables", SPAA 2005). It gives each member exactly its share, and moves as few
+//!   digests as possible when a weight changes. With equal weights it gives the same order, except for hashes that share their first 53
+//!   bits. The logarithm is that of `libm`, in plain IEEE arithmetic, since those of processors and systems differ in the last bit.
+//! - Equal scores are sorted by name.
 
 use castier_blob::Digest;
 use std::collections::BTreeMap;
 
-/// The members that digests are spread over. A member is known by its index in the order of the names.
+/// The members that share the digests. A member is identified by its index in the sorted names.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Ring {
     /// Sorted, each once.
     names: Vec<String>,
-    /// What the members hash with, side by side for one quick pass.
+    /// The members' seeds, in an array of their own for a fast pass.
     seeds: Vec<u64>,
-    /// As floats, which hold every `u32` exactly.
+    /// Every `u32` is exact as an `f64`.
     weights: Vec<f64>,
-    /// All weights are equal, and the logarithm is not needed.
+    /// All weights are equal, so the logarithm is not needed.
     even: bool,
 }
 
 impl Ring {
-    /// Spreads over these names, each with its weight. The order of the names is irrelevant; of a name that comes twice the greater
-    /// weight counts, and a weight of 0 counts as 1.
+    /// A ring of `members`, each a name and a weight, in any order. If a name occurs twice, the greater weight counts. A weight of 0 counts
+    /// as 1.
     pub fn new(members: impl IntoIterator<Item = (String, u32)>) -> Self {
         let mut sorted = BTreeMap::new();
         for (name, weight) in members {
@@ -51,36 +51,36 @@ impl Ring {
         Self { names, seeds, weights, even }
     }
 
-    /// The names in the order of their indices.
+    /// The members' names, sorted. The position of a name is the member's index.
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// The member to which the digest belongs; none only if there are no members.
+    /// The index of the member that owns the digest; `None` if there are no members.
     pub fn owner(&self, digest: &Digest) -> Option<usize> {
         self.order(digest).next()
     }
 
-    /// All members in the order in which they should be asked for the digest, the owner first. Nothing is allocated or sorted: each
-    /// step is one pass over the members, and hardly anyone takes more than two.
+    /// All members in the digest's fail-over order, the owner first. Allocates and sorts nothing: each step is one pass over the members,
+    /// and callers rarely take more than two steps.
     pub fn order(&self, digest: &Digest) -> Order<'_> {
         Order { ring: self, word: word(digest), last: None }
     }
 
-    /// The part of all digests that belongs to the member.
+    /// The fraction of all digests that the member owns, from 0 to 1.
     pub fn share(&self, member: usize) -> f64 {
         self.weights.get(member).map_or(0.0, |weight| weight / self.weights.iter().sum::<f64>())
     }
 
-    /// A number that is equal for equal members, in any order, and hardly ever for others. It has 48 bits, so that it
-    /// is exact as a float.
+    /// A hash of the names and weights. Nodes that agree on the members have the same value. It has 48 bits, so that it is exact as an
+    /// `f64`.
     pub fn fingerprint(&self) -> u64 {
         let text: String = self.names.iter().zip(&self.weights).map(|(name, weight)| format!("{name} {weight}\n")).collect();
         word(&Digest::of(text.as_bytes())) >> 16
     }
 
-    /// The first member that ranks behind `last` for this word of a digest.
-    fn first_behind(&self, word: u64, last: Option<Rank>) -> Option<Rank> {
+    /// The first member that ranks after `last` for this word of a digest.
+    fn first_after(&self, word: u64, last: Option<Rank>) -> Option<Rank> {
         let mut best: Option<Rank> = None;
         let mut offer = |candidate: Rank| {
             if last.is_none_or(|last| candidate > last) && best.is_none_or(|best| candidate < best) {
@@ -97,9 +97,9 @@ impl Ring {
         }
         let mut lowest = f64::INFINITY;
         for (index, (seed, weight)) in self.seeds.iter().zip(&self.weights).enumerate() {
-            // Below 2^53, so nothing is lost as a float.
+            // Below 2^53, so exact as an `f64`.
             let hash = (mix(word ^ seed) >> 11) as i64 as f64;
-            // -ln(u) is at least 1 - u, which spares most members the logarithm. The margin is far above any rounding error.
+            // -ln(u) >= 1 - u. So most members cannot win, and need no logarithm. The margin is far above any rounding error.
             if (STEPS - hash - 0.5) * ((1.0 - 1e-9) / STEPS) > lowest * weight {
                 continue;
             }
@@ -113,10 +113,10 @@ impl Ring {
     }
 }
 
-/// Where a member stands in a digest's order: the lowest first.
+/// A member's rank in a digest's order, and its index. The lowest comes first.
 type Rank = (u64, usize);
 
-/// So many different numbers `u` are made of hashes: as many as a float can tell apart.
+/// The number of different values of `u`: as many as an `f64` can distinguish.
 const STEPS: f64 = (1u64 << 53) as f64;
 
 fn word(digest: &Digest) -> u64 {
@@ -129,12 +129,12 @@ const fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The members in the order of a digest's scores.
+/// See [`Ring::order`].
 #[derive(Clone, Debug)]
 pub struct Order<'a> {
     ring: &'a Ring,
     word: u64,
-    /// The member that was handed out last.
+    /// The member that `next` returned last.
     last: Option<Rank>,
 }
 
@@ -142,7 +142,7 @@ impl Iterator for Order<'_> {
     type Item = usize;
 
     fn next(&mut self) -> Option<usize> {
-        let next = self.ring.first_behind(self.word, self.last)?;
+        let next = self.ring.first_after(self.word, self.last)?;
         self.last = Some(next);
         Some(next.1)
     }
@@ -178,7 +178,7 @@ mod tests {
         ring.order(digest).map(|index| ring.names[index].as_str()).collect()
     }
 
-    /// The documentation of the hash, letter for letter, with a sort.
+    /// The hash as the module documents it, with a sort.
     fn naive(members: &[(String, u32)], digest: &Digest) -> Vec<String> {
         let first = |hash: &Digest| u64::from_be_bytes(hash.as_bytes()[..8].try_into().unwrap());
         let mut scored: Vec<_> = members

@@ -1,19 +1,20 @@
-//! How nodes prove to each other that they know the cluster's secret, which never travels.
+//! Proves between nodes that both know the cluster's secret, without sending the secret.
 //!
-//! 1. A node that asks makes up a nonce of 16 random bytes, and an HMAC-SHA256 under the secret over the nonce and over what it asks:
-//!    method, path, and the fields in [`ASKED`]. Both stand in the field [`PROOF`] of its request.
-//! 2. The node that is asked computes the same. If no secret that it accepts fits, the answer is 403.
-//! 3. Its answer carries an HMAC under that same secret over the request's HMAC, the status, and the fields in [`ANSWERED`].
-//! 4. The node that asked computes that too. If it does not fit, the answer is nobody's: it counts as a failure of that peer.
+//! 1. The requester creates a nonce of 16 random bytes. It computes an HMAC-SHA256, with the secret as key, over the nonce, the method, the
+//!    path and the fields in [`ASKED`]. It sends the nonce and the HMAC in the field [`PROOF`].
+//! 2. The receiver computes the same HMAC. If none of its secrets matches, it answers 403.
+//! 3. The receiver answers with an HMAC, by the same secret, over the request's HMAC, the status and the fields in [`ANSWERED`].
+//! 4. The requester computes that HMAC. If it does not match, it discards the answer, and counts a failure of the peer.
 //!
-//! - The request's HMAC stands for its nonce and for all that was asked. So an answer fits one request, and a recorded one fits none.
-//! - No clock is needed. A request that somebody has recorded can be sent again; SECURITY.md says what comes of that.
-//! - Each field is preceded by its length, so no two lists of fields give the same bytes. A field that stands there twice fits nothing.
-//! - The first bytes say which of the two it is, so neither HMAC can stand for the other.
+//! - The request's HMAC covers the nonce and everything that was requested. So an answer is valid for one request only, and a recorded
+//!   answer is valid for none.
+//! - No clock is needed. A recorded request can be sent again; SECURITY.md says what an attacker gains by that.
+//! - The length precedes each field, so that two different lists of fields never give the same bytes. A field that occurs twice is refused.
+//! - The first bytes differ between requests and answers, so that one HMAC is never valid as the other.
 //!
-//! The file holds one secret, or two while one replaces the other: the first proves requests, both are accepted, and an answer is proved with
-//! the one that the request was proved with. To change it without an interruption, put the new one second on every node, then first,
-//! then alone, each time with a SIGHUP.
+//! The file has one secret, or two during a change. The first one proves requests. Both are accepted. An answer is proved with the secret of
+//! its request. To change the secret without interruption, add the new one as the second on every node; then swap them on every node; then
+//! remove the old one. Send SIGHUP after each step.
 
 use arc_swap::ArcSwap;
 use castier_config::{Cluster, peer_secrets};
@@ -26,13 +27,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Carries the proof: `v1 ` and, in hexadecimal, in a request the nonce and the HMAC, in an answer the HMAC.
+/// The header with the proof: `v1 `, then in hexadecimal the nonce and the HMAC (request) or the HMAC (answer).
 pub const PROOF: HeaderName = HeaderName::from_static("castier-proof");
 
-/// The fields of a request that change what is asked.
+/// The fields of a request that change its meaning.
 pub const ASKED: [&str; 6] = ["host", "content-length", "transfer-encoding", "range", "cache-control", "expect"];
-/// The fields of an answer that are believed. An acknowledgement names its blob by `ETag`, and the request's path does too; the
-/// digest leaves one size.
+/// The fields of an answer that the requester uses. The body is not covered: its digest proves it.
 const ANSWERED: [&str; 8] =
     ["content-length", "content-range", "content-type", "content-encoding", "etag", "cache-status", "castier-flight", "castier-node"];
 
@@ -46,23 +46,22 @@ type Key = Hmac<Sha256>;
 
 /// The secrets in force.
 pub struct Secrets {
-    /// None: there is no secret, and the config has made sure that only this machine can reach the peer listener.
+    /// `None` if there is no secret. Then the config guarantees that only this machine can reach the peer listener.
     file: Option<PathBuf>,
-    /// The first proves requests. Hashed into the two states of an HMAC already, so that a proof costs no key setup.
+    /// The first one proves requests. HMACs whose key is already set up, so that a proof does not pay for it.
     current: ArcSwap<Vec<Key>>,
 }
 
-/// A request that was proved, or has to be answered with a proof. None: there is no secret, or the request came without a proof and needs
-/// none.
-pub struct Asked(Option<Box<Fresh>>);
+/// A proved request: its answer needs a proof too. `None` if there is no secret, or if the request needs no proof.
+pub struct Asked(Option<Box<ProofState>>);
 
-struct Fresh {
+struct ProofState {
     key: Key,
     mac: [u8; MAC],
 }
 
 impl Secrets {
-    /// Reads `cluster.secret_file`, if there is one.
+    /// Reads `cluster.secret_file`, if it is set.
     ///
     /// # Errors
     /// A text that says what is wrong with the file.
@@ -72,7 +71,7 @@ impl Secrets {
         Ok(Self { file, current: ArcSwap::from_pointee(current) })
     }
 
-    /// Reads the file again. What is in force stays if that fails.
+    /// Reads the file again. If that fails, the current secrets stay.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -83,22 +82,23 @@ impl Secrets {
         Ok(())
     }
 
-    /// Whether there is a secret, so that peers can prove what they are.
+    /// Whether there is a secret.
     pub const fn is_there(&self) -> bool {
         self.file.is_some()
     }
 
-    /// The proof for a request, if there is a secret, and what its answer is checked against.
+    /// Proves a request. Returns the value of [`PROOF`] (`None` without a secret), and the state to check the answer with.
     pub fn ask(&self, method: &str, path: &str, headers: &HeaderMap) -> (Option<HeaderValue>, Asked) {
         let current = self.current.load();
         let Some(key) = current.first() else { return (None, Asked(None)) };
         let nonce: [u8; NONCE] = rand::random();
         let mac: [u8; MAC] = request(key, &nonce, method, path, ASKED.map(|name| one(headers, name))).finalize().into_bytes().into();
         let value = text(&[nonce.as_slice(), mac.as_slice()].concat());
-        (value, Asked(Some(Box::new(Fresh { key: key.clone(), mac }))))
+        (value, Asked(Some(Box::new(ProofState { key: key.clone(), mac }))))
     }
 
-    /// Whether a request with this proof is a peer's, and what its answer is proved with. `fields` are those of [`ASKED`].
+    /// Checks the proof of a request. Returns `None` if it is not valid; else the state to prove the answer with. `fields` are the values of
+    /// [`ASKED`].
     pub fn admit(&self, proof: Option<&[u8]>, method: &str, path: &str, fields: [Field<'_>; ASKED.len()]) -> Option<Asked> {
         let current = self.current.load();
         if current.is_empty() {
@@ -112,7 +112,7 @@ impl Secrets {
         let (nonce, mac) = bytes.split_at(NONCE);
         let fits = |key: &&Key| request(key, nonce, method, path, fields).verify_slice(mac).is_ok();
         let key = current.iter().find(fits)?.clone();
-        Some(Asked(Some(Box::new(Fresh { key, mac: mac.try_into().ok()? }))))
+        Some(Asked(Some(Box::new(ProofState { key, mac: mac.try_into().ok()? }))))
     }
 }
 
@@ -120,13 +120,13 @@ impl Asked {
     /// A request that needs no proof.
     pub const OPEN: Self = Self(None);
 
-    /// The value of [`PROOF`] in an answer of this status with these headers; none without a secret.
+    /// The value of [`PROOF`] for an answer with this status and these headers; `None` without a secret.
     pub fn prove(&self, status: StatusCode, headers: &HeaderMap) -> Option<HeaderValue> {
         let mac = self.0.as_ref()?.answer(status, headers).finalize().into_bytes();
         text(&mac)
     }
 
-    /// Whether this answer was made to this request, by a node that knows the secret. Without a secret every answer is.
+    /// Whether a node that knows the secret made this answer to this request. Always true without a secret.
     pub fn is_answered(&self, status: StatusCode, headers: &HeaderMap) -> bool {
         let Some(fresh) = &self.0 else { return true };
         if ANSWERED.iter().any(|name| one(headers, name).is_err()) {
@@ -138,7 +138,7 @@ impl Asked {
     }
 }
 
-impl Fresh {
+impl ProofState {
     fn answer(&self, status: StatusCode, headers: &HeaderMap) -> Key {
         let mut mac = self.key.clone();
         mac.update(ANSWER);
@@ -149,10 +149,10 @@ impl Fresh {
     }
 }
 
-/// A field's value, nothing where it is not there, an error where it is there twice.
+/// A field's value; `None` if the field is absent; an error if it occurs twice.
 pub type Field<'a> = Result<Option<&'a [u8]>, Twice>;
 
-/// A field that must stand alone does not.
+/// A field that may occur once occurs twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Twice;
 
@@ -166,7 +166,7 @@ fn request(key: &Key, nonce: &[u8], method: &str, path: &str, fields: [Field<'_>
     mac
 }
 
-/// Absent and empty are two things. A field that stands there twice is refused by both sides.
+/// Adds a field to the HMAC. Absent and empty give different bytes. Both sides refuse a field that occurs twice.
 fn field(mac: &mut Key, value: Field<'_>) {
     match value {
         Ok(Some(value)) => {
@@ -201,9 +201,9 @@ fn decode(proof: &[u8], bytes: &mut [u8]) -> Option<()> {
 
 fn read(file: &Path) -> Result<Vec<Key>, String> {
     let secrets = peer_secrets(file).map_err(|why| format!("cluster.secret_file: {why}"))?;
-    // It cannot be refused: orchestrators mount secrets so.
+    // Only a warning: Kubernetes mounts secrets with this mode.
     if std::fs::metadata(file).is_ok_and(|file| file.permissions().mode() & 0o004 != 0) {
-        tracing::warn!(file = %file.display(), "cluster.secret_file can be read by every user of this machine; take that right away (chmod o-r)");
+        tracing::warn!(file = %file.display(), "every user of this machine can read cluster.secret_file; remove that right (chmod o-r)");
     }
     let key = |secret: &String| Key::new_from_slice(secret.as_bytes()).map_err(|error| format!("cluster.secret_file: {error}"));
     secrets.iter().map(key).collect()
@@ -230,7 +230,7 @@ mod tests {
         headers
     }
 
-    /// What `by` makes of a request that `from` has proved.
+    /// Proves a request with `from` and checks it with `by`. Returns both states if `by` accepts it.
     fn admitted(from: &Secrets, by: &Secrets) -> Option<(Asked, Asked)> {
         let head = headers(&[("host", "a:1"), ("range", "bytes=5-")]);
         let (proof, asked) = from.ask("GET", "/cas/x", &head);
@@ -245,7 +245,7 @@ mod tests {
         std::fs::write(&file, OLD).unwrap();
         let node = Secrets::open(&Cluster { secret_file: file.clone(), ..Cluster::default() }).unwrap();
         let others = [secrets(OLD), secrets(NEW), secrets(&format!("{OLD}\n{NEW}")), secrets(&format!("{NEW}\n{OLD}"))];
-        // Whom it admits, and who admits it.
+        // For each other node: whether `node` admits its requests, and whether it admits those of `node`.
         let state = |node: &Secrets| [0, 1, 2, 3].map(|i| (admitted(&others[i], node).is_some(), admitted(node, &others[i]).is_some()));
         let (both, in_, out, none) = ((true, true), (true, false), (false, true), (false, false));
         assert_eq!(state(&node), [both, none, both, out]);
@@ -262,7 +262,7 @@ mod tests {
             std::fs::write(&file, broken).unwrap();
             let why = node.reload().unwrap_err();
             assert!(why.starts_with("cluster.secret_file: ") && !why.contains("short"), "{why}");
-            assert_eq!(state(&node), [none, both, out, both], "what was in force stays");
+            assert_eq!(state(&node), [none, both, out, both], "the current secrets stay");
         }
     }
 
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_request_fits_its_proof_no_more() {
+    fn a_changed_request_does_not_match_its_proof() {
         let node = secrets(OLD);
         let head = headers(&[("host", "a:1"), ("content-length", "5")]);
         let (proof, _) = node.ask("PUT", "/cas/x", &head);
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_fits_one_request_as_it_was_given() {
+    fn an_answer_is_valid_for_one_request_and_unchanged() {
         let node = secrets(OLD);
         let (asked, admitted_) = admitted(&node, &node).unwrap();
         let proved = |lines: &[(&str, &str)]| {
@@ -342,10 +342,10 @@ mod tests {
         let mut none = answer.clone();
         none.remove(PROOF);
         assert!(!asked.is_answered(StatusCode::OK, &none));
-        // The same question, asked once more.
+        // The same request, sent again.
         let (again, _) = admitted(&node, &node).unwrap();
         assert!(!again.is_answered(StatusCode::OK, &answer));
-        // A request's proof is none for an answer.
+        // A request's proof is not valid for an answer.
         let (proof, own) = node.ask("GET", "/cas/x", &headers(&[]));
         let mut echoed = headers(lines);
         let proof = proof.unwrap().to_str().unwrap().to_owned();

@@ -14,16 +14,16 @@ pub struct Digest([u8; 32]);
 pub struct MalformedDigest;
 
 impl Digest {
-    /// How many characters a digest has in text.
+    /// The number of characters of a digest as text.
     pub const TEXT_LEN: usize = 64;
 
-    /// The digest of the empty blob, which is there even if nobody stored it: whoever knows its name has its bytes.
+    /// The digest of the empty blob. The empty blob always exists, even if nobody has stored it.
     pub const EMPTY: Self = Self([
         0xe3, 0xb0, 0xc4, 0x42, 0x98, 0xfc, 0x1c, 0x14, 0x9a, 0xfb, 0xf4, 0xc8, 0x99, 0x6f, 0xb9, 0x24, 0x27, 0xae, 0x41, 0xe4, 0x64, 0x9b,
         0x93, 0x4c, 0xa4, 0x95, 0x99, 0x1b, 0x78, 0x52, 0xb8, 0x55,
     ]);
 
-    /// The digest of bytes at hand.
+    /// The digest of these bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
     }
@@ -33,20 +33,20 @@ impl Digest {
         Self(hash)
     }
 
-    /// Reads the text form. Upper case is refused: one blob has one name, and so one cache entry.
+    /// Parses the text form. Refuses upper case, so that each blob has one name and one cache entry.
     ///
     /// # Errors
-    /// [`MalformedDigest`] when the text is anything but 64 lowercase hexadecimal characters.
+    /// [`MalformedDigest`] if the text is not 64 lowercase hexadecimal characters.
     pub fn parse(text: &[u8]) -> Result<Self, MalformedDigest> {
         let mut hash = [0; 32];
-        // `decode_mut` wants an output of exactly the right length, and so checks the input's length first.
+        // `decode_mut` panics if the output has the wrong length, so check the input's length first.
         match HEXLOWER.decode_len(text.len()) {
             Ok(32) if HEXLOWER.decode_mut(text, &mut hash).is_ok() => Ok(Self(hash)),
             _ => Err(MalformedDigest),
         }
     }
 
-    /// The raw 32 bytes: for hashing onto a ring and for keys.
+    /// The 32 bytes, for the hash ring and for keys.
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -56,7 +56,7 @@ impl Digest {
         format!("sha-256=:{}:", BASE64.encode(&self.0))
     }
 
-    /// The value of `ETag`: the address is the content, so the digest is the strongest validator there is.
+    /// The value of `ETag`. The digest names the content, so it is a strong validator.
     pub fn etag(&self) -> String {
         format!("\"{self}\"")
     }
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The oracle: what the contract says, letter for letter.
+    /// The oracle: a direct implementation of the contract.
     fn naive(text: &[u8]) -> Option<[u8; 32]> {
         if text.len() != 64 || !text.iter().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f')) {
             return None;

@@ -1,5 +1,5 @@
-//! Memory to read files into. Used again and again: fresh memory costs a page fault for every 4 KiB, which is some six times what
-//! reading from the page cache costs.
+//! Reusable buffers for reading files. Fresh memory costs a page fault for every 4 KiB, which is about six times the cost of reading from
+//! the page cache.
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -10,27 +10,27 @@ use std::{
     ops::{Deref, DerefMut, Range},
 };
 
-/// The most that a buffer holds: a block of the disk tier, and the longest piece that a reader gets at once.
+/// The size of a pooled buffer, in bytes: one block of the disk tier, and the longest piece that a reader gets at once.
 pub(crate) const SIZE: usize = 64 << 10;
-static POOL: Mutex<Pool> = Mutex::new(Pool { idle: Vec::new(), lent: 0 });
-/// How many may wait: 8 MiB at most, enough for as many reads as run at once.
+static POOL: Mutex<BufferPool> = Mutex::new(BufferPool { idle: Vec::new(), in_use: 0 });
+/// The most idle buffers: 8 MiB in total, enough for all reads that run at once.
 const MAX_IDLE: usize = 128;
-/// Up to here the allocator has warm memory of its own, and blobs do not hold on to more than they need.
+/// Buffers up to this size come from the allocator, which reuses memory of this size itself. So a small blob does not hold 64 KiB.
 const SMALL: usize = 8 << 10;
 
-struct Pool {
-    /// Memory that waits to be used again; the one used last comes first, as it is still in the processor's caches.
+struct BufferPool {
+    /// Buffers to reuse. A stack, since the buffer used last is still in the processor's caches.
     idle: Vec<Box<[u8]>>,
-    /// Buffers of [`SIZE`] that are in use.
-    lent: usize,
+    /// Buffers of [`SIZE`] in use.
+    in_use: usize,
 }
 
-/// Whether so few buffers are in use that one reader may have several. Else slow readers could together hold many times what they need.
+/// Whether one reader may hold several buffers now. If many are in use, it may not: many slow readers would hold too much memory.
 pub fn plenty() -> bool {
-    POOL.lock().lent < MAX_IDLE
+    POOL.lock().in_use < MAX_IDLE
 }
 
-/// Memory for up to [`SIZE`] bytes. Its content is whatever was read last.
+/// Memory for up to [`SIZE`] bytes. A new buffer has old content.
 pub(crate) struct Buffer {
     memory: Box<[u8]>,
     len: usize,
@@ -44,20 +44,23 @@ impl Buffer {
         }
         let idle = {
             let mut pool = POOL.lock();
-            pool.lent += 1;
+            pool.in_use += 1;
             pool.idle.pop()
         };
         Self { memory: idle.unwrap_or_else(|| vec![0; SIZE].into()), len: len.min(SIZE) }
     }
 
-    /// Reads from offset `at` of the file, as far as that takes no waiting: what the page cache has. How many bytes came, from the front.
-    /// Many file systems cannot tell what they have in memory, overlayfs among them: there nothing comes. One `in_memory` has all of it.
+    /// Reads from offset `at` of the file without waiting for the disk: only the bytes that the page cache has. Returns how many bytes were
+    /// read into the front of the buffer.
+    ///
+    /// Some file systems, such as overlayfs, do not support such reads; there the result is 0. A tmpfs does not support them either, but
+    /// never waits: `in_memory` says that the file is on one.
     pub(crate) fn read_cached(&mut self, file: &File, in_memory: bool, at: u64) -> usize {
         let mut filled = 0;
         while filled < self.len {
             let (at, rest) = (at + filled as u64, &mut self[filled..]);
             let read = match rustix::io::preadv2(file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT) {
-                // A file system in memory has nothing to wait for, and does not know the question.
+                // A tmpfs.
                 Err(Errno::OPNOTSUPP) if in_memory => rustix::io::pread(file, rest, at),
                 read => read,
             };
@@ -70,7 +73,7 @@ impl Buffer {
         filled
     }
 
-    /// The bytes, shared; the memory comes back when the last of them is dropped.
+    /// A part of the bytes, shared. The memory returns to the pool when the last clone is dropped.
     pub(crate) fn share(self, part: Range<usize>) -> Bytes {
         Bytes::from_owner(self).slice(part)
     }
@@ -99,7 +102,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         if self.memory.len() == SIZE {
             let mut pool = POOL.lock();
-            pool.lent -= 1;
+            pool.in_use -= 1;
             if pool.idle.len() < MAX_IDLE {
                 pool.idle.push(std::mem::take(&mut self.memory));
             }
@@ -136,10 +139,10 @@ mod tests {
             let mut buffer = Buffer::new(SIZE);
             let in_memory = dir.starts_with("/dev/shm");
             let read = buffer.read_cached(&file, in_memory, 10_000);
-            // A disk may have other plans, a file system in memory has no choice.
+            // Only on a tmpfs are the bytes certain to be in memory.
             assert!(read == SIZE - 10_000 || !in_memory, "{read}");
             assert_eq!(buffer[..read], bytes[10_000..10_000 + read]);
-            assert_eq!(buffer.read_cached(&file, in_memory, SIZE as u64), 0, "nothing behind the end");
+            assert_eq!(buffer.read_cached(&file, in_memory, SIZE as u64), 0, "nothing after the end");
         }
     }
 }

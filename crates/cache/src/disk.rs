@@ -1,25 +1,30 @@
-//! The disk tier: terabytes that survive restarts, and never a rotten byte. With `memory.rs`, the only place that sees moka.
+//! The disk tier. It keeps blobs across restarts, and checks every byte that it reads.
 //!
-//! One file per blob, `ab/abcdef…`, laid out as in [`format`]: written to `tmp/`, renamed into place. No fsync: after a crash of the
-//! machine a file without a sound trailer is rubbish, and goes. [`store`] has the files and the index over them, [`blob`] reads
-//! and checks, [`walk`] lists the directories at the start and reads everything back in the background, [`health`] stops
-//! writing for a while when the disk will not.
+//! Each blob has one file, `ab/abcdef…`, in the layout of [`format`]. The file is written in `tmp/` and then renamed. There is no fsync:
+//! after a crash of the machine, a file without a valid trailer is deleted.
 //!
-//! Nothing that happens to the disk fails a request: what cannot be written is not kept, what cannot be read is [`Damaged`] and
-//! comes from elsewhere.
+//! - [`store`]: the files, and the index of them
+//! - [`blob`]: reads blobs and checks them block by block
+//! - [`scan`]: fills the index after the start; [`scrub`]: verifies all files in the background
+//! - [`errors`]: makes the tier read-only for a while when the file system fails
+//! - [`dir_lock`]: one process per directory
+//!
+//! No failure of the disk fails a request. A blob that cannot be written is not kept. A blob that cannot be read is [`Damaged`], and the
+//! caller gets its bytes from another source.
 //!
 //! [`Damaged`]: crate::tier::Damaged
 
 mod blob;
 mod copy;
+mod dir_lock;
+mod errors;
 mod file;
 mod format;
-mod health;
-mod owner;
-mod space;
+mod free_space;
+mod scan;
+mod scrub;
 mod state;
 mod store;
-mod walk;
 
 #[cfg(test)]
 mod tests;
@@ -50,40 +55,49 @@ use std::{
     thread::{self, JoinHandle},
     time::{Duration, Instant, SystemTime},
 };
-use store::{Accepted, Store};
+use store::{ForgetEpoch, Store};
 use tokio::sync::mpsc;
-use walk::Stop;
 
-/// What a blob that waits to be written costs beside its bytes; bounds the number of empty ones too.
-const WAITS: u64 = 256;
+/// What a queued blob costs in `disk.write_behind` beside its bytes. It bounds the number of empty blobs in the queue.
+const QUEUE_OVERHEAD: u64 = 256;
 
-/// How long the end waits for the tier's threads: for what still waits to be written.
+/// How long [`Disk::close`] waits for the tier's threads to write the queue.
 const FLUSH: Duration = Duration::from_secs(10);
 
 /// Blobs on disk. Dropping it closes it; see [`Self::close`].
 pub struct Disk {
     store: Arc<Store>,
     behind: WriteBehind,
-    /// Dropped first of all when the tier closes.
+    /// Dropping it tells the threads to end; see [`Stop`].
     stop: Mutex<Option<Sender<Infallible>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// A blob that waits to be written.
-type Waiting = (Verified<Bytes>, Accepted);
+/// A blob in the write-behind queue.
+type QueuedWrite = (Verified<Bytes>, ForgetEpoch);
 
-/// All that wait.
+/// The queue of blobs that are written in the background.
 struct WriteBehind {
-    /// None once the tier closes.
-    queue: Mutex<Option<Sender<Waiting>>>,
-    /// `disk.write_behind`.
+    /// `None` once the tier closes.
+    queue: Mutex<Option<Sender<QueuedWrite>>>,
+    /// The budget `disk.write_behind`, in bytes.
     capacity: u64,
-    /// How much of it is taken.
+    /// Bytes of the budget in use.
     used: Arc<AtomicU64>,
 }
 
+/// Disconnected when the tier closes.
+struct Stop(Receiver<Infallible>);
+
+impl Stop {
+    /// Waits. Returns true if the tier closes before the time is over.
+    fn within(&self, wait: Duration) -> bool {
+        !matches!(self.0.recv_timeout(wait), Err(RecvTimeoutError::Timeout))
+    }
+}
+
 impl WriteBehind {
-    /// Takes so much of `disk.write_behind`; false if that is not there.
+    /// Reserves `bytes` of the budget. Returns false if they are not available.
     fn take(&self, bytes: u64) -> bool {
         let within = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.capacity);
         self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok()
@@ -91,29 +105,31 @@ impl WriteBehind {
 }
 
 impl Disk {
-    /// Takes the directory and serves at once, while the index fills in the background. Blocks, but not for longer than `disk.timeout` if
-    /// the file system does not answer. Whatever the scrub finds rotten is told to
-    /// `rotten`: it is gone from here by then, and may be fetched anew. With `rotten` full it is not told, and the next get fetches it.
+    /// Locks the directory and starts to serve. The index fills in the background. Blocks, but at most `disk.timeout` if the file system
+    /// does not answer.
+    ///
+    /// The scrub removes damaged blobs and sends their digests to `damaged`, so that the caller can fetch them again. If that channel is
+    /// full, the digest is not sent, and the next get fetches the blob.
     ///
     /// # Errors
-    /// The directory cannot be used, or another process uses it, or its file system hangs. The text names it.
-    pub fn open(config: &config::Disk, metrics: Arc<Metrics>, rotten: mpsc::Sender<Digest>) -> io::Result<Arc<Self>> {
+    /// The directory cannot be used, another process uses it, or its file system hangs. The text names the directory.
+    pub fn open(config: &config::Disk, metrics: Arc<Metrics>, damaged: mpsc::Sender<Digest>) -> io::Result<Arc<Self>> {
         let store = Arc::new(begin(config, metrics)?);
         let (stop, stopped) = crossbeam_channel::bounded(0);
-        let (queue, waiting) = crossbeam_channel::unbounded();
+        let (queue, queued) = crossbeam_channel::unbounded();
         let used = Arc::new(AtomicU64::new(0));
         let rate = config.scrub_rate.get();
-        // Nobody waits for its end: it holds nothing, and the file system may keep it.
+        // Not in `threads`: nobody waits for its end, since a hanging file system may block it for ever.
         spawn("disk-space", {
             let (root, metrics, stop) = (config.path.clone(), store.metrics.clone(), Stop(stopped.clone()));
-            move || space::keep_looking(&root, &metrics, &stop)
+            move || free_space::poll(&root, &metrics, &stop)
         })?;
         let threads = vec![
-            spawn("disk-walk", {
+            spawn("disk-scan", {
                 let (store, stop) = (store.clone(), Stop(stopped.clone()));
                 move || {
-                    walk::scan(&store, &stop);
-                    walk::scrub(&store, &stop, rate, &rotten);
+                    scan::scan(&store, &stop);
+                    scrub::scrub(&store, &stop, rate, &damaged);
                 }
             })?,
             spawn("disk-janitor", {
@@ -122,15 +138,15 @@ impl Disk {
             })?,
             spawn("disk-write", {
                 let (store, used) = (store.clone(), used.clone());
-                move || write_behind(&store, &waiting, &used)
+                move || write_behind(&store, &queued, &used)
             })?,
         ];
         let behind = WriteBehind { queue: Mutex::new(Some(queue)), capacity: config.write_behind.get(), used };
         Ok(Arc::new(Self { store, behind, stop: Mutex::new(Some(stop)), threads: Mutex::new(threads) }))
     }
 
-    /// The blob, open for reading, if it is kept here. Asks the index, and opens the file on another thread unless it is open. Until
-    /// the scan is done, a blob that is not in the index is looked for on the disk too.
+    /// The blob, open for reading, if the tier has it. Opens the file on another thread unless it is open already. While the scan runs, a
+    /// blob that is not in the index is looked up on the disk.
     pub async fn find(&self, digest: &Digest) -> Option<Arc<DiskBlob>> {
         if self.store.size_of(digest).is_none() && !self.store.is_scanning() {
             return None;
@@ -143,15 +159,15 @@ impl Disk {
         }
         let (store, digest) = (self.store.clone(), *digest);
         let opened = self.store.reads.run(move || store.open(&digest)).await;
-        opened.inspect_err(|undone| self.store.undone(DiskOp::Open, *undone)).ok().flatten()
+        opened.inspect_err(|error| self.store.pool_failed(DiskOp::Open, *error)).ok().flatten()
     }
 
-    /// Whether the file system answers, as far as is known. That it does not has been told.
+    /// Whether the file system answered lately. The tier has logged it if not.
     pub fn answers(&self) -> bool {
         self.store.may_read()
     }
 
-    /// How the tier is, and since when; none if it has always been so.
+    /// The state of the tier, and since when; `None` if it never changed.
     pub fn state(&self) -> (DiskState, Option<SystemTime>) {
         self.store.state()
     }
@@ -161,17 +177,17 @@ impl Disk {
         self.store.root()
     }
 
-    /// Whether [`Self::find`] would look for the blob on the disk and should find it there. Touches no file.
+    /// Whether [`Self::find`] should find the blob. Touches no file.
     pub fn offers(&self, digest: &Digest) -> bool {
         self.store.has(digest) && self.store.may_read()
     }
 
-    /// The blob's size, if the index has it. Touches no file, so it may still prove to be gone.
+    /// The blob's size in bytes, if the index has it. Touches no file, so the file may be gone or damaged all the same.
     pub fn knows(&self, digest: &Digest) -> Option<u64> {
         self.store.size_of(digest)
     }
 
-    /// The blob's size. Looks where [`Self::find`] does.
+    /// The blob's size in bytes. Looks where [`Self::find`] looks.
     pub async fn stat(&self, digest: &Digest) -> Option<u64> {
         match self.knows(digest) {
             None if self.store.is_scanning() => Some(self.find(digest).await?.size()),
@@ -179,31 +195,32 @@ impl Disk {
         }
     }
 
-    /// Whether a blob of this size may be kept now: it fits, and the disk lets itself be written to.
+    /// Whether a blob of `size` bytes can be kept now: it fits, and the tier can write.
     pub fn takes(&self, size: u64) -> bool {
         self.store.takes(size)
     }
 
-    /// As [`Self::keeps`], and counts what is turned away for the disk's sake: ask it of a blob that is on its way here.
+    /// As [`Self::keeps`], and counts a skip if the tier cannot write. Call it once for each blob that is about to be kept.
     pub fn admits(&self, digest: &Digest, size: u64) -> bool {
         self.store.admits(digest, size)
     }
 
-    /// Whether this blob, of this size, would be kept now. As [`Self::takes`]; and a very large one must have been asked for before.
+    /// Whether this blob of `size` bytes would be kept now. As [`Self::takes`], but a blob larger than the admission window must have been
+    /// requested before.
     pub fn keeps(&self, digest: &Digest, size: u64) -> bool {
         self.store.keeps(digest, size)
     }
 
-    /// Counts one get, whether or not the blob is here: what is asked for often stays.
+    /// Counts one get for the eviction policy, whether or not the tier has the blob.
     pub fn count(&self, digest: &Digest) {
         self.store.count(digest);
     }
 
-    /// A new file in the tier's directory for a blob that is on its way, holding `parts`; none if it could not be written.
+    /// A new file in `tmp/` that holds `parts`, for a blob that is being transferred; `None` if it could not be written.
     pub async fn file(&self, parts: Vec<Bytes>) -> Option<DiskFile> {
         let store = self.store.clone();
         let made = self.store.writes.run(move || store.temp()).await;
-        match made.inspect_err(|undone| self.store.undone(DiskOp::Write, *undone)).ok().and_then(Result::ok) {
+        match made.inspect_err(|error| self.store.pool_failed(DiskOp::Write, *error)).ok().and_then(Result::ok) {
             Some(file) => file.grow(parts).await,
             None => {
                 self.store.metrics.disk_skipped(Skip::Failed);
@@ -217,21 +234,23 @@ impl Disk {
         self.store.temp()
     }
 
-    /// Keeps a blob that was spooled into a file of this tier: a rename. What is forgotten between this call and the end of the
-    /// future is not kept, so call it where nothing can come between the decision to keep and the call. Ends within `disk.timeout`.
+    /// Keeps a blob that was spooled into a file of this tier, by a rename. The future ends within `disk.timeout`.
+    ///
+    /// If [`Self::forget`] is called after this call and before the end of the future, the blob is not kept. So call this at the moment of
+    /// the decision to keep the blob.
     pub fn keep_file(&self, blob: Verified<DiskFile>) -> impl Future<Output = ()> + Send + use<> {
         let (store, digest, size) = (self.store.clone(), blob.digest(), blob.size());
-        let (accepted, file) = (store.accept(&digest), blob.into_content());
+        let (epoch, file) = (store.epoch(&digest), blob.into_content());
         async move {
             if file.size() != size {
-                tracing::error!(%digest, size, written = file.size(), "a spooled blob is not as long as what was verified, and is not kept");
+                tracing::error!(%digest, size, written = file.size(), "a spooled blob does not have the verified length, and is not kept");
                 return;
             }
-            place(store, digest, file, accepted).await;
+            commit(store, digest, file, epoch).await;
         }
     }
 
-    /// Keeps a blob from memory, later: the caller waits for nothing. With `disk.write_behind` full it is not kept.
+    /// Queues a blob from memory to be written in the background. Does not wait. If `disk.write_behind` is full, the blob is not kept.
     pub fn keep_later(&self, blob: Verified<Bytes>) {
         if self.store.has(&blob.digest()) || !self.store.admits(&blob.digest(), blob.size()) {
             return;
@@ -240,16 +259,16 @@ impl Disk {
             return self.store.metrics.disk_skipped(Skip::Queue);
         }
         if let Some(queue) = &*self.behind.queue.lock() {
-            let accepted = self.store.accept(&blob.digest());
-            queue.send((blob, accepted)).ok();
+            let epoch = self.store.epoch(&blob.digest());
+            queue.send((blob, epoch)).ok();
         }
     }
 
-    /// Drops a blob, also if it waits to be written. It is not found any more when this ends. Its file is gone, unless the file system
-    /// does not answer: then it goes when that does.
+    /// Removes a blob, also from the write-behind queue. When the future ends, the blob is not found any more. Its file is deleted; if the
+    /// file system does not answer, it is deleted when that answers again.
     pub async fn forget(&self, digest: &Digest) {
         let (store, digest) = (self.store.clone(), *digest);
-        store.disown(&digest);
+        store.forget_in_memory(&digest);
         let forgotten = Arc::new(AtomicBool::new(false));
         let forget = {
             let (store, forgotten) = (store.clone(), forgotten.clone());
@@ -258,18 +277,17 @@ impl Disk {
                 forgotten.store(true, Ordering::Release);
             }
         };
-        if let Err(undone) = self.store.writes.run(forget.clone()).await {
-            store.undone(DiskOp::Remove, undone);
-            // A purge is not a thing to give up. If it is done by now, to do it again costs a neighbour at most.
+        if let Err(error) = self.store.writes.run(forget.clone()).await {
+            store.pool_failed(DiskOp::Remove, error);
+            // A purge must happen. If it runs twice, that costs at most one blob that was kept in between.
             if !forgotten.load(Ordering::Acquire) {
-                store.writes.insist(forget);
+                store.writes.run_detached(forget);
             }
         }
     }
 
-    /// Writes what still waits to be written, which is at most `disk.write_behind`, and ends the tier's threads. What is kept is still
-    /// found after that, but nothing is kept behind the client's back any more. Blocks, for a while at most: a thread that the file
-    /// system keeps is left to it.
+    /// Writes the queue (at most `disk.write_behind` bytes) and ends the tier's threads. After that blobs are still found, and
+    /// [`Self::keep_later`] keeps nothing. Blocks for at most [`FLUSH`]: a thread that the file system blocks is left behind.
     pub fn close(&self) {
         drop(self.stop.lock().take());
         drop(self.behind.queue.lock().take());
@@ -278,7 +296,7 @@ impl Disk {
         for thread in threads {
             while !thread.is_finished() {
                 if Instant::now() >= end {
-                    tracing::warn!("the disk does not answer, and what still waited to be written there is not kept");
+                    tracing::warn!("the disk tier's file system does not answer at shutdown; blobs in the write-behind queue are not kept");
                     return;
                 }
                 thread::sleep(Duration::from_millis(5));
@@ -287,13 +305,13 @@ impl Disk {
                 tracing::error!("a thread of the disk tier panicked");
             }
         }
-        // Copies of uploads that are on their way.
+        // Copies of uploads that are being written.
         while self.behind.used.load(Ordering::Relaxed) > 0 && Instant::now() < end {
             thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Its state now. `hits` are counted by the cache, which alone knows what was a get.
+    /// The tier's figures now. The caller counts `hits`: the tier cannot tell a client's get from other look-ups.
     pub fn stats(&self, hits: u64) -> TierStats {
         self.store.stats(hits)
     }
@@ -303,9 +321,9 @@ impl Disk {
 impl Disk {
     /// Keeps a blob from memory, and waits for it.
     pub(crate) async fn keep_now(&self, blob: Verified<Bytes>) {
-        let (store, accepted) = (self.store.clone(), self.store.accept(&blob.digest()));
-        let kept = self.store.writes.run(move || store.keep(&blob, accepted)).await;
-        kept.inspect_err(|undone| self.store.undone(DiskOp::Write, *undone)).ok();
+        let (store, epoch) = (self.store.clone(), self.store.epoch(&blob.digest()));
+        let kept = self.store.writes.run(move || store.keep(&blob, epoch)).await;
+        kept.inspect_err(|error| self.store.pool_failed(DiskOp::Write, *error)).ok();
     }
 }
 
@@ -315,16 +333,17 @@ impl Drop for Disk {
     }
 }
 
-/// Gives a file that holds all of a blob its name, within `disk.timeout`.
-async fn place(store: Arc<Store>, digest: Digest, file: DiskFile, accepted: Accepted) {
-    let placing = store.clone();
-    if let Err(undone) = store.writes.run(move || placing.place(&digest, file, accepted)).await {
-        store.undone(DiskOp::Write, undone);
+/// Renames a complete file into the tier, within `disk.timeout`.
+async fn commit(store: Arc<Store>, digest: Digest, file: DiskFile, epoch: ForgetEpoch) {
+    let committing = store.clone();
+    if let Err(error) = store.writes.run(move || committing.commit(&digest, file, epoch)).await {
+        store.pool_failed(DiskOp::Write, error);
         store.metrics.disk_skipped(Skip::Timeout);
     }
 }
 
-/// Takes the directory, on a thread that may be lost to it. However long that takes, there must be progress within each `disk.timeout`.
+/// Locks and prepares the directory, on a thread of its own: a hanging file system may block that thread for ever. The start may take long,
+/// but must make progress within each `disk.timeout`.
 fn begin(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Store> {
     let timeout = config.timeout.get();
     let (progress, begun) = (Arc::new(AtomicU64::new(0)), config.clone());
@@ -341,7 +360,7 @@ fn begin(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Store> {
             Err(_) => {
                 let path = config.path.display();
                 let why = format!(
-                    "disk.path: {path}: the file system does not answer within disk.timeout ({timeout:?}); look at what it is mounted from"
+                    "disk.path: {path}: the file system does not answer within disk.timeout ({timeout:?}); check the device or server that it is mounted from"
                 );
                 return Err(io::Error::new(io::ErrorKind::TimedOut, why));
             }
@@ -351,12 +370,12 @@ fn begin(config: &config::Disk, metrics: Arc<Metrics>) -> io::Result<Store> {
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     thread::Builder::new().name(name.to_owned()).spawn(move || {
-        pool::may_wait_here();
+        pool::may_block_here();
         work();
     })
 }
 
-/// The janitor: deletes the files of evicted blobs.
+/// The janitor thread: deletes the files of evicted blobs.
 fn sweep_until(store: &Store, stop: &Receiver<Infallible>) {
     loop {
         crossbeam_channel::select! {
@@ -369,10 +388,10 @@ fn sweep_until(store: &Store, stop: &Receiver<Infallible>) {
     }
 }
 
-/// Writes what waits, until the tier closes and nothing waits any more.
-fn write_behind(store: &Arc<Store>, waiting: &Receiver<Waiting>, used: &AtomicU64) {
-    for (blob, accepted) in waiting {
-        store.writes.watch(|| store.keep(&blob, accepted));
+/// Writes queued blobs, until the tier closes and the queue is empty.
+fn write_behind(store: &Arc<Store>, queue: &Receiver<QueuedWrite>, used: &AtomicU64) {
+    for (blob, epoch) in queue {
+        store.writes.watch(|| store.keep(&blob, epoch));
         let cost = cost(&blob);
         drop(blob);
         used.fetch_sub(cost, Ordering::Relaxed);
@@ -380,5 +399,5 @@ fn write_behind(store: &Arc<Store>, waiting: &Receiver<Waiting>, used: &AtomicU6
 }
 
 fn cost(blob: &Verified<Bytes>) -> u64 {
-    blob.size().saturating_add(WAITS)
+    blob.size().saturating_add(QUEUE_OVERHEAD)
 }

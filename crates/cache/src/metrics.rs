@@ -1,6 +1,6 @@
 //! The series of the cache. Labels are finite and never hold a digest.
 //!
-//! The ledger: at a quiet moment `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one of
+//! The ledger: when no request is running, `gets = hits + loads`, `loads = flights + collapsed`, and every flight has ended in exactly one
 //! `castier_source_loads_total{result}`. HEADs and 304s by validator are no gets: they hand out no blob.
 
 use crate::{
@@ -27,11 +27,11 @@ const AGES: [f64; 7] = [300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0, 2_5
 /// How a flight ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadResult {
-    /// The blob came, and verified.
+    /// The blob was received and verified.
     Ok,
-    /// The source says that there is no such blob.
+    /// The source does not have the blob.
     Absent,
-    /// Neither.
+    /// Anything else.
     Error,
 }
 
@@ -47,18 +47,18 @@ impl LoadResult {
     }
 }
 
-/// What was done on the disk: the `op` label of `castier_disk_errors_total`.
+/// An operation on the disk: the `op` label of `castier_disk_errors_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskOp {
     /// A kept file was opened, or a directory listed.
     Open,
     /// A kept file was read.
     Read,
-    /// A blob was written, or given its name.
+    /// A blob was written or renamed.
     Write,
-    /// A file was deleted or set aside.
+    /// A file was deleted, or moved to the quarantine.
     Remove,
-    /// A spool file of `fill.spool_dir` was made, written or read.
+    /// A spool file in `fill.spool_dir` was created, written or read.
     Spool,
 }
 
@@ -76,29 +76,28 @@ impl DiskOp {
     }
 }
 
-/// What went wrong on the disk: the `kind` label of `castier_disk_errors_total`, and the `reason` label of
-/// `castier_disk_write_errors_total`.
+/// The kind of a disk error: the `kind` label of `castier_disk_errors_total`, and the `reason` label of `castier_disk_write_errors_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskError {
     /// The file system is full.
     Full,
-    /// The user's quota is used up.
+    /// The user's quota is exhausted.
     Quota,
     /// The file system is read-only.
     ReadOnly,
     /// The device failed.
     Io,
-    /// No more files may be open.
+    /// Too many files are open.
     Files,
     /// The file would be larger than the process or the file system allows.
     TooLarge,
-    /// This user may not.
+    /// This user has no permission.
     Denied,
-    /// Something else is at the path, or on the way to it.
+    /// Something else is at the path, or at one of its directories.
     Path,
     /// No answer within `disk.timeout`, or `fill.spool_timeout`.
     Timeout,
-    /// Not tried, as the file system did not answer lately, or too much waits for it.
+    /// Not tried: the file system has not answered lately, or too much work is queued.
     Busy,
     /// Anything else.
     Other,
@@ -143,16 +142,16 @@ pub enum Skip {
     Queue,
     /// A write had failed less than `disk.cooldown` ago.
     ReadOnly,
-    /// Something was purged meanwhile, and it may have been this blob.
+    /// A purge happened in the meantime, perhaps of this blob.
     Purged,
     /// The write failed.
     Failed,
-    /// The file system had not answered in time less than `disk.cooldown` ago.
+    /// The file system did not answer in time less than `disk.cooldown` ago.
     Timeout,
 }
 
 impl Skip {
-    /// Every reason, for making the series exist from the start.
+    /// Every reason, so that all series exist from the start.
     pub const ALL: [Self; 5] = [Self::Queue, Self::ReadOnly, Self::Purged, Self::Failed, Self::Timeout];
 
     const fn as_str(self) -> &'static str {
@@ -174,7 +173,7 @@ pub struct Metrics {
     collapsed: IntCounter,
     /// Gets answered by tiers, in the order of [`Tier`].
     hits: [IntCounter; 3],
-    /// Those of them that came from peers.
+    /// Hits whose gets came from peers.
     hits_from_peers: IntCounter,
     gets_from_peers: IntCounter,
     fill_wait: Histogram,
@@ -193,9 +192,9 @@ pub struct Metrics {
     evicted_age: [Histogram; 3],
     evicted_lately: [Ages; 3],
     corrupt: IntCounterVec,
-    /// How much of the disk tier has been listed since the start: 0 to 1.
+    /// The fraction of the disk tier that has been listed since the start, 0 to 1.
     pub disk_scan_progress: Gauge,
-    /// When the disk tier was last read back from end to end, in seconds since 1970; 0 before the first time.
+    /// The end of the last complete scrub, in seconds since 1970; 0 before that.
     pub disk_scrub_last_pass: IntGauge,
     pub(crate) disk_scrubbed: IntCounter,
     disk_errors: IntCounterVec,
@@ -205,7 +204,7 @@ pub struct Metrics {
     disk_io: [Histogram; 2],
     disk_write_errors: IntCounterVec,
     disk_skipped_writes: IntCounterVec,
-    /// How fast the scrub reads, in bytes a second; 0 if it never does.
+    /// The scrub's rate in bytes per second; 0 if it is off.
     pub disk_scrub_rate: IntGauge,
 }
 
@@ -218,7 +217,7 @@ impl Metrics {
         let hits = register_int_counter_vec_with_registry!("castier_hits_total", "Gets answered by a tier", &["tier"], r)?;
         let disk_io = register_histogram_vec_with_registry!(
             "castier_disk_io_seconds",
-            "Time of a read or write of the disk tier that had to wait for the disk",
+            "Time of reads and writes of the disk tier that waited for the disk",
             &["op"],
             SECONDS.to_vec(),
             r
@@ -226,70 +225,61 @@ impl Metrics {
         let ages = SECONDS.into_iter().chain(AGES).collect();
         let evicted_age = register_histogram_vec_with_registry!(
             "castier_tier_evicted_age_seconds",
-            "How long what a tier evicted had been in it",
+            "Time that evicted blobs had been in a tier",
             &["tier"],
             ages,
             r
         )?;
         let source_duration = register_histogram_vec_with_registry!(
             "castier_source_load_duration_seconds",
-            "Time of a flight",
+            "Duration of flights",
             &["source"],
             SECONDS.to_vec(),
             r
         )?;
-        let fill_wait = HistogramOpts::new("castier_fill_wait_seconds", "Time that a fill waited for a permit").buckets(SECONDS.to_vec());
+        let fill_wait = HistogramOpts::new("castier_fill_wait_seconds", "Time that fills waited for a permit").buckets(SECONDS.to_vec());
         let metrics = Self {
             gets: register_int_counter_with_registry!("castier_gets_total", "Requests for the bytes of a blob", r)?,
             loads: register_int_counter_with_registry!("castier_loads_total", "Gets that no tier could answer", r)?,
             flights: register_int_counter_with_registry!("castier_flights_total", "Loads that started a flight", r)?,
             collapsed: register_int_counter_with_registry!(
                 "castier_collapsed_total",
-                "Loads that joined a flight, a remembered absence included",
+                "Loads that joined a flight or found a remembered absence",
                 r
             )?,
             hits: Tier::ALL.map(|tier| hits.with_label_values(&[tier.as_str()])),
             hits_from_peers: register_int_counter_with_registry!(
                 "castier_hits_from_peers_total",
-                "Gets from other nodes of the cluster that a tier answered",
+                "Gets from peers that a tier answered",
                 r
             )?,
-            gets_from_peers: register_int_counter_with_registry!(
-                "castier_gets_from_peers_total",
-                "Gets that came from other nodes of the cluster",
-                r
-            )?,
+            gets_from_peers: register_int_counter_with_registry!("castier_gets_from_peers_total", "Gets from peers", r)?,
             fill_wait: register_histogram_with_registry!(fill_wait, r)?,
             source_loads: register_int_counter_vec_with_registry!(
                 "castier_source_loads_total",
-                "Flights by how they ended",
+                "Finished flights, by source and result",
                 &["source", "result"],
                 r
             )?,
             source_duration: SourceKind::ALL.map(|kind| source_duration.with_label_values(&[kind.as_str()])),
             source_resumes: register_int_counter_vec_with_registry!(
                 "castier_source_resumes_total",
-                "Broken transfers taken up again in the middle",
+                "Broken transfers that were resumed",
                 &["source"],
                 r
             )?,
-            flights_in_progress: register_int_gauge_with_registry!("castier_flights_in_progress", "Flights now", r)?,
+            flights_in_progress: register_int_gauge_with_registry!("castier_flights_in_progress", "Flights in progress", r)?,
             flight_followers: register_int_gauge_with_registry!(
                 "castier_flight_followers",
-                "Requests now reading a flight that another started",
+                "Requests that are reading a flight of another request",
                 r
             )?,
-            tier_bytes: register_int_gauge_vec_with_registry!("castier_tier_bytes", "Bytes that a tier takes up", &["tier"], r)?,
-            tier_capacity: register_int_gauge_vec_with_registry!(
-                "castier_tier_capacity_bytes",
-                "Bytes that a tier may take up",
-                &["tier"],
-                r
-            )?,
+            tier_bytes: register_int_gauge_vec_with_registry!("castier_tier_bytes", "Bytes in a tier", &["tier"], r)?,
+            tier_capacity: register_int_gauge_vec_with_registry!("castier_tier_capacity_bytes", "Capacity of a tier", &["tier"], r)?,
             tier_blobs: register_int_gauge_vec_with_registry!("castier_tier_blobs", "Blobs in a tier", &["tier"], r)?,
             tier_evictions: register_int_counter_vec_with_registry!(
                 "castier_tier_evictions_total",
-                "Blobs dropped for lack of room",
+                "Blobs evicted for lack of space",
                 &["tier"],
                 r
             )?,
@@ -304,39 +294,39 @@ impl Metrics {
             )?,
             disk_scan_progress: register_gauge_with_registry!(
                 "castier_disk_scan_progress_ratio",
-                "How much of the disk tier has been listed since the start, 0 to 1",
+                "Fraction of the disk tier listed since the start, 0 to 1",
                 r
             )?,
             disk_scrub_last_pass: register_int_gauge_with_registry!(
                 "castier_disk_scrub_last_pass_timestamp_seconds",
-                "When the disk tier was last read back from end to end",
+                "End of the last complete scrub of the disk tier",
                 r
             )?,
             disk_scrubbed: register_int_counter_with_registry!(
                 "castier_disk_scrubbed_blobs_total",
-                "Blobs of the disk tier read back and hashed",
+                "Blobs of the disk tier that the scrub has verified",
                 r
             )?,
             disk_errors: register_int_counter_vec_with_registry!(
                 "castier_disk_errors_total",
-                "Work on the disk that failed",
+                "Failed operations on the disk",
                 &["op", "kind"],
                 r
             )?,
             disk_avail: register_int_gauge_with_registry!(
                 "castier_disk_filesystem_avail_bytes",
-                "Bytes of the disk tier's file system that may still be written",
+                "Free bytes on the disk tier's file system",
                 r
             )?,
             disk_inodes: register_int_gauge_with_registry!(
                 "castier_disk_filesystem_free_inodes",
-                "Files that the disk tier's file system may still get",
+                "Free inodes on the disk tier's file system",
                 r
             )?,
             disk_io: ["read", "write"].map(|op| disk_io.with_label_values(&[op])),
             disk_write_errors: register_int_counter_vec_with_registry!(
                 "castier_disk_write_errors_total",
-                "Writes to the disk tier that failed",
+                "Failed writes to the disk tier",
                 &["reason"],
                 r
             )?,
@@ -348,7 +338,7 @@ impl Metrics {
             )?,
             disk_scrub_rate: register_int_gauge_with_registry!(
                 "castier_disk_scrub_rate_bytes",
-                "Bytes a second that are read back to find what rotted; 0: none",
+                "Configured rate of the scrub in bytes per second; 0: off",
                 r
             )?,
         };
@@ -356,7 +346,7 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Makes the series with known labels exist, so that rates have a start.
+    /// Creates the series with known labels at 0, so that rates have a start.
     fn begin_at_zero(&self) {
         for source in SourceKind::ALL {
             for result in LoadResult::ALL {
@@ -386,7 +376,7 @@ impl Metrics {
         }
     }
 
-    /// A tier answered a get.
+    /// Counts a get that a tier answered.
     pub(crate) fn hit(&self, tier: Tier, asker: Asker) {
         self.hits[tier as usize].inc();
         if asker == Asker::Peer {
@@ -394,7 +384,7 @@ impl Metrics {
         }
     }
 
-    /// How many gets this tier answered.
+    /// The number of gets that this tier answered.
     pub fn hits(&self, tier: Tier) -> u64 {
         self.hits[tier as usize].get()
     }
@@ -426,56 +416,56 @@ impl Metrics {
         (self.gets.get(), self.gets_from_peers.get(), self.loads.get(), self.flights.get())
     }
 
-    /// A fill waited so long for a permit.
+    /// Records how long a fill waited for a permit.
     pub fn waited(&self, wait: Duration) {
         self.fill_wait.observe(wait.as_secs_f64());
     }
 
-    /// A tier evicted what it had for so long.
+    /// Records that a tier evicted a blob of this age.
     pub(crate) fn evicted(&self, tier: Tier, age: Duration) {
         self.evicted_age[tier as usize].observe(age.as_secs_f64());
         self.evicted_lately[tier as usize].add(age);
     }
 
-    /// The median age of what a tier evicted lately; none if it has evicted nothing.
+    /// The median age of the blobs that a tier evicted lately; `None` if it has evicted none.
     pub fn evicted_age(&self, tier: Tier) -> Option<Duration> {
         self.evicted_lately[tier as usize].median()
     }
 
-    /// What the disk tier's file system still takes.
+    /// Sets the free bytes and inodes of the disk tier's file system.
     pub(crate) fn disk_space(&self, bytes: u64, inodes: u64) {
         self.disk_avail.set(i64::try_from(bytes).unwrap_or(i64::MAX));
         self.disk_inodes.set(i64::try_from(inodes).unwrap_or(i64::MAX));
     }
 
-    /// A flight ended.
+    /// Records the end of a flight.
     pub(crate) fn load_ended(&self, kind: SourceKind, result: LoadResult, took: Duration) {
         let source = kind.as_str();
         self.source_loads.with_label_values(&[source, result.as_str()]).inc();
         self.source_duration[kind as usize].observe(took.as_secs_f64());
     }
 
-    /// How many flights ended so.
+    /// The number of flights with this source and result.
     pub fn source_loads(&self, source: SourceKind, result: LoadResult) -> u64 {
         self.source_loads.with_label_values(&[source.as_str(), result.as_str()]).get()
     }
 
-    /// A broken transfer was taken up again.
+    /// Counts a broken transfer that was resumed.
     pub(crate) fn resumed(&self, source: SourceKind) {
         self.source_resumes.with_label_values(&[source.as_str()]).inc();
     }
 
-    /// Bytes that did not match their digest came from `source`.
+    /// Counts a blob from `source` whose bytes did not match its digest.
     pub fn corrupt(&self, source: &str) {
         self.corrupt.with_label_values(&[source]).inc();
     }
 
-    /// How many there were from `source`.
+    /// The number of such blobs from `source`.
     pub fn corrupt_count(&self, source: &str) -> u64 {
         self.corrupt.with_label_values(&[source]).get()
     }
 
-    /// Work on the disk failed.
+    /// Counts a failed operation on the disk.
     pub(crate) fn disk_error(&self, op: DiskOp, error: DiskError) {
         self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).inc();
         if op == DiskOp::Write {
@@ -483,27 +473,27 @@ impl Metrics {
         }
     }
 
-    /// How often work on the disk failed so.
+    /// The number of failed operations of this kind.
     pub fn disk_errors(&self, op: DiskOp, error: DiskError) -> u64 {
         self.disk_errors.with_label_values(&[op.as_str(), error.as_str()]).get()
     }
 
-    /// How often work on the disk failed.
+    /// The number of all failed operations on the disk.
     pub fn all_disk_errors(&self) -> u64 {
         sum(&self.disk_errors)
     }
 
-    /// The disk was waited for.
+    /// Records how long an operation waited for the disk.
     pub(crate) fn disk_io(&self, op: DiskOp, took: Duration) {
         self.disk_io[usize::from(op == DiskOp::Write)].observe(took.as_secs_f64());
     }
 
-    /// The disk tier did not write a blob.
+    /// Counts a blob that the disk tier did not write.
     pub(crate) fn disk_skipped(&self, why: Skip) {
         self.disk_skipped_writes.with_label_values(&[why.as_str()]).inc();
     }
 
-    /// How many blobs the disk tier did not write for this reason.
+    /// The number of blobs that the disk tier did not write for this reason.
     pub fn disk_skips(&self, why: Skip) -> u64 {
         self.disk_skipped_writes.with_label_values(&[why.as_str()]).get()
     }

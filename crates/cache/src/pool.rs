@@ -1,14 +1,19 @@
-//! Threads for work on files. A file system can hang: a call then neither fails nor returns, and nothing ends the thread that is in it.
-//! So each use has threads of its own, few enough that all of them may be lost, and who waits for them has a deadline.
+//! Thread pools for work on files.
 //!
-//! States: a pool is *well* until work takes longer than its time-out. Then it *hangs*: work is refused at once, for the length of the
-//! cool-down. After that one piece of work is let through, and its end decides: in time, and the pool is well; late, and it hangs for another
-//! cool-down. Threads that are stuck stay stuck, and are never replaced beyond the limit. If all are stuck, all work is refused.
+//! A file system can hang: a system call neither fails nor returns, and nothing can end its thread. So each use has a pool of its own, with
+//! so few threads that all of them may be lost, and every caller has a deadline.
+//!
+//! A pool works as a circuit breaker:
+//! 1. It is *well* until one piece of work takes longer than the timeout.
+//! 2. Then it *hangs*: for the cool-down it refuses all work at once.
+//! 3. After the cool-down it accepts one piece of work. If that ends in time, the pool is well again. If not, it hangs for another
+//!    cool-down.
+//!
+//! A stuck thread is never replaced beyond the limit of threads. If all threads are stuck, the pool refuses all work.
 //!
 //! Invariants:
-//! - No async thread waits for a file system. It does not close files either: closing waits for the file system as well, see
-//!   [`Pool::dispose`].
-//! - Work that nobody waits for any more is dropped before it begins, on a thread of the pool.
+//! - No async thread waits for a file system. It does not close files either, since closing may block too; see [`Pool::dispose`].
+//! - If the caller drops the future before the work starts, the work is dropped, on a thread of the pool.
 
 use parking_lot::{Condvar, Mutex};
 use std::{
@@ -23,67 +28,65 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// How much work may wait for a thread. A piece of work is a few hundred bytes, or holds a batch of bytes that has a budget of its own.
+/// The most jobs in the queue. A job takes a few hundred bytes; the data that it writes counts against another budget.
 const QUEUE: usize = 4096;
-/// How long a thread without work stays: long enough for the next burst.
+/// A thread ends after this time without work. Long enough to stay for the next burst.
 const IDLE: Duration = Duration::from_secs(10);
 
 thread_local! {
-    /// This thread may wait for a file system.
-    static MAY_WAIT: Cell<bool> = const { Cell::new(false) };
+    static MAY_BLOCK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Says that the current thread serves nobody who cannot wait, so that files may be closed on it.
-pub(crate) fn may_wait_here() {
-    MAY_WAIT.set(true);
+/// Marks the current thread as one that may block on a file system, so that [`Pool::dispose`] closes files on it.
+pub(crate) fn may_block_here() {
+    MAY_BLOCK.set(true);
 }
 
 /// Why work was not done, or not in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Undone {
-    /// It was not begun: the pool hangs, or too much waits already.
+    /// Not started: the pool hangs, or its queue is full.
     #[error("the file system does not answer, or is overloaded")]
     Busy,
-    /// It has not ended in time. It may still end.
+    /// Not finished within the timeout. It may still finish.
     #[error("the file system does not answer in time")]
     Late,
-    /// It panicked.
+    /// The work panicked.
     #[error("the work panicked")]
     Panicked,
 }
 
-/// What became of a pool.
+/// A change of a pool's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
-    /// It hangs from now on.
+    /// The pool hangs.
     Hangs,
-    /// It is well again.
+    /// The pool is well again.
     Well,
 }
 
-/// Some threads. A handle: clones are the same pool.
+/// A handle on a pool of threads. Clones share the pool.
 #[derive(Clone)]
 pub struct Pool(Arc<Shared>);
 
 struct Shared {
     name: &'static str,
-    /// The most threads.
-    most: usize,
+    max_threads: usize,
     timeout: Duration,
     cooldown: Duration,
-    state: Mutex<State>,
-    /// There is work, for one thread that waits.
+    state: Mutex<PoolState>,
+    /// Wakes one idle thread.
     work: Condvar,
-    /// Told of each turn, once.
-    tell: Box<dyn Fn(Turn) + Send + Sync>,
+    /// Called once for each change of the state.
+    notify: Box<dyn Fn(Turn) + Send + Sync>,
 }
 
-struct State {
+struct PoolState {
     jobs: VecDeque<Job>,
     threads: usize,
-    /// Threads that wait for work.
+    /// Threads without work.
     idle: usize,
-    /// Work that goes on; a free place is none.
+    /// Jobs that are running. A free slot is `None`.
     running: Vec<Option<Running>>,
     hang: Option<Hang>,
 }
@@ -93,53 +96,54 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Clone, Copy)]
 struct Running {
     since: Instant,
-    /// It is late, and the pool has turned for it. After a recovery it does not count again.
+    /// It exceeded the timeout, and the pool has hung because of it. It does not make the pool hang a second time.
     late: bool,
 }
 
 #[derive(Clone, Copy)]
 struct Hang {
-    /// When it was found.
+    /// When the pool noticed it.
     since: Instant,
-    /// When work is tried again.
+    /// The end of the cool-down.
     until: Instant,
 }
 
 impl Pool {
-    /// A pool of up to `most` threads, which are started as they are needed.
+    /// A pool of up to `max_threads` threads with this name. It starts threads when it needs them, and calls `notify` once for each change
+    /// of its state.
     pub fn new(
         name: &'static str,
-        most: usize,
+        max_threads: usize,
         timeout: Duration,
         cooldown: Duration,
-        tell: impl Fn(Turn) + Send + Sync + 'static,
+        notify: impl Fn(Turn) + Send + Sync + 'static,
     ) -> Self {
-        let state = State { jobs: VecDeque::new(), threads: 0, idle: 0, running: Vec::new(), hang: None };
+        let state = PoolState { jobs: VecDeque::new(), threads: 0, idle: 0, running: Vec::new(), hang: None };
         Self(Arc::new(Shared {
             name,
-            most: most.max(1),
+            max_threads: max_threads.max(1),
             timeout,
             cooldown,
             state: Mutex::new(state),
             work: Condvar::new(),
-            tell: Box::new(tell),
+            notify: Box::new(notify),
         }))
     }
 
-    /// Whether work would be tried now.
+    /// Whether the pool accepts work now.
     pub fn is_usable(&self) -> bool {
         let now = Instant::now();
         let (usable, turn) = {
             let mut state = self.0.state.lock();
-            let turn = self.0.look_for_late_work(&mut state, now);
-            (state.hang.is_none_or(|hang| now >= hang.until) && state.late() < self.0.most, turn)
+            let turn = self.0.find_late_jobs(&mut state, now);
+            (state.hang.is_none_or(|hang| now >= hang.until) && state.late() < self.0.max_threads, turn)
         };
-        self.0.told(turn);
+        self.0.report(turn);
         usable
     }
 
-    /// Begins work at once, whether or not the future is awaited. The future ends within the time-out, whatever becomes of the work. Dropped
-    /// before a thread has taken up the work, it takes the work with it.
+    /// Submits work at once, even if the future is not polled. The future ends within the timeout. If it is dropped before the work starts,
+    /// the work is dropped too.
     ///
     /// # Errors
     /// See [`Undone`].
@@ -167,7 +171,7 @@ impl Pool {
         }
     }
 
-    /// As [`Self::run`], for a thread that may wait.
+    /// As [`Self::run`], and blocks the calling thread until the work is done.
     ///
     /// # Errors
     /// See [`Undone`].
@@ -183,90 +187,90 @@ impl Pool {
         })
     }
 
-    /// Does work on the current thread, which may wait, and notices if that takes too long.
+    /// Does work on the calling thread, which may block. If it takes longer than the timeout, the pool hangs.
     pub fn watch<T>(&self, work: impl FnOnce() -> T) -> T {
-        let place = self.0.state.lock().begin();
+        let slot = self.0.state.lock().begin();
         let done = work();
-        self.0.end(place);
+        self.0.end(slot);
         done
     }
 
-    /// Has work done that must be done some day, however long that takes: it is never refused. Nobody hears of its end.
-    pub fn insist(&self, work: impl FnOnce() + Send + 'static) {
+    /// Submits work that must happen, even if the pool hangs. The pool never refuses it, and nobody learns of its end.
+    pub fn run_detached(&self, work: impl FnOnce() + Send + 'static) {
         let mut state = self.0.state.lock();
         state.jobs.push_back(Box::new(work));
         self.0.wake(&mut state);
     }
 
-    /// Drops what holds files, on a thread that may wait for the file system to close them.
+    /// Drops `files` on a thread that may block, since closing and deleting files may block.
     pub fn dispose<T: Send + 'static>(&self, files: T) {
-        if MAY_WAIT.get() {
+        if MAY_BLOCK.get() {
             return drop(files);
         }
-        self.insist(move || drop(files));
+        self.run_detached(move || drop(files));
     }
 
     fn submit(&self, job: Job) -> Result<(), Undone> {
         let now = Instant::now();
         let mut state = self.0.state.lock();
-        let turn = self.0.look_for_late_work(&mut state, now);
-        let waits = state.hang.is_some_and(|hang| now < hang.until);
-        let mut refused = waits || state.late() >= self.0.most || state.jobs.len() >= QUEUE;
+        let turn = self.0.find_late_jobs(&mut state, now);
+        let cooling_down = state.hang.is_some_and(|hang| now < hang.until);
+        let mut refused = cooling_down || state.late() >= self.0.max_threads || state.jobs.len() >= QUEUE;
         if !refused {
             if let Some(hang) = &mut state.hang {
-                // This one finds out whether the file system answers again. The others wait for what it finds.
+                // This job tests whether the file system answers again. Refuse others until it ends.
                 hang.until = now + self.0.cooldown;
             }
             state.jobs.push_back(job);
             self.0.wake(&mut state);
             if state.threads == 0 {
-                // The system gives no thread at all.
+                // The system did not start a thread.
                 refused = state.jobs.pop_back().is_some();
             }
         }
         drop(state);
-        self.0.told(turn);
+        self.0.report(turn);
         if refused { Err(Undone::Busy) } else { Ok(()) }
     }
 }
 
-impl State {
-    /// Notes that work goes on. Where it is noted.
+impl PoolState {
+    /// Records that a job starts. Returns its slot.
     fn begin(&mut self) -> usize {
         let running = Some(Running { since: Instant::now(), late: false });
-        let place = self.running.iter().position(Option::is_none).unwrap_or(self.running.len());
-        if place == self.running.len() {
+        let slot = self.running.iter().position(Option::is_none).unwrap_or(self.running.len());
+        if slot == self.running.len() {
             self.running.push(running);
         } else {
-            self.running[place] = running;
+            self.running[slot] = running;
         }
-        place
+        slot
     }
 
-    /// How much work is stuck.
+    /// The number of stuck jobs.
     fn late(&self) -> usize {
         self.running.iter().flatten().filter(|running| running.late).count()
     }
 }
 
 impl Shared {
-    /// Sees to it that a thread takes up what waits.
-    fn wake(self: &Arc<Self>, state: &mut State) {
-        // A thread that is told of work is idle until it wakes.
-        if state.jobs.len() <= state.idle || state.threads >= self.most {
+    /// Wakes an idle thread, or starts a new one.
+    fn wake(self: &Arc<Self>, state: &mut PoolState) {
+        // A notified thread counts as idle until it runs, so compare with the number of jobs.
+        if state.jobs.len() <= state.idle || state.threads >= self.max_threads {
             self.work.notify_one();
         } else {
             let shared = self.clone();
-            // Where there is no thread to be had, those that are there do the work.
+            // If the system does not start a thread, the existing ones do the work.
             if thread::Builder::new().name(self.name.to_owned()).spawn(move || shared.serve()).is_ok() {
                 state.threads += 1;
             }
         }
     }
 
-    /// What a thread does.
+    /// The main function of a thread.
     fn serve(self: Arc<Self>) {
-        may_wait_here();
+        may_block_here();
         let mut state = self.state.lock();
         loop {
             let Some(job) = state.jobs.pop_front() else {
@@ -279,22 +283,22 @@ impl Shared {
                 }
                 continue;
             };
-            let place = state.begin();
+            let slot = state.begin();
             drop(state);
-            // A panic is told where it happens, and to who waits by the answer that does not come.
+            // The panic hook logs a panic. The caller gets `Undone::Panicked`, since its channel closes without an answer.
             catch_unwind(AssertUnwindSafe(job)).ok();
-            self.end(place);
+            self.end(slot);
             state = self.state.lock();
         }
     }
 
-    /// Notes that work has ended.
-    fn end(&self, place: usize) {
+    /// Records that a job has ended.
+    fn end(&self, slot: usize) {
         let now = Instant::now();
         let recovered = {
             let mut state = self.state.lock();
-            let running = state.running[place].take();
-            // What began before the hang was found says nothing of the file system as it is now.
+            let running = state.running[slot].take();
+            // A job that started before the hang was noticed does not prove that the file system answers again.
             let proves = |hang: &Hang| {
                 running.is_some_and(|running| running.since >= hang.since && now.duration_since(running.since) < self.timeout)
             };
@@ -304,22 +308,23 @@ impl Shared {
             }
             recovered
         };
-        self.told(recovered.then_some(Turn::Well));
+        self.report(recovered.then_some(Turn::Well));
     }
 
-    /// Somebody has waited for too long.
+    /// A caller has waited for the whole timeout.
     fn hang(&self) {
-        let turn = self.turn(&mut self.state.lock(), Instant::now());
-        self.told(turn);
+        let turn = self.start_hang(&mut self.state.lock(), Instant::now());
+        self.report(turn);
     }
 
-    /// Finds work that is late though nobody waits for it any more: clients may be less patient than this pool.
-    fn look_for_late_work(&self, state: &mut State, now: Instant) -> Option<Turn> {
+    /// Finds late jobs whose callers have left before the timeout. Nobody else would notice that those jobs hang.
+    fn find_late_jobs(&self, state: &mut PoolState, now: Instant) -> Option<Turn> {
         let late = |running: &Running| !running.late && now.duration_since(running.since) > self.timeout;
-        if state.running.iter().flatten().any(late) { self.turn(state, now) } else { None }
+        if state.running.iter().flatten().any(late) { self.start_hang(state, now) } else { None }
     }
 
-    fn turn(&self, state: &mut State, now: Instant) -> Option<Turn> {
+    /// Makes the pool hang, or renews the cool-down. Returns the change, if there is one.
+    fn start_hang(&self, state: &mut PoolState, now: Instant) -> Option<Turn> {
         for running in state.running.iter_mut().flatten() {
             running.late |= now.duration_since(running.since) >= self.timeout;
         }
@@ -328,25 +333,24 @@ impl Shared {
         since.is_none().then_some(Turn::Hangs)
     }
 
-    fn told(&self, turn: Option<Turn>) {
+    fn report(&self, turn: Option<Turn>) {
         if let Some(turn) = turn {
-            (self.tell)(turn);
+            (self.notify)(turn);
         }
     }
 }
 
-/// A file that is closed where that may take its time. Shared by all who read it.
+/// An open file that a pool's thread closes.
 pub struct SharedFile {
-    /// None only while it is dropped.
+    /// `None` only during drop.
     file: Option<File>,
-    /// What a file system in memory has is always there; others are asked each time. Found out when the file was opened, since the
-    /// question is one that a file system can hang on.
+    /// The file is on a tmpfs, so reading it never waits. Asked once when the file is opened, since `fstatfs` can hang.
     in_memory: bool,
     pool: Pool,
 }
 
 impl SharedFile {
-    /// Takes over a file. Blocks.
+    /// Takes over a file. Calls `fstatfs`, and so may block.
     pub fn new(file: File, pool: Pool) -> Self {
         Self { in_memory: is_in_memory(&file), file: Some(file), pool }
     }
@@ -354,17 +358,17 @@ impl SharedFile {
     /// The file.
     ///
     /// # Errors
-    /// Never while it can be called.
+    /// Never: the file is missing only during drop.
     pub fn get(&self) -> io::Result<&File> {
         self.file.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
-    /// Whether reading it never waits.
+    /// Whether the file is on a tmpfs, so that reading it never waits.
     pub const fn is_in_memory(&self) -> bool {
         self.in_memory
     }
 
-    /// Where work on it is done.
+    /// The pool for work on this file.
     pub const fn pool(&self) -> &Pool {
         &self.pool
     }
@@ -378,7 +382,7 @@ impl Drop for SharedFile {
     }
 }
 
-/// What Linux calls a tmpfs in `statfs`; see statfs(2).
+/// `TMPFS_MAGIC` of statfs(2).
 const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 
 fn is_in_memory(file: &File) -> bool {
@@ -395,13 +399,13 @@ mod tests {
 
     type Turns = Arc<Mutex<Vec<Turn>>>;
 
-    /// A pool, its turns, and what holds work that hangs until it is dropped.
+    /// A pool; its changes of state; a sender that releases hanging work when dropped, and the receiver that the work waits on.
     fn pool(most: usize, timeout: u64, cooldown: u64) -> (Pool, Turns, Sender<()>, Arc<Mutex<Receiver<()>>>) {
         let turns = Arc::new(Mutex::new(Vec::new()));
-        let told = turns.clone();
+        let changes = turns.clone();
         let (timeout, cooldown) = (Duration::from_millis(timeout), Duration::from_millis(cooldown));
         let (hold, held) = channel();
-        (Pool::new("test", most, timeout, cooldown, move |turn| told.lock().push(turn)), turns, hold, Arc::new(Mutex::new(held)))
+        (Pool::new("test", most, timeout, cooldown, move |turn| changes.lock().push(turn)), turns, hold, Arc::new(Mutex::new(held)))
     }
 
     #[tokio::test]
@@ -428,7 +432,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_hangs_is_left_and_nothing_waits_for_it() {
+    async fn nothing_waits_for_a_hanging_job() {
         let (pool, turns, hold, held) = pool(2, 50, 200);
         let stuck = held.clone();
         assert_eq!(
@@ -442,7 +446,7 @@ mod tests {
         let begun = Instant::now();
         assert_eq!(pool.run(|| ()).await, Err(Undone::Busy));
         assert!(!pool.is_usable() && begun.elapsed() < Duration::from_millis(50));
-        // Then one is let through, and the pool is well: the other thread is still there.
+        // Then one job is accepted, and the pool is well: the other thread is not stuck.
         while !pool.is_usable() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -451,8 +455,8 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         assert_eq!(*turns.lock(), [Turn::Hangs, Turn::Well]);
-        assert_eq!(pool.run(|| 2).await, Ok(2), "what is stuck does not count twice");
-        // With all threads stuck there is no cool-down to wait for.
+        assert_eq!(pool.run(|| 2).await, Ok(2), "a stuck job does not count twice");
+        // With all threads stuck, the end of the cool-down changes nothing.
         let stuck = held.clone();
         assert_eq!(
             pool.run(move || {
@@ -472,13 +476,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_less_than_the_time_out_does_not_hide_a_hang() {
+    async fn a_caller_that_leaves_early_does_not_hide_a_hang() {
         let (pool, turns, _hold, held) = pool(4, 50, 60_000);
         drop(pool.run(move || {
             held.lock().recv().ok();
         }));
         tokio::time::sleep(Duration::from_millis(20)).await;
-        // Begun or not when its future was dropped: if it was, it is found out.
+        // The job may have started before its future was dropped. If so, the hang must be noticed.
         let begun = pool.0.state.lock().running.iter().flatten().count() > 0;
         tokio::time::sleep(Duration::from_millis(60)).await;
         assert_eq!(pool.is_usable(), !begun);
@@ -487,18 +491,18 @@ mod tests {
 
     #[tokio::test]
     async fn files_are_closed_elsewhere() {
-        struct Tell(Sender<bool>);
-        impl Drop for Tell {
+        struct ReportsThread(Sender<bool>);
+        impl Drop for ReportsThread {
             fn drop(&mut self) {
-                self.0.send(MAY_WAIT.get()).ok();
+                self.0.send(MAY_BLOCK.get()).ok();
             }
         }
         let (pool, _turns, ..) = pool(1, 60_000, 60_000);
-        let (told, closed) = channel();
-        pool.dispose(Tell(told.clone()));
+        let (changes, closed) = channel();
+        pool.dispose(ReportsThread(changes.clone()));
         assert_eq!(closed.recv_timeout(Duration::from_secs(10)), Ok(true));
         let inner = pool.clone();
-        pool.run(move || inner.dispose(Tell(told))).await.unwrap();
+        pool.run(move || inner.dispose(ReportsThread(changes))).await.unwrap();
         assert_eq!(closed.recv_timeout(Duration::from_secs(10)), Ok(true));
     }
 }

@@ -1,4 +1,4 @@
-//! Which part of a blob a request asks for: `Range`, `If-Range` and `If-None-Match` (RFC 9110, sections 13 and 14).
+//! Conditions and ranges of a request: `Range`, `If-Range` and `If-None-Match` (RFC 9110, sections 13 and 14).
 
 use castier_blob::Digest;
 use http::{HeaderMap, HeaderValue, Method, header};
@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderValue, Method, header};
 /// The part of a blob that a request selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Selection {
-    /// All of it: 200.
+    /// The whole blob: 200.
     Whole,
     /// The bytes `first..=last`: 206. Always within the blob.
     Part {
@@ -15,23 +15,23 @@ pub enum Selection {
         /// Offset of the last byte.
         last: u64,
     },
-    /// The client has it: 304.
+    /// The client has the blob: 304.
     NotModified,
-    /// Nothing of what was asked for exists: 416.
+    /// No byte of the requested range exists: 416.
     Unsatisfiable,
 }
 
-/// Whether `If-None-Match` names this very blob. If so the answer is 304 with no look-up at all: the address is the content,
-/// so a client that holds the validator holds the blob. Comparison is weak, as RFC 9110 asks for `If-None-Match`.
+/// Whether `If-None-Match` names this blob. If so, the answer is 304 without a look-up: the digest names the content, so a client that has
+/// the validator has the blob. The comparison is weak, as RFC 9110 requires for `If-None-Match`.
 pub fn names_this_blob(headers: &HeaderMap, digest: &Digest) -> bool {
     headers.get_all(header::IF_NONE_MATCH).iter().any(|value| entity_tags(value).any(|tag| is_etag_of(tag, digest)))
 }
 
-/// What a request for an existing blob of `size` bytes selects. Dates are ignored: a blob never changes.
+/// The part that a request for an existing blob of `size` bytes selects. Ignores dates, since a blob never changes.
 ///
-/// - Several ranges are answered with the whole blob, and a malformed `Range` is ignored, both as RFC 9110 allows.
-/// - `Range` is defined for GET alone (section 14.2), so a HEAD always speaks of the whole.
-/// - A suffix of an empty blob is the whole of it: there is no 206 that could say so.
+/// - Several ranges select the whole blob, and a malformed `Range` is ignored. RFC 9110 allows both.
+/// - `Range` is defined for GET only (section 14.2), so a HEAD always selects the whole blob.
+/// - A suffix of an empty blob selects the whole blob, since a 206 cannot express it.
 pub fn select(method: &Method, headers: &HeaderMap, digest: &Digest, size: u64) -> Selection {
     let any = |value: &HeaderValue| value.as_bytes().trim_ascii() == b"*";
     if headers.get_all(header::IF_NONE_MATCH).iter().any(any) || names_this_blob(headers, digest) {
@@ -41,7 +41,7 @@ pub fn select(method: &Method, headers: &HeaderMap, digest: &Digest, size: u64) 
         return Selection::Whole;
     }
     let Some(range) = single(headers, header::RANGE) else { return Selection::Whole };
-    // If-Range compares strongly: a weak tag never matches, and neither does a date.
+    // If-Range needs a strong comparison: a weak tag or a date never matches.
     let honoured = match headers.get(header::IF_RANGE) {
         None => true,
         Some(tag) => tag.as_bytes().trim_ascii() == digest.etag().as_bytes(),
@@ -49,7 +49,7 @@ pub fn select(method: &Method, headers: &HeaderMap, digest: &Digest, size: u64) 
     if honoured { parse_range(range, size) } else { Selection::Whole }
 }
 
-/// The value of a header that must stand alone; none if it is missing or repeated.
+/// The value of a header that may occur once; `None` if it is missing or repeated.
 fn single(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
     let mut values = headers.get_all(name).iter();
     let first = values.next()?;
@@ -60,8 +60,8 @@ fn single(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
 }
 
 fn entity_tags(value: &HeaderValue) -> impl Iterator<Item = &[u8]> {
-    // A digest's tag holds no comma, so splitting inside a foreign tag can never make a false match of 64 hex characters
-    // in quotes.
+    // A foreign tag may have a comma, and is split in the middle. That never gives a false match, since a digest's tag is 64 hexadecimal
+    // characters in quotes, without a comma.
     value.as_bytes().split(|&b| b == b',').map(<[u8]>::trim_ascii)
 }
 
@@ -91,7 +91,7 @@ fn parse_range(value: &str, size: u64) -> Selection {
     }
 }
 
-/// Digits → their value, saturating: a number too large for us is past the end of any blob. Nothing → `None`.
+/// Parses digits. A number too large for a `u64` saturates, since it is past the end of any blob. Empty text gives `None`.
 fn position(digits: &str) -> Result<Option<u64>, ()> {
     if digits.is_empty() {
         return Ok(None);

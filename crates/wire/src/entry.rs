@@ -1,10 +1,10 @@
-//! Names of entries: what is stored under a key and not under its own digest, so that the last PUT wins.
+//! Names of entries. An entry is stored under a key and not under its digest, so it can change: the last PUT wins.
 //!
 //! ```text
 //! /ac/<key>                a key of 64 lowercase hexadecimal characters, as Bazel and ccache write them
-//! /<instance>/ac/<key>     the same: each instance has entries of its own
+//! /<instance>/ac/<key>     the same; each instance has its own entries
 //! /kv/<path>               any path
-//! /kv/<path>/              a collection, as WebDAV clients see it: what has entries below it
+//! /kv/<path>/              a collection, as WebDAV clients see it: a path with entries below it
 //! ```
 
 use crate::split_instance;
@@ -12,57 +12,57 @@ use castier_blob::Digest;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use std::fmt;
 
-/// The most characters of a path below `/kv/`, decoded.
+/// The most characters of a decoded path below `/kv/`.
 pub const MAX_PATH: usize = 512;
 
-/// What stands in a link as it is: RFC 3986's unreserved characters and the separator.
+/// Characters that a link does not escape: the unreserved characters of RFC 3986 and the slash.
 const KEPT: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 
-/// The decoded and checked path of an entry or a collection. Two paths name the same thing if and only if their names are equal.
+/// The decoded and checked path of an entry or a collection. Two paths lead to the same entry if and only if their names are equal.
 ///
-/// Invariant: it holds no control characters, and, but for the last one of a collection, no segment that is empty, `.` or `..`.
+/// Invariant: it has no control characters, and no segment that is empty, `.` or `..`, except for the empty last segment of a collection.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Name(String);
 
-/// What a path names.
+/// The kind of a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// An entry of the action cache.
     Action(Name),
-    /// Any other entry.
+    /// An entry below `/kv/`.
     Value(Name),
-    /// A collection of values.
+    /// A collection below `/kv/`.
     Collection(Name),
 }
 
-/// A path that is meant to name an entry and cannot.
+/// Why a path below `/ac/` or `/kv/` is not a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
-    /// Below `/ac/`.
+    /// The key below `/ac/` is malformed.
     #[error("a key below /ac/ is 64 lowercase hexadecimal characters")]
     Key,
-    /// Longer than [`MAX_PATH`].
+    /// The path is longer than [`MAX_PATH`].
     #[error("a path below /kv/ has at most 512 characters")]
     TooLong,
-    /// `//`, `.` or `..`.
+    /// A segment is empty, `.` or `..`.
     #[error("no part of a path below /kv/ may be empty, \".\" or \"..\"")]
     Segment,
-    /// `%2F`.
+    /// There is an encoded slash, `%2F`.
     #[error("a path below /kv/ may not hold an encoded slash")]
     Slash,
-    /// NUL and its like.
+    /// There is a control character.
     #[error("a path below /kv/ may not hold control characters")]
     Control,
-    /// `%` and no two hexadecimal digits behind it, or bytes that are no UTF-8.
+    /// There is a `%` without two hexadecimal digits, or the bytes are not UTF-8.
     #[error("a path below /kv/ is percent-encoded UTF-8")]
     Encoding,
 }
 
 impl Entry {
-    /// Reads a path, without its query. None: it has nothing to do with entries.
+    /// Parses a path without its query. Returns `None` if the path is not below `/ac/` or `/kv/`.
     ///
     /// # Errors
-    /// [`Malformed`] when it stands where entries are, and names none.
+    /// [`Malformed`] if the path is below `/ac/` or `/kv/`, and is not a name.
     pub fn of(path: &str) -> Option<Result<Self, Malformed>> {
         let below = |prefix: &str| path.strip_prefix(prefix).filter(|rest| rest.is_empty() || rest.starts_with('/'));
         if let Some(path) = below("/kv") {
@@ -72,7 +72,7 @@ impl Entry {
             Some(key) => key.strip_prefix('/').unwrap_or_default(),
             None => split_instance(path)?.1.strip_prefix("/ac/")?,
         };
-        // Only now is the path known to be short and made of plain characters.
+        // The key is valid, so the instance in front of it is short and plain too.
         Some(Digest::parse(key.as_bytes()).map(|_| Self::Action(Name(path.to_owned()))).map_err(|_| Malformed::Key))
     }
 
@@ -86,7 +86,7 @@ impl Entry {
             name.push('/');
             name.push_str(&decode(segment)?);
         }
-        // The prefix and its slash are no part of the path that is limited.
+        // The limit does not include the prefix `/kv/`.
         if name.chars().count() > MAX_PATH + "/kv/".len() {
             return Err(Malformed::TooLong);
         }
@@ -118,12 +118,12 @@ fn decode(segment: &str) -> Result<String, Malformed> {
 }
 
 impl Name {
-    /// The collection that all others are in.
+    /// The top collection, `/kv/`.
     pub fn root() -> Self {
         Self("/kv/".to_owned())
     }
 
-    /// A name that was written down by [`Self::as_str`].
+    /// Parses the text of [`Self::as_str`].
     pub fn from_stored(text: &str) -> Option<Self> {
         match Entry::of(&Self(text.to_owned()).href())?.ok()? {
             Entry::Action(name) | Entry::Value(name) | Entry::Collection(name) => Some(name).filter(|name| name.0 == text),
@@ -135,7 +135,7 @@ impl Name {
         &self.0
     }
 
-    /// The path as it stands in a request or a link.
+    /// The path, encoded for a request or a link.
     pub fn href(&self) -> String {
         utf8_percent_encode(&self.0, &KEPT).to_string()
     }
@@ -150,7 +150,7 @@ impl Name {
         if self.is_collection() { self.clone() } else { Self(format!("{}/", self.0)) }
     }
 
-    /// The collection that this is in. None of the root, and none of an action, whose neighbours nobody lists.
+    /// The collection that this belongs to; `None` for the root, and for an action, since actions are never listed.
     pub fn parent(&self) -> Option<Self> {
         if !self.0.starts_with("/kv/") || self.0 == "/kv/" {
             return None;
@@ -159,12 +159,12 @@ impl Name {
         inner.rfind('/').and_then(|at| self.0.get(..=at)).map(|parent| Self(parent.to_owned()))
     }
 
-    /// The last part of the path.
+    /// The last segment of the path.
     pub fn last(&self) -> &str {
         self.0.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
     }
 
-    /// What stands for the name where names must be short and alike.
+    /// The SHA-256 of the name, for file names of fixed length.
     pub fn hash(&self) -> Digest {
         Digest::of(self.0.as_bytes())
     }
@@ -249,7 +249,7 @@ mod tests {
     }
 
     proptest! {
-        /// A link leads back to what it was made of, and what is written down can be read again.
+        /// Parsing a link, and parsing the stored text, give the name back.
         #[test]
         fn links_lead_back(segments in prop::collection::vec("[^/\\p{Cc}]{1,40}", 1..6), collection: bool) {
             prop_assume!(segments.iter().all(|segment| segment != "." && segment != ".."));

@@ -1,13 +1,13 @@
-//! Header fields, wherever they are kept.
+//! Access to header fields, independent of their representation.
 
 use http::HeaderMap;
 
-/// Looks up header fields: in a map, or in a head that was parsed and not copied.
+/// Header fields: a `HeaderMap`, or a parsed head that was not copied.
 pub trait Fields {
-    /// The values of a field, whose name is given in lower case, in the order in which they stand.
+    /// The values of a field, in their order. `name` is in lower case.
     fn values<'a>(&'a self, name: &'static str) -> impl DoubleEndedIterator<Item = &'a [u8]>;
 
-    /// The value of a field that may stand there once. Of two, none counts.
+    /// The value of a field that may occur once; `None` if it is missing or repeated.
     fn the_one<'a>(&'a self, name: &'static str) -> Option<&'a [u8]> {
         let mut values = self.values(name);
         values.next().filter(|_| values.next().is_none())

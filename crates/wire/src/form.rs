@@ -1,12 +1,12 @@
-//! Which part of a form is a file.
+//! Recognises the file in a multipart form.
 
 use http::HeaderValue;
 
-/// Whether the `Content-Disposition` of a form's part makes the part a file: it has a parameter `filename` or `filename*`, in any case
-/// and with any bytes in its value (RFC 7578, section 4.2).
+/// Whether a part with this `Content-Disposition` is a file: it has a parameter `filename` or `filename*`, in upper or lower case, with any
+/// bytes as value (RFC 7578, section 4.2).
 pub fn is_file(disposition: &HeaderValue) -> bool {
     let mut rest = disposition.as_bytes();
-    // The first word is the type.
+    // The first word is the disposition's type.
     while let Some(at) = rest.iter().position(|byte| *byte == b';') {
         rest = rest[at + 1..].trim_ascii_start();
         let end = rest.iter().position(|byte| matches!(byte, b'=' | b';')).unwrap_or(rest.len());
@@ -16,7 +16,7 @@ pub fn is_file(disposition: &HeaderValue) -> bool {
             return true;
         }
         rest = value;
-        // A semicolon within quotes ends nothing.
+        // A semicolon within quotes does not end the parameter.
         if let Some(quoted) = value.strip_prefix(b"=").map(<[u8]>::trim_ascii_start).and_then(|value| value.strip_prefix(b"\"")) {
             let mut escaped = false;
             let close = quoted.iter().position(|byte| {

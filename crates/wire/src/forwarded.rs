@@ -1,26 +1,26 @@
-//! Who the client is, where proxies stand in front: `X-Forwarded-For`, and `Forwarded` (RFC 7239).
+//! Finds the client's address behind proxies: `X-Forwarded-For`, and `Forwarded` (RFC 7239).
 //!
-//! Anybody can write such a field. So each address in the list is believed only as far as the one that added it is: the list is read from
-//! its end, where the nearest proxy wrote, and the first address that is no trusted proxy's is the client.
+//! Anybody can send such a field. Each proxy appends the address that it got the request from. So the list is read from its end: while an
+//! address is a trusted proxy's, the address before it is reliable. The first address that is not a trusted proxy's is the client.
 
 use crate::fields::Fields;
-// An address is a value, and nothing here connects to it.
+// Only the type: nothing here opens a connection.
 use core::net::{IpAddr, Ipv6Addr, SocketAddrV6};
 
-/// The most addresses that are looked at, from the end of the list. Few chains have more than five, and a client could write many.
+/// The most addresses that are read, from the end of the list. Few chains have more than five, and a client could send many.
 const MOST: usize = 32;
 
-/// The client of a request that came from `peer`. `trusted` says whose word counts.
+/// The client's address of a request whose connection comes from `peer`. `trusted` says whether an address is a trusted proxy's.
 ///
-/// Without a trusted proxy that is the peer. With proxies alone it is the one that is farthest away. An element that cannot be read, or
-/// hides its address, ends the list: the addresses behind it cannot be trusted.
+/// If `peer` is not a trusted proxy, it is the client. If all addresses are trusted proxies, the client is the first one. An element that
+/// is malformed, or hides its address, ends the list: the elements before it are not reliable.
 pub fn client(peer: IpAddr, fields: &impl Fields, trusted: impl Fn(&IpAddr) -> bool) -> IpAddr {
     let mut client = peer.to_canonical();
     if !trusted(&client) {
         return client;
     }
     let mut seen = 0;
-    // Proxies write one of the two. If both are there, the older one is what proxies that know nothing of the other have added to.
+    // Proxies write one of the two. If both exist, the older one is complete: even proxies that do not know the other one append to it.
     let mut x_forwarded_for = fields.values("x-forwarded-for").rev().peekable();
     if x_forwarded_for.peek().is_some() {
         for element in x_forwarded_for.flat_map(|list| list.rsplit(|byte| *byte == b',')) {
@@ -51,7 +51,7 @@ pub fn client(peer: IpAddr, fields: &impl Fields, trusted: impl Fn(&IpAddr) -> b
     client
 }
 
-/// An address as proxies write it: with or without a port, an IPv6 address with or without brackets. `unknown` and names are none.
+/// Parses an address as proxies write it: with or without a port, and IPv6 with or without brackets. `unknown` and names give `None`.
 fn address(text: &[u8]) -> Option<IpAddr> {
     let text = str::from_utf8(text).ok()?;
     let address = if let Ok(address) = text.parse::<IpAddr>() {
@@ -61,7 +61,7 @@ fn address(text: &[u8]) -> Option<IpAddr> {
         if !(port.is_empty() || port.strip_prefix(':').is_some_and(is_port)) {
             return None;
         }
-        // With a zone, which means nothing elsewhere.
+        // Without the zone, which has no meaning on other hosts.
         let zoned = || format!("[{address}]:0").parse::<SocketAddrV6>().ok().map(|address| *address.ip());
         IpAddr::V6(address.parse::<Ipv6Addr>().ok().or_else(zoned)?)
     } else {
@@ -74,7 +74,7 @@ fn address(text: &[u8]) -> Option<IpAddr> {
     Some(address.to_canonical())
 }
 
-/// A port, or one that is hidden (RFC 7239, section 6).
+/// Whether this is a port, or an obfuscated port (RFC 7239, section 6).
 fn is_port(text: &str) -> bool {
     let digits = (1..=5).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
     digits || text.strip_prefix('_').is_some_and(|rest| !rest.is_empty() && rest.bytes().all(is_obfuscated))
@@ -84,8 +84,8 @@ const fn is_obfuscated(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-')
 }
 
-/// What `for=` says in each element of a `Forwarded`; none in an element without it. None at all if the field is malformed: what stands
-/// behind a quote that does not end belongs to nobody.
+/// The value of `for=` in each element of a `Forwarded`; `None` for an element without it. Returns `None` if the field is malformed:
+/// after a quote that does not end, elements cannot be separated.
 ///
 /// Linear in the field's length, which `limits.max_header_bytes` bounds.
 fn nodes_of(field: &[u8]) -> Option<Vec<Option<Vec<u8>>>> {
@@ -101,7 +101,7 @@ fn nodes_of(field: &[u8]) -> Option<Vec<Option<Vec<u8>>>> {
             }
             rest = after.trim_ascii_start();
         } else {
-            // An empty pair, as a list may have (RFC 9110, section 5.6.1).
+            // A list may have empty elements (RFC 9110, section 5.6.1).
             let end = rest.iter().position(|byte| matches!(byte, b',' | b';')).unwrap_or(rest.len());
             if !rest[..end].trim_ascii().is_empty() {
                 return None;
@@ -123,7 +123,7 @@ fn nodes_of(field: &[u8]) -> Option<Vec<Option<Vec<u8>>>> {
     }
 }
 
-/// A token or a quoted string, and what follows it.
+/// A token or a quoted string, and the rest of the text.
 fn value_of(text: &[u8]) -> Option<(Vec<u8>, &[u8])> {
     let text = text.trim_ascii_start();
     let Some(quoted) = text.strip_prefix(b"\"") else {
@@ -187,7 +187,7 @@ mod tests {
             let fields: Vec<_> = fields.iter().map(|value| ("x-forwarded-for", *value)).collect();
             assert_eq!(of("10.0.0.1", &fields), expected, "{fields:?}");
             assert_eq!(of("::ffff:10.0.0.1", &fields), expected, "{fields:?}");
-            // From somebody else it means nothing.
+            // From an address that is not a trusted proxy, the field is ignored.
             assert_eq!(of("203.0.113.7", &fields), "203.0.113.7");
         }
     }
@@ -234,10 +234,10 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn nothing_that_a_client_writes_stops_it(text in "[ -~\\t]{0,200}") {
+        fn no_field_of_a_client_breaks_it(text in "[ -~\\t]{0,200}") {
             for name in ["x-forwarded-for", "forwarded"] {
                 let spoofed = format!("{text}, {}198.51.100.1", if name == "forwarded" { "for=" } else { "" });
-                // Where the client's own part is malformed, `Forwarded` as a whole cannot be read; nothing else is ever believed.
+                // If the client's own part is malformed, the whole `Forwarded` is; then the nearest proxy is the client.
                 let client = of("10.0.0.1", &[(name, &spoofed)]);
                 proptest::prop_assert!(client == "198.51.100.1" || (name == "forwarded" && client == "10.0.0.1"), "{}", client);
             }

@@ -1,4 +1,4 @@
-//! The head of an answer that gives a blob or an entry.
+//! The status and headers of an answer with a blob or an entry.
 
 use crate::Selection;
 use castier_blob::Digest;
@@ -9,17 +9,20 @@ pub const REPR_DIGEST: HeaderName = HeaderName::from_static("repr-digest");
 /// `Cache-Status`, RFC 9211.
 pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 
-/// A blob never changes: a year is the longest age that caches commonly honour, and `immutable` (RFC 8246) stops revalidation on reload.
+/// `Cache-Control` of blobs. A blob never changes. A year is the longest age that caches commonly accept; `immutable` (RFC 8246) prevents
+/// revalidation on reload.
 pub const CACHE_FOREVER: HeaderValue = HeaderValue::from_static("public, max-age=31536000, immutable");
 
-/// Status and headers of the answer to a GET or HEAD of a blob of `size` bytes, `Content-Length` and all but `Date`.
-/// `size` is none while a blob of unknown length streams through; then only [`Selection::Whole`] and [`Selection::NotModified`] can be told.
+/// The status and all headers except `Date` of the answer to a GET or HEAD of a blob of `size` bytes.
+///
+/// `size` is `None` for a blob of unknown length that is being streamed. Then `selection` must be [`Selection::Whole`] or
+/// [`Selection::NotModified`].
 pub fn blob_head(digest: &Digest, size: Option<u64>, selection: Selection) -> (StatusCode, HeaderMap) {
     let mut headers = HeaderMap::with_capacity(12);
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     let known = size.map_or_else(|| "*".to_owned(), |n| n.to_string());
     if selection == Selection::Unsatisfiable {
-        // An error, so nothing here may invite a cache to keep it.
+        // An error: it must have no headers that let a cache keep it.
         headers.insert(header::CONTENT_RANGE, text(format!("bytes */{known}")));
         return (StatusCode::RANGE_NOT_SATISFIABLE, headers);
     }
@@ -44,7 +47,7 @@ pub fn blob_head(digest: &Digest, size: Option<u64>, selection: Selection) -> (S
     (status, headers)
 }
 
-/// As [`blob_head`], for a mutable entry whose bytes have this digest now: whoever keeps the answer must ask whether it still holds.
+/// As [`blob_head`], for a mutable entry whose bytes have this digest now. A cache must revalidate the answer before each use.
 pub fn entry_head(digest: &Digest, size: u64, selection: Selection) -> (StatusCode, HeaderMap) {
     let (status, mut headers) = blob_head(digest, Some(size), selection);
     if let Some(value) = headers.get_mut(header::CACHE_CONTROL) {
@@ -53,7 +56,7 @@ pub fn entry_head(digest: &Digest, size: u64, selection: Selection) -> (StatusCo
     (status, headers)
 }
 
-/// A header value made of text that this crate composed, and which is therefore visible ASCII.
+/// A header value from text that this crate composed, which is always visible ASCII.
 fn text(value: String) -> HeaderValue {
     HeaderValue::try_from(value).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
@@ -63,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_asked_about_again() {
+    fn entries_must_be_revalidated() {
         let digest = Digest::of(b"x");
         for selection in [Selection::Whole, Selection::Part { first: 0, last: 0 }, Selection::NotModified] {
             let (_, headers) = entry_head(&digest, 1, selection);

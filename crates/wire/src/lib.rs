@@ -1,13 +1,13 @@
-//! Content-addressed storage over HTTP: what stands in requests and answers, shared by the tier, the origin and the load tester, so that all of
-//! them answer the same request in the same words.
+//! Content-addressed storage over HTTP: paths, headers, conditions and error bodies. castier, castier-origin and castier-load share it, so
+//! that they give the same answers.
 //!
-//! Pure: it knows the `http` crate's types, and does no I/O.
+//! Pure: it uses the types of the `http` crate, and does no I/O.
 //!
-//! - [`Target`]: what a path asks for.
-//! - [`Selection`]: which part of a blob a request asks for, given its conditions and its range.
+//! - [`Target`]: the resource that a path names.
+//! - [`Selection`]: the part of a blob that a request selects, by its conditions and range.
 //! - [`blob_head`], [`entry_head`], [`Problem`]: heads of answers, and bodies of errors.
-//! - [`entry`]: names of what is stored under a key.
-//! - [`forwarded`], [`trace`]: which client a request comes from, and which request it is.
+//! - [`entry`]: names of entries, which are stored under a key.
+//! - [`forwarded`], [`trace`]: the client of a request, and the ids of a request.
 
 mod conditions;
 pub mod entry;

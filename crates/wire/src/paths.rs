@@ -1,9 +1,9 @@
-//! Where blobs are: paths with and without an instance in front, and the answer that names a stored blob.
+//! Paths of blobs, with and without an instance in front, and the answer to a POST.
 
 use castier_blob::Digest;
 use serde::{Deserialize, Serialize};
 
-/// Blobs live below this path: `GET /cas/<digest>`; `POST /cas` stores one and names it.
+/// The path of the blobs: `GET /cas/<digest>`. `POST /cas` stores a blob and returns its digest.
 pub const CAS: &str = "/cas";
 
 /// The path of one blob.
@@ -11,13 +11,13 @@ pub fn blob_path(digest: &Digest) -> String {
     format!("{CAS}/{digest}")
 }
 
-/// First parts of a path that name no instance: they have a meaning of their own. `v2` is the registry protocol's.
+/// First segments of a path that are not instances, since they have another meaning. `v2` belongs to the registry protocol.
 const NO_INSTANCE: [&str; 4] = ["ac", "cas", "kv", "v2"];
 /// The longest name of an instance.
 const MAX_INSTANCE: usize = 128;
 
-/// The instance in front of a path, and the rest of the path, from its slash on: `/team/cas/x` is `team` and `/cas/x`. None: there is no
-/// instance. It is one part of a path, made of unreserved characters (RFC 3986), so that it has one spelling.
+/// Splits a path into its instance and the rest: `/team/cas/x` gives `team` and `/cas/x`. Returns `None` if there is no instance. An
+/// instance is one segment of unreserved characters (RFC 3986), so that it has only one spelling.
 pub fn split_instance(path: &str) -> Option<(&str, &str)> {
     let path = path.strip_prefix('/')?;
     let (instance, rest) = path.split_at(path.find('/')?);
@@ -26,21 +26,21 @@ pub fn split_instance(path: &str) -> Option<(&str, &str)> {
     (sound && !NO_INSTANCE.contains(&instance)).then_some((instance, rest))
 }
 
-/// What a request path asks for.
+/// The resource that a request path names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target<'a> {
     /// `/cas/<digest>`, or `/<instance>/cas/<digest>`: all instances share the blobs.
     Blob(Digest),
     /// `/cas`: the collection that POST adds to.
     Collection,
-    /// Below `/cas/`, but no digest.
+    /// Below `/cas/`, but not a digest.
     Malformed(&'a str),
-    /// Anything else.
+    /// Any other path.
     Other,
 }
 
 impl<'a> Target<'a> {
-    /// Reads a path, without its query.
+    /// Parses a path without its query.
     pub fn of(path: &'a str) -> Self {
         match path.strip_prefix(CAS) {
             Some("") => Self::Collection,
@@ -52,9 +52,9 @@ impl<'a> Target<'a> {
         }
     }
 
-    /// A blob as an instance names it. What only looks like it is somebody else's path, and not a malformed one of ours.
+    /// A blob below an instance. A similar path without a valid digest is not malformed: it may belong to the origin.
     fn of_instance(path: &str) -> Option<Digest> {
-        // The cheap question first: hardly any other path is so long and has the name there.
+        // The cheap check first: few other paths have this length.
         let at = path.len().checked_sub(CAS.len() + 1 + Digest::TEXT_LEN)?;
         let name = path.get(at..)?.strip_prefix(CAS)?.strip_prefix('/')?;
         let (instance, _) = split_instance(path)?;
@@ -62,10 +62,10 @@ impl<'a> Target<'a> {
     }
 }
 
-/// The answer to a stored POST.
+/// The body of the answer to a POST.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stored {
-    /// The name the blob got, in text.
+    /// The blob's digest, as text.
     pub digest: String,
     /// Its length in bytes.
     pub size: u64,

@@ -3,7 +3,7 @@
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
 
-/// An error as the client reads it: `application/problem+json` (RFC 9457). Says what was wrong and what would be right; never what is inside.
+/// An error body: `application/problem+json` (RFC 9457). It says what was wrong and what would be right. It never shows internal details.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
     status: u16,
@@ -15,7 +15,7 @@ impl Problem {
     /// The media type of [`Self::to_json`].
     pub const MEDIA_TYPE: HeaderValue = HeaderValue::from_static("application/problem+json");
 
-    /// A problem with its status' own title.
+    /// A problem with the standard title of its status.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         Self { status: status.as_u16(), title: status.canonical_reason().unwrap_or("Error"), detail: detail.into() }
     }
@@ -28,7 +28,7 @@ impl Problem {
 
     /// The body.
     pub fn to_json(&self) -> String {
-        // A struct of a number and two strings cannot fail to serialise; the fallback keeps this total.
+        // A number and two strings always serialise, so the fallback is never used.
         serde_json::to_string(self).unwrap_or_else(|_| "{}".to_owned()) + "\n"
     }
 }

@@ -1,68 +1,68 @@
-//! Which request this is, across all programs that work for it: `traceparent` and `tracestate` (W3C Trace Context), and `X-Request-ID`.
+//! The ids of a request, in all programs that work for it: `traceparent` and `tracestate` (W3C Trace Context), and `X-Request-ID`.
 //!
-//! What a client sends is kept if it is sound, and replaced if it is not; what it does not send is made. Chance comes from the caller.
+//! A valid id from the client is kept. An invalid or missing one is replaced. The caller provides the random numbers.
 
 use crate::fields::Fields;
 use http::{HeaderName, HeaderValue};
 use std::{fmt, time::Duration};
 
-/// W3C Trace Context.
+/// `traceparent`, W3C Trace Context.
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-/// What tracing systems add to it.
+/// `tracestate`, W3C Trace Context: data of tracing systems.
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
-/// The name that proxies give to a request.
+/// `X-Request-ID`: the id that proxies give to a request.
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// The longest `tracestate` that is passed on: as long as everybody must be able to pass on.
+/// The longest `tracestate` that is passed on. W3C Trace Context requires at least this length.
 const MOST_STATE: usize = 512;
-/// The longest `X-Request-ID` that is kept. A UUID has 36 characters.
+/// The longest `X-Request-ID` that is kept. (A UUID has 36 characters.)
 const MOST_ID: usize = 128;
 
-/// The flag of a request whose spans are wanted.
+/// The flag "sampled".
 const SAMPLED: u8 = 1;
-/// The flag of an identity that is made by chance.
+/// The flag "random trace id".
 const RANDOM: u8 = 2;
 
-/// A request's part in a trace.
+/// The trace of a request, and the request's span in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace {
     id: u128,
-    /// What this program does for the request.
+    /// The span of this program.
     span: u64,
-    /// What the sender was doing, if it told.
+    /// The sender's span, if it sent one.
     parent: Option<u64>,
-    /// What a source is told of as its parent: what is done here as a whole, or a part of it.
+    /// The span that is sent to a source as its parent: `span`, or a part of it.
     told: u64,
     flags: u8,
-    /// Passed on as it came.
+    /// Passed on unchanged.
     state: Option<HeaderValue>,
     request_id: RequestId,
 }
 
-/// The name of one request.
+/// The id of one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum RequestId {
-    /// As it came.
+    /// From the sender.
     Kept(HeaderValue),
-    /// Made here.
+    /// Created here.
     Made(u128),
 }
 
-/// What [`Trace::of`] needs of chance. Zeros are no identities, so they count as ones.
+/// The random numbers that [`Trace::of`] needs. A zero is not a valid id, so it counts as 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Chance {
-    /// For an identity of a trace.
+    /// For the id of the trace.
     pub trace: u128,
-    /// For the identity of a request.
+    /// For the id of the request.
     pub request: u128,
-    /// For the identity of what is done here.
+    /// For the id of the span.
     pub span: u64,
-    /// Whether a trace that begins here is sampled.
+    /// Whether a trace that starts here is sampled.
     pub sampled: bool,
 }
 
 impl Trace {
-    /// The trace that a request with these fields belongs to; a new one if it names none.
+    /// The trace of a request with these fields. If they have no valid trace, a new one.
     pub fn of(fields: &impl Fields, chance: Chance) -> Self {
         let kept = fields.the_one("x-request-id").map(<[u8]>::trim_ascii).filter(|id| is_sane(id));
         let request_id = match kept.and_then(|id| HeaderValue::from_bytes(id).ok()) {
@@ -76,7 +76,7 @@ impl Trace {
         }
     }
 
-    /// A trace of which nobody has told.
+    /// A new trace.
     pub fn new(chance: Chance) -> Self {
         Self::begin(RequestId::Made(chance.request), chance)
     }
@@ -86,33 +86,33 @@ impl Trace {
         Self { id: chance.trace.max(1), span, parent: None, told: span, flags, state: None, request_id }
     }
 
-    /// The same, seen from a part of what is done here: sources are told that this part asks.
+    /// The same trace, with a part of this program's span as the parent for sources.
     pub fn part(&self, span: u64) -> Self {
         Self { told: span.max(1), ..self.clone() }
     }
 
-    /// Whether its spans are wanted.
+    /// Whether the trace is sampled.
     pub const fn is_sampled(&self) -> bool {
         self.flags & SAMPLED != 0
     }
 
-    /// The identity of the trace, in 32 hexadecimal characters.
+    /// The id of the trace, as 32 hexadecimal characters.
     pub fn trace_id(&self) -> impl fmt::Display + use<> {
         Hex(self.id)
     }
 
-    /// The name of the request.
+    /// The id of the request.
     pub fn request_id(&self) -> impl fmt::Display + '_ {
         &self.request_id
     }
 
-    /// What the next program is told: the value of each field, or that it must not stand there.
+    /// The fields for the next program. `None` means that the field must be removed.
     pub fn tell(&self) -> [(HeaderName, Option<HeaderValue>); 3] {
         let parent = format!("00-{:032x}-{:016x}-{:02x}", self.id, self.told, self.flags);
         [(TRACEPARENT, HeaderValue::try_from(parent).ok()), (TRACESTATE, self.state.clone()), (X_REQUEST_ID, self.tell_id())]
     }
 
-    /// The name of the request as a header value.
+    /// The id of the request as a header value.
     pub fn tell_id(&self) -> Option<HeaderValue> {
         match &self.request_id {
             RequestId::Kept(id) => Some(id.clone()),
@@ -120,12 +120,12 @@ impl Trace {
         }
     }
 
-    /// What is done here for the request, as a span.
+    /// The span of this program's work for the request.
     pub fn server_span(&self, name: String, took: Duration, error: Option<String>, attributes: Attributes) -> Span {
         Span { trace: self.id, id: self.span, parent: self.parent, of: Kind::Server, name, took, error, attributes }
     }
 
-    /// What a source did for the request, as a span: the [part](Self::part) that this is.
+    /// The span of a request to a source. `self` is the [part](Self::part) for it.
     pub fn client_span(&self, name: String, took: Duration, error: Option<String>, attributes: Attributes) -> Span {
         Span { trace: self.id, id: self.told, parent: Some(self.span), of: Kind::Client, name, took, error, attributes }
     }
@@ -148,51 +148,51 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// Something that was done, from some moment until now.
+/// A span that ends now.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
     /// The trace that it belongs to.
     pub trace: u128,
-    /// Its own identity.
+    /// Its id.
     pub id: u64,
-    /// What it was done for.
+    /// The id of its parent.
     pub parent: Option<u64>,
-    /// On which side of a request it was done.
+    /// The side of the request.
     pub of: Kind,
-    /// What it was, in few words.
+    /// A short description.
     pub name: String,
     /// How long it took.
     pub took: Duration,
     /// Why it failed, if it did.
     pub error: Option<String>,
-    /// What else is known of it.
+    /// More data.
     pub attributes: Attributes,
 }
 
-/// What is known of a span, under the names of OpenTelemetry's conventions.
+/// The attributes of a span, with the names of OpenTelemetry's conventions.
 pub type Attributes = Vec<(&'static str, Value)>;
 
 /// The side of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// It was answered.
+    /// This program answered the request.
     Server,
-    /// It was asked.
+    /// This program sent the request.
     Client,
 }
 
 /// The value of an attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Value {
-    /// A text.
+    /// Any text.
     Text(String),
-    /// A word of our own.
+    /// A constant of castier.
     Word(&'static str),
     /// A whole number.
     Number(i64),
 }
 
-/// Identity, parent and flags of a `traceparent`. A version that is not known yet is read as far as this one goes.
+/// The trace id, the parent id and the flags of a `traceparent`. Of an unknown later version, reads the fields of this version.
 fn parent(value: &[u8]) -> Option<(u128, u64, u8)> {
     let value = str::from_utf8(value).ok()?;
     let version = hex(value.get(..2)?)?;
@@ -207,13 +207,13 @@ fn parent(value: &[u8]) -> Option<(u128, u64, u8)> {
     sound.then_some((id, parent as u64, flags as u8 & (SAMPLED | RANDOM)))
 }
 
-/// A number in lower case.
+/// Parses hexadecimal digits in lower case.
 fn hex(text: &str) -> Option<u128> {
     let lower = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     if lower { u128::from_str_radix(text, 16).ok() } else { None }
 }
 
-/// The `tracestate` as one list, if it is small and plain text.
+/// The `tracestate` as one list, if it is short and visible ASCII.
 fn state(fields: &impl Fields) -> Option<HeaderValue> {
     let mut list = Vec::new();
     for value in fields.values("tracestate").map(<[u8]>::trim_ascii).filter(|value| !value.is_empty()) {
@@ -229,7 +229,7 @@ fn state(fields: &impl Fields) -> Option<HeaderValue> {
     if plain { HeaderValue::from_bytes(&list).ok() } else { None }
 }
 
-/// Whether a name of a request can stand in records and headers as it is.
+/// Whether a request id can be used in log records and headers unchanged.
 fn is_sane(id: &[u8]) -> bool {
     (1..=MOST_ID).contains(&id.len()) && id.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:+=/@~,;".contains(byte))
 }
@@ -268,7 +268,7 @@ mod tests {
             assert_eq!(trace.is_sampled(), flags.ends_with(['1', '3', 'f']));
             assert_eq!(told(&[("traceparent", &parent)])["traceparent"], format!("00-{ID}-00000000000000cc-{passed}"));
         }
-        // Of a version to come.
+        // A later version.
         for more in ["", "-", "-what-the-future-brings"] {
             let parent = format!("cc-{ID}-00f067aa0ba902b7-01{more}");
             assert_eq!(told(&[("traceparent", &parent)])["traceparent"], format!("00-{ID}-00000000000000cc-01"));

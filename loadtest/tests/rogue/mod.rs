@@ -1,4 +1,4 @@
-//! A small content-addressed store over HTTP that does one thing wrong, on every tenth GET unless it says otherwise.
+//! A small content-addressed store over HTTP with one fault, on every tenth GET unless noted.
 
 use castier_blob::Digest;
 use castier_wire as wire;
@@ -16,7 +16,7 @@ use std::{
 /// How long [`Fault::StallOnce`] stalls.
 pub(crate) const STALL: Duration = Duration::from_millis(400);
 
-/// What it does wrong.
+/// The fault.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
     None,
@@ -26,11 +26,11 @@ pub(crate) enum Fault {
     Unavailable,
     /// Announces the body and sends half of it.
     Truncate,
-    /// Not wrong at all: sends the body in chunks, with a trailer.
+    /// No fault: sends the body in chunks, with a trailer.
     Chunked,
-    /// Closes the connection after the answer without a word about it.
+    /// Closes the connection after the answer without announcing it.
     CloseAfter,
-    /// Sits on the tenth GET.
+    /// Stalls once, at the tenth GET.
     StallOnce,
     /// Never answers.
     Hang,
@@ -38,15 +38,15 @@ pub(crate) enum Fault {
     Gone,
     /// Sends more than it announced.
     TooMuch,
-    /// Not wrong at all: says no length to a HEAD.
+    /// No fault: the answer to a HEAD has no length.
     NoLength,
     /// Refuses PUTs without reading them, and keeps the connection.
     RefuseUnread,
-    /// Is no store: 404 to everything.
+    /// Not a store: answers 404 to everything.
     WebServer,
-    /// Is no store: 400 to everything.
+    /// Not a store: answers 400 to everything.
     AlwaysBad,
-    /// Has no room.
+    /// Is full.
     RefusePuts,
 }
 
@@ -84,7 +84,7 @@ impl Rogue {
             for stream in listener.incoming() {
                 let shared = Arc::clone(&acceptor);
                 shared.connections.fetch_add(1, SeqCst);
-                // A client that goes away ends its thread, and that is all.
+                // A client that disconnects ends only its own thread.
                 std::thread::spawn(move || drop(shared.serve(stream.unwrap())));
             }
         });
@@ -148,7 +148,7 @@ impl Shared {
         }
     }
 
-    /// Answers one request; whether the connection goes on.
+    /// Answers one request. Returns whether the connection stays open.
     fn answer(&self, stream: &mut TcpStream, method: &str, path: &str, body: Vec<u8>) -> std::io::Result<bool> {
         match self.fault {
             Fault::WebServer => return plain(stream, "404 Not Found", b""),

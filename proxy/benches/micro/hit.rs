@@ -2,7 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 use castier::{
-    recent::{Asked, Recent},
+    recent::{ClientRequest, Recent},
     reply::{Body, Reply},
     request_head,
 };
@@ -70,7 +70,7 @@ pub(crate) fn note(criterion: &mut Criterion) {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 let (client, first_byte) = (Some(Ipv4Addr::LOCALHOST.into()), Some(Duration::from_micros(7)));
-                recent.note(&Asked { client, digest: next.next().copied(), reads: true, code: 200, bytes: 1024, first_byte });
+                recent.note(&ClientRequest { client, digest: next.next().copied(), reads: true, code: 200, bytes: 1024, first_byte });
             });
         });
     }

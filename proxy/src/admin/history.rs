@@ -1,4 +1,5 @@
-//! The last quarter of an hour, in steps of [`STEP`]: differences of counters, so that a page that is opened late has the past.
+//! The history of the last 15 minutes, in steps of [`STEP`], so that the status page shows the past when it is opened. Each point is a
+//! difference of counters.
 
 use super::utc::unix;
 use crate::recent::Latency;
@@ -8,18 +9,18 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// From one point to the next.
+/// The time between two points.
 pub const STEP: Duration = Duration::from_secs(10);
-/// How many points are kept.
+/// The number of points: 15 minutes.
 const POINTS: usize = 90;
-/// First bytes are told of the last minute, in steps.
-const MINUTE: usize = 6;
-/// How fast tiers fill is told of the last five minutes, in steps.
-const FILLING: usize = 30;
-/// A year: nobody plans for longer.
-const LONGEST: f64 = 365.0 * 86_400.0;
+/// The latencies of first bytes cover this many steps: one minute.
+const LATENCY_STEPS: usize = 6;
+/// The forecast of when a tier is full uses this many steps: five minutes.
+const FORECAST_STEPS: usize = 30;
+/// The longest forecast, in seconds: one year.
+const MAX_FORECAST: f64 = 365.0 * 86_400.0;
 
-/// What is counted, since the start, at one moment.
+/// The node's counters at one moment, since the start.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Figures {
     /// Requests of clients.
@@ -28,24 +29,24 @@ pub(super) struct Figures {
     pub(super) gets: u64,
     /// Those of them that a tier answered.
     pub(super) hits: u64,
-    /// Requests of clients that failed by no fault of theirs.
+    /// Requests of clients that failed for a reason on this side: status 500 and above, and cut answers.
     pub(super) errors: u64,
     /// Bytes of blobs sent to clients.
     pub(super) bytes_served: u64,
     /// Bytes of blobs received from the origin.
     pub(super) bytes_from_origin: u64,
-    /// How long first bytes took.
+    /// Latencies of first bytes.
     pub(super) first_byte: Latency,
-    /// What each tier holds, and how much it has evicted.
-    pub(super) tiers: [Fill; 3],
+    /// The level and the evictions of each tier.
+    pub(super) tiers: [TierLevel; 3],
 }
 
 /// How full a tier is.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Fill {
+pub(super) struct TierLevel {
     /// Bytes in it.
     pub(super) bytes: u64,
-    /// Bytes that it takes.
+    /// Its capacity in bytes.
     pub(super) capacity: u64,
     /// Blobs that it has evicted since the start.
     pub(super) evictions: u64,
@@ -54,7 +55,7 @@ pub(super) struct Fill {
 /// One step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Point {
-    /// When it ended, in seconds since 1970.
+    /// The end of the step, in seconds since 1970.
     at: u64,
     requests: u64,
     gets: u64,
@@ -66,14 +67,14 @@ pub(super) struct Point {
     first_byte_p99_ms: Option<f64>,
 }
 
-/// The points, the oldest first.
+/// The object `history` of `/stats`. The oldest point comes first.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Past {
     step_seconds: u64,
     points: Vec<Point>,
 }
 
-/// How long first bytes took in the last minute.
+/// The object `first_byte` of `/stats`: latencies of the last minute.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(super) struct FirstByte {
     p50_ms: Option<f64>,
@@ -83,12 +84,12 @@ pub(super) struct FirstByte {
 #[derive(Default)]
 pub(super) struct History {
     points: VecDeque<Point>,
-    /// What was counted at the ends of the last steps, the oldest first.
+    /// The counters at the ends of the last steps, the oldest first.
     figures: VecDeque<(Instant, Figures)>,
 }
 
 impl History {
-    /// Ends a step.
+    /// Ends a step at the time `at` (wall clock) and `now`, with these counters.
     pub(super) fn step(&mut self, at: SystemTime, now: Instant, figures: Figures) {
         if let Some((_, before)) = self.figures.back() {
             let since = |now: u64, then: u64| now.saturating_sub(then);
@@ -109,7 +110,7 @@ impl History {
             self.points.pop_front();
         }
         self.figures.push_back((now, figures));
-        if self.figures.len() > FILLING + 1 {
+        if self.figures.len() > FORECAST_STEPS + 1 {
             self.figures.pop_front();
         }
     }
@@ -118,15 +119,16 @@ impl History {
         Past { step_seconds: STEP.as_secs(), points: self.points.iter().cloned().collect() }
     }
 
-    /// How long first bytes took in the last minute or so.
+    /// The latencies of the last minute. `now` are the latencies since the start.
     pub(super) fn first_byte(&self, now: &Latency) -> FirstByte {
-        let before = self.figures.iter().rev().nth(MINUTE - 1).or_else(|| self.figures.front());
+        let before = self.figures.iter().rev().nth(LATENCY_STEPS - 1).or_else(|| self.figures.front());
         let lately = before.map_or_else(|| now.clone(), |(_, figures)| now.since(&figures.first_byte));
         FirstByte { p50_ms: lately.quantile(0.5), p99_ms: lately.quantile(0.99) }
     }
 
-    /// In how many seconds a tier will be full, if it goes on to fill as in the last five minutes: 0 if it is full, none if it does not fill.
-    pub(super) fn full_in(&self, tier: usize, now: Instant, fill: Fill) -> Option<u64> {
+    /// In how many seconds the tier will be full, if it fills as fast as in the last five minutes. 0 if it is full; `None` if it does not
+    /// fill, or not within a year.
+    pub(super) fn full_in(&self, tier: usize, now: Instant, fill: TierLevel) -> Option<u64> {
         let (at, before) = self.figures.front()?;
         let before = before.tiers[tier];
         if fill.evictions > before.evictions || fill.capacity > 0 && fill.bytes >= fill.capacity {
@@ -138,7 +140,7 @@ impl History {
             return None;
         }
         let left = (fill.capacity - fill.bytes.min(fill.capacity)) as f64 / (grown / seconds);
-        (left < LONGEST).then_some(left as u64)
+        (left < MAX_FORECAST).then_some(left as u64)
     }
 }
 
@@ -146,7 +148,7 @@ impl History {
 mod tests {
     use super::*;
 
-    /// A history whose counters have grown by the number of each step, one step after the other.
+    /// A history in which step number `n` counts `n` requests.
     fn history(steps: u64) -> History {
         let (mut history, start) = (History::default(), Instant::now());
         let mut requests = 0;
@@ -159,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn points_are_differences_and_the_oldest_go_first() {
+    fn points_are_differences_and_the_oldest_are_dropped() {
         assert_eq!(history(0).past().points, []);
         assert_eq!(history(1).past().points, [], "a step has a beginning and an end");
         let past = history(3).past();
@@ -177,9 +179,9 @@ mod tests {
     }
 
     #[test]
-    fn when_a_tier_is_full() {
+    fn the_forecast_of_a_full_tier() {
         let (mut history, start) = (History::default(), Instant::now());
-        let fill = |bytes, evictions| Fill { bytes, capacity: 1000, evictions };
+        let fill = |bytes, evictions| TierLevel { bytes, capacity: 1000, evictions };
         assert_eq!(history.full_in(0, start, fill(1, 0)), None, "nothing is known yet");
         history.step(SystemTime::UNIX_EPOCH, start, Figures { tiers: [fill(100, 5); 3], ..Figures::default() });
         let now = start + STEP;
@@ -188,7 +190,7 @@ mod tests {
         assert_eq!(history.full_in(1, now, fill(200, 5)), Some(80), "100 in 10 s, and 800 to go");
         assert_eq!(history.full_in(2, now, fill(900, 6)), Some(0), "it evicts");
         assert_eq!(history.full_in(2, now, fill(1000, 5)), Some(0));
-        assert_eq!(history.full_in(2, now, Fill::default()), None, "there is none");
-        assert_eq!(history.full_in(0, now, Fill { bytes: 101, capacity: u64::MAX, evictions: 5 }), None, "in some million years");
+        assert_eq!(history.full_in(2, now, TierLevel::default()), None, "there is none");
+        assert_eq!(history.full_in(0, now, TierLevel { bytes: 101, capacity: u64::MAX, evictions: 5 }), None, "in some million years");
     }
 }

@@ -1,4 +1,4 @@
-//! The status page: one document, and the headers that confine it.
+//! The status page: one document, and the headers that restrict it.
 
 use axum::{
     http::header,
@@ -8,15 +8,15 @@ use data_encoding::BASE64;
 use sha2::{Digest as _, Sha256};
 use std::sync::LazyLock;
 
-/// The document, with its style and its script. All figures come from `/stats`, by the script.
+/// The document, with its style and its script. The script fetches all figures from `/stats`.
 const PAGE: &str = include_str!("page.html");
-/// What stands around the style and around the script.
+/// The tags around the style and the script.
 const STYLE: (&str, &str) = ("<style>", "</style>");
 const SCRIPT: (&str, &str) = ("<script type=\"module\">", "</script>");
 
-/// What a browser may do with the page: run this script, use this style, and ask this listener.
+/// The Content-Security-Policy: the browser may run this script, use this style, and send requests to this listener.
 ///
-/// The script cannot turn text into markup either (`require-trusted-types-for`): client names, digests and errors come from strangers.
+/// The script cannot turn text into markup (`require-trusted-types-for`), since client names, digests and errors are untrusted.
 static POLICY: LazyLock<String> = LazyLock::new(|| {
     format!(
         "default-src 'none'; script-src '{}'; style-src '{}'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; \
@@ -26,12 +26,12 @@ static POLICY: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
-/// The text of the page between two marks; nothing if they are missing.
+/// The text of the page between two tags; empty if they are missing.
 fn inline((start, end): (&str, &str)) -> &'static str {
     PAGE.split_once(start).and_then(|(_, rest)| rest.split_once(end)).map_or("", |(inside, _)| inside)
 }
 
-/// As a Content-Security-Policy names an inline element.
+/// The hash by which a Content-Security-Policy names an inline element.
 fn hash(text: &str) -> String {
     format!("sha256-{}", BASE64.encode(&Sha256::digest(text)))
 }

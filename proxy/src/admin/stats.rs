@@ -1,9 +1,9 @@
-//! What `/stats` tells: the node at this moment, its past quarter of an hour, and who asks for what.
+//! The JSON of `/stats`. docs/operations.md describes its fields.
 
 use super::{
     Admin, Phase,
-    history::{Figures, Fill, FirstByte, Past},
-    problems::{Problem, Seen},
+    history::{Figures, FirstByte, Past, TierLevel},
+    problems::{NodeProblem, NodeState},
     utc::Utc,
 };
 use crate::{groupcache::GroupcacheStats, members, memory_plan, recent::Top};
@@ -11,10 +11,10 @@ use castier_cache::{DiskState, Tier as CacheTier, TierStats};
 use serde::Serialize;
 use std::time::{Duration, Instant, SystemTime};
 
-/// How many flights are told, the oldest first.
+/// The length of the list `flights`.
 const FLIGHTS: usize = 20;
 
-/// The node in a few lines: what goes to the log.
+/// `/stats` without its lists. castier logs it every `log.stats_interval`.
 #[derive(Serialize)]
 pub struct Brief {
     #[serde(flatten)]
@@ -26,31 +26,31 @@ pub struct Brief {
     started: Utc,
     now: Utc,
     state: Phase,
-    origin: Origin,
-    disk_tier: DiskTier,
-    tiers: Tiers,
-    problems: Vec<Problem>,
-    requests: Requests,
-    bytes: Bytes,
+    origin: OriginStats,
+    disk_tier: DiskTierStats,
+    tiers: TiersStats,
+    problems: Vec<NodeProblem>,
+    requests: RequestStats,
+    bytes: ByteStats,
     first_byte: FirstByte,
     flights_total: usize,
 }
 
-/// All of it.
+/// The whole answer.
 #[derive(Serialize)]
 pub struct Stats {
     #[serde(flatten)]
     brief: Brief,
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster: Option<members::Status>,
-    members: Vec<Member>,
-    flights: Vec<Flight>,
+    members: Vec<MemberRow>,
+    flights: Vec<FlightRow>,
     top: Top,
     history: Past,
 }
 
 #[derive(Serialize)]
-struct Origin {
+struct OriginStats {
     up: bool,
     since: Option<Utc>,
     requests: u64,
@@ -59,7 +59,7 @@ struct Origin {
 }
 
 #[derive(Serialize)]
-struct DiskTier {
+struct DiskTierStats {
     state: &'static str,
     since: Option<Utc>,
     path: Option<String>,
@@ -68,14 +68,14 @@ struct DiskTier {
 }
 
 #[derive(Serialize)]
-struct Tiers {
-    memory: Tier,
-    mirror: Tier,
-    disk: Tier,
+struct TiersStats {
+    memory: TierReport,
+    mirror: TierReport,
+    disk: TierReport,
 }
 
 #[derive(Serialize)]
-struct Tier {
+struct TierReport {
     #[serde(flatten)]
     stats: TierStats,
     evicted_age_seconds: Option<f64>,
@@ -83,7 +83,7 @@ struct Tier {
 }
 
 #[derive(Serialize)]
-struct Requests {
+struct RequestStats {
     total: u64,
     errors: u64,
     in_flight: u64,
@@ -92,14 +92,14 @@ struct Requests {
 }
 
 #[derive(Serialize)]
-struct Bytes {
+struct ByteStats {
     served: u64,
     from_origin: u64,
     from_peers: u64,
 }
 
 #[derive(Serialize)]
-struct Member {
+struct MemberRow {
     name: String,
     #[serde(rename = "self")]
     itself: bool,
@@ -111,7 +111,7 @@ struct Member {
 }
 
 #[derive(Serialize)]
-struct Flight {
+struct FlightRow {
     digest: String,
     bytes: u64,
     size: Option<u64>,
@@ -121,10 +121,10 @@ struct Flight {
 }
 
 impl Admin {
-    /// Everything, as of now.
+    /// The whole answer, now.
     pub fn stats(&self) -> Stats {
         let (flights_total, flights) = self.node.cache.in_progress(FLIGHTS);
-        let flights = flights.into_iter().map(|flight| Flight {
+        let flights = flights.into_iter().map(|flight| FlightRow {
             digest: flight.digest.to_string(),
             bytes: flight.bytes,
             size: flight.size,
@@ -132,7 +132,7 @@ impl Admin {
             readers: flight.readers,
             from: flight.from.as_str(),
         });
-        let members = self.members.as_ref().map(|members| members.figures()).unwrap_or_default().into_iter().map(|member| Member {
+        let members = self.members.as_ref().map(|members| members.figures()).unwrap_or_default().into_iter().map(|member| MemberRow {
             name: member.name,
             itself: member.itself,
             up: member.up,
@@ -151,7 +151,7 @@ impl Admin {
         }
     }
 
-    /// What goes to the log: without `top`, `history`, `flights`, and `members`.
+    /// The answer without `top`, `history`, `flights`, `members` and `cluster`.
     pub fn brief(&self) -> Brief {
         let (metrics, now) = (&self.metrics, Instant::now());
         let tiers = self.node.cache.tier_stats();
@@ -159,10 +159,10 @@ impl Admin {
             let history = self.history.lock();
             let tier = |tier: CacheTier| {
                 let stats = tiers[tier as usize].1;
-                Tier {
+                TierReport {
                     stats,
                     evicted_age_seconds: metrics.cache.evicted_age(tier).map(|age| age.as_secs_f64()),
-                    full_in_seconds: history.full_in(tier as usize, now, fill(stats)),
+                    full_in_seconds: history.full_in(tier as usize, now, level(stats)),
                 }
             };
             (history.first_byte(&metrics.recent.first_byte()), CacheTier::ALL.map(tier))
@@ -182,14 +182,14 @@ impl Admin {
             started: Utc(self.started),
             now: Utc(SystemTime::now()),
             state: self.phase(),
-            origin: Origin {
+            origin: OriginStats {
                 up: origin.is_none_or(|origin| origin.up),
                 since: origin.and_then(|origin| origin.since).map(Utc),
                 requests: origin.map_or(0, |origin| origin.requests),
                 errors: origin.map_or(0, |origin| origin.errors),
                 bytes: from_origin,
             },
-            disk_tier: DiskTier {
+            disk_tier: DiskTierStats {
                 state: match disk_state {
                     None => "none",
                     Some(DiskState::Ok) => "ok",
@@ -201,25 +201,25 @@ impl Admin {
                 filesystem_avail_bytes: u64::try_from(metrics.cache.disk_avail.get()).unwrap_or(0),
                 errors: metrics.cache.all_disk_errors(),
             },
-            tiers: Tiers { memory, mirror, disk },
+            tiers: TiersStats { memory, mirror, disk },
             problems: self.problems(),
-            requests: Requests {
+            requests: RequestStats {
                 total,
                 errors,
                 in_flight,
                 shed: metrics.sheds().iter().map(|(_, count)| count).sum(),
                 connections: u64::try_from(metrics.connections.get()).unwrap_or(0),
             },
-            bytes: Bytes { served: metrics.served_to_clients(), from_origin, from_peers },
+            bytes: ByteStats { served: metrics.served_to_clients(), from_origin, from_peers },
             first_byte,
             flights_total: self.node.cache.in_progress(0).0,
         }
     }
 
-    /// Ends a step of the history. To be called every [`super::STEP`].
+    /// Ends a step of the history. Call it every [`super::STEP`].
     pub fn step(&self) {
         let (metrics, now) = (&self.metrics, Instant::now());
-        let tiers = self.node.cache.tier_stats().map(|(_, stats)| fill(stats));
+        let tiers = self.node.cache.tier_stats().map(|(_, stats)| level(stats));
         let (requests, errors, _) = metrics.client_requests();
         let figures = Figures {
             requests,
@@ -232,18 +232,18 @@ impl Admin {
             tiers,
         };
         self.history.lock().step(SystemTime::now(), now, figures);
-        metrics.recent.turn(now);
-        // What happens between two looks is told as of the second.
+        metrics.recent.rotate(now);
+        // Dates new problems, even if nobody reads `/stats`.
         self.problems();
     }
 
-    fn problems(&self) -> Vec<Problem> {
+    fn problems(&self) -> Vec<NodeProblem> {
         let origin = self.origin.origin_state().filter(|origin| !origin.up);
         let disk = self.node.cache.disk().map(|disk| disk.state());
         let since = |state| disk.filter(|(now, _)| *now == state).map(|(_, since)| since.unwrap_or(self.started));
         let members = self.members.as_ref().map(|members| members.figures()).unwrap_or_default();
         let down = members.into_iter().filter(|member| !member.up);
-        let seen = Seen {
+        let node = NodeState {
             origin_down: origin.map(|origin| origin.since.unwrap_or(self.started)),
             disk_read_only: since(DiskState::ReadOnly),
             disk_silent: since(DiskState::NotAnswering),
@@ -253,15 +253,15 @@ impl Admin {
             log_dropped: castier_serverkit::log::drops().to_vec(),
             memory: self.memory_limit.and_then(|limit| Some((memory_plan::resident()?, limit))),
         };
-        self.problems.lock().look(SystemTime::now(), &seen)
+        self.problems.lock().update(SystemTime::now(), &node)
     }
 }
 
-const fn fill(stats: TierStats) -> Fill {
-    Fill { bytes: stats.bytes, capacity: stats.capacity, evictions: stats.evictions }
+const fn level(stats: TierStats) -> TierLevel {
+    TierLevel { bytes: stats.bytes, capacity: stats.capacity, evictions: stats.evictions }
 }
 
-/// In seconds, to the millisecond.
+/// Seconds, rounded to milliseconds.
 fn rounded(time: Duration) -> f64 {
     (time.as_secs_f64() * 1000.0).round() / 1000.0
 }

@@ -1,9 +1,9 @@
-//! Times as `/stats` tells them.
+//! The format of times in `/stats`.
 
 use serde::{Serialize, Serializer};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A moment, in RFC 3339 to the second.
+/// A time that serialises as RFC 3339, to the second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Utc(pub(super) SystemTime);
 
@@ -13,7 +13,7 @@ impl Serialize for Utc {
     }
 }
 
-/// In seconds since 1970.
+/// Seconds since 1970.
 pub(super) fn unix(at: SystemTime) -> u64 {
     at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

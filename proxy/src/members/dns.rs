@@ -1,4 +1,4 @@
-//! Members from the domain name system.
+//! Looks up the members in DNS.
 
 use async_trait::async_trait;
 use castier_config::{Cluster, Peer};
@@ -9,34 +9,36 @@ use hickory_resolver::{
 };
 use std::net::IpAddr;
 
-/// Says who the members are.
+/// A source of the list of members.
 #[async_trait]
 pub(super) trait Resolve: Send + Sync + 'static {
-    /// All members as of now, in any order; none, or an error, if that cannot be told.
+    /// All members now, in any order.
+    ///
+    /// # Errors
+    /// A text that says why the look-up failed. An empty list counts as a failure too.
     async fn resolve(&self) -> Result<Vec<Peer>, String>;
 }
 
-/// `cluster.dns`: the addresses of a name, or SRV records, whose targets, ports and weights it takes and whose priorities it ignores,
-/// as every member works.
+/// `cluster.dns`: the addresses of a name, or SRV records. Of SRV records it uses targets, ports and weights, and ignores priorities, since
+/// all members are in use.
 ///
-/// Of addresses it takes one family, that of `cluster.advertise`: nodes with an address of each would count twice.
+/// Of addresses it uses one family, that of `cluster.advertise`. Otherwise a node with an address of each family would count twice.
 pub(super) struct Dns {
     resolver: TokioResolver,
     name: String,
-    kind: Kind,
+    records: Records,
 }
 
-enum Kind {
+enum Records {
     Srv,
     Addresses { port: u16, record: RecordType },
 }
 
 impl Dns {
-    /// Asks the system's name servers, with its search domains and its file of hosts. Nothing is cached: what was true
-    /// `cluster.refresh` ago is what is to be found out.
+    /// Uses the system's name servers, search domains and hosts file. Caches nothing: every `cluster.refresh` must see the current records.
     ///
     /// # Errors
-    /// A text that names the key, or the system's file, that cannot be used.
+    /// A text that names the invalid key, or the invalid file of the system.
     pub(super) fn new(config: &Cluster) -> Result<Self, String> {
         let unusable = |error| format!("cluster.dns: the system's name servers are not known ({error}); see /etc/resolv.conf");
         let mut builder = TokioResolver::builder(TokioRuntimeProvider::default()).map_err(unusable)?;
@@ -46,31 +48,31 @@ impl Dns {
 
     fn with(resolver: TokioResolver, config: &Cluster) -> Result<Self, String> {
         if config.dns.starts_with('_') {
-            return Ok(Self { resolver, name: config.dns.clone(), kind: Kind::Srv });
+            return Ok(Self { resolver, name: config.dns.clone(), records: Records::Srv });
         }
         let service: Peer = config.dns.parse().map_err(|error| format!("cluster.dns: {error}"))?;
         let advertise: Peer = config.advertise.parse().map_err(|error| format!("cluster.advertise: {error}"))?;
         let record = if matches!(advertise.ip(), Some(IpAddr::V6(_))) { RecordType::AAAA } else { RecordType::A };
-        // The search list applies to names that do not end with a dot, which a parsed host has lost.
+        // The search list applies to names without a final dot. Parsing a host removes the dot, so restore it.
         let rooted = config.dns.rsplit_once(':').is_some_and(|(host, _)| host.ends_with('.'));
         let name = if rooted { service.host + "." } else { service.host };
-        Ok(Self { resolver, name, kind: Kind::Addresses { port: service.port, record } })
+        Ok(Self { resolver, name, records: Records::Addresses { port: service.port, record } })
     }
 }
 
 #[async_trait]
 impl Resolve for Dns {
     async fn resolve(&self) -> Result<Vec<Peer>, String> {
-        let record = match self.kind {
-            Kind::Srv => RecordType::SRV,
-            Kind::Addresses { record, .. } => record,
+        let record = match self.records {
+            Records::Srv => RecordType::SRV,
+            Records::Addresses { record, .. } => record,
         };
         let found = self.resolver.lookup(self.name.as_str(), record).await.map_err(|error| error.to_string())?;
-        let peer = |data: &RData| match (data, &self.kind) {
-            (RData::SRV(srv), Kind::Srv) => format!("{}:{} weight={}", srv.target, srv.port, srv.weight.max(1)).parse().ok(),
-            (RData::A(ip), Kind::Addresses { port, .. }) => Some(Peer { host: ip.to_string(), port: *port, weight: 1 }),
-            (RData::AAAA(ip), Kind::Addresses { port, .. }) => Some(Peer { host: ip.to_string(), port: *port, weight: 1 }),
-            // An alias on the way to the records.
+        let peer = |data: &RData| match (data, &self.records) {
+            (RData::SRV(srv), Records::Srv) => format!("{}:{} weight={}", srv.target, srv.port, srv.weight.max(1)).parse().ok(),
+            (RData::A(ip), Records::Addresses { port, .. }) => Some(Peer { host: ip.to_string(), port: *port, weight: 1 }),
+            (RData::AAAA(ip), Records::Addresses { port, .. }) => Some(Peer { host: ip.to_string(), port: *port, weight: 1 }),
+            // A CNAME record.
             _ => None,
         };
         Ok(found.answers().iter().filter_map(|record| peer(&record.data)).collect())
@@ -101,7 +103,7 @@ mod tests {
         }
     }
 
-    /// A name server on the loopback that knows these records, and of other names that they do not exist.
+    /// A name server on the loopback with these records. It answers NXDOMAIN for other names.
     async fn serve(socket: UdpSocket) {
         let mut packet = [0; 512];
         loop {

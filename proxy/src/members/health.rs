@@ -1,8 +1,9 @@
-//! Whether a peer is up: what counts as evidence, and how it is gathered.
+//! PeerHealth checks: decides whether a peer is up.
 //!
-//! A peer goes down after two failures in a row, or at once when a connection to it cannot be opened; one answered probe brings it
-//! back. What breaks in the middle of an answer casts a doubt, which counts as one failure however many requests meet with it, and is
-//! settled by a probe right away: a hundred requests that wait for a slow origin behind a sound peer must not take that peer down.
+//! - Two failures in a row take a peer down. A connection that cannot be opened takes it down at once.
+//! - One answered probe brings it up.
+//! - A request that breaks off makes the peer *suspect*, and triggers a probe at once. Any number of such requests count as one failure:
+//!   if a hundred requests wait for a slow origin behind a healthy peer, that must not take the peer down.
 
 use super::Member;
 use async_trait::async_trait;
@@ -10,26 +11,28 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::Notify, time::Instant};
 
-/// Asks a peer whether it lives.
+/// Sends health checks.
 #[async_trait]
 pub trait Probe: Send + Sync + 'static {
-    /// What the peer says of itself in the header [`super::NODE`], or why it could not be asked. Given up from outside when it takes
-    /// too long.
+    /// Asks the member once. Returns the value of its header [`super::NODE`]. The caller drops the future on a timeout.
+    ///
+    /// # Errors
+    /// A text that says why there was no valid answer.
     async fn probe(&self, member: &Member) -> Result<Option<String>, String>;
 }
 
-/// What a request met with at a peer.
+/// The outcome of a request to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Report {
-    /// An answer that came to its proper end.
+    /// The answer was complete.
     Answered,
-    /// An answer, or the wait for one, that broke off, fell silent, or was no HTTP.
+    /// The answer broke off, stalled, did not come, or was not HTTP.
     Broken,
-    /// No connection.
+    /// No connection could be opened.
     Unreachable,
 }
 
-/// Anything that tells how a peer is.
+/// An observation of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Evidence {
     ProbeAnswered,
@@ -46,20 +49,20 @@ impl From<Report> for Evidence {
 /// Failures in a row that take a peer down.
 const FAILURES: u32 = 2;
 
-/// What is known of a peer.
+/// The health of a peer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Health {
-    /// In a row. The peer is up while there are fewer than [`FAILURES`].
+pub(super) struct PeerHealth {
+    /// Failures in a row. The peer is up if they are fewer than [`FAILURES`].
     failures: u32,
 }
 
-impl Health {
+impl PeerHealth {
     pub(super) const fn is_up(self) -> bool {
         self.failures < FAILURES
     }
 
-    /// Up, and not above suspicion.
-    pub(super) const fn is_doubtful(self) -> bool {
+    /// Up, but the last observation was a failure.
+    pub(super) const fn is_suspect(self) -> bool {
         self.failures > 0 && self.is_up()
     }
 
@@ -69,25 +72,25 @@ impl Health {
             Evidence::ProbeFailed => FAILURES.min(self.failures + 1),
             Evidence::Reported(Report::Unreachable) => FAILURES,
             Evidence::Reported(Report::Broken) => self.failures.max(1),
-            // A long answer may end well on a connection of old while no new one can be opened: that does not bring a peer back.
+            // A long answer may end well on an old connection while no new one can be opened. So it does not bring a peer up.
             Evidence::Reported(Report::Answered) if self.is_up() => 0,
             Evidence::Reported(Report::Answered) => self.failures,
         };
     }
 }
 
-/// When peers are probed.
+/// When to probe.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pace {
-    /// From one probe to the next.
+pub(super) struct ProbeTiming {
+    /// The pause between two probes.
     pub(super) interval: Duration,
-    /// How long an answer may take.
+    /// The time that an answer may take.
     pub(super) timeout: Duration,
 }
 
-impl Pace {
-    /// The pauses while a peer is down: growing, since it may be gone for long, up to a few intervals, since it is missed; and random,
-    /// so that a node that comes back is not met by all others at once.
+impl ProbeTiming {
+    /// The pauses while a peer is down. They grow up to two intervals, and are random, so that not all nodes probe a restarted peer at the
+    /// same moment.
     fn while_down(self) -> impl Iterator<Item = Duration> {
         ExponentialBuilder::new()
             .with_min_delay(self.interval / 2)
@@ -99,35 +102,35 @@ impl Pace {
     }
 }
 
-/// Probes a peer until `learn`, which is told of every probe's end and how long it took, and says whether the peer is up, wants no more. A doubt calls for a
-/// probe at once.
+/// Probes a peer again and again. Calls `learn` with the result and the duration of each probe. `learn` returns whether the peer is up, or
+/// `None` to end the probes. `probe_now` triggers a probe at once.
 pub(super) async fn keep_probing(
     member: Member,
     probe: Arc<dyn Probe>,
-    pace: Pace,
-    doubt: Arc<Notify>,
+    timing: ProbeTiming,
+    probe_now: Arc<Notify>,
     learn: impl Fn(Result<Option<String>, String>, Duration) -> Option<bool>,
 ) {
-    let mut pauses = pace.while_down();
-    // However many doubts there are, a peer has some peace between two probes.
-    let peace = (pace.interval / 10).min(Duration::from_millis(100));
+    let mut pauses = timing.while_down();
+    // The least pause between two probes, even if `probe_now` triggers many.
+    let min_pause = (timing.interval / 10).min(Duration::from_millis(100));
     loop {
         let asked = Instant::now();
-        let answer = tokio::time::timeout(pace.timeout, probe.probe(&member)).await;
-        let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {:?}", pace.timeout)));
+        let answer = tokio::time::timeout(timing.timeout, probe.probe(&member)).await;
+        let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {:?}", timing.timeout)));
         let failed = answer.is_err();
         let Some(up) = learn(answer, asked.elapsed()) else { return };
         let pause = if up {
-            pauses = pace.while_down();
-            // The first failure is settled at once, so that a dead peer is known to be within an interval and two time-outs.
-            if failed { peace } else { pace.interval }
+            pauses = timing.while_down();
+            // After a first failure probe again at once, so that a dead peer is down within one interval and two timeouts.
+            if failed { min_pause } else { timing.interval }
         } else {
-            pauses.next().unwrap_or(pace.interval)
+            pauses.next().unwrap_or(timing.interval)
         };
-        tokio::time::sleep(peace).await;
+        tokio::time::sleep(min_pause).await;
         tokio::select! {
-            () = tokio::time::sleep(pause.saturating_sub(peace)) => {}
-            () = doubt.notified() => {}
+            () = tokio::time::sleep(pause.saturating_sub(min_pause)) => {}
+            () = probe_now.notified() => {}
         }
     }
 }
@@ -137,7 +140,7 @@ mod tests {
     use super::{Evidence::*, Report::*, *};
 
     #[test]
-    fn a_peer_falls_after_two_failures_and_rises_after_one_answer() {
+    fn a_peer_goes_down_after_two_failures_and_comes_up_after_one_answer() {
         let table: &[(&[Evidence], bool)] = &[
             (&[], true),
             (&[ProbeFailed], true),
@@ -157,27 +160,27 @@ mod tests {
             (&[Reported(Broken), Reported(Answered), ProbeFailed], true),
         ];
         for (evidence, up) in table {
-            let mut health = Health::default();
+            let mut health = PeerHealth::default();
             for piece in *evidence {
                 health.learn(*piece);
             }
             assert_eq!(health.is_up(), *up, "{evidence:?}");
         }
-        let doubtful = |evidence| {
-            let mut health = Health::default();
+        let suspect = |evidence| {
+            let mut health = PeerHealth::default();
             health.learn(evidence);
-            health.is_doubtful()
+            health.is_suspect()
         };
-        assert!(doubtful(Reported(Broken)) && doubtful(ProbeFailed) && !doubtful(Reported(Unreachable)) && !doubtful(ProbeAnswered));
+        assert!(suspect(Reported(Broken)) && suspect(ProbeFailed) && !suspect(Reported(Unreachable)) && !suspect(ProbeAnswered));
     }
 
     #[test]
     fn pauses_grow_to_a_bound_and_differ() {
-        let pace = Pace { interval: Duration::from_secs(1), timeout: Duration::from_secs(1) };
-        let pauses: Vec<_> = pace.while_down().take(100).collect();
+        let timing = ProbeTiming { interval: Duration::from_secs(1), timeout: Duration::from_secs(1) };
+        let pauses: Vec<_> = timing.while_down().take(100).collect();
         assert_eq!(pauses.len(), 100, "it never gives up");
         assert!(pauses.iter().all(|pause| (Duration::from_millis(500)..=Duration::from_secs(4)).contains(pause)), "{pauses:?}");
         assert!(pauses[10..].iter().all(|pause| *pause >= Duration::from_secs(2)), "{pauses:?}");
-        assert_ne!(pauses, pace.while_down().take(100).collect::<Vec<_>>());
+        assert_ne!(pauses, timing.while_down().take(100).collect::<Vec<_>>());
     }
 }

@@ -1,47 +1,47 @@
-//! The cluster as operators read it.
+//! The cluster's state for `/stats` and the status page.
 
 use super::Members;
 use serde::Serialize;
 use std::time::{Duration, SystemTime};
 
-/// The cluster at one moment, in the words of `/stats`.
+/// The object `cluster` of `/stats`.
 #[derive(Debug, Serialize)]
 pub struct Status {
     /// This node's name.
     pub node: String,
-    /// All members, in the order of their names.
+    /// All members, sorted by name.
     pub members: Vec<MemberStatus>,
-    /// Since a member last came, went, fell or rose.
+    /// Seconds since a member last joined, left, went down or came up.
     pub changed_seconds_ago: u64,
 }
 
-/// One of them.
+/// A member in [`Status`].
 #[derive(Debug, Serialize)]
 pub struct MemberStatus {
     /// Its name on the ring.
     pub name: String,
     /// `self`, `up` or `down`.
     pub state: &'static str,
-    /// The part of all digests that it owns while everybody is up.
+    /// The fraction of all digests that it owns when all members are up.
     pub share: f64,
 }
 
-/// One of them in figures.
+/// A member in the list `members` of `/stats`.
 #[derive(Clone, Debug)]
 pub struct MemberFigures {
     /// Its name on the ring.
     pub name: String,
-    /// It is this node.
+    /// Whether it is this node.
     pub itself: bool,
-    /// It answers.
+    /// Whether it is up.
     pub up: bool,
-    /// When it last fell or rose; none if it has not since it came.
+    /// When it last went down or came up; `None` if it has not since it joined.
     pub since: Option<SystemTime>,
-    /// The part of all digests that it owns while everybody is up.
+    /// The fraction of all digests that it owns when all members are up.
     pub share: f64,
-    /// How long the last probe took; none before the first, and of this node.
+    /// How long the last probe took; `None` before the first one, and for this node.
     pub probe: Option<Duration>,
-    /// Attempts at it that failed.
+    /// Requests to it that failed.
     pub errors: u64,
 }
 
@@ -51,7 +51,7 @@ impl Members {
         &self.advertise
     }
 
-    /// All members in figures, in the order of their names.
+    /// All members, sorted by name.
     pub fn figures(&self) -> Vec<MemberFigures> {
         let watched = self.watched.lock();
         let view = self.view();
@@ -70,7 +70,7 @@ impl Members {
         figures.collect()
     }
 
-    /// How things are.
+    /// The cluster's state now.
     pub fn status(&self) -> Status {
         let view = self.view();
         let members = view.members().iter().enumerate().map(|(index, member)| MemberStatus {
@@ -86,7 +86,7 @@ impl Members {
     }
 }
 
-/// Four digits: more would claim more than anybody can see.
+/// Four decimal places are enough to read.
 fn rounded(share: f64) -> f64 {
     (share * 1e4).round() / 1e4
 }

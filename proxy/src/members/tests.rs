@@ -1,5 +1,5 @@
-//! The cluster under scripted look-ups and probes. Nothing here waits for time to pass: each call waits for the test's answer, and a
-//! call that comes proves that the answer before it has been taken in.
+//! Tests of the cluster with scripted look-ups and probes. They do not wait for time to pass: each call waits for the test's answer, and
+//! the next call proves that the answer before it has been processed.
 
 use super::*;
 use async_trait::async_trait;
@@ -17,7 +17,7 @@ const THIRD: &str = "10.0.0.3:8081";
 
 type Answer<T> = oneshot::Sender<Result<T, String>>;
 
-/// Hands every call to the test.
+/// Sends every call to the test.
 struct Script<T>(mpsc::UnboundedSender<(String, Answer<T>)>);
 
 impl<T> Script<T> {
@@ -45,35 +45,35 @@ impl Resolve for Script<Vec<Peer>> {
 /// The calls of a script.
 struct Calls<T> {
     coming: mpsc::UnboundedReceiver<(String, Answer<T>)>,
-    /// Of members that the test did not ask for yet.
-    put_off: VecDeque<(String, Answer<T>)>,
+    /// Calls about members that the test has not asked for yet.
+    postponed: VecDeque<(String, Answer<T>)>,
 }
 
 impl<T> Calls<T> {
     fn new() -> (Arc<Script<T>>, Self) {
         let (sender, coming) = mpsc::unbounded_channel();
-        (Arc::new(Script(sender)), Self { coming, put_off: VecDeque::new() })
+        (Arc::new(Script(sender)), Self { coming, postponed: VecDeque::new() })
     }
 
-    /// The next call about this member. Those of others wait meanwhile.
+    /// The next call about this member. Postpones calls about others.
     async fn next(&mut self, name: &str) -> Answer<T> {
-        if let Some(at) = self.put_off.iter().position(|(of, _)| of == name) {
-            return self.put_off.remove(at).unwrap().1;
+        if let Some(at) = self.postponed.iter().position(|(of, _)| of == name) {
+            return self.postponed.remove(at).unwrap().1;
         }
         loop {
             let (of, answer) = timeout(DEADLINE, self.coming.recv()).await.expect("a call in time").expect("someone to call");
             if of == name {
                 return answer;
             }
-            self.put_off.push_back((of, answer));
+            self.postponed.push_back((of, answer));
         }
     }
 
-    /// Answers the next call about this member, and waits until that has been taken in: until the call after it.
+    /// Answers the next call about this member. Waits for the call after it, which proves that the answer has been processed.
     async fn answer(&mut self, name: &str, answer: Result<T, String>) {
         self.next(name).await.send(answer).ok().unwrap();
         let next = self.next(name).await;
-        self.put_off.push_front((name.to_owned(), next));
+        self.postponed.push_front((name.to_owned(), next));
     }
 }
 
@@ -114,7 +114,7 @@ impl Fixture {
         let view = self.members.view();
         let up = view.members()[view.find(name).unwrap()].up;
         let asked = (0..100u32).any(|i| view.order(&Digest::of(&i.to_le_bytes())).any(|member| &*member.name == name));
-        assert_eq!(up, asked, "who is down is not asked, who is up is");
+        assert_eq!(up, asked, "a member is asked exactly if it is up");
         up
     }
 
@@ -171,18 +171,18 @@ async fn a_node_listed_twice_knows_itself() {
     timeout(DEADLINE, view.wait_for(|view| itself(view, "localhost:8081"))).await.unwrap().unwrap();
     let view = fixture.members.view();
     assert_eq!((itself(&view, SELF), itself(&view, OTHER)), (true, false));
-    assert_eq!(fixture.members.watched.lock().keys().map(|name| &**name).collect::<Vec<_>>(), [OTHER], "nobody probes himself");
+    assert_eq!(fixture.members.watched.lock().keys().map(|name| &**name).collect::<Vec<_>>(), [OTHER], "a node does not probe itself");
     assert_eq!(fixture.series(), [2, 1, 0]);
 }
 
 #[tokio::test]
-async fn a_peer_falls_after_two_failed_probes_and_rises_after_one_answer() {
+async fn a_peer_goes_down_after_two_failed_probes_and_comes_up_after_one_answer() {
     let mut fixture = start(&config(&[SELF, OTHER, THIRD]), None);
     let before = fixture.members.view();
     let dead = || Err("dead".to_owned());
     for _ in 0..2 {
         fixture.probes.answer(OTHER, dead()).await;
-        assert!(fixture.is_up(OTHER), "one failure is none");
+        assert!(fixture.is_up(OTHER), "one failure does not take it down");
         fixture.probes.answer(OTHER, Ok(None)).await;
     }
     assert!(Arc::ptr_eq(&before, &fixture.members.view()), "nothing has changed so far");
@@ -213,25 +213,25 @@ async fn a_refused_connection_takes_a_peer_down_at_once() {
     assert!(!fixture.is_up(OTHER));
     assert_eq!(fixture.members.view().owner(&Digest::of(b"x")).map(|member| member.itself), Some(true));
     fixture.members.report(OTHER, Report::Answered);
-    assert!(!fixture.is_up(OTHER), "an old connection is no new one");
+    assert!(!fixture.is_up(OTHER), "an answer on an old connection does not prove that a new one can be opened");
     fixture.probes.answer(OTHER, Ok(None)).await;
     assert!(fixture.is_up(OTHER));
-    // Neither this node nor a stranger can be reported.
+    // Reports about this node and about unknown members do nothing.
     fixture.members.report(SELF, Report::Unreachable);
     fixture.members.report("10.0.0.9:8081", Report::Unreachable);
     assert!(fixture.is_up(SELF) && fixture.series() == [3, 1, 0]);
 }
 
 #[tokio::test]
-async fn a_stall_is_settled_by_a_probe_at_once() {
-    // Without a doubt, the next probe would come in an hour.
+async fn a_stall_triggers_a_probe_at_once() {
+    // Without the report, the next probe would come in an hour.
     let config = Cluster { probe_interval: Span::secs(3600), ..config(&[SELF, OTHER]) };
     let mut fixture = start(&config, None);
     let first = fixture.probes.next(OTHER).await;
     for _ in 0..100 {
         fixture.members.report(OTHER, Report::Broken);
     }
-    assert!(fixture.is_up(OTHER), "a hundred requests that wait for the same origin are one doubt");
+    assert!(fixture.is_up(OTHER), "a hundred requests that wait for the same origin count as one failure");
     first.send(Err("stopped".into())).unwrap();
     let second = fixture.probes.next(OTHER).await;
     assert!(!fixture.is_up(OTHER));
@@ -252,14 +252,14 @@ async fn a_probe_that_is_not_answered_is_given_up() {
 }
 
 #[tokio::test]
-async fn who_leaves_is_probed_no_more() {
+async fn a_member_that_has_left_is_not_probed() {
     let mut fixture = start(&config(&[SELF, OTHER, THIRD]), None);
     let mut held = fixture.probes.next(OTHER).await;
     fixture.members.report(OTHER, Report::Unreachable);
     fixture.members.set_peers(&peers(&[SELF, THIRD]));
     timeout(DEADLINE, held.closed()).await.unwrap();
     assert_eq!(fixture.series(), [3, 1, 0]);
-    // Who comes back starts afresh.
+    // A member that comes back starts as up.
     fixture.members.set_peers(&peers(&[SELF, OTHER, THIRD]));
     assert!(fixture.is_up(OTHER));
     drop(fixture.members);
@@ -268,13 +268,13 @@ async fn who_leaves_is_probed_no_more() {
 }
 
 #[tokio::test]
-async fn what_dns_does_not_tell_changes_nothing() {
+async fn a_failed_look_up_changes_nothing() {
     let (resolve, mut lookups) = Calls::new();
     let config = Cluster { peers: vec![], dns: "peers:8081".into(), ..config(&[]) };
     let fixture = start(&config, Some(resolve));
     assert_eq!(fixture.names(), [""; 0]);
     assert!(fixture.members.view().owner(&Digest::of(b"x")).is_none());
-    // A look-up that hangs is given up, and another follows.
+    // A look-up that hangs times out, and another follows.
     let mut hanging = lookups.next("dns").await;
     timeout(DEADLINE, hanging.closed()).await.unwrap();
     lookups.answer("dns", Err("refused".into())).await;
@@ -290,6 +290,6 @@ async fn what_dns_does_not_tell_changes_nothing() {
     assert_eq!((fixture.names().len(), fixture.series()), (3, [2, 2, 0]));
     drop(fixture.members);
     let all_gone = async { while lookups.coming.recv().await.is_some() {} };
-    lookups.put_off.clear();
+    lookups.postponed.clear();
     timeout(DEADLINE, all_gone).await.unwrap();
 }

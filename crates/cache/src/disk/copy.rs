@@ -1,106 +1,106 @@
-//! A copy of an upload on its way into the tier. The upload never waits for the disk: what comes faster than it is written waits within
-//! `disk.write_behind`, and when that is used up the copy is given up.
+//! Copies an upload into the tier while it goes to the origin. The upload never waits for the disk. Bytes that are not written yet count
+//! against `disk.write_behind`; when that budget is exhausted, the copy is abandoned.
 
-use super::{Disk, store::Accepted};
+use super::{Disk, store::ForgetEpoch};
 use crate::metrics::Skip;
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
 use std::sync::{Arc, atomic::Ordering};
 use tokio::sync::mpsc;
 
-/// How many parts are written at once.
+/// How many parts one write takes at most.
 const BATCH: usize = 64;
 
-/// The sending end of a copy. Dropped before [`Self::keep`], it leaves nothing.
+/// The sending end of a copy. If dropped before [`Self::keep`], nothing is kept.
 pub struct DiskCopy {
     disk: Arc<Disk>,
-    /// What comes next, within `disk.write_behind`.
-    parts: mpsc::UnboundedSender<Next>,
-    /// What was taken so far.
+    /// To the task that writes. The budget `disk.write_behind` bounds it.
+    parts: mpsc::UnboundedSender<CopyStep>,
+    /// Bytes taken so far.
     size: u64,
 }
 
-enum Next {
-    Part(Bytes, Held),
-    /// All bytes are there, and the blob shall be kept.
-    End(Digest, Accepted),
+enum CopyStep {
+    Part(Bytes, QueueLease),
+    /// The blob is complete and must be kept.
+    End(Digest, ForgetEpoch),
 }
 
-/// A part of `disk.write_behind`.
-struct Held {
+/// Bytes reserved in the budget `disk.write_behind`; released on drop.
+struct QueueLease {
     disk: Arc<Disk>,
     bytes: u64,
 }
 
-impl Held {
+impl QueueLease {
     fn take(disk: &Arc<Disk>, bytes: u64) -> Option<Self> {
         disk.behind.take(bytes).then(|| Self { disk: disk.clone(), bytes })
     }
 }
 
-impl Drop for Held {
+impl Drop for QueueLease {
     fn drop(&mut self) {
         self.disk.behind.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
 impl Disk {
-    /// Begins a copy. Ask [`Self::admits`] first.
+    /// Starts a copy. Ask [`Self::admits`] first. Needs a tokio runtime.
     pub fn copy(self: &Arc<Self>) -> DiskCopy {
-        let (parts, next) = mpsc::unbounded_channel();
-        tokio::spawn(write(self.clone(), next));
+        let (parts, steps) = mpsc::unbounded_channel();
+        tokio::spawn(write(self.clone(), steps));
         DiskCopy { disk: self.clone(), parts, size: 0 }
     }
 }
 
 impl DiskCopy {
-    /// Takes the next bytes, without waiting for anything; none if the copy had to be given up.
+    /// Takes the next bytes, without waiting. Returns `None` if the copy is abandoned: the budget is exhausted, or a write failed.
     #[must_use]
     pub fn take(mut self, part: Bytes) -> Option<Self> {
-        let Some(held) = Held::take(&self.disk, part.len() as u64) else {
+        let Some(lease) = QueueLease::take(&self.disk, part.len() as u64) else {
             self.disk.store.metrics.disk_skipped(Skip::Queue);
             return None;
         };
         self.size += part.len() as u64;
-        // The other end is gone if the disk has failed, which is counted there.
-        self.parts.send(Next::Part(part, held)).is_ok().then_some(self)
+        // Fails if the writing task has ended because a write failed. That task has counted it.
+        self.parts.send(CopyStep::Part(part, lease)).is_ok().then_some(self)
     }
 
-    /// Keeps the copy, as soon as it is written. What is forgotten from now on is not kept.
+    /// Keeps the blob in the background, once it is written. If the blob is forgotten after this call, it is not kept.
     pub fn keep(copy: Verified<Self>) {
         let (digest, size) = (copy.digest(), copy.size());
         let copy = copy.into_content();
         if size != copy.size {
-            tracing::error!(%digest, size, copied = copy.size, "the copy of an upload is not as long as the upload, and is not kept");
+            tracing::error!(%digest, size, copied = copy.size, "the copy of an upload does not have the upload's length, and is not kept");
             return;
         }
-        let accepted = copy.disk.store.accept(&digest);
-        copy.parts.send(Next::End(digest, accepted)).ok();
+        let epoch = copy.disk.store.epoch(&digest);
+        copy.parts.send(CopyStep::End(digest, epoch)).ok();
     }
 }
 
-/// The receiving end.
-async fn write(disk: Arc<Disk>, mut next: mpsc::UnboundedReceiver<Next>) {
-    // Until all is done: the end of the process waits for it, for a while.
-    let Some(_held) = Held::take(&disk, super::WAITS) else { return disk.store.metrics.disk_skipped(Skip::Queue) };
+/// The task that writes.
+async fn write(disk: Arc<Disk>, mut steps: mpsc::UnboundedReceiver<CopyStep>) {
+    // Held until the copy is complete, so that `Disk::close` waits for it.
+    let Some(_lease) = QueueLease::take(&disk, super::QUEUE_OVERHEAD) else { return disk.store.metrics.disk_skipped(Skip::Queue) };
     let Some(mut file) = disk.file(Vec::new()).await else { return };
     let mut batch = Vec::with_capacity(BATCH);
-    while next.recv_many(&mut batch, BATCH).await > 0 {
-        let (mut parts, mut held, mut end) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()), None);
-        for next in batch.drain(..) {
-            match next {
-                Next::Part(part, hold) => {
+    while steps.recv_many(&mut batch, BATCH).await > 0 {
+        let (mut parts, mut leases, mut end) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()), None);
+        for step in batch.drain(..) {
+            match step {
+                CopyStep::Part(part, lease) => {
                     parts.push(part);
-                    held.push(hold);
+                    leases.push(lease);
                 }
-                Next::End(digest, accepted) => end = Some((digest, accepted)),
+                CopyStep::End(digest, epoch) => end = Some((digest, epoch)),
             }
         }
         let Some(grown) = file.grow(parts).await else { return };
         file = grown;
-        drop(held);
-        if let Some((digest, accepted)) = end {
-            return super::place(disk.store.clone(), digest, file, accepted).await;
+        drop(leases);
+        if let Some((digest, epoch)) = end {
+            return super::commit(disk.store.clone(), digest, file, epoch).await;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A blob on its way into the tier.
+//! A file that is being written, and becomes a blob of the tier.
 
 use super::{format::Checksums, store::Store};
 use crate::{
@@ -18,12 +18,11 @@ use std::{
 };
 use tempfile::TempPath;
 
-/// A file in the tier's `tmp/`, to be filled from its start and then kept with [`super::Disk::keep_file`]. Deleted if it is
-/// dropped instead.
+/// A file in the tier's `tmp/`. Append the blob's bytes, then call [`super::Disk::keep_file`]. If dropped before that, it is deleted.
 pub struct DiskFile {
     store: Arc<Store>,
     file: Arc<SharedFile>,
-    /// None once the file has its place.
+    /// `None` once the file is renamed.
     path: Option<TempPath>,
     checksums: Checksums,
 }
@@ -34,20 +33,20 @@ impl DiskFile {
         Self { store, file: Arc::new(file), path: Some(path), checksums: Checksums::new() }
     }
 
-    /// The file, for reading what was appended: unverified bytes.
+    /// The file, for reading the appended bytes. They are not verified.
     pub const fn file(&self) -> &Arc<SharedFile> {
         &self.file
     }
 
-    /// How many bytes were appended.
+    /// The number of appended bytes.
     pub const fn size(&self) -> u64 {
         self.checksums.seen()
     }
 
-    /// Writes the next bytes of the blob. Blocks.
+    /// Appends the next bytes of the blob. Blocks.
     ///
     /// # Errors
-    /// The disk's; the same bytes may be tried again.
+    /// The write failed. Nothing was appended, and the same bytes may be tried again.
     pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let at = self.size();
         self.write(|file| file.write_all_at(bytes, at))?;
@@ -64,11 +63,11 @@ impl DiskFile {
 
     fn failed(&self, error: &io::Error) {
         let path = self.path.as_deref().unwrap_or_else(|| self.store.root());
-        self.store.health.failed(DiskOp::Write, path, error);
+        self.store.errors.record(DiskOp::Write, path, error);
     }
 
-    /// As [`Self::append`], of parts that follow one another. They are written together, since what the page cache gets at once it keeps
-    /// in fewer and larger pieces: a hit later reads a block nearly twice as fast.
+    /// Appends several parts with one write. The page cache stores one large write in fewer and larger pieces than many small ones: later
+    /// hits read a block nearly twice as fast. Blocks.
     ///
     /// # Errors
     /// As [`Self::append`].
@@ -79,13 +78,13 @@ impl DiskFile {
         Ok(())
     }
 
-    /// As [`Self::append_all`], on another thread; none if that failed, or the disk does not answer. Begins at once, whether or not it is
-    /// awaited.
+    /// As [`Self::append_all`], on a thread of the pool. Starts at once, even if the future is not polled. Gives `None`, and counts it, if
+    /// the write failed or the disk does not answer.
     pub fn grow(mut self, parts: Vec<Bytes>) -> impl Future<Output = Option<Self>> + Send {
         let store = self.store.clone();
         let grown = store.writes.run(move || self.append_all(&parts).map(|()| self));
         async move {
-            let grown = grown.await.inspect_err(|undone| store.undone(DiskOp::Write, *undone));
+            let grown = grown.await.inspect_err(|error| store.pool_failed(DiskOp::Write, *error));
             let grown = grown.ok().and_then(Result::ok);
             if grown.is_none() {
                 store.metrics.disk_skipped(Skip::Failed);
@@ -94,17 +93,19 @@ impl DiskFile {
         }
     }
 
-    /// Writes the trailer and gives the file its place. Where that fails, `mend` may do something about it, and say that it is worth another
-    /// try. Blocks.
-    pub(super) fn place(mut self, digest: &Digest, at: &Path, mend: impl FnOnce(&io::Error) -> bool) -> io::Result<()> {
+    /// Writes the trailer and renames the file to `at`. If the rename fails, calls `repair`; if that returns true, tries once more. Blocks.
+    ///
+    /// # Errors
+    /// The write or the rename failed. The file is deleted.
+    pub(super) fn commit(mut self, digest: &Digest, at: &Path, repair: impl FnOnce(&io::Error) -> bool) -> io::Result<()> {
         let size = self.size();
         let trailer = std::mem::replace(&mut self.checksums, Checksums::new()).trailer(digest);
         self.write(|file| file.write_all_at(&trailer, size))?;
         let Some(path) = self.path.take() else { return Err(io::ErrorKind::NotFound.into()) };
-        let placed = path.persist(at).or_else(|failed| if mend(&failed.error) { failed.path.persist(at) } else { Err(failed) });
-        placed.map_err(|failed| {
+        let renamed = path.persist(at).or_else(|failed| if repair(&failed.error) { failed.path.persist(at) } else { Err(failed) });
+        renamed.map_err(|failed| {
             self.path = Some(failed.path);
-            self.store.health.failed(DiskOp::Write, at, &failed.error);
+            self.store.errors.record(DiskOp::Write, at, &failed.error);
             failed.error
         })
     }
@@ -112,7 +113,7 @@ impl DiskFile {
 
 impl Drop for DiskFile {
     fn drop(&mut self) {
-        // To delete a file is to wait for the file system.
+        // Deleting a file may block.
         if let Some(path) = self.path.take() {
             self.store.writes.dispose(path);
         }

@@ -1,4 +1,4 @@
-//! What a file of the disk tier looks like. Pure.
+//! The layout of a file of the disk tier. Pure: no I/O.
 //!
 //! ```text
 //! the blob's bytes
@@ -7,27 +7,27 @@
 //! the block length, 65536                                            u32
 //! the version of this format, 1                                      u32
 //! "castier\n"                                                        8 bytes
-//! CRC32C of the blob's digest and all that stands here since the blob's bytes     u32
+//! CRC32C of the blob's digest and of everything above after the blob's bytes      u32
 //! ```
 //!
-//! The last checksum covers the digest, so that a sound file under another blob's name is not taken for that blob. The length of a
-//! file alone tells its blob's size, which spares the scan from opening a million files.
+//! The last checksum covers the digest, so that a valid file under another blob's name is detected. The blob's size follows from the length
+//! of the file alone, so that the scan does not open a million files.
 
 use castier_blob::Digest;
 use crc_fast::CrcAlgorithm::Crc32Iscsi;
 
-/// How many bytes share a checksum. What the smallest read costs against 4 bytes of checksum: one part in 16,384.
+/// The bytes that share one checksum. The smallest read is one block; the checksums take 1/16384 of the blob's size.
 pub(super) const BLOCK: u64 = 64 << 10;
 const VERSION: u32 = 1;
 const MAGIC: [u8; 8] = *b"castier\n";
 const FOOTER: u64 = 8 + 4 + 4 + 8 + 4;
 
-/// The length of the file of a blob of `size` bytes.
+/// The length in bytes of the file of a blob of `size` bytes.
 pub(super) const fn file_len(size: u64) -> u64 {
     size + 4 * size.div_ceil(BLOCK) + FOOTER
 }
 
-/// The size of the blob in a file of this length; none if no blob makes such a file.
+/// The size in bytes of the blob in a file of this length; `None` if no blob has a file of this length.
 pub(super) fn blob_size(file_len: u64) -> Option<u64> {
     let body = file_len.checked_sub(FOOTER)?;
     let blocks = body.div_ceil(BLOCK + 4);
@@ -35,13 +35,13 @@ pub(super) fn blob_size(file_len: u64) -> Option<u64> {
     (size.div_ceil(BLOCK) == blocks).then_some(size)
 }
 
-/// Why a file's trailer cannot be trusted.
+/// Why a trailer is not valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unsound {
-    /// It was never finished: what a crash of the machine leaves behind.
+pub(super) enum BadTrailer {
+    /// The file was not finished. A crash of the machine leaves such files.
     Unfinished,
-    /// It was finished once, and has changed since.
-    Rotten,
+    /// The file was finished, and has changed since.
+    Damaged,
 }
 
 /// The checksums of a blob's blocks.
@@ -49,20 +49,20 @@ pub(super) enum Unsound {
 pub(super) struct Table(Box<[u32]>);
 
 impl Table {
-    /// Reads what follows the `size` bytes of the blob in its file.
-    pub(super) fn parse(digest: &Digest, size: u64, trailer: &[u8]) -> Result<Self, Unsound> {
-        let (covered, checksum) = trailer.split_last_chunk::<4>().ok_or(Unsound::Unfinished)?;
-        let table = covered.strip_suffix(&MAGIC).ok_or(Unsound::Unfinished)?;
-        let blocks = usize::try_from(4 * size.div_ceil(BLOCK)).map_err(|_| Unsound::Unfinished)?;
-        let (table, geometry) = table.split_at_checked(blocks).ok_or(Unsound::Unfinished)?;
+    /// Parses a `trailer`: the bytes after the `size` bytes of the blob.
+    pub(super) fn parse(digest: &Digest, size: u64, trailer: &[u8]) -> Result<Self, BadTrailer> {
+        let (covered, checksum) = trailer.split_last_chunk::<4>().ok_or(BadTrailer::Unfinished)?;
+        let table = covered.strip_suffix(&MAGIC).ok_or(BadTrailer::Unfinished)?;
+        let blocks = usize::try_from(4 * size.div_ceil(BLOCK)).map_err(|_| BadTrailer::Unfinished)?;
+        let (table, geometry) = table.split_at_checked(blocks).ok_or(BadTrailer::Unfinished)?;
         if geometry != self::geometry(size) || *checksum != seal(digest, covered) {
-            return Err(Unsound::Rotten);
+            return Err(BadTrailer::Damaged);
         }
         Ok(Self(table.as_chunks::<4>().0.iter().map(|crc| u32::from_le_bytes(*crc)).collect()))
     }
 
-    /// Whether `bytes`, whole blocks from the one numbered `first` (or what the blob has left of the last), are what was written.
-    pub(super) fn agrees(&self, first: u64, bytes: &[u8]) -> bool {
+    /// Whether `bytes` match their checksums. `bytes` are whole blocks from block number `first`; the blob's last block may be shorter.
+    pub(super) fn matches(&self, first: u64, bytes: &[u8]) -> bool {
         let first = usize::try_from(first).unwrap_or(usize::MAX);
         bytes
             .chunks(BLOCK as usize)
@@ -70,17 +70,17 @@ impl Table {
             .all(|(i, block)| self.0.get(first.saturating_add(i)) == Some(&crc_fast::crc32_iscsi(block)))
     }
 
-    /// What it takes in memory.
+    /// Its size in memory, in bytes.
     pub(super) const fn bytes(&self) -> usize {
         4 * self.0.len()
     }
 }
 
-/// Makes the trailer of a blob whose bytes pass in order.
+/// Computes the trailer of a blob from its bytes.
 pub(super) struct Checksums {
-    /// Of the blocks that are full.
+    /// The checksums of the full blocks.
     full: Vec<u8>,
-    /// Of the bytes since the last full block.
+    /// The checksum of the bytes after them.
     open: crc_fast::Digest,
     seen: u64,
 }
@@ -90,7 +90,7 @@ impl Checksums {
         Self { full: Vec::new(), open: crc_fast::Digest::new(Crc32Iscsi), seen: 0 }
     }
 
-    /// Takes the next bytes.
+    /// Adds the next bytes.
     pub(super) fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let (now, later) = bytes.split_at(bytes.len().min((BLOCK - self.seen % BLOCK) as usize));
@@ -103,12 +103,12 @@ impl Checksums {
         }
     }
 
-    /// How many bytes have passed.
+    /// The number of bytes added.
     pub(super) const fn seen(&self) -> u64 {
         self.seen
     }
 
-    /// What follows the bytes in the file of this blob.
+    /// The trailer of the blob with this digest.
     pub(super) fn trailer(mut self, digest: &Digest) -> Vec<u8> {
         if !self.seen.is_multiple_of(BLOCK) {
             self.close_block();
@@ -122,7 +122,7 @@ impl Checksums {
     }
 
     fn close_block(&mut self) {
-        // A CRC32C has 32 bits, whatever the type it comes in.
+        // `crc_fast` returns a u64; a CRC32C has 32 bits.
         self.full.extend_from_slice(&(self.open.finalize_reset() as u32).to_le_bytes());
     }
 }
@@ -158,14 +158,14 @@ mod tests {
         let size = blob_size(file.len() as u64)?;
         let (bytes, trailer) = file.split_at(size as usize);
         let table = Table::parse(digest, size, trailer).ok()?;
-        table.agrees(0, bytes).then(|| bytes.to_vec())
+        table.matches(0, bytes).then(|| bytes.to_vec())
     }
 
     fn file(bytes: &[u8]) -> Vec<u8> {
         [bytes, &trailer(bytes)].concat()
     }
 
-    /// The check value of CRC-32C (RFC 3720 gives the polynomial): a file written here must be readable by anybody's CRC32C.
+    /// The check value of CRC-32C, whose polynomial RFC 3720 gives. Every implementation must be able to read these files.
     #[test]
     fn the_checksum_is_crc32c() {
         assert_eq!(crc_fast::crc32_iscsi(b"123456789"), 0xE306_9283);
@@ -177,7 +177,7 @@ mod tests {
         for size in (0..200_000).chain((1 << 34) - 3..(1 << 34) + 3) {
             assert_eq!(blob_size(file_len(size)), Some(size));
         }
-        // Every other length is nobody's.
+        // No other length is valid.
         let lengths: std::collections::HashSet<u64> = (0..400_000).map(file_len).collect();
         for len in 0..400_000 {
             assert_eq!(blob_size(len).is_some(), lengths.contains(&len), "{len}");
@@ -185,14 +185,14 @@ mod tests {
     }
 
     #[test]
-    fn every_flipped_bit_of_a_small_file_is_noticed() {
+    fn every_flipped_bit_of_a_small_file_is_detected() {
         for bytes in [&b""[..], b"x", &[7; 100]] {
             let (digest, sound) = (Digest::of(bytes), file(bytes));
             assert_eq!(read(&digest, &sound).as_deref(), Some(bytes));
             for at in 0..sound.len() * 8 {
-                let mut rotten = sound.clone();
-                rotten[at / 8] ^= 1 << (at % 8);
-                assert_eq!(read(&digest, &rotten), None, "bit {at} of {}", sound.len());
+                let mut damaged = sound.clone();
+                damaged[at / 8] ^= 1 << (at % 8);
+                assert_eq!(read(&digest, &damaged), None, "bit {at} of {}", sound.len());
             }
             for len in 0..sound.len() {
                 assert_eq!(read(&digest, &sound[..len]), None, "cut at {len}");
@@ -202,15 +202,15 @@ mod tests {
     }
 
     #[test]
-    fn unfinished_is_told_from_rotten() {
+    fn unfinished_differs_from_damaged() {
         let digest = Digest::of(b"x");
         let sound = trailer(b"x");
-        assert_eq!(Table::parse(&digest, 1, &vec![0; sound.len()]), Err(Unsound::Unfinished));
+        assert_eq!(Table::parse(&digest, 1, &vec![0; sound.len()]), Err(BadTrailer::Unfinished));
         for at in 0..sound.len() {
             let mut changed = sound.clone();
             changed[at] ^= 0x80;
             let magic = sound.len() - 12..sound.len() - 4;
-            let expected = if magic.contains(&at) { Unsound::Unfinished } else { Unsound::Rotten };
+            let expected = if magic.contains(&at) { BadTrailer::Unfinished } else { BadTrailer::Damaged };
             assert_eq!(Table::parse(&digest, 1, &changed), Err(expected), "byte {at}");
         }
     }
@@ -218,7 +218,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn what_is_written_reads_back(
+        fn written_bytes_read_back(
             bytes in (0usize..300_000, any::<u64>()).prop_map(|(len, seed)| noise(len, seed)),
             cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..8),
         ) {
@@ -234,16 +234,16 @@ mod tests {
         }
 
         #[test]
-        fn rot_is_noticed_in_its_own_block(len in 1usize..300_000, seed: u64, at: prop::sample::Index, flip in 1u8..) {
+        fn damage_is_detected_in_its_own_block(len in 1usize..300_000, seed: u64, at: prop::sample::Index, flip in 1u8..) {
             let bytes = noise(len, seed);
             let table = Table::parse(&Digest::of(&bytes), len as u64, &trailer(&bytes)).unwrap();
-            let mut rotten = bytes.clone();
+            let mut damaged = bytes.clone();
             let at = at.index(len);
-            rotten[at] ^= flip;
-            for (i, block) in rotten.chunks(BLOCK as usize).enumerate() {
-                prop_assert_eq!(table.agrees(i as u64, block), i != at / BLOCK as usize);
+            damaged[at] ^= flip;
+            for (i, block) in damaged.chunks(BLOCK as usize).enumerate() {
+                prop_assert_eq!(table.matches(i as u64, block), i != at / BLOCK as usize);
             }
-            prop_assert!(!table.agrees(bytes.len().div_ceil(BLOCK as usize) as u64, &bytes[..1]));
+            prop_assert!(!table.matches(bytes.len().div_ceil(BLOCK as usize) as u64, &bytes[..1]));
         }
 
         #[test]

@@ -1,63 +1,65 @@
-//! How the tier is, in one word, and since when.
+//! The state of the tier, for `/stats` and the status page, and since when it holds.
 
 use parking_lot::Mutex;
 use std::time::SystemTime;
 
-/// The tier at one moment.
+/// The state of the tier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DiskState {
-    /// It takes blobs and gives them.
+    /// The tier reads and writes.
     #[default]
     Ok,
-    /// It gives them.
+    /// The tier reads, and does not write.
     ReadOnly,
-    /// Its file system does not answer, or its directory is another's now.
+    /// The file system does not answer, or another process has taken the directory.
     NotAnswering,
 }
 
-/// What can be wrong with it.
+/// A cause that makes the tier degraded. Several can hold at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Trouble {
+pub(super) enum Degraded {
     /// Reads hang.
-    Reads,
+    ReadsHang,
     /// Writes and deletions hang.
-    Writes,
+    WritesHang,
     /// Writes fail.
     ReadOnly,
-    /// The directory is another process's.
-    Lost,
+    /// Another process has taken the directory.
+    DirectoryLost,
 }
 
+/// Derives the [`DiskState`] from all causes that hold.
 #[derive(Default)]
-pub(super) struct Troubles(Mutex<Known>);
+pub(super) struct StateTracker(Mutex<Tracked>);
 
 #[derive(Default)]
-struct Known {
-    /// By [`Trouble`].
-    troubles: [bool; 4],
+struct Tracked {
+    /// Which causes hold, indexed by [`Degraded`].
+    causes: [bool; 4],
     state: DiskState,
     since: Option<SystemTime>,
 }
 
-impl Troubles {
-    /// Some trouble has begun, or is over.
-    pub(super) fn set(&self, trouble: Trouble, there: bool) {
-        let mut known = self.0.lock();
-        known.troubles[trouble as usize] = there;
-        let [reads, writes, read_only, lost] = known.troubles;
+impl StateTracker {
+    /// Records that a cause holds from now on, or no longer holds.
+    pub(super) fn set(&self, cause: Degraded, holds: bool) {
+        let mut tracked = self.0.lock();
+        tracked.causes[cause as usize] = holds;
+        let [reads, writes, read_only, lost] = tracked.causes;
         let state = match (reads || writes || lost, read_only) {
             (true, _) => DiskState::NotAnswering,
             (false, true) => DiskState::ReadOnly,
             (false, false) => DiskState::Ok,
         };
-        if state != known.state {
-            (known.state, known.since) = (state, Some(SystemTime::now()));
+        if state != tracked.state {
+            (tracked.state, tracked.since) = (state, Some(SystemTime::now()));
         }
     }
 
+    /// The state and the time of the last change; `None` if it never changed.
     pub(super) fn state(&self) -> (DiskState, Option<SystemTime>) {
-        let known = self.0.lock();
-        (known.state, known.since)
+        let tracked = self.0.lock();
+        (tracked.state, tracked.since)
     }
 }
 
@@ -66,23 +68,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_worst_trouble_is_told_since_it_began() {
-        let tier = Troubles::default();
+    fn the_worst_cause_decides_and_since_is_the_last_change() {
+        let tier = StateTracker::default();
         assert_eq!(tier.state(), (DiskState::Ok, None));
-        tier.set(Trouble::Reads, false);
+        tier.set(Degraded::ReadsHang, false);
         assert_eq!(tier.state(), (DiskState::Ok, None), "nothing has changed");
-        tier.set(Trouble::ReadOnly, true);
+        tier.set(Degraded::ReadOnly, true);
         let (state, since) = tier.state();
         assert!(state == DiskState::ReadOnly && since.is_some());
-        tier.set(Trouble::ReadOnly, true);
-        assert_eq!(tier.state(), (state, since), "it goes on");
-        for trouble in [Trouble::Reads, Trouble::Writes, Trouble::Lost] {
-            tier.set(trouble, true);
-            assert_eq!(tier.state().0, DiskState::NotAnswering, "{trouble:?}");
-            tier.set(trouble, false);
-            assert_eq!(tier.state().0, DiskState::ReadOnly, "{trouble:?}");
+        tier.set(Degraded::ReadOnly, true);
+        assert_eq!(tier.state(), (state, since), "nothing has changed");
+        for cause in [Degraded::ReadsHang, Degraded::WritesHang, Degraded::DirectoryLost] {
+            tier.set(cause, true);
+            assert_eq!(tier.state().0, DiskState::NotAnswering, "{cause:?}");
+            tier.set(cause, false);
+            assert_eq!(tier.state().0, DiskState::ReadOnly, "{cause:?}");
         }
-        tier.set(Trouble::ReadOnly, false);
+        tier.set(Degraded::ReadOnly, false);
         assert!(tier.state().0 == DiskState::Ok && tier.state().1 >= since);
     }
 }

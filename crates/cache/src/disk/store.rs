@@ -1,20 +1,20 @@
 //! The files of the tier and the index over them.
 //!
 //! Invariants:
-//! - A blob's file comes, goes and is looked at only under the lock of its shelf (its directory), together with its entry in the
-//!   index. So a blob that was evicted and is kept anew before its old file went cannot lose the new one.
-//! - Under `ab/` there are only finished files. What is being written is in `tmp/`.
-//! - Only threads that may wait take a shelf's lock or touch a file: those of the pools `reads` and `writes`, and the tier's own. A file
-//!   system that hangs may keep all of them, and the locks that they have. Whoever waits for them has a deadline.
+//! - A blob's file is created, deleted and opened only under the lock of its subdirectory, together with its index entry. This prevents a
+//!   race: (1) the index evicts a blob; (2) the blob is kept again, in a new file of the same name; (3) the janitor deletes the file of
+//!   the evicted blob. Under the lock the janitor sees the new index entry, and does not delete.
+//! - `ab/` has only finished files. Files that are being written are in `tmp/`.
+//! - Only threads that may block take a subdirectory's lock or touch a file: those of the pools `reads` and `writes`, and the tier's own.
+//!   A hanging file system may block all of them, with the locks that they hold. Every caller that waits for them has a deadline.
 
 use super::{
-    blob::{DiskBlob, Unopened, stands_at},
+    blob::{DiskBlob, OpenError, is_at},
+    dir_lock::{self, DirLock},
+    errors::{self, ErrorTracker},
     file::DiskFile,
-    format,
-    health::{self, Health},
-    owner::{self, Owner},
-    space,
-    state::{DiskState, Trouble, Troubles},
+    format, free_space,
+    state::{Degraded, DiskState, StateTracker},
 };
 use crate::{
     eviction::{Index, Shape},
@@ -41,11 +41,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// What file systems hand out at once, and so the unit of the index's weights: 32 bits of it are 16 TiB.
+/// The allocation unit of file systems, in bytes. The index weighs blobs in this unit, so that 32 bits suffice for 16 TiB.
 const DISK_BLOCK: u64 = 4096;
-/// This part of the capacity is for blobs that came lately; see [`crate::eviction`].
+/// The admission window is the capacity divided by this; see [`crate::eviction`].
 const WINDOW_PART: u64 = 16;
-/// How much memory counts how often blobs are asked for: so much for each block of 4 KiB, within these bounds.
+/// The least and the most memory for the access counts, in bytes. Between them it is 1 byte for each [`DISK_BLOCK`] of the capacity.
 const COUNTS: (u64, u64) = (64 << 10, 16 << 20);
 
 /// What the tier's handle and its threads share.
@@ -55,38 +55,37 @@ pub(super) struct Store {
     capacity: u64,
     /// `disk.quarantine`.
     quarantine_capacity: u64,
-    /// Every blob that is kept.
-    index: Index<Listed>,
-    /// Blobs that were read lately.
+    /// Every blob that the tier has.
+    index: Index<IndexEntry>,
+    /// Blobs that were read lately, with their files open.
     open: Cache<Digest, Arc<DiskBlob>>,
-    /// By the first byte of the digest, as the directories are.
-    shelves: [Shelf; 256],
-    /// What the index let go, until its file is gone too.
+    /// Indexed by the first byte of the digest.
+    subdirs: [Subdir; 256],
+    /// Evicted blobs whose files are still to be deleted.
     pub(super) evicted: Receiver<Digest>,
     evictions: Arc<AtomicU64>,
-    troubles: Arc<Troubles>,
-    /// The index does not know every file yet.
+    state: Arc<StateTracker>,
+    /// The scan is running: files may exist that are not in the index.
     scanning: AtomicBool,
-    pub(super) health: Health,
+    pub(super) errors: ErrorTracker,
     pub(super) metrics: Arc<Metrics>,
-    /// Where files are opened and read.
+    /// Opens and reads files.
     pub(super) reads: Pool,
-    /// Where files are written, named and deleted. Apart from `reads`, since a file system can refuse the one and do the other: while a
-    /// snapshot is taken, for instance.
+    /// Writes, renames and deletes files. Apart from `reads`, since a file system can block writes and still read, for example during a
+    /// snapshot.
     pub(super) writes: Pool,
-    /// Keeps other processes out for as long as anything here may still write.
-    owner: Owner,
+    /// Excludes other processes. Dropped last, since the other fields may still write.
+    lock: DirLock,
 }
 
-/// What the index knows of a blob.
 #[derive(Clone, Copy)]
-struct Listed {
+struct IndexEntry {
     size: u64,
-    /// When its file was written, in seconds since 1970: it outlives restarts.
+    /// The time of the file's last write, in seconds since 1970. From the file system, so that it survives a restart.
     since: u32,
 }
 
-impl Listed {
+impl IndexEntry {
     fn at(size: u64, since: SystemTime) -> Self {
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
         Self { size, since: u32::try_from(since.as_secs()).unwrap_or(u32::MAX) }
@@ -101,49 +100,56 @@ impl Listed {
     }
 }
 
+/// One of the 256 directories `00/` to `ff/`.
 #[derive(Default)]
-struct Shelf {
+struct Subdir {
     files: Mutex<()>,
-    /// How many blobs of this shelf were forgotten. A blob that was accepted before one of them may be that one, and is not kept.
+    /// How many times a blob of this subdirectory was forgotten.
     forgets: AtomicU64,
 }
 
-/// When a blob was accepted: what is forgotten after that is not kept by it.
+/// Prevents that a blob is kept after it was forgotten:
+/// 1. the tier decides to keep a blob, and takes the subdirectory's epoch;
+/// 2. a purge forgets the blob, which changes the epoch;
+/// 3. the blob's file is complete; since the epoch differs, the file is deleted and not renamed into the tier.
+///
+/// A purge of another blob of the same subdirectory prevents it too. That costs one cache entry.
 #[derive(Clone, Copy)]
-pub(super) struct Accepted(u64);
+pub(super) struct ForgetEpoch(u64);
 
-/// What the scan makes of a file under `ab/`.
+/// The result of scanning one file.
 pub(super) enum Scanned {
-    /// It is in the index now.
+    /// The file is a blob, and is in the index now.
     Blob,
-    /// It was never finished, and is gone.
-    Rubbish,
-    /// It is none of ours, or vanished meanwhile.
+    /// The file was not finished, and was deleted.
+    Unfinished,
+    /// The file is not the tier's, or does not exist any more.
     Foreign,
 }
 
 impl Store {
-    /// Takes the directory, which must be nobody else's.
+    /// Locks and prepares the directory. Adds to `progress` with each step that the file system completes. Blocks.
     ///
-    /// `progress` grows with each step that the file system takes.
+    /// # Errors
+    /// The directory cannot be used, or another process uses it.
     pub(super) fn new(config: &config::Disk, metrics: Arc<Metrics>, progress: &AtomicU64) -> io::Result<Self> {
         let root = config.path.clone();
-        let owner = Owner::take(&root)?;
+        let lock = DirLock::take(&root)?;
         make_ready(&root, progress)?;
         let capacity = capacity(&root, config.capacity.get());
         let (evict, evicted) = crossbeam_channel::unbounded();
         let evictions = Arc::new(AtomicU64::new(0));
-        let (counter, told) = (evictions.clone(), metrics.clone());
+        let (counter, age_metrics) = (evictions.clone(), metrics.clone());
         let blocks = capacity / DISK_BLOCK;
         let shape = Shape { capacity: blocks, window: blocks / WINDOW_PART, counts: blocks.clamp(COUNTS.0, COUNTS.1), unit: DISK_BLOCK };
-        // Runs wherever the index is touched, so it must not touch files itself.
+        // The listener runs on any thread that touches the index, so it must not touch files. The janitor deletes them.
         let index = Index::new(
             config.policy,
             shape,
-            |listed: &Listed| disk_blocks(listed.size),
-            move |digest, listed, evicted| {
+            |entry: &IndexEntry| disk_blocks(entry.size),
+            move |digest, entry, evicted| {
                 if evicted {
-                    told.evicted(Tier::Disk, listed.age());
+                    age_metrics.evicted(Tier::Disk, entry.age());
                     counter.fetch_add(1, Ordering::Relaxed);
                     evict.send(*digest).ok();
                 }
@@ -154,57 +160,58 @@ impl Store {
             .weigher(|_, blob: &Arc<DiskBlob>| blob.cost())
             .eviction_policy(EvictionPolicy::lru())
             .build();
-        let troubles = Arc::new(Troubles::default());
-        let pool = |name: &'static str, does: &'static str, trouble: Trouble, most: usize| {
-            let (root, troubles) = (root.clone(), troubles.clone());
+        let state = Arc::new(StateTracker::default());
+        let pool = |name: &'static str, operation: &'static str, cause: Degraded, max_threads: usize| {
+            let (root, state) = (root.clone(), state.clone());
             let (timeout, cooldown) = (config.timeout.get(), config.cooldown.get());
-            let tell = move |turn| match turn {
+            let log = move |turn| match turn {
                 Turn::Hangs => tracing::warn!(
                     path = %root.display(), ?timeout, ?cooldown,
-                    "the disk tier's file system does not answer: nothing is {does} it for disk.cooldown, clients get their blobs from                      elsewhere. Look at the kernel's log and at what it is mounted from"
+                    "the disk tier's file system does not answer; for disk.cooldown no {operation} are tried, and clients get their blobs from \
+                     elsewhere. Look at the kernel's log and at the device or server that it is mounted from"
                 ),
                 Turn::Well => tracing::info!(path = %root.display(), "the disk tier's file system answers again"),
             };
-            Pool::new(name, most, timeout, cooldown, move |turn| {
-                troubles.set(trouble, turn == Turn::Hangs);
-                tell(turn);
+            Pool::new(name, max_threads, timeout, cooldown, move |turn| {
+                state.set(cause, turn == Turn::Hangs);
+                log(turn);
             })
         };
         let threads = config.threads;
         Ok(Self {
-            reads: pool("disk-read", "read from", Trouble::Reads, threads),
-            writes: pool("disk-file", "written to", Trouble::Writes, threads.div_ceil(4)),
+            reads: pool("disk-read", "reads", Degraded::ReadsHang, threads),
+            writes: pool("disk-file", "writes", Degraded::WritesHang, threads.div_ceil(4)),
             capacity,
             quarantine_capacity: config.quarantine.get(),
             index,
             open,
-            shelves: std::array::from_fn(|_| Shelf::default()),
+            subdirs: std::array::from_fn(|_| Subdir::default()),
             evicted,
             evictions,
             scanning: AtomicBool::new(true),
-            health: Health::new(root.clone(), config.cooldown.get(), troubles.clone(), metrics.clone()),
-            troubles,
+            errors: ErrorTracker::new(root.clone(), config.cooldown.get(), state.clone(), metrics.clone()),
+            state,
             metrics,
-            owner,
+            lock,
             root,
         })
     }
 
-    /// The blob's size, as far as the index knows. To have been looked for lately helps a blob to stay.
+    /// The blob's size in bytes, from the index. Counts as a use for LRU.
     pub(super) fn size_of(&self, digest: &Digest) -> Option<u64> {
-        self.index.get(digest).map(|listed| listed.size)
+        self.index.get(digest).map(|entry| entry.size)
     }
 
     /// See [`super::Disk::state`].
     pub(super) fn state(&self) -> (DiskState, Option<SystemTime>) {
-        // Nobody tells of that.
-        if self.owner.is_lost() {
-            self.troubles.set(Trouble::Lost, true);
+        // `DirLock` does not report this to the tracker.
+        if self.lock.is_lost() {
+            self.state.set(Degraded::DirectoryLost, true);
         }
-        self.troubles.state()
+        self.state.state()
     }
 
-    /// Counts one get, whether or not the blob is here.
+    /// See [`super::Disk::count`].
     pub(super) fn count(&self, digest: &Digest) {
         self.index.count(digest);
     }
@@ -218,11 +225,11 @@ impl Store {
         &self.root
     }
 
-    /// Work was not done in time.
-    pub(super) fn undone(&self, op: DiskOp, undone: Undone) {
+    /// Counts work that a pool refused or did not finish.
+    pub(super) fn pool_failed(&self, op: DiskOp, error: Undone) {
         self.metrics.disk_error(
             op,
-            match undone {
+            match error {
                 Undone::Busy => DiskError::Busy,
                 Undone::Late => DiskError::Timeout,
                 Undone::Panicked => DiskError::Other,
@@ -232,23 +239,23 @@ impl Store {
 
     /// Whether files may be read now.
     pub(super) fn may_read(&self) -> bool {
-        self.reads.is_usable() && !self.owner.is_lost()
+        self.reads.is_usable() && !self.lock.is_lost()
     }
 
     pub(super) fn is_scanning(&self) -> bool {
         self.scanning.load(Ordering::Acquire)
     }
 
-    /// The index knows every file from now on.
+    /// The scan is complete.
     pub(super) fn scanned(&self) {
         self.index.settle();
         self.sweep();
         self.scanning.store(false, Ordering::Release);
     }
 
-    /// Opens the blob. A file that was never finished goes, one that is damaged is set aside.
+    /// Opens the blob. Deletes an unfinished file, and moves a damaged one to the quarantine. Blocks.
     pub(super) fn open(self: &Arc<Self>, digest: &Digest) -> Option<Arc<DiskBlob>> {
-        let shelf = self.lock(digest);
+        let subdir = self.lock(digest);
         if let Some(blob) = self.open.get(digest) {
             return Some(blob);
         }
@@ -256,155 +263,157 @@ impl Store {
         match DiskBlob::open(Arc::downgrade(self), self.reads.clone(), *digest, &path) {
             Ok(blob) => {
                 if !self.index.has(digest) {
-                    // Evicted, and its file is about to go; or the scan has not come here yet.
                     if !self.is_scanning() {
+                        // Evicted: the janitor is about to delete the file.
                         return None;
                     }
-                    self.index.insert(*digest, Listed::now(blob.size()));
+                    self.index.insert(*digest, IndexEntry::now(blob.size()));
                 }
                 let blob = Arc::new(blob);
                 self.open.insert(*digest, blob.clone());
                 return Some(blob);
             }
-            Err(Unopened::Vanished) => {
+            Err(OpenError::Missing) => {
                 self.index.remove(digest);
             }
-            Err(Unopened::Unfinished) => {
+            Err(OpenError::Unfinished) => {
                 self.index.remove(digest);
-                self.remove_rubbish(&path);
+                self.remove_unfinished(&path);
             }
-            Err(Unopened::Damaged(file)) => {
-                drop(shelf);
+            Err(OpenError::Damaged(file)) => {
+                drop(subdir);
                 self.quarantine(digest, &file, "the trailer cannot be read or does not match its checksum");
             }
-            Err(Unopened::NoFile) => {
-                // The next blob of this name takes its place.
+            Err(OpenError::NotAFile) => {
+                // `make_way` moves it aside when the blob is kept again.
                 self.index.remove(digest);
-                self.health.failed(DiskOp::Open, &path, &rustix::io::Errno::NXIO.into());
+                self.errors.record(DiskOp::Open, &path, &rustix::io::Errno::NXIO.into());
             }
-            Err(Unopened::Unknown(error)) => {
-                // Without a descriptor nothing is known of the file. Anything else is the file's own trouble: it gives way to a new one.
-                if health::kind(&error) != DiskError::Files {
+            Err(OpenError::Io(error)) => {
+                // With too many open files, the error says nothing about this file. Any other error does: drop the entry, so that the
+                // blob is fetched and kept again.
+                if errors::kind(&error) != DiskError::Files {
                     self.index.remove(digest);
                 }
-                self.health.failed(DiskOp::Open, &path, &error);
+                self.errors.record(DiskOp::Open, &path, &error);
             }
         }
         None
     }
 
-    /// Makes a file to fill.
+    /// Creates an empty file in `tmp/`. Blocks.
     pub(super) fn temp(self: &Arc<Self>) -> io::Result<DiskFile> {
-        // Opened here rather than by tempfile, which would hide the error's number, and with it the reason.
+        // `tempfile` would hide the error number, which `ErrorTracker` needs.
         let open = |path: &Path| File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
         let make = || tempfile::Builder::new().prefix("").make_in(self.root.join(TMP), open);
         let made = make().or_else(|error| match error.kind() {
-            // Somebody emptied the directory under a running tier.
-            io::ErrorKind::NotFound => self.remake_directories().and_then(|()| make()),
+            // Another program has deleted the directories of the running tier.
+            io::ErrorKind::NotFound => self.recreate_directories().and_then(|()| make()),
             _ => Err(error),
         });
-        let failed = |error: &io::Error| self.health.failed(DiskOp::Write, &self.root.join(TMP), error);
+        let failed = |error: &io::Error| self.errors.record(DiskOp::Write, &self.root.join(TMP), error);
         let (file, path) = made.inspect_err(failed)?.into_parts();
         Ok(DiskFile::new(self.clone(), file, path))
     }
 
-    /// Notes that a blob is going to be kept.
-    pub(super) fn accept(&self, digest: &Digest) -> Accepted {
-        Accepted(self.shelf(digest).forgets.load(Ordering::Acquire))
+    /// The epoch to pass to [`Self::keep`] or [`Self::commit`]. Take it at the moment of the decision to keep the blob.
+    pub(super) fn epoch(&self, digest: &Digest) -> ForgetEpoch {
+        ForgetEpoch(self.subdir(digest).forgets.load(Ordering::Acquire))
     }
 
-    /// Writes a blob that is in memory, and keeps it.
-    pub(super) fn keep(self: &Arc<Self>, blob: &Verified<Bytes>, accepted: Accepted) {
+    /// Writes a blob that is in memory, and keeps it. Blocks.
+    pub(super) fn keep(self: &Arc<Self>, blob: &Verified<Bytes>, epoch: ForgetEpoch) {
         if self.has(&blob.digest()) || !self.admits(&blob.digest(), blob.size()) {
             return;
         }
         let written = self.temp().and_then(|mut file| file.append(blob.content()).map(|()| file));
         match written {
-            Ok(file) => self.place(&blob.digest(), file, accepted),
+            Ok(file) => self.commit(&blob.digest(), file, epoch),
             Err(_) => self.metrics.disk_skipped(Skip::Failed),
         }
     }
 
-    /// Gives a file that holds all of a blob its place.
-    pub(super) fn place(&self, digest: &Digest, file: DiskFile, accepted: Accepted) {
+    /// Writes the trailer of a complete file, and renames the file into the tier. Blocks.
+    pub(super) fn commit(&self, digest: &Digest, file: DiskFile, epoch: ForgetEpoch) {
         let size = file.size();
         if self.has(digest) || !self.admits(digest, size) {
             return;
         }
-        if !self.owner.holds() {
+        if !self.lock.still_held() {
             return self.metrics.disk_skipped(Skip::Failed);
         }
-        let shelf = self.lock(digest);
-        if self.accept(digest).0 != accepted.0 {
+        let subdir = self.lock(digest);
+        if self.epoch(digest).0 != epoch.0 {
             return self.metrics.disk_skipped(Skip::Purged);
         }
         let path = self.path(digest);
-        if file.place(digest, &path, |error| self.make_way(&path, error)).is_err() {
+        if file.commit(digest, &path, |error| self.make_way(&path, error)).is_err() {
             return self.metrics.disk_skipped(Skip::Failed);
         }
         self.open.invalidate(digest);
-        self.index.insert(*digest, Listed::now(size));
-        drop(shelf);
-        self.health.worked();
-        space::look(&self.root, &self.metrics);
+        self.index.insert(*digest, IndexEntry::now(size));
+        drop(subdir);
+        self.errors.write_succeeded();
+        free_space::update(&self.root, &self.metrics);
         self.index.settle();
         self.sweep();
     }
 
-    /// Whether a blob can get its place at `path` after all.
+    /// After a rename to `path` failed with `error`: removes the obstacle. Returns whether the rename should be tried again.
     fn make_way(&self, path: &Path, error: &io::Error) -> bool {
-        match health::kind(error) {
-            // A directory, which no file can replace. It is set aside as it is: it may be somebody's.
+        match errors::kind(error) {
+            // A rename cannot replace a directory. It may be somebody's, so it is moved and not deleted.
             DiskError::Path if fs::symlink_metadata(path).is_ok_and(|there| there.is_dir()) => {
                 let aside = (0..100).map(|n| self.root.join(QUARANTINE).join(format!("{}.directory-{n}", file_name(path))));
                 let moved = aside.filter(|aside| fs::symlink_metadata(aside).is_err()).find(|aside| fs::rename(path, aside).is_ok());
                 if let Some(moved) = &moved {
                     tracing::warn!(
                         path = %path.display(), moved = %moved.display(),
-                        "a directory stood where the disk tier keeps a blob, and was set aside; delete it if nobody misses it"
+                        "a directory had the name of a blob in the disk tier, and was moved to quarantine/; delete it if nobody needs it"
                     );
                 }
                 moved.is_some()
             }
-            _ => error.kind() == io::ErrorKind::NotFound && self.remake_directories().is_ok(),
+            _ => error.kind() == io::ErrorKind::NotFound && self.recreate_directories().is_ok(),
         }
     }
 
-    /// Makes the tier's directories anew, where somebody has deleted them.
-    fn remake_directories(&self) -> io::Result<()> {
-        if !self.owner.may_remake() {
+    /// Creates the tier's directories again after another program has deleted them.
+    fn recreate_directories(&self) -> io::Result<()> {
+        if !self.lock.may_recreate() {
             return Err(io::ErrorKind::NotFound.into());
         }
         make_directories(&self.root)
     }
 
-    /// As far as that takes no file: the index does not know the blob from now on, and none that was accepted before is placed.
-    pub(super) fn disown(&self, digest: &Digest) {
-        self.shelf(digest).forgets.fetch_add(1, Ordering::AcqRel);
+    /// The part of [`Self::forget`] that touches no file, so that it works while the file system hangs.
+    pub(super) fn forget_in_memory(&self, digest: &Digest) {
+        self.subdir(digest).forgets.fetch_add(1, Ordering::AcqRel);
         self.index.remove(digest);
     }
 
-    /// Drops a blob, and what is on its way to become it.
+    /// Removes a blob, and prevents that a copy that is being written is kept. Blocks.
     pub(super) fn forget(&self, digest: &Digest) {
-        let _shelf = self.lock(digest);
-        self.shelf(digest).forgets.fetch_add(1, Ordering::AcqRel);
+        let _subdir = self.lock(digest);
+        self.subdir(digest).forgets.fetch_add(1, Ordering::AcqRel);
         self.index.remove(digest);
         self.remove(digest);
     }
 
-    /// Sets a damaged file aside, unless another has taken its place meanwhile. False if so: whoever came first has counted it.
+    /// Moves a damaged file to the quarantine, and counts and logs it. Returns false and does nothing if the name leads to another file
+    /// by now: then another thread has done it before. Blocks.
     pub(super) fn quarantine(&self, digest: &Digest, file: &File, why: &str) -> bool {
         let path = self.path(digest);
         {
-            let _shelf = self.lock(digest);
-            if !stands_at(file, &path) {
-                // Whatever stands there now is not what is open.
+            let _subdir = self.lock(digest);
+            if !is_at(file, &path) {
+                // `open` may still hold the damaged file.
                 self.open.invalidate(digest);
                 return false;
             }
             self.index.remove(digest);
             self.open.invalidate(digest);
-            if !self.owner.holds() {
+            if !self.lock.still_held() {
                 return false;
             }
             if fs::rename(&path, self.root.join(QUARANTINE).join(digest.to_string())).is_err() {
@@ -412,63 +421,63 @@ impl Store {
             }
         }
         self.metrics.corrupt("disk");
-        tracing::warn!(%digest, why, path = %self.root.display(), "a kept blob is damaged; its file is in quarantine/, its bytes come from the origin");
+        tracing::warn!(%digest, why, path = %self.root.display(), "a blob in the disk tier is damaged; its file was moved to quarantine/, and clients get the blob from elsewhere");
         self.trim_quarantine();
         true
     }
 
-    /// Takes note of a file that was there before.
+    /// Puts an existing file into the index. Deletes it if its length shows that it is not finished. Blocks.
     pub(super) fn scan(&self, digest: &Digest, entry: &fs::DirEntry) -> io::Result<Scanned> {
-        let _shelf = self.lock(digest);
+        let _subdir = self.lock(digest);
         if self.has(digest) {
             return Ok(Scanned::Blob);
         }
-        // Under the lock, since the blob may have been evicted since the directory was listed.
+        // Read under the lock: the blob may have been evicted after the directory was listed.
         let metadata = match entry.metadata() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Scanned::Foreign),
             metadata => metadata?,
         };
-        // No link is followed: this is what the name itself is.
+        // `DirEntry::metadata` does not follow links.
         if !metadata.is_file() {
             return Ok(Scanned::Foreign);
         }
         let Some(size) = format::blob_size(metadata.len()) else {
-            self.remove_rubbish(&entry.path());
-            return Ok(Scanned::Rubbish);
+            self.remove_unfinished(&entry.path());
+            return Ok(Scanned::Unfinished);
         };
-        self.index.insert(*digest, Listed::at(size, metadata.modified()?));
+        self.index.insert(*digest, IndexEntry::at(size, metadata.modified()?));
         Ok(Scanned::Blob)
     }
 
-    /// Deletes the files of what the index let go. Whoever makes room calls this, so that files do not outgrow the capacity while
-    /// the janitor is busy.
+    /// Deletes the files of all evicted blobs. Threads that keep blobs call this too, so that the files do not outgrow the capacity while
+    /// the janitor is busy. Blocks.
     pub(super) fn sweep(&self) {
         while let Ok(digest) = self.evicted.try_recv() {
             self.remove_evicted(&digest);
         }
     }
 
-    /// Deletes the file of an evicted blob, unless the blob has been kept anew since.
+    /// Deletes the file of an evicted blob, unless the blob has been kept again since. Blocks.
     pub(super) fn remove_evicted(&self, digest: &Digest) {
-        let _shelf = self.lock(digest);
+        let _subdir = self.lock(digest);
         if !self.has(digest) {
             self.remove(digest);
         }
     }
 
-    /// Whether a blob of this size may be kept now.
+    /// See [`super::Disk::takes`].
     pub(super) fn takes(&self, size: u64) -> bool {
         disk_blocks(size) <= self.index.largest() && self.why_not_write().is_none()
     }
 
-    /// Whether this blob, of this size, would be kept now.
+    /// See [`super::Disk::keeps`].
     pub(super) fn keeps(&self, digest: &Digest, size: u64) -> bool {
         self.fits(digest, size) && self.why_not_write().is_none()
     }
 
-    /// What keeps the tier from writing now.
+    /// Why the tier cannot write now; `None` if it can.
     fn why_not_write(&self) -> Option<Skip> {
-        if !self.health.may_write() || self.owner.is_lost() {
+        if !self.errors.may_write() || self.lock.is_lost() {
             return Some(Skip::ReadOnly);
         }
         (!self.writes.is_usable() || !self.reads.is_usable()).then_some(Skip::Timeout)
@@ -479,7 +488,7 @@ impl Store {
         TierStats { bytes: blocks * DISK_BLOCK, capacity: self.capacity, blobs, hits, evictions: self.evictions.load(Ordering::Relaxed) }
     }
 
-    /// Closes now what is open beyond `disk.open_files`.
+    /// Closes the files beyond `disk.open_files` now.
     #[cfg(test)]
     pub(super) fn settle_open(&self) {
         self.open.run_pending_tasks();
@@ -487,14 +496,14 @@ impl Store {
 
     /// The directory of the blobs whose digests begin with this byte.
     pub(super) fn directory(&self, first: u8) -> PathBuf {
-        shelf_directory(&self.root, first)
+        subdirectory(&self.root, first)
     }
 
     pub(super) fn path(&self, digest: &Digest) -> PathBuf {
         self.directory(digest.as_bytes()[0]).join(digest.to_string())
     }
 
-    /// Whether the index has the blob, without that being a use.
+    /// Whether the index has the blob. Does not count as a use for LRU.
     pub(super) fn has(&self, digest: &Digest) -> bool {
         self.index.has(digest)
     }
@@ -503,7 +512,7 @@ impl Store {
         self.index.takes(digest, disk_blocks(size))
     }
 
-    /// As [`Self::keeps`], and counts what is turned away for the disk's sake. A blob too large for the tier is nobody's failing.
+    /// See [`super::Disk::admits`]. A blob that is too large for the tier is not counted as a skip.
     pub(super) fn admits(&self, digest: &Digest, size: u64) -> bool {
         if !self.fits(digest, size) {
             return false;
@@ -515,33 +524,33 @@ impl Store {
         why_not.is_none()
     }
 
-    const fn shelf(&self, digest: &Digest) -> &Shelf {
-        &self.shelves[digest.as_bytes()[0] as usize]
+    const fn subdir(&self, digest: &Digest) -> &Subdir {
+        &self.subdirs[digest.as_bytes()[0] as usize]
     }
 
     pub(super) fn lock(&self, digest: &Digest) -> MutexGuard<'_, ()> {
-        self.shelf(digest).files.lock()
+        self.subdir(digest).files.lock()
     }
 
-    /// Under the shelf's lock.
+    /// Deletes the blob's file. The caller holds the subdirectory's lock.
     fn remove(&self, digest: &Digest) {
         self.open.invalidate(digest);
-        if !self.owner.holds() {
+        if !self.lock.still_held() {
             return;
         }
         let path = self.path(digest);
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => self.health.failed(DiskOp::Remove, &path, &error),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => self.errors.record(DiskOp::Remove, &path, &error),
             _ => {}
         }
     }
 
-    fn remove_rubbish(&self, path: &Path) {
-        tracing::info!(path = %path.display(), "a file that was never finished is deleted; a crash leaves such");
+    fn remove_unfinished(&self, path: &Path) {
+        tracing::info!(path = %path.display(), "deleted an unfinished file of the disk tier; a crash of the machine leaves such files");
         fs::remove_file(path).ok();
     }
 
-    /// Holds the quarantine to its capacity; what was set aside first goes first.
+    /// Deletes the oldest files of the quarantine until it is within `disk.quarantine`.
     fn trim_quarantine(&self) {
         let Ok(entries) = fs::read_dir(self.root.join(QUARANTINE)) else { return };
         let mut files: Vec<_> = entries
@@ -554,7 +563,7 @@ impl Store {
             if total <= self.quarantine_capacity {
                 break;
             }
-            // A directory that was set aside stays as long as there is anything in it.
+            // `remove_dir` fails for a directory that is not empty: it stays.
             fs::remove_file(&path).or_else(|_| fs::remove_dir(&path)).ok();
             total -= bytes;
         }
@@ -568,9 +577,9 @@ fn file_name(path: &Path) -> std::borrow::Cow<'_, str> {
 const TMP: &str = "tmp";
 const QUARANTINE: &str = "quarantine";
 
-/// Makes the directories, and clears away what an earlier process did not finish.
+/// Creates the directories, and deletes the files that an earlier process left in `tmp/`.
 fn make_ready(root: &Path, progress: &AtomicU64) -> io::Result<()> {
-    let unusable = |error: io::Error| owner::told(root, &format!("cannot be written to: {error}"), &error);
+    let unusable = |error: io::Error| dir_lock::describe(root, &format!("cannot be written to: {error}"), &error);
     let step = || progress.fetch_add(1, Ordering::Relaxed);
     directories(root)
         .try_for_each(|directory| {
@@ -581,24 +590,25 @@ fn make_ready(root: &Path, progress: &AtomicU64) -> io::Result<()> {
     for entry in fs::read_dir(root.join(TMP)).map_err(unusable)?.flatten() {
         step();
         if let Err(error) = fs::remove_file(entry.path()) {
-            tracing::warn!(%error, path = %entry.path().display(), "a leftover cannot be deleted; delete it by hand");
+            tracing::warn!(%error, path = %entry.path().display(), "a temporary file of an earlier run cannot be deleted; delete it by hand");
         }
     }
     Ok(())
 }
 
-/// `wanted` bytes, or fewer on a file system that never has them: a tier that relied on them would find no room when it should evict.
+/// `wanted` bytes, or 95 % of the file system's size if that is less. With a larger capacity the file system would be full before the tier
+/// evicts anything.
 fn capacity(root: &Path, wanted: u64) -> u64 {
     let Ok(system) = rustix::fs::statvfs(root) else { return wanted };
-    // A file system keeps a part of its blocks to itself.
-    let there = system.f_blocks.saturating_mul(system.f_frsize) / 20 * 19;
-    if there < wanted {
+    // File systems reserve some of their blocks.
+    let usable = system.f_blocks.saturating_mul(system.f_frsize) / 20 * 19;
+    if usable < wanted {
         tracing::warn!(
-            wanted, capacity = there, path = %root.display(),
-            "disk.capacity is more than the file system holds, and is lowered to what it does; in flight blobs come on top, so leave it more room"
+            wanted, capacity = usable, path = %root.display(),
+            "disk.capacity is larger than the file system, and was lowered to fit; set it lower still, since blobs in transfer need space too"
         );
     }
-    wanted.min(there)
+    wanted.min(usable)
 }
 
 fn make_directories(root: &Path) -> io::Result<()> {
@@ -606,15 +616,15 @@ fn make_directories(root: &Path) -> io::Result<()> {
 }
 
 fn directories(root: &Path) -> impl Iterator<Item = PathBuf> {
-    let shelves = (0..=u8::MAX).map(|first| shelf_directory(root, first));
-    shelves.chain([root.join(TMP), root.join(QUARANTINE)])
+    let subdirectories = (0..=u8::MAX).map(|first| subdirectory(root, first));
+    subdirectories.chain([root.join(TMP), root.join(QUARANTINE)])
 }
 
-fn shelf_directory(root: &Path, first: u8) -> PathBuf {
+fn subdirectory(root: &Path, first: u8) -> PathBuf {
     root.join(format!("{first:02x}"))
 }
 
-/// The disk blocks that the file of a blob of `size` bytes takes.
+/// How many [`DISK_BLOCK`]s the file of a blob of `size` bytes takes.
 const fn disk_blocks(size: u64) -> u64 {
     format::file_len(size).div_ceil(DISK_BLOCK)
 }

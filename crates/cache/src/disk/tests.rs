@@ -1,7 +1,7 @@
-//! What the disk tier promises beyond the contract of every tier: restarts, rot, full disks, and files that agree with the books.
+//! Tests of the disk tier beyond the contract of every tier: restarts, damage, full disks, and files that agree with the index.
 
+mod damage;
 mod files;
-mod rot;
 mod writes;
 
 use super::*;
@@ -14,19 +14,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A directory, and the tier in it.
-struct Bench {
+/// A directory with a tier in it.
+struct TestTier {
     directory: tempfile::TempDir,
     config: config::Disk,
     registry: prometheus::Registry,
     metrics: Arc<Metrics>,
     disk: Option<Arc<Disk>>,
-    /// What the scrub found.
-    rotten: Option<mpsc::Receiver<Digest>>,
+    /// The digests that the scrub found damaged.
+    damaged: Option<mpsc::Receiver<Digest>>,
 }
 
-impl Bench {
-    /// A tier with everything at its default, but for `change`; no scrub.
+impl TestTier {
+    /// A tier with the defaults, LRU, no scrub, and then `change`.
     fn new(change: impl FnOnce(&mut config::Disk)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("cache");
@@ -34,18 +34,18 @@ impl Bench {
         change(&mut config);
         let registry = prometheus::Registry::new();
         let metrics = Arc::new(Metrics::new(&registry).unwrap());
-        let mut bench = Self { directory, config, registry, metrics, disk: None, rotten: None };
-        bench.open();
-        bench
+        let mut tier = Self { directory, config, registry, metrics, disk: None, damaged: None };
+        tier.open();
+        tier
     }
 
     fn open(&mut self) {
-        let (tell, rotten) = mpsc::channel(8);
-        self.disk = Some(Disk::open(&self.config, self.metrics.clone(), tell).unwrap());
-        self.rotten = Some(rotten);
+        let (sender, damaged) = mpsc::channel(8);
+        self.disk = Some(Disk::open(&self.config, self.metrics.clone(), sender).unwrap());
+        self.damaged = Some(damaged);
     }
 
-    /// What a restart does. All that was found must have been let go of.
+    /// Restarts the tier. Drop all its blobs before.
     async fn reopen(&mut self) {
         self.close();
         self.open();
@@ -53,7 +53,7 @@ impl Bench {
     }
 
     fn close(&mut self) {
-        assert_eq!(self.disk.take().map(Arc::into_inner).map(|disk| disk.is_some()), Some(true), "somebody still has the tier");
+        assert_eq!(self.disk.take().map(Arc::into_inner).map(|disk| disk.is_some()), Some(true), "the test still holds the tier");
     }
 
     async fn scanned(&self) {
@@ -69,12 +69,12 @@ impl Bench {
         (0..=255).flat_map(|first| list(&self.store.directory(first))).collect()
     }
 
-    /// What `du` says of them.
+    /// The bytes that they take on disk, as `du` counts.
     fn used(&self) -> u64 {
         self.files().iter().map(|path| fs::metadata(path).unwrap().blocks() * 512).sum()
     }
 
-    /// Keeps a blob, and says where.
+    /// Keeps a blob. Returns it and the path of its file.
     async fn keep(&self, len: usize, seed: u64) -> (Verified<Bytes>, PathBuf) {
         let blob = blob(len, seed);
         self.keep_now(blob.clone()).await;
@@ -82,14 +82,14 @@ impl Bench {
         (blob, path)
     }
 
-    /// Every byte of the blob, if the tier has it and all of it is sound.
+    /// The blob's bytes, if the tier has it undamaged.
     async fn whole(&self, blob: &Verified<Bytes>) -> Option<Vec<u8>> {
         let kept = self.find(&blob.digest()).await?;
         read(&kept, 0, kept.size(), 65_536).await.ok()
     }
 }
 
-impl std::ops::Deref for Bench {
+impl std::ops::Deref for TestTier {
     type Target = Disk;
     fn deref(&self) -> &Disk {
         self.disk.as_ref().unwrap()
@@ -107,10 +107,10 @@ fn flip(path: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
 }
 
-/// Waits until something is so; fails if it takes too long.
-async fn until(what: &str, mut so: impl FnMut() -> bool) {
+/// Waits for a condition. Panics after 30 seconds.
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
-    while !so() {
+    while !condition() {
         assert!(Instant::now() < deadline, "waited too long: {what}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

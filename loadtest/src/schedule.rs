@@ -1,4 +1,5 @@
-//! When requests start: at once after the one before (closed loop), or on a schedule that the answers cannot delay (open loop).
+//! The schedule of requests. In a closed loop, a client starts a request when its previous one has ended. In an open loop, requests start at
+//! fixed times, which slow answers cannot delay.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -7,22 +8,22 @@ use std::{
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 
-/// What ends a run.
+/// The condition that ends a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Limit {
-    /// So many turns in all.
+pub(crate) enum RunLimit {
+    /// After this number of turns of all clients together.
     Turns(u64),
-    /// So many turns of each client.
+    /// After this number of turns of each client.
     TurnsOfEach(u64),
-    /// Turns that start within this time.
+    /// After this time.
     Time(Duration),
 }
 
 /// The schedule of a run, shared by all its threads.
 pub(crate) struct Schedule {
-    /// What ends it.
-    pub(crate) limit: Limit,
-    /// Turns per second; none in a closed loop.
+    /// When the run ends.
+    pub(crate) limit: RunLimit,
+    /// Turns per second; `None` in a closed loop.
     pub(crate) rate: Option<f64>,
     /// The next turn's number.
     next: AtomicU64,
@@ -31,62 +32,63 @@ pub(crate) struct Schedule {
 /// The right to send one request (or one scripted sequence of them).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Turn {
-    /// Its number: what it does depends on this and the seed alone.
+    /// Its number. The request depends only on this and on the seed.
     pub(crate) ticket: u64,
-    /// When it should start. Latency is measured from here, however late the request gets a connection: otherwise a server
-    /// that stalls would be asked less, and the stall would hardly show (coordinated omission).
+    /// When it should start. Latency is measured from here, even if no client is free at this time. Otherwise a server that stalls would get
+    /// fewer requests, and the report would hide the stall (coordinated omission).
     pub(crate) intended: Instant,
 }
 
 impl Schedule {
-    /// A schedule with no turn taken yet.
-    pub(crate) const fn new(limit: Limit, rate: Option<f64>) -> Self {
+    /// A schedule with no turns taken.
+    pub(crate) const fn new(limit: RunLimit, rate: Option<f64>) -> Self {
         Self { limit, rate, next: AtomicU64::new(0) }
     }
 
-    /// Takes the next turn of a run that began at `start`; none when there is no more. `taken` is how many this client had.
+    /// Takes the next turn of a run that started at `start`. Returns `None` if there are no more. `taken` is the number of turns that this client
+    /// has had.
     fn take(&self, start: Instant, now: Instant, taken: u64) -> Option<Turn> {
-        if matches!(self.limit, Limit::TurnsOfEach(turns) if taken >= turns) {
+        if matches!(self.limit, RunLimit::TurnsOfEach(turns) if taken >= turns) {
             return None;
         }
         let ticket = self.next.fetch_add(1, Ordering::Relaxed);
         let intended = self.rate.map_or(now, |rate| start + offset(ticket, rate));
         let more = match self.limit {
-            Limit::Turns(turns) => ticket < turns,
-            Limit::TurnsOfEach(_) => true,
-            Limit::Time(time) => intended.saturating_duration_since(start) < time,
+            RunLimit::Turns(turns) => ticket < turns,
+            RunLimit::TurnsOfEach(_) => true,
+            RunLimit::Time(time) => intended.saturating_duration_since(start) < time,
         };
         more.then_some(Turn { ticket, intended })
     }
 
-    /// The next turn of an open loop that was due before `end` and that nobody took: the clients were all busy.
+    /// The next turn of an open loop that was due before `end` and was not taken, since all clients were busy.
     pub(crate) fn overdue(&self, start: Instant, end: Instant) -> Option<Turn> {
         self.rate?;
         self.take(start, end, 0).filter(|turn| turn.intended < end)
     }
 }
 
-/// How long after the start a turn is due.
+/// The time from the start to a turn.
 fn offset(ticket: u64, rate: f64) -> Duration {
     Duration::from_secs_f64(ticket as f64 / rate)
 }
 
-/// Hands out the turns to the clients of one thread. In an open loop one client at a time waits for the next due time, and the
-/// others queue behind it: one timer per thread, whatever the concurrency.
+/// Gives turns to the clients of one thread. In an open loop, one client at a time waits for the next due time, and the others queue behind
+/// it. So each thread has one timer, for any number of clients.
 #[derive(Default)]
 pub(crate) struct Pacer {
     waiting: Mutex<()>,
 }
 
-/// A turn that has not begun, so that there is time to make ready what it sends: that is not the target's time.
+/// A turn before its start. The client prepares its request now, so that the preparation does not count as latency.
 pub(crate) struct Slot<'a> {
     turn: Turn,
-    /// In an open loop, so that there is one timer.
+    /// Held in an open loop, so that there is one timer.
     first_in_line: Option<MutexGuard<'a, ()>>,
 }
 
 impl Pacer {
-    /// Takes the next turn; none when the run is over.
+    /// Takes the next turn. Returns `None` when the run is over.
     pub(crate) async fn slot(&self, schedule: &Schedule, start: Instant, taken: u64, stop: &CancellationToken) -> Option<Slot<'_>> {
         let first_in_line = if schedule.rate.is_some() { Some(self.waiting.lock().await) } else { None };
         if stop.is_cancelled() {
@@ -103,7 +105,7 @@ impl Slot<'_> {
         self.turn.ticket
     }
 
-    /// Begins the turn: now, or when it is due; none if the run is stopped before.
+    /// Starts the turn: at once in a closed loop, or when it is due. Returns `None` if the run is stopped before that.
     pub(crate) async fn begin(self, stop: &CancellationToken) -> Option<Turn> {
         if self.first_in_line.is_none() {
             return Some(Turn { intended: Instant::now(), ..self.turn });
@@ -115,8 +117,8 @@ impl Slot<'_> {
     }
 }
 
-/// The runtime's timers tick in milliseconds and ring up to two of them late, which is an age at 10,000 requests per second. So
-/// they bring us near, and the rest is spent in asking the clock; other clients run in between.
+/// Sleeps until a time, precisely. The runtime's timers have a resolution of a millisecond, and fire up to two late, which is too coarse for
+/// 10,000 requests per second. So this sleeps until shortly before, and then polls the clock; other clients run in between.
 const COARSE: Duration = Duration::from_millis(2);
 
 async fn wait_until(due: Instant) {
@@ -137,7 +139,7 @@ mod tests {
     #[test]
     fn an_open_loop_keeps_to_its_schedule_however_late_it_is() {
         let start = Instant::now();
-        let schedule = Schedule::new(Limit::Turns(3), Some(4.0));
+        let schedule = Schedule::new(RunLimit::Turns(3), Some(4.0));
         let late = start + Duration::from_secs(60);
         let turns: Vec<_> = std::iter::from_fn(|| schedule.take(start, late, 0)).collect();
         let due: Vec<_> = turns.iter().map(|turn| turn.intended - start).collect();
@@ -148,7 +150,7 @@ mod tests {
     #[test]
     fn an_open_loop_of_a_duration_has_rate_times_duration_turns() {
         let start = Instant::now();
-        let schedule = Schedule::new(Limit::Time(Duration::from_secs(10)), Some(3.0));
+        let schedule = Schedule::new(RunLimit::Time(Duration::from_secs(10)), Some(3.0));
         assert_eq!(std::iter::from_fn(|| schedule.take(start, start, 0)).count(), 30);
     }
 
@@ -156,14 +158,14 @@ mod tests {
     fn a_closed_loop_starts_now_and_ends_by_count_client_or_clock() {
         let start = Instant::now();
         let later = start + Duration::from_secs(5);
-        let turns = Schedule::new(Limit::Turns(1), None);
+        let turns = Schedule::new(RunLimit::Turns(1), None);
         assert_eq!(turns.take(start, later, 0), Some(Turn { ticket: 0, intended: later }));
         assert_eq!(turns.take(start, later, 1), None);
-        let each = Schedule::new(Limit::TurnsOfEach(2), None);
+        let each = Schedule::new(RunLimit::TurnsOfEach(2), None);
         assert!(each.take(start, later, 1).is_some());
         assert!(each.take(start, later, 2).is_none());
         assert!(each.take(start, later, 0).is_some());
-        let time = Schedule::new(Limit::Time(Duration::from_secs(5)), None);
+        let time = Schedule::new(RunLimit::Time(Duration::from_secs(5)), None);
         assert!(time.take(start, later - Duration::from_nanos(1), 0).is_some());
         assert!(time.take(start, later, 0).is_none());
     }
@@ -172,16 +174,16 @@ mod tests {
     fn what_was_due_before_the_end_is_overdue() {
         let start = Instant::now();
         let end = start + Duration::from_secs(2);
-        let schedule = Schedule::new(Limit::Time(Duration::from_secs(10)), Some(3.0));
+        let schedule = Schedule::new(RunLimit::Time(Duration::from_secs(10)), Some(3.0));
         assert!(schedule.take(start, start, 0).is_some());
         assert_eq!(std::iter::from_fn(|| schedule.overdue(start, end)).count(), 5);
-        assert_eq!(Schedule::new(Limit::Turns(10), None).overdue(start, end), None, "a closed loop waits for its clients");
+        assert_eq!(Schedule::new(RunLimit::Turns(10), None).overdue(start, end), None, "a closed loop waits for its clients");
     }
 
     #[tokio::test]
     async fn a_stop_is_not_waited_for_until_a_turn_is_due() {
         let (start, stop) = (Instant::now(), CancellationToken::new());
-        let (schedule, pacer) = (Schedule::new(Limit::Turns(9), Some(0.001)), Pacer::default());
+        let (schedule, pacer) = (Schedule::new(RunLimit::Turns(9), Some(0.001)), Pacer::default());
         assert!(pacer.slot(&schedule, start, 0, &stop).await.unwrap().begin(&stop).await.is_some(), "the first is due at once");
         let slot = pacer.slot(&schedule, start, 0, &stop).await.unwrap();
         stop.cancel();
