@@ -25,17 +25,6 @@ pub struct Request<'a> {
     pub headers: &'a HeaderMap,
 }
 
-impl Request<'_> {
-    /// Whether the body is a blob to be stored.
-    pub fn is_upload(&self) -> bool {
-        match self.target {
-            Target::Blob(_) => *self.method == Method::PUT,
-            Target::Collection => *self.method == Method::POST,
-            Target::Malformed(_) | Target::Other => false,
-        }
-    }
-}
-
 /// The handlers of one listener.
 pub struct Handlers {
     node: Arc<Node>,
@@ -71,6 +60,15 @@ impl Handlers {
         match self.asks {
             Asks::Clients(_) => Asker::Client,
             Asks::Peers { .. } => Asker::Peer,
+        }
+    }
+
+    /// Whether the body of the request is a blob to be stored. A peer hands over only uploads that have a name.
+    pub fn is_upload(&self, request: &Request<'_>) -> bool {
+        match (request.target, &self.asks) {
+            (Target::Blob(_), _) => *request.method == Method::PUT,
+            (Target::Collection, Asks::Clients(_)) => *request.method == Method::POST,
+            _ => false,
         }
     }
 

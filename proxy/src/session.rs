@@ -172,7 +172,7 @@ impl Front {
         if let Some(reply) = self.handlers.at_once(request) {
             return Ok(reply);
         }
-        if request.is_upload() {
+        if self.handlers.is_upload(request) {
             // Boxed, so that the task of a request that waits for a blob is not as large as that of an upload.
             let outgoing = || self.outgoing().ok_or(Fault::Busy(Limit::Files));
             return Box::pin(self.handlers.upload(request, RequestBody::of(session), limits, outgoing)).await;

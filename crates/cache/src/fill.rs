@@ -277,7 +277,8 @@ impl Fill {
     /// After wrong bytes: begins anew, if no reader has been given anything and there is a source left to try.
     fn begin_anew(&mut self, fault: Fault) -> Result<(), Fault> {
         let peers_are_blamed = self.plan.blame(&fault);
-        if !(peers_are_blamed || !self.origin_was_wrong) || !self.flight.begin_anew() {
+        let may_try = peers_are_blamed || !self.origin_was_wrong;
+        if !may_try || !self.flight.begin_anew() {
             return Err(fault);
         }
         tracing::warn!(digest = %self.flight.digest, %fault, "wrong bytes came; the blob is fetched once more from the start");

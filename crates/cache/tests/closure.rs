@@ -1,7 +1,5 @@
 //! A closure over a map, held to the contract of sources.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
 use bytes::Bytes;
 use castier_blob::Digest;
 use castier_cache::{Answer, Ask, Fault, Incoming, contract};
