@@ -7,7 +7,7 @@ use crate::support::{
     wire::{Framing, Wire},
     within,
 };
-use castier::ring::Ring;
+use castier_cluster::Ring;
 use parking_lot::Mutex;
 use rustix::process::Signal;
 use std::{

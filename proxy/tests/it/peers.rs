@@ -12,7 +12,7 @@ use crate::support::{
     eventually,
     stats::Metrics,
 };
-use castier::ring::Ring;
+use castier_cluster::Ring;
 use std::time::Duration;
 
 /// Small: verified before the first byte. Large: streamed.

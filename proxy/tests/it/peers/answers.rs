@@ -16,7 +16,7 @@
 
 use super::{LARGE, SMALL, World, loads};
 use crate::support::{Blob, Gate, Lie, LyingOrigin, assert_ledger, client::Reply, cluster::Node, eventually, get, lie::RangeManner, light};
-use castier::ring::Ring;
+use castier_cluster::Ring;
 use tokio::task::JoinHandle;
 
 fn fetch(node: &Node, blob: &Blob) -> JoinHandle<Reply> {

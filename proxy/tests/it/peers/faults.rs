@@ -4,7 +4,7 @@ use super::{LARGE, SMALL, STALL, World, kept, loads};
 use crate::support::{
     Blob, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, cluster::Node, eventually, get, light, metrics,
 };
-use castier::ring::Ring;
+use castier_cluster::Ring;
 use std::{
     sync::atomic::Ordering,
     time::{Duration, Instant},

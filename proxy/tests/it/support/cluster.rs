@@ -5,7 +5,7 @@ use super::{
     Blob, Castier, eventually,
     stats::{Metrics, metrics},
 };
-use castier::ring::Ring;
+use castier_cluster::Ring;
 use rustix::process::Signal;
 use std::{
     fs,

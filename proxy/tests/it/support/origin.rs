@@ -6,8 +6,8 @@ use super::{
     proof,
     wire::{Framing, Head, Wire},
 };
-use castier::secret::{Asked, Secrets};
 use castier_blob::Digest;
+use castier_cluster::{Asked, Secrets};
 use castier_wire::Target;
 use parking_lot::Mutex;
 use std::{

@@ -1,7 +1,7 @@
 //! The tests' own side of the proofs between nodes.
 
 use super::wire::Head;
-use castier::secret::{ASKED, Asked, PROOF, Secrets, Twice};
+use castier_cluster::{ASKED, Asked, PROOF, Secrets, Twice};
 use castier_config::Cluster;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use std::fs;
