@@ -72,7 +72,7 @@ impl Upstream {
             stream: Some(connection.stream),
             peer: connection.peer,
             upstream: self.clone(),
-            answer: Answer { expected, left: Left::Head },
+            answer: Answer { expected, left: Remaining::Head },
             ahead: BytesMut::new(),
             shown: 0,
             since: Instant::now(),
@@ -112,11 +112,11 @@ struct Lent {
 /// How far an answer has been read.
 struct Answer {
     expected: Expected,
-    left: Left,
+    left: Remaining,
 }
 
 /// What of an answer is still to come.
-enum Left {
+enum Remaining {
     /// A head, perhaps an interim one.
     Head,
     /// So many bytes of the body.
@@ -130,34 +130,34 @@ enum Left {
 impl Answer {
     const fn is_over(&self) -> bool {
         match &self.left {
-            Left::Bytes(left) => *left == 0,
-            Left::Chunks(chunks) => chunks.is_over(),
-            Left::Head | Left::All => false,
+            Remaining::Bytes(left) => *left == 0,
+            Remaining::Chunks(chunks) => chunks.is_over(),
+            Remaining::Head | Remaining::All => false,
         }
     }
 
     /// How many of these bytes belong to the answer, a whole head at a time; none: a head that goes on.
     fn pass(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         Ok(match &mut self.left {
-            Left::Head => {
+            Remaining::Head => {
                 let Some((length, left)) = self.head(bytes)? else {
                     return if bytes.len() > MAX_HEAD { Err(unusable("a head of more than 64 KiB")) } else { Ok(0) };
                 };
                 self.left = left;
                 length
             }
-            Left::Bytes(left) => {
+            Remaining::Bytes(left) => {
                 let here = usize::try_from(*left).unwrap_or(usize::MAX).min(bytes.len());
                 *left -= here as u64;
                 here
             }
-            Left::Chunks(chunks) => chunks.pass(bytes),
-            Left::All => bytes.len(),
+            Remaining::Chunks(chunks) => chunks.pass(bytes),
+            Remaining::All => bytes.len(),
         })
     }
 
     /// Reads a head as pingora does: its length, and what comes behind it (RFC 9112, section 6.3). None: it is not whole.
-    fn head(&self, bytes: &[u8]) -> io::Result<Option<(usize, Left)>> {
+    fn head(&self, bytes: &[u8]) -> io::Result<Option<(usize, Remaining)>> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut head = httparse::Response::new(&mut headers);
         let mut parser = httparse::ParserConfig::default();
@@ -170,17 +170,17 @@ impl Answer {
         };
         let named = |name: &'static str| head.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
         let left = match head.code.unwrap_or_default() {
-            101 if self.expected.upgrade => Left::All,
+            101 if self.expected.upgrade => Remaining::All,
             101 => return Err(unusable("a change of protocol that was not asked for")),
-            100..=199 => Left::Head,
-            204 | 304 => Left::Bytes(0),
-            _ if self.expected.head => Left::Bytes(0),
+            100..=199 => Remaining::Head,
+            204 | 304 => Remaining::Bytes(0),
+            _ if self.expected.head => Remaining::Bytes(0),
             _ => match named("transfer-encoding").next_back() {
                 Some(codings) => {
                     let last = codings.value.rsplit(|byte| *byte == b',').next().unwrap_or_default();
-                    if last.trim_ascii().eq_ignore_ascii_case(b"chunked") { Left::Chunks(Chunks::default()) } else { Left::All }
+                    if last.trim_ascii().eq_ignore_ascii_case(b"chunked") { Remaining::Chunks(Chunks::default()) } else { Remaining::All }
                 }
-                None => length_of(named("content-length").map(|header| header.value))?.map_or(Left::All, Left::Bytes),
+                None => length_of(named("content-length").map(|header| header.value))?.map_or(Remaining::All, Remaining::Bytes),
             },
         };
         Ok(Some((length, left)))
@@ -254,7 +254,7 @@ impl AsyncRead for Lent {
                 }
             }
             let Some(stream) = &mut this.stream else { return Poll::Ready(Ok(())) };
-            if matches!(this.answer.left, Left::Head) {
+            if matches!(this.answer.left, Remaining::Head) {
                 let mut part = [0; 8 << 10];
                 let mut part = ReadBuf::new(&mut part);
                 match Pin::new(stream).poll_read(cx, &mut part) {
