@@ -293,7 +293,7 @@ impl Upstream {
         self.connect_anew().await.inspect_err(|fault| {
             // Not if this node has run out of files: that says nothing about the origin.
             if matches!(fault, Fault::Unreachable { .. } | Fault::Silent { .. }) {
-                self.unreached(begun, fault);
+                self.report_unreachable(begun, fault);
             }
         })
     }
@@ -352,7 +352,7 @@ impl Upstream {
     pub async fn repeat(&self, request: &RequestHeader, body: &[u8], repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
         let asked = Instant::now();
         let answered = self.try_repeat(request, body, repeats).await;
-        self.found(asked, answered.as_ref().map(|(session, _)| session.get_status().unwrap_or_default()));
+        self.report_outcome(asked, answered.as_ref().map(|(session, _)| session.get_status().unwrap_or_default()));
         answered
     }
 
@@ -385,23 +385,23 @@ impl Upstream {
     }
 
     /// Reports the outcome of a request that was sent at `asked`: the status of the answer, or the fault.
-    pub fn found(&self, asked: Instant, answer: Result<StatusCode, &Fault>) {
+    pub fn report_outcome(&self, asked: Instant, answer: Result<StatusCode, &Fault>) {
         if let Some(health) = &self.health {
-            health.found(&self.authority, asked, answer, &self.metrics);
+            health.record(&self.authority, asked, answer, &self.metrics);
         }
     }
 
     /// Reports that no connection could be opened. The attempt began at `begun`.
-    fn unreached(&self, begun: Instant, fault: &Fault) {
+    fn report_unreachable(&self, begun: Instant, fault: &Fault) {
         if let Some(health) = &self.health {
-            health.unreached(&self.authority, begun, fault, &self.metrics);
+            health.record_unreachable(&self.authority, begun, fault, &self.metrics);
         }
     }
 
     /// Reports that the body of an answer broke off. That counts as an error. It does not show that the origin is down.
-    fn broke(&self) {
+    fn report_broken_body(&self) {
         if let Some(health) = &self.health {
-            health.broke();
+            health.record_broken_body();
         }
     }
 
@@ -456,7 +456,7 @@ impl Upstream {
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
         insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
         request.insert_header(header::VIA, via_header::whole()).map_err(|error| Fault::Internal(error.to_string()))?;
-        for (name, value) in trace::tell() {
+        for (name, value) in trace::headers() {
             request.insert_header(name, value).map_err(|error| Fault::Internal(error.to_string()))?;
         }
         if let Some(credentials) = &self.credentials {
@@ -607,7 +607,7 @@ impl Transfer {
     async fn read(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
             let read = self.session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error));
-            let Some(mut bytes) = read.inspect_err(|_| self.upstream.broke())? else { return Ok(None) };
+            let Some(mut bytes) = read.inspect_err(|_| self.upstream.report_broken_body())? else { return Ok(None) };
             self.upstream.metrics.received(self.upstream.name, bytes.len() as u64);
             let skip = self.skip.min(bytes.len() as u64);
             self.skip -= skip;

@@ -35,10 +35,10 @@ impl Upstream {
         let put = self.send(upload).await;
         if streams {
             match &put {
-                Ok(_) => self.found(asked, Ok(StatusCode::OK)),
-                Err(fault @ (Fault::Unreachable { .. } | Fault::Silent { .. })) => self.found(asked, Err(fault)),
+                Ok(_) => self.report_outcome(asked, Ok(StatusCode::OK)),
+                Err(fault @ (Fault::Unreachable { .. } | Fault::Silent { .. })) => self.report_outcome(asked, Err(fault)),
                 Err(Fault::OriginFull | Fault::Unusable { .. } | Fault::Busy(Limit::Origin)) => {
-                    self.found(asked, Ok(StatusCode::INTERNAL_SERVER_ERROR));
+                    self.report_outcome(asked, Ok(StatusCode::INTERNAL_SERVER_ERROR));
                 }
                 // An error of the client says nothing about the origin.
                 Err(_) => {}

@@ -249,7 +249,7 @@ impl ProxyHttp for Rules {
         ctx: &mut RelayContext,
     ) -> pingora::Result<()> {
         if !response.status.is_informational() {
-            self.origin.found(ctx.started, Ok(response.status));
+            self.origin.report_outcome(ctx.started, Ok(response.status));
         }
         // An answer with two different lengths was refused before.
         let status = response.status;
@@ -307,7 +307,7 @@ impl ProxyHttp for Rules {
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
         let downstream = error.esource == pingora::ErrorSource::Downstream;
         if !downstream && !ctx.shed {
-            self.origin.found(ctx.started, Err(&fault));
+            self.origin.report_outcome(ctx.started, Err(&fault));
         }
         let answered = session
             .response_written()
