@@ -19,38 +19,43 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What the index, the allocator's rounding and our own headers cost beside the bytes of a blob. Measured as resident
-/// memory over a cache full of 1 KiB blobs; it is weighed so that `memory.capacity` means resident memory.
+/// The memory per blob in addition to its bytes: the index, the allocator's rounding, and headers. Measured as the resident memory of a cache full
+/// of 1 KiB blobs, so that `memory.capacity` limits resident memory.
 const OVERHEAD: u64 = 420;
 
-/// This part of the capacity is for the counts of how often blobs are asked for.
+/// One part in this many of the capacity is for the counts of gets.
 const COUNTS_PART: u64 = 256;
 
-/// Blobs in memory, whole and verified.
+/// The memory tier: whole, verified blobs.
 pub struct Memory {
     index: Index<Entry>,
     capacity: u64,
     max_blob: u64,
     evictions: Arc<AtomicU64>,
-    /// `fill.memory`: pays for what was evicted while a response still needs it.
+    /// `fill.memory`. Charged for evicted blobs that a response still reads.
     budget: Arc<Budget>,
 }
 
 #[derive(Clone)]
 struct Entry {
     bytes: Bytes,
-    /// When it came; see [`now`].
+    /// When the blob was kept; see [`now`].
     since: u32,
-    /// None for a blob of one piece, which a slow reader may hold anyway.
+    /// `None` for a blob of one piece. A reader may hold one piece without a charge in any case.
     pin: Option<Arc<Pin>>,
 }
 
-/// Shared by a blob in the tier and by all who read it. While the blob is in the tier, the tier's capacity pays for it. A slow reader may
-/// hold it for longer, and then `fill.memory` pays: without that, slow readers of ever new blobs could hold memory without limit.
+/// Accounts for a blob that outlives its eviction. The tier and all readers of the blob share it.
+///
+/// 1. While the blob is in the tier, the tier's capacity covers it.
+/// 2. The blob is evicted while a slow reader still has its bytes. Its size is charged to `fill.memory`.
+/// 3. The last reader drops the bytes, and the charge ends.
+///
+/// Without this, slow readers of many different blobs could hold any amount of memory.
 struct Pin {
     size: u64,
     budget: Arc<Budget>,
-    /// Taken when the blob leaves the tier; given back when the last reader has gone.
+    /// Taken when the blob leaves the tier. Released when the last reader drops the bytes.
     lease: Mutex<Option<Lease>>,
 }
 
@@ -72,7 +77,8 @@ impl AsRef<[u8]> for Pinned {
     }
 }
 
-/// Tenths of a second since the first call: a quarter of an `Instant`, for entries of which there are millions. It runs for thirteen years.
+/// Tenths of a second since the first call. Takes a quarter of the memory of an `Instant`; there are millions of entries. Overflows after thirteen
+/// years.
 fn now() -> u32 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
     u32::try_from(START.elapsed().as_millis() / 100).unwrap_or(u32::MAX)
@@ -83,8 +89,8 @@ fn weigh(entry: &Entry) -> u64 {
 }
 
 impl Memory {
-    /// The memory tier, and beside it, in a part of the same capacity, the mirror: what other nodes own and is hot here. Heat is what
-    /// the mirror is about, so its policy is not asked for. `evicted` gets the tier and the age of every blob that is evicted.
+    /// The memory tier, and the mirror, which keeps hot blobs that peers own in a share of the same capacity. The mirror's policy is always tiny-lfu,
+    /// which recognises hot blobs. `evicted` is called with the tier and the age of every evicted blob.
     pub fn with_mirror(
         config: &config::Memory,
         share: Option<Share>,
@@ -94,20 +100,21 @@ impl Memory {
         let part = share.map_or(0, |share| share.of(config.capacity).get());
         let own = config::Memory { capacity: Size::new(config.capacity.get() - part), ..config.clone() };
         let mirror = config::Memory { capacity: Size::new(part), policy: Policy::TinyLfu, ..config.clone() };
-        let told = |tier| {
+        let on_evicted = |tier| {
             let evicted = evicted.clone();
             move |age| evicted(tier, age)
         };
-        let mirror = (part > 0).then(|| Self::telling(&mirror, budget, told(Tier::Mirror)));
-        (Self::telling(&own, budget, told(Tier::Memory)), mirror)
+        let mirror = (part > 0).then(|| Self::with_callback(&mirror, budget, on_evicted(Tier::Mirror)));
+        (Self::with_callback(&own, budget, on_evicted(Tier::Memory)), mirror)
     }
 
-    /// An empty tier as configured. `budget` is `fill.memory`.
+    /// An empty tier. `budget` is `fill.memory`.
     pub fn new(config: &config::Memory, budget: &Arc<Budget>) -> Self {
-        Self::telling(config, budget, |_| {})
+        Self::with_callback(config, budget, |_| {})
     }
 
-    fn telling(config: &config::Memory, budget: &Arc<Budget>, told: impl Fn(Duration) + Send + Sync + 'static) -> Self {
+    /// `on_evicted` is called with the age of every evicted blob.
+    fn with_callback(config: &config::Memory, budget: &Arc<Budget>, on_evicted: impl Fn(Duration) + Send + Sync + 'static) -> Self {
         let evictions = Arc::new(AtomicU64::new(0));
         let counter = evictions.clone();
         let capacity = config.capacity.get();
@@ -118,7 +125,7 @@ impl Memory {
         let index = Index::new(config.policy, shape, weigh, move |_, entry: Entry, evicted| {
             if evicted {
                 counter.fetch_add(1, Ordering::Relaxed);
-                told(Duration::from_millis(u64::from(now().saturating_sub(entry.since)) * 100));
+                on_evicted(Duration::from_millis(u64::from(now().saturating_sub(entry.since)) * 100));
             }
             if let Some(pin) = &entry.pin {
                 pin.left_the_tier();
@@ -127,28 +134,28 @@ impl Memory {
         Self { index, capacity, max_blob, evictions, budget: budget.clone() }
     }
 
-    /// The blob, if it is kept here. Copies nothing, counts nothing.
+    /// The blob, if the tier keeps it. Does not copy its bytes, and does not count a get.
     pub fn find(&self, digest: &Digest) -> Option<Bytes> {
         self.index.get(digest).map(|entry| entry.bytes)
     }
 
-    /// As [`Self::find`], and sure that a blob that is not found is not here.
+    /// As [`Self::find`], but never misses a blob that the index is moving.
     pub fn find_settled(&self, digest: &Digest) -> Option<Bytes> {
         self.index.get_settled(digest).map(|entry| entry.bytes)
     }
 
-    /// Counts one get, whether or not the blob is here: what is asked for often stays, and is let in.
+    /// Counts one get, hit or miss. The counts decide about admission and eviction.
     pub fn count(&self, digest: &Digest) {
         self.index.count(digest);
     }
 
-    /// Whether a blob of this size is kept.
+    /// Whether the tier keeps blobs of this size.
     pub const fn takes(&self, size: u64) -> bool {
         size <= self.max_blob
     }
 
-    /// Keeps a blob if it takes its size, and gives back its bytes as all must hold them from now on. The caller has a lease of its size, and
-    /// gives that back afterwards: while the blob takes the place of others those may still be read.
+    /// Keeps a blob if its size is allowed. Returns the bytes that every reader must use from now on: they hold the [`Pin`]. The caller must hold a
+    /// lease of the blob's size until this returns, since readers may still have the blobs that it evicts.
     pub fn keep(&self, blob: Verified<Bytes>) -> Option<Bytes> {
         let (size, digest) = (blob.size(), blob.digest());
         if !self.takes(size) {
@@ -166,12 +173,12 @@ impl Memory {
         Some(shared)
     }
 
-    /// Drops a blob; true if it was here.
+    /// Drops a blob. Returns whether the tier had it.
     pub fn forget(&self, digest: &Digest) -> bool {
         self.index.remove(digest)
     }
 
-    /// Its state now. `hits` are counted by the cache, which alone knows what was a get.
+    /// The state of the tier. The cache counts `hits`, since only it knows which look-ups are gets.
     pub fn stats(&self, hits: u64) -> TierStats {
         let (bytes, blobs) = self.index.size();
         TierStats { bytes, capacity: self.capacity, blobs, hits, evictions: self.evictions.load(Ordering::Relaxed) }

@@ -22,15 +22,15 @@ use crate::{
 use bytes::{Bytes, BytesMut};
 use std::{collections::VecDeque, sync::Arc};
 
-/// How much of a spooled file's end stays in memory, for the readers who keep up. A few network reads' worth.
+/// How many of the newest bytes of a spool with a file stay in memory, for readers that keep up with the source.
 const WINDOW: u64 = 1 << 20;
-/// How much is written to a file at once: enough that waking another thread for it costs little. What is being written and what gathers
-/// meanwhile make up the window.
+/// How many bytes are written to a file at once. Enough to make the switch to another thread cheap. The window has space for a batch that is being
+/// written, and for the next one.
 pub(crate) const BATCH: u64 = WINDOW / 2;
-/// Arrivals are merged up to this length, so that a source that dribbles does not cost a segment per byte.
+/// Small segments are merged up to this length, so that a slow source does not cost one segment per byte.
 const MERGE: usize = 64 << 10;
 
-/// What all spools share: two budgets, and a directory for files.
+/// The parts that all spools share: two budgets, and a directory for files.
 pub struct Spools {
     /// `fill.memory`.
     pub memory: Arc<Budget>,
@@ -38,12 +38,12 @@ pub struct Spools {
     pub disk: Arc<Budget>,
     /// In `fill.spool_dir`.
     pub files: SpoolFiles,
-    /// `memory.max_blob`: a larger blob will not be kept in memory, so it goes to a file at once.
+    /// `memory.max_blob`. Larger blobs go to a file at once, since the memory tier does not keep them.
     pub max_in_memory: u64,
 }
 
 impl Spools {
-    /// As configured. `memory` is shared with everything else that holds unverified bytes.
+    /// The spools' shared parts. `memory` is the budget `fill.memory`, which everything with unverified bytes shares.
     pub fn new(config: &castier_config::Castier, memory: Arc<Budget>, metrics: Arc<Metrics>) -> Self {
         Self {
             memory,
@@ -54,29 +54,29 @@ impl Spools {
     }
 }
 
-/// The bytes of one blob as they arrive. One writer (the fill), any number of readers; the flight's lock guards it.
+/// The bytes of one blob as they arrive. It has one writer, the fill, and any number of readers. The flight's lock guards it.
 #[derive(Default)]
 pub(crate) struct Spool {
-    /// Bytes in order, ending at `len`. All of them while there is no file; else the newest few.
+    /// Bytes in order, ending at `len`. All bytes while there is no file, else the newest ones.
     segments: VecDeque<Bytes>,
     /// Offset of the first segment.
     start: u64,
-    /// Bytes held altogether.
+    /// The number of bytes that have arrived.
     len: u64,
-    /// The first `written` bytes, once they are too many for memory.
+    /// Has the first `written` bytes. Exists if the blob is too large for memory.
     file: Option<Arc<SharedFile>>,
     written: u64,
-    /// The memory that `segments` may take. None with a file: no window then.
+    /// The memory of `segments`. `None` while there is a file: there is no window, because no memory was free for it.
     memory: Option<Lease>,
-    /// The space that `file` takes.
+    /// The space of `file`.
     disk: Option<Lease>,
 }
 
-/// What a reader gets.
+/// Bytes for a reader.
 pub(crate) enum Piece {
     /// Bytes shared with the spool.
     Memory(Bytes),
-    /// To be read from the file with [`SpoolFiles::read`], off the lock.
+    /// This many bytes of the file. The reader calls [`SpoolFiles::read`] without the lock.
     File(Arc<SharedFile>, usize),
 }
 
@@ -86,33 +86,33 @@ pub(crate) enum Admit {
     Memory,
     /// Into the file, behind a backlog of at most [`Spool::backlog`].
     File,
-    /// Make a file first (see [`Spool::move_to_file`]), off the lock.
+    /// The caller must first make a file, without the lock; see [`Spool::move_to_file`].
     NeedsFile,
 }
 
 impl Spool {
-    /// A spool for a blob of `size` bytes (none: not known), in memory if the blob may stay there. It leases memory as bytes come: what is
-    /// only announced may never come, and would keep others out.
+    /// A spool for a blob of `size` bytes (`None`: unknown). In memory if the memory tier may keep the blob. It leases memory only for bytes that have
+    /// arrived: announced bytes may never arrive, and would take memory from others.
     pub(crate) fn new(spools: &Spools, size: Option<u64>) -> Self {
         let memory = (size.unwrap_or(0) <= spools.max_in_memory).then(|| spools.memory.empty());
         Self { memory, ..Self::default() }
     }
 
-    /// Leases memory for all of a blob of `size` bytes, if it is in memory so far: someone is about to be told that it will be kept. False if
-    /// it is not in memory, or there is not so much left.
+    /// Leases memory for a whole blob of `size` bytes, before a client is promised that the blob will be kept. Returns false if the spool has a file,
+    /// or if `fill.memory` is used up.
     pub(crate) fn reserve(&mut self, size: u64) -> bool {
         self.file.is_none() && self.memory.as_mut().is_some_and(|lease| lease.cover(size))
     }
 
-    /// Bytes held.
+    /// The number of bytes that have arrived.
     pub(crate) const fn length(&self) -> u64 {
         self.len
     }
 
-    /// Leases what `more` bytes need, and says where they go.
+    /// Leases memory or file space for `more` bytes, and returns where they go.
     ///
     /// # Errors
-    /// [`Fault::Busy`] when `fill.spool` is used up.
+    /// [`Fault::Busy`] if `fill.spool` is used up.
     pub(crate) fn admit(&mut self, spools: &Spools, more: u64) -> Result<Admit, Fault> {
         if self.file.is_some() {
             let Some(disk) = &mut self.disk else { return Err(Fault::Internal("spool file without a lease".into())) };
@@ -123,7 +123,7 @@ impl Spool {
         Ok(if covered { Admit::Memory } else { Admit::NeedsFile })
     }
 
-    /// How many bytes the file may lack: a batch, or none if there is no memory for a window. `None` without a file.
+    /// How many bytes may be in memory and not yet in the file: a batch, or 0 without a window. `None` without a file.
     pub(crate) const fn backlog(&self) -> Option<u64> {
         match (&self.file, &self.memory) {
             (None, _) => None,
@@ -132,12 +132,12 @@ impl Spool {
         }
     }
 
-    /// What has to be written to a new file before it can take over with [`Self::move_to_file`].
+    /// The segments. A new file must have them before [`Self::move_to_file`].
     pub(crate) fn in_memory(&self) -> Vec<Bytes> {
         self.segments.iter().cloned().collect()
     }
 
-    /// From now on bytes go to `file`, which holds all that came so far; or, if it takes the place of another, what that one had.
+    /// Uses `file` from now on. It must have all bytes so far, or, if it replaces another file, the bytes of that one.
     pub(crate) fn move_to_file(&mut self, spools: &Spools, file: Arc<SharedFile>) -> Result<(), Fault> {
         if self.file.replace(file).is_some() {
             return Ok(());
@@ -151,8 +151,8 @@ impl Spool {
         Ok(())
     }
 
-    /// What the file does not have yet of the first `to` bytes: the file, the offset from which on, and the bytes. None if it has them all,
-    /// or there is no file.
+    /// The part of the first `to` bytes that the file does not have yet: the file, the offset, and the bytes. `None` if the file has them all, or if
+    /// there is no file.
     pub(crate) fn unwritten(&self, to: u64) -> Option<(Arc<SharedFile>, u64, Vec<Bytes>)> {
         let file = self.file.as_ref().filter(|_| self.written < to)?;
         let mut start = self.start;
@@ -165,27 +165,27 @@ impl Spool {
         Some((file.clone(), self.written, parts.filter(|part| !part.is_empty()).collect()))
     }
 
-    /// Where the bytes are that are not in memory alone.
+    /// The file, if there is one.
     pub(crate) fn file(&self) -> Option<Arc<SharedFile>> {
         self.file.clone()
     }
 
-    /// How much of the bytes the file has.
+    /// How many bytes the file has.
     pub(crate) const fn written(&self) -> u64 {
         self.written
     }
 
-    /// The file has the bytes up to here.
+    /// Records that the file has the first `to` bytes.
     pub(crate) fn wrote(&mut self, to: u64) {
         self.written = to;
         self.trim();
     }
 
-    /// Appends bytes for which [`Self::admit`] said yes.
+    /// Appends bytes, after [`Self::admit`] has leased for them.
     pub(crate) fn push(&mut self, bytes: Bytes) {
         self.len += bytes.len() as u64;
         self.segments.push_back(bytes);
-        // Like a binary counter: a segment is merged only with one no longer than itself, so every byte is copied O(log) times.
+        // A segment is merged only into one that is at least as long. So each byte is copied O(log n) times.
         while let [.., a, b] = self.segments.make_contiguous() {
             if a.len() > b.len() || a.len() + b.len() > MERGE {
                 break;
@@ -199,7 +199,7 @@ impl Spool {
         self.trim();
     }
 
-    /// Holds a spool with a file to its window, but for what the file does not have.
+    /// Drops segments before the window, if the file has them.
     fn trim(&mut self) {
         if self.file.is_none() {
             return;
@@ -219,7 +219,7 @@ impl Spool {
     pub(crate) fn read(&self, at: u64, limit: u64) -> Piece {
         let want = usize::try_from(limit).unwrap_or(PIECE).min(PIECE);
         let mut end = self.len;
-        // From the newest backwards: most readers are near the end.
+        // Search backwards: most readers are near the end.
         for segment in self.segments.iter().rev() {
             let start = end - segment.len() as u64;
             if at >= start {
@@ -229,7 +229,7 @@ impl Spool {
             end = start;
         }
         match &self.file {
-            // The file has what is not in memory, and of what is in memory perhaps nothing yet: promise no byte of that.
+            // Only up to `start`: the file may not have the bytes in memory yet.
             Some(file) => Piece::File(file.clone(), want.min(usize::try_from(self.start - at).unwrap_or(want))),
             None => Piece::Memory(Bytes::new()),
         }
@@ -240,19 +240,19 @@ impl Spool {
         self.file.is_none().then(|| self.in_memory())
     }
 
-    /// Replaces the parts by the whole, so that memory is not held twice.
+    /// Replaces the segments by the joined bytes, so that the blob is not in memory twice.
     pub(crate) fn replace_with(&mut self, whole: Bytes) {
         self.segments = VecDeque::from([whole]);
         self.start = 0;
     }
 
-    /// The memory that the bytes take is accounted for elsewhere from now on.
+    /// Ends the lease of memory. From now on another owner accounts for the bytes.
     pub(crate) fn release(&mut self) {
         self.memory = None;
     }
 }
 
-/// One piece of memory out of several. Copies only if there are several.
+/// Joins the parts. Copies only if there is more than one.
 pub(crate) fn join(mut parts: Vec<Bytes>) -> Bytes {
     if parts.len() <= 1 {
         return parts.pop().unwrap_or_default();
@@ -287,7 +287,7 @@ mod tests {
         Ok(())
     }
 
-    /// Has the file catch up, but for the last `lag` bytes.
+    /// Writes bytes to the file, except the last `lag` ones.
     async fn catch_up(spool: &mut Spool, spools: &Spools, lag: u64) {
         let to = spool.length() - lag;
         let Some((file, at, parts)) = spool.unwritten(to) else { return };
@@ -296,7 +296,7 @@ mod tests {
         spool.wrote(to);
     }
 
-    /// As it is where nobody can tell what the page cache has: every byte that is promised of the file must be in it.
+    /// Works as if the page cache could not be queried: the file must have every byte that [`Piece::File`] names.
     async fn read_all(spool: &Spool, mut at: u64) -> Vec<u8> {
         let mut all = Vec::new();
         while at < spool.length() {
@@ -318,7 +318,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Whatever the arrivals and the budgets, what is read from any offset is what was written.
+        /// For all arrivals and budgets, a read at any offset gives the bytes that were written.
         #[test]
         fn reads_what_was_written(parts in prop::collection::vec(1usize..90_000, 1..40), max in 0u64..600_000, memory in 0u64..3_000_000, lag in 0u64..700_000, known: bool, from: prop::sample::Index) {
             tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {

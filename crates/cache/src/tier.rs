@@ -1,12 +1,11 @@
-//! What a tier is: a place that keeps verified blobs, finds them again byte for byte, and may drop them at any time.
+//! A tier keeps verified blobs, returns them byte for byte, and may drop them at any time.
 //!
-//! The tests below this module are the contract of every tier: each runs on all of them.
+//! The tests below this module are the contract of every tier. Each test runs on all tiers.
 
 #[cfg(test)]
 pub(crate) mod tests;
 
-/// The tier can no longer give the blob's bytes. It has seen to itself (the blob is not found here any more); the answer must go on
-/// from another place, at the same offset.
+/// The tier cannot read the blob's bytes. It has dropped the blob already. The answer must continue from another source, at the same offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the kept blob is damaged; its bytes must come from elsewhere")]
 pub struct Damaged;
@@ -14,14 +13,14 @@ pub struct Damaged;
 /// The state of a tier, for `/stats` and metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct TierStats {
-    /// Bytes it takes up, overhead included.
+    /// The bytes in use, including overhead.
     pub bytes: u64,
-    /// Bytes it may take up.
+    /// The most bytes it may use.
     pub capacity: u64,
     /// Blobs it keeps.
     pub blobs: u64,
     /// Gets it answered.
     pub hits: u64,
-    /// Blobs it dropped for lack of room.
+    /// Blobs that it evicted.
     pub evictions: u64,
 }

@@ -13,22 +13,22 @@ use castier_config as config;
 use std::{io, sync::Arc};
 use tokio::sync::mpsc;
 
-/// Where blobs are kept.
+/// All tiers of this node.
 ///
 /// Invariant: a blob that a peer owns is kept in the mirror or not at all ([`Owner`]).
 #[derive(Clone)]
 pub struct Tiers {
     /// For blobs that this node owns.
     pub memory: Arc<Memory>,
-    /// For hot blobs that peers own; none without a cluster.
+    /// For hot blobs that peers own; `None` without a cluster.
     pub mirror: Option<Arc<Memory>>,
-    /// For blobs that this node owns; none unless it is configured.
+    /// For blobs that this node owns; `None` unless it is configured.
     pub disk: Option<Arc<Disk>>,
 }
 
 impl Tiers {
-    /// The tiers as configured. A cluster takes the mirror's share out of the memory. `disk.open_files` is replaced by `open_files`, what the process may
-    /// open. `budget` is `fill.memory`. Blobs that the disk tier finds rotten are told to `rotten`.
+    /// The configured tiers. In a cluster, the mirror gets a share of the memory. `open_files` replaces `disk.open_files`, since the process may open
+    /// fewer. `budget` is `fill.memory`. `rotten` is called for each damaged blob that the disk tier finds.
     ///
     /// # Errors
     /// The disk tier's directory cannot be used. The text names it.
@@ -51,7 +51,7 @@ impl Tiers {
         Ok(Self { memory: Arc::new(memory), mirror: mirror.map(Arc::new), disk })
     }
 
-    /// The blob, if it is in memory, and in which part of it.
+    /// The blob, if it is in memory, and the tier that has it.
     pub fn in_memory(&self, digest: &Digest) -> Option<(Bytes, Tier)> {
         if let Some(bytes) = self.memory.find(digest) {
             return Some((bytes, Tier::Memory));
@@ -59,7 +59,7 @@ impl Tiers {
         Some((self.mirror.as_ref()?.find(digest)?, Tier::Mirror))
     }
 
-    /// As [`Self::in_memory`], and sure that a blob that is not found is not there.
+    /// As [`Self::in_memory`], but never misses a blob that an index is moving.
     pub fn in_memory_settled(&self, digest: &Digest) -> Option<(Bytes, Tier)> {
         if let Some(bytes) = self.memory.find_settled(digest) {
             return Some((bytes, Tier::Memory));
@@ -67,7 +67,7 @@ impl Tiers {
         Some((self.mirror.as_ref()?.find_settled(digest)?, Tier::Mirror))
     }
 
-    /// Counts one get for the eviction policies: for the part of memory that had the blob, or for all tiers. Call it once for each get.
+    /// Counts one get for the eviction policies: in the memory tier or mirror that had the blob, or in all tiers. Call it once for each get.
     pub fn count(&self, digest: &Digest, hit: Option<Tier>) {
         if hit != Some(Tier::Mirror) {
             self.memory.count(digest);
@@ -97,8 +97,8 @@ impl Tiers {
         owner == Owner::ThisNode && self.disk.as_ref().is_some_and(|disk| disk.keeps(digest, size))
     }
 
-    /// Keeps a blob that is in one piece of memory, on disk a little later. If memory keeps it, returns its bytes as every reader must hold them from
-    /// now on. See [`Memory::keep`] for the lease that the caller must hold.
+    /// Keeps a blob that is in one piece of memory. The disk gets it a little later. If memory keeps it, returns the bytes that every reader must use
+    /// from now on. See [`Memory::keep`] for the lease that the caller must hold.
     pub fn keep(&self, blob: Verified<Bytes>, owner: Owner) -> Option<Bytes> {
         if owner == Owner::Peer {
             return self.mirror.as_ref()?.keep(blob);

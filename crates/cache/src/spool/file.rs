@@ -1,4 +1,4 @@
-//! The file of a spool. Only threads that may wait touch it, but for reads of what the page cache has.
+//! The file of a spool. Only threads of the pool read and write it, except for reads from the page cache, which do not block.
 
 use crate::{
     buffer::Buffer,
@@ -10,10 +10,10 @@ use bytes::Bytes;
 use castier_config as config;
 use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
 
-/// How much is copied at once from one file to another.
+/// How many bytes are copied at once from one file to another.
 const COPY: u64 = 1 << 20;
 
-/// Where spools get files without a name.
+/// Makes unnamed files for spools.
 pub struct SpoolFiles {
     /// `fill.spool_dir`.
     dir: PathBuf,
@@ -22,7 +22,7 @@ pub struct SpoolFiles {
 }
 
 impl SpoolFiles {
-    /// Files as configured.
+    /// Files in `fill.spool_dir`.
     pub fn new(config: &config::Fill, metrics: Arc<Metrics>) -> Self {
         let dir = if config.spool_dir.as_os_str().is_empty() { std::env::temp_dir() } else { config.spool_dir.clone() };
         let timeout = config.spool_timeout.get();
@@ -40,16 +40,16 @@ impl SpoolFiles {
         Self { dir, pool, metrics }
     }
 
-    /// Makes a file as fills will, to find out at the start whether they can. Blocks, for `fill.spool_timeout` at most.
+    /// Makes a file to check at the start that fills can. Blocks for `fill.spool_timeout` at most.
     ///
     /// # Errors
-    /// What kept the file from being made.
+    /// The file could not be made.
     pub fn check(&self) -> io::Result<()> {
         let dir = self.dir.clone();
         self.pool.run_here(move || tempfile::tempfile_in(dir).map(drop)).unwrap_or_else(|undone| Err(io::Error::other(undone)))
     }
 
-    /// Where they are.
+    /// The directory of the files.
     pub fn dir(&self) -> &std::path::Path {
         &self.dir
     }
@@ -57,7 +57,7 @@ impl SpoolFiles {
     /// Makes the unlinked file of a spool, holding `parts` from offset 0.
     ///
     /// # Errors
-    /// [`Fault::Busy`] if the file system has no room or does not answer, else [`Fault::Internal`].
+    /// [`Fault::Busy`] if the file system is full or does not answer, else [`Fault::Internal`].
     pub async fn make(&self, parts: Vec<Bytes>) -> Result<Arc<SharedFile>, Fault> {
         let (dir, pool) = (self.dir.clone(), self.pool.clone());
         let made = self.pool.run(move || {
@@ -81,7 +81,7 @@ impl SpoolFiles {
         let mut at = 0;
         while at < len {
             let source = from.clone();
-            // In steps, each within its own time: the whole may take as long as it must.
+            // In steps, each with its own timeout. The whole copy has none.
             let read = from.pool().run(move || {
                 let mut part = vec![0; (len - at).min(COPY) as usize];
                 source.get()?.read_exact_at(&mut part, at)?;
@@ -95,7 +95,7 @@ impl SpoolFiles {
         Ok(file)
     }
 
-    /// Writes to a file that was made here, from offset `at` on. Begins at once, whether or not it is awaited.
+    /// Writes to a file of [`Self::make`], starting at offset `at`. Starts at once, even if the future is not polled.
     ///
     /// # Errors
     /// As [`Self::make`].
@@ -112,8 +112,8 @@ impl SpoolFiles {
         async move { outcome(&metrics, written.await) }
     }
 
-    /// Reads up to `len` bytes at offset `at`, at least one; the file must have them all. What the page cache has, which is all that was
-    /// just written, is read in place; another thread waits for the rest.
+    /// Reads up to `len` bytes at offset `at`, at least one. The file must have them all. Reads from the page cache on this thread, without blocking.
+    /// Bytes that are not in it are read on a thread of the pool.
     ///
     /// # Errors
     /// [`Fault::Busy`] if the file system does not answer, [`Fault::Internal`] on an I/O error.
