@@ -1,4 +1,4 @@
-//! The access log: one record per request, with the same fields in both programs; and the same facts as a span of OpenTelemetry.
+//! The access log: one record per request, with the same fields in both programs. The same facts can become an OpenTelemetry span.
 
 use crate::series::OTHER_METHOD;
 use castier_wire::{
@@ -8,12 +8,12 @@ use castier_wire::{
 use http::{HeaderMap, Version, header};
 use std::{borrow::Cow, net::IpAddr, time::Duration};
 
-/// How many characters of a path are logged: enough for any that means something, not all of what a client may have made up.
+/// How many characters of a path are logged. Meaningful paths are shorter; clients can send much longer ones.
 pub const LOGGED_PATH: usize = 600;
 /// How many characters of a `User-Agent` are logged.
 pub const LOGGED_AGENT: usize = 200;
 
-/// What is known of a request when it is over.
+/// The facts of a finished request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Access<'a> {
     /// Its method, as sent.
@@ -28,19 +28,19 @@ pub struct Access<'a> {
     pub took: Duration,
     /// From the end of the request's head to the first byte of the answer.
     pub first_byte: Option<Duration>,
-    /// What the cache did; none if there is none.
+    /// What the cache did; `None` if the request has not used the cache.
     pub cache: Option<&'static str>,
     /// The tier that the bytes came from.
     pub tier: Option<&'static str>,
     /// The source that the bytes came from.
     pub source: Option<&'static str>,
-    /// The client, as far as trusted proxies tell.
+    /// The client's address; behind a trusted proxy, the one that the proxy names.
     pub client: Option<IpAddr>,
     /// The version of HTTP that the client speaks.
     pub proto: Option<Version>,
-    /// Which request it is.
+    /// Its trace and request id.
     pub trace: Option<&'a Trace>,
-    /// What the client calls itself.
+    /// `User-Agent`.
     pub user_agent: Option<&'a str>,
     /// Why the answer was cut, or failed.
     pub error: Option<&'a str>,
@@ -75,8 +75,8 @@ macro_rules! write_access_record {
 }
 
 impl Access<'_> {
-    /// The same in the words of OpenTelemetry's conventions for HTTP. `method` is the method's label in the metrics, `route` the request's
-    /// route if it has one, `more` what only this program knows.
+    /// A span with the same facts, by OpenTelemetry's conventions for HTTP. `method` is the method's label in the metrics, `route` is the request's
+    /// route if it has one, and `more` has attributes of this program only.
     pub fn span(
         &self,
         trace: &Trace,
@@ -106,7 +106,7 @@ impl Access<'_> {
         attributes.extend(self.client.map(|client| ("client.address", Value::Text(client.to_string()))));
         attributes.extend(self.user_agent.map(|agent| ("user_agent.original", text(agent, LOGGED_AGENT))));
         attributes.extend(more);
-        // A client's mistake is no error of this server, and neither is a 504 that a peer asked for.
+        // A 4xx is no error of this server. A 504 to a peer's `only-if-cached` has no `error`, so it does not count either.
         let failed = self.error.filter(|_| !(400..500).contains(&self.status));
         if failed.is_some() {
             attributes.push(("error.type", if self.status >= 500 { Value::Text(self.status.to_string()) } else { Value::Word("cut") }));
@@ -116,13 +116,13 @@ impl Access<'_> {
     }
 }
 
-/// Which request this is, as its fields say, or a new one. `sample` is the part of new ones whose spans are wanted.
+/// The trace in the fields of a request, or a new one. `sample` is the share of new ones that is sampled.
 pub fn trace_of(fields: &impl Fields, sample: Option<f64>) -> Trace {
     let sampled = sample.is_some_and(|sample| rand::random::<f64>() < sample);
     Trace::of(fields, Chance { trace: rand::random(), request: rand::random(), span: rand::random(), sampled })
 }
 
-/// `User-Agent`; bytes that are not text are marked.
+/// `User-Agent`. Bytes that are not UTF-8 become replacement characters.
 pub fn user_agent(headers: &HeaderMap) -> Option<Cow<'_, str>> {
     Some(String::from_utf8_lossy(headers.get(header::USER_AGENT)?.as_bytes()))
 }
@@ -135,7 +135,7 @@ pub fn beginning(text: &str, most: usize) -> &str {
     }
 }
 
-/// A duration as records have it.
+/// A duration in the unit of access records.
 pub fn milliseconds(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
 }

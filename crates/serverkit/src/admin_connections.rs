@@ -1,5 +1,5 @@
-//! The open connections of an admin listener. At its limit, the oldest connection without a request is closed for a new one, so that a
-//! health check is answered beside any number of idle connections.
+//! The open connections of an admin listener. At the limit, the oldest connection without a request is closed for a new one. So a health check is
+//! answered even if idle connections use up the limit.
 
 use std::collections::VecDeque;
 use tokio::task::AbortHandle;
@@ -9,10 +9,10 @@ use tokio::task::AbortHandle;
 pub struct AdminConnections(VecDeque<(Box<dyn Fn() -> bool + Send>, AbortHandle)>);
 
 impl AdminConnections {
-    /// Makes sure that one more connection fits among `most`. False if all are busy.
+    /// Closes idle connections until there are fewer than `most`. Returns false if too many are busy.
     pub fn admit(&mut self, most: usize) -> bool {
         self.0.retain(|(_, task)| !task.is_finished());
-        // The list is what counts: on a busy machine a task that was aborted ends only when it runs again.
+        // Counts the list, not the running tasks: an aborted task ends only when it is scheduled again.
         while self.0.len() >= most {
             let Some(idle) = self.0.iter().position(|(is_busy, _)| !is_busy()) else { return false };
             if let Some((_, task)) = self.0.remove(idle) {
@@ -22,7 +22,7 @@ impl AdminConnections {
         true
     }
 
-    /// Adds one, with its task, and how to know whether it has a request.
+    /// Adds a connection's task. `is_busy` tells whether the connection has a request.
     pub fn add(&mut self, is_busy: impl Fn() -> bool + Send + 'static, task: AbortHandle) {
         self.0.push_back((Box::new(is_busy), task));
     }

@@ -23,7 +23,7 @@ pub async fn bind(key: &str, address: &str) -> Result<TcpListener, String> {
     Ok(listener)
 }
 
-/// The address that a listener has, for people: with the port that the system chose, if the configuration says 0.
+/// The address of a listener, for messages. If the configured port is 0, it has the port that the system chose.
 pub fn shown(listener: &TcpListener) -> String {
     listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
 }

@@ -1,7 +1,7 @@
-//! A queue bounded in bytes, between those who record something and the task that ships it. Records for Loki and spans for a collector use it.
+//! A queue bounded in bytes, in front of a task that sends its items. Log records for Loki and spans for a collector use it.
 //!
-//! [`Sender::send`] never waits. What finds no space is dropped and counted. An item gives its bytes back when the task has shipped it or has
-//! given it up ([`Waiting::done`]), not when the task takes it: a batch that is sent again still counts.
+//! [`Sender::send`] never waits. If the queue is full, it drops and counts the item. An item's bytes are freed when the task has sent the item or
+//! has failed for good ([`Waiting::done`]), not when the task takes it: the batch of a retry still counts.
 
 use crate::log::{Sink, dropped};
 use std::{
@@ -19,10 +19,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// How long the end of the program may wait for what is left.
+/// How long the end of the program waits for the items that are left.
 const LAST: Duration = Duration::from_secs(2);
 
-/// What waits, and what is under way.
+/// The items in the queue, and those that are being sent.
 #[derive(Default)]
 pub(crate) struct Waiting {
     bytes: AtomicUsize,
@@ -30,14 +30,14 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
-    /// So many items, of so many bytes together, are shipped or given up.
+    /// Frees the bytes of items that were sent, or that failed for good.
     pub(crate) fn done(&self, bytes: usize, items: u64) {
         self.bytes.fetch_sub(bytes, Relaxed);
         self.items.fetch_sub(items, Relaxed);
     }
 }
 
-/// Where items go in.
+/// The input of the queue.
 pub(crate) struct Sender<T> {
     sender: UnboundedSender<T>,
     waiting: Arc<Waiting>,
@@ -52,7 +52,7 @@ impl<T> Clone for Sender<T> {
 }
 
 impl<T> Sender<T> {
-    /// Takes an item of so many bytes, or counts it as dropped.
+    /// Adds an item of this many bytes, or counts it as dropped.
     pub(crate) fn send(&self, item: T, bytes: usize) {
         if self.waiting.bytes.fetch_add(bytes, Relaxed) + bytes > self.most {
             self.waiting.bytes.fetch_sub(bytes, Relaxed);
@@ -66,18 +66,18 @@ impl<T> Sender<T> {
     }
 }
 
-/// Where the task takes items out.
+/// The output of the queue.
 pub(crate) struct Receiver<T> {
     receiver: UnboundedReceiver<T>,
     stop: CancellationToken,
 }
 
 impl<T> Receiver<T> {
-    /// The next item. None at `leave` if there is none until then. None when the program ends and nothing is left.
-    pub(crate) async fn next(&mut self, leave: Option<Instant>) -> Option<T> {
+    /// The next item. `None` at `deadline`, or if the program ends and the queue is empty.
+    pub(crate) async fn next(&mut self, deadline: Option<Instant>) -> Option<T> {
         let late = async {
-            match leave {
-                Some(leave) => sleep_until(leave).await,
+            match deadline {
+                Some(deadline) => sleep_until(deadline).await,
                 None => future::pending().await,
             }
         };
@@ -90,7 +90,7 @@ impl<T> Receiver<T> {
     }
 }
 
-/// The task that ships, and how to end it.
+/// The task that sends the items.
 pub(crate) struct Shipping {
     task: JoinHandle<()>,
     stop: CancellationToken,
@@ -99,7 +99,7 @@ pub(crate) struct Shipping {
 }
 
 impl Shipping {
-    /// Starts `task` behind a queue of at most so many bytes. The task gets the end of the queue, what to tell of items that are done, and a
+    /// Starts `task` behind a queue of at most `most` bytes. The task gets the output of the queue, the counter to call [`Waiting::done`] on, and a
     /// token that is cancelled when the program ends.
     pub(crate) fn start<T, F>(
         sink: Sink,
@@ -117,7 +117,8 @@ impl Shipping {
         (Sender { sender, waiting: Arc::clone(&waiting), most, sink }, Self { task, stop, waiting, sink })
     }
 
-    /// Has the task ship what waits, for two seconds at most; returns at once if nothing waits. How many items were lost, if it took longer.
+    /// Lets the task send the items that are left, for two seconds at most. Returns at once if there are none. Returns how many items were lost if the
+    /// time did not suffice.
     pub(crate) async fn close(mut self) -> Option<u64> {
         self.stop.cancel();
         if timeout(LAST, &mut self.task).await.is_ok() {

@@ -1,4 +1,4 @@
-//! `--health URL`: one question to an admin listener, for the health checks of containers that have no other client in them.
+//! `--health URL`: sends one request to an admin listener. For health checks in containers without another HTTP client.
 
 use std::{
     io::{Read as _, Write as _},
@@ -9,10 +9,10 @@ use std::{
 /// How long the answer may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whether a GET of this `http://` URL is answered with 2xx.
+/// Sends a GET to this `http://` URL, and expects a 2xx.
 ///
 /// # Errors
-/// A text that says what was answered instead.
+/// A text with the other answer, or the reason why there is none.
 pub(crate) fn health_check(url: &str) -> Result<(), String> {
     let rest = url.strip_prefix("http://").ok_or_else(|| format!("{url}: write http://HOST:PORT/healthz"))?;
     let (authority, path) = rest.find('/').map_or((rest, "/healthz"), |slash| rest.split_at(slash));
@@ -31,7 +31,7 @@ pub(crate) fn health_check(url: &str) -> Result<(), String> {
                     stream.set_write_timeout(Some(left()))?;
                     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n").as_bytes())?;
                     let mut line = Vec::new();
-                    // The status alone matters.
+                    // Only the status matters.
                     while line.len() < 12 {
                         stream.set_read_timeout(Some(left()))?;
                         let mut part = [0; 64];

@@ -1,13 +1,13 @@
-//! What castier and castier-origin both need, once.
+//! The parts that castier and castier-origin share.
 //!
 //! - [`startup`]: options, configuration, runtime: `main` of both programs.
 //! - [`bind`], [`open_files`]: listening sockets, and the limit on open files.
 //! - [`signals`]: which signals end a program, and which make it read its configuration again.
-//! - [`log`], [`otlp`]: where records and spans go. Nothing there delays or fails a request.
-//! - [`access_log`], [`series`]: what is logged of each request, and the metrics that both have.
-//! - [`admin_connections`]: which connection to an admin listener is closed for a new one.
+//! - [`log`], [`otlp`]: log records and spans, and their destinations. Nothing there delays or fails a request.
+//! - [`access_log`], [`series`]: the access record of a request, and the metrics that both programs have.
+//! - [`admin_connections`]: closes an idle connection to an admin listener for a new one.
 //! - [`multipart`]: uploads as forms.
-//! - [`stall_timeout`]: a timeout for a client that does nothing.
+//! - [`stall_timeout`]: a timeout for a client that sends or takes no byte.
 //! - [`pem`]: certificates and keys.
 
 pub mod access_log;

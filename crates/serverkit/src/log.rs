@@ -1,4 +1,4 @@
-//! Where log records go: to stderr, and if configured also to Loki.
+//! The log. Records go to stderr, and if configured also to Loki.
 //!
 //! Nothing here delays or fails a request. A writer thread and a task for Loki take the records out of queues that are bounded in bytes.
 //! When a queue is full, records are dropped and counted, and requests go on.
@@ -33,26 +33,26 @@ const CRATES: [&str; 3] = ["castier", "castier_origin", "castier_serverkit"];
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The level cannot be read.
+    /// The level is invalid.
     #[error("log.level: {0}; write a level such as info, or a list such as info,access=off")]
     Level(#[from] ParseError),
-    /// Loki's address cannot be used.
+    /// Loki's URL is unusable.
     #[error("log.loki_url: {0}; write http://HOST:PORT or https://HOST")]
     Loki(String),
-    /// No thread to write with.
+    /// The writer thread could not be started.
     #[error("the log has no thread: {0}")]
     Thread(io::Error),
-    /// It is set up already.
+    /// Logging is set up already.
     #[error("this process logs already")]
     Twice,
 }
 
-/// Where records and spans go, as `castier_log_dropped_total` has it.
+/// The destinations of records and spans: the label `sink` of `castier_log_dropped_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sink {
     Stderr,
     Loki,
-    /// Of spans: see [`crate::otlp`].
+    /// For spans; see [`crate::otlp`].
     Otlp,
 }
 
@@ -62,12 +62,12 @@ pub(crate) fn dropped(sink: Sink, records: u64) {
     DROPPED[sink as usize].fetch_add(records, Relaxed);
 }
 
-/// How many records or spans each sink did not take since the start: the label `sink`, and the count.
+/// For each sink: its label, and how many records or spans were dropped since the start.
 pub fn drops() -> [(&'static str, u64); 3] {
     [("stderr", Sink::Stderr), ("loki", Sink::Loki), ("otlp", Sink::Otlp)].map(|(name, sink)| (name, DROPPED[sink as usize].load(Relaxed)))
 }
 
-/// Keeps the log running. [`Guard::close`] writes out what waits; dropping it does so for stderr only.
+/// Keeps the log running. [`Guard::close`] writes the records that are left to all sinks. A drop does so for stderr only.
 pub struct Guard {
     level: reload::Handle<Targets, Registry>,
     format: LogFormat,
@@ -76,12 +76,12 @@ pub struct Guard {
     stderr: stderr::Stderr,
 }
 
-/// Begins to log as `log` says. `program` is the `target` of what the program says of itself, and the label `job` in Loki.
+/// Starts the log. `program` is the `target` of the program's messages about itself, and the label `job` in Loki.
 ///
-/// With a `loki_url` this must be called within a tokio runtime, where the shipping then runs.
+/// With a `loki_url`, must be called within a tokio runtime. The task for Loki runs there.
 ///
 /// # Errors
-/// [`LogError`], which names the key that is wrong.
+/// [`LogError`], which names the wrong configuration key.
 pub fn init(log: &Log, program: &'static str) -> Result<Guard, LogError> {
     let (filter, level) = reload::Layer::new(targets(&log.level)?);
     let stderr = stderr::Stderr::start().map_err(LogError::Thread)?;
@@ -97,7 +97,7 @@ pub fn init(log: &Log, program: &'static str) -> Result<Guard, LogError> {
     Ok(Guard { level, format: log.format, program, loki, stderr })
 }
 
-/// A panic is a record like any other.
+/// Logs each panic as a record.
 fn log_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let payload = panic.payload();
@@ -107,11 +107,10 @@ fn log_panics() {
     }));
 }
 
-/// `log.level`, with pingora held to what an operator can act on: its connection pool calls it an error when two tasks reach for
-/// the same kept-alive connection, its shutdown repeats what castier says, and so does its proxy when a relay fails. Naming pingora in
-/// the level overrides this.
+/// The targets of `log.level`. Unless it names pingora, pingora logs only what an operator can act on. Its connection pool logs an error when two tasks
+/// take the same kept-alive connection. Its shutdown and its proxy repeat messages of castier.
 ///
-/// A part without `::` is the last word of a target: `access=off` is meant for `castier::access` and `castier_origin::access`.
+/// A name without `::` is the last part of a target: `access=off` stands for `castier::access` and `castier_origin::access`.
 fn targets(level: &str) -> Result<Targets, ParseError> {
     let mut all: Targets = level.parse()?;
     if !level.contains("pingora") {
@@ -124,35 +123,35 @@ fn targets(level: &str) -> Result<Targets, ParseError> {
     for (part, level) in parts() {
         all = all.with_targets(CRATES.map(|name| (format!("{name}::{part}"), level)));
     }
-    // A whole target says more than its last word.
+    // A whole target is more specific than its last part, so it is added last.
     Ok(all.with_targets(named.iter().filter(|(part, _)| part.contains("::")).map(|(part, level)| (part.to_owned(), level))))
 }
 
 impl Guard {
-    /// Changes what is worth a record, from now on. The text is that of `log.level`.
+    /// Changes the level. `level` is a value of `log.level`.
     ///
     /// # Errors
-    /// [`LogError::Level`] when it cannot be read; nothing changes then.
+    /// [`LogError::Level`] if it is invalid. Then nothing changes.
     pub fn set_level(&self, level: &str) -> Result<(), LogError> {
         let targets = targets(level)?;
-        // Fails only when the subscriber is gone, and then there is no log whose level could matter.
+        // Fails only if the subscriber no longer exists. Then there is no log.
         self.level.reload(targets).ok();
         Ok(())
     }
 
-    /// Says which instance this is: the label in Loki, unless `log.loki.labels` has one.
+    /// Sets the label `instance` for Loki, unless `log.loki.labels` has one.
     pub fn name_instance(&self, name: String) {
         if let Some(loki) = &self.loki {
             loki.name_instance(name);
         }
     }
 
-    /// A record on stdout, at any level: for the person who started the program.
+    /// Writes a record to stdout at any level, for the person who started the program.
     pub fn say(&self, text: &str) {
         write_record(&mut io::stdout(), self.format, Level::INFO, self.program, text);
     }
 
-    /// The last thing a program does: gives Loki a moment to take what was logged last, then stderr.
+    /// Sends the last records to Loki, then to stderr, each within a short timeout. Called at the end of the program.
     pub async fn close(mut self) {
         if let Some(loki) = self.loki.take() {
             loki.close().await;
@@ -166,7 +165,7 @@ impl Drop for Guard {
     }
 }
 
-/// A record on stderr from outside the log: why a program did not start. Waits until it is written.
+/// Writes a record to stderr without the log, when a program cannot start. Returns when it is written.
 pub(crate) fn fail(format: LogFormat, program: &str, text: &str) {
     write_record(&mut io::stderr(), format, Level::ERROR, program, text);
 }
@@ -176,21 +175,21 @@ fn write_record(to: &mut impl io::Write, format: LogFormat, level: Level, target
     let mut line = Line::begin(&mut out, &mut scratch, format, SystemTime::now(), level, target);
     line.text("message", text);
     line.end();
-    // If nobody reads it, that is no reason to stop.
+    // A closed stdout or stderr must not end the program.
     to.write_all(out.as_bytes()).and_then(|()| to.flush()).ok();
 }
 
-/// This machine's name, as others tell it apart.
+/// The name of this machine.
 fn host() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-/// How records and spans name a program that serves at this listener, unless it has a better name: the machine and the port.
+/// The default name of an instance in records and spans: the machine, and the port of this listener.
 pub fn instance(listener: &TcpListener) -> String {
     format!("{}:{}", host(), listener.local_addr().map_or(0, |address| address.port()))
 }
 
-/// Makes a line of each record, and hands it on.
+/// Formats each record as a line, and sends it to the sinks.
 struct Records {
     format: LogFormat,
     stderr: stderr::Stderr,
@@ -198,17 +197,17 @@ struct Records {
 }
 
 thread_local! {
-    /// A line, and room for a value of it.
+    /// A buffer for a line, and one for a value in it.
     static BUFFERS: RefCell<(String, String)> = const { RefCell::new((String::new(), String::new())) };
 }
 
-/// What a thread's buffers may keep between records.
+/// The most capacity that a thread's buffers keep between records.
 const KEPT: usize = 16 << 10;
 
 impl<S: Subscriber> Layer<S> for Records {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         BUFFERS.with(|buffers| {
-            // A value that logs while it is being written is not written.
+            // The borrow fails if formatting a value logs a record itself. That record is dropped.
             let Ok(mut buffers) = buffers.try_borrow_mut() else { return };
             let (out, scratch) = &mut *buffers;
             let (at, normalized) = (SystemTime::now(), event.normalized_metadata());

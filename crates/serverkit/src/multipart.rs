@@ -17,10 +17,10 @@ use std::{
     task::{Poll, ready},
 };
 
-/// How much longer than its file a form may be: its other fields, its headers and its boundaries.
+/// The most bytes of a form in addition to its file: other fields, headers and boundaries.
 pub const OVERHEAD: u64 = 1 << 20;
 
-/// Why a form gives no file, or not all of it.
+/// Why the file could not be read from a form.
 #[derive(Debug, thiserror::Error)]
 pub enum FormError<E> {
     /// The body that carries the form broke off.
@@ -29,7 +29,7 @@ pub enum FormError<E> {
     /// A field is longer than allowed.
     #[error("a field of the form is too long")]
     FieldTooLong,
-    /// What comes before the file is longer than [`OVERHEAD`].
+    /// The fields before the file are longer than [`OVERHEAD`].
     #[error("what stands before the file is too long")]
     FileTooLate,
     /// No part has a file name.
@@ -40,7 +40,7 @@ pub enum FormError<E> {
     Malformed(multer::Error),
 }
 
-/// Why [`rationed`] ended. multer gets it, and gives it back.
+/// Why [`rationed`] ended. multer passes it on as the cause of its error.
 #[derive(Debug, thiserror::Error)]
 enum Ended<E> {
     #[error(transparent)]
@@ -60,15 +60,15 @@ fn form_type(headers: &HeaderMap) -> Option<&str> {
     kind.get(..FORM.len()).is_some_and(|start| start.eq_ignore_ascii_case(FORM)).then_some(kind)
 }
 
-/// The boundary of a form; none if the body is the blob itself.
+/// The boundary of a form; `None` if the body is the blob itself.
 ///
 /// # Errors
-/// The form names no boundary. Stored as it is, it would be a blob that nobody meant.
+/// The form names no boundary. The client meant a file in it, so storing the whole body would be wrong.
 pub fn boundary(headers: &HeaderMap) -> Result<Option<String>, multer::Error> {
     form_type(headers).map(multer::parse_boundary).transpose()
 }
 
-/// The bytes of the first file in a form. Fields before it are skipped, what comes after it is not read. `most` limits each field.
+/// The bytes of the first file in a form. Skips fields before it, and does not read fields after it. `most` limits each field.
 pub fn first_file<'a, E: Error + Send + Sync + 'static>(
     body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'a,
     boundary: String,
@@ -89,7 +89,7 @@ pub fn first_file<'a, E: Error + Send + Sync + 'static>(
                     }
                 },
             };
-            // From here on bytes leave as fast as they come.
+            // No ration from here on: the caller takes the file's bytes as they arrive.
             ration.store(u64::MAX, Relaxed);
             let part = file.chunk().await.map_err(explain)?;
             Ok(part.map(|part| (part, At::File(file))))
@@ -98,14 +98,14 @@ pub fn first_file<'a, E: Error + Send + Sync + 'static>(
     .boxed()
 }
 
-/// How far a form has been read.
+/// The position in a form.
 enum At<'a> {
     Form(Multipart<'a>),
     File(Box<Field<'a>>),
 }
 
-/// `body` as multer can be given it. multer buffers all that is ready until it finds what it looks for. So it gets one chunk at a time, and
-/// no more than `ration` bytes. And it never gets a chunk and the end at once, which it takes for a broken form.
+/// Adapts `body` for multer. multer buffers all bytes that are ready until it finds the next boundary. So it gets one chunk per poll, and no more than
+/// `ration` bytes in all. It never gets a chunk and the end in one poll, since it would report an incomplete form then.
 fn rationed<E>(
     mut body: impl Stream<Item = Result<Bytes, E>> + Unpin,
     ration: Arc<AtomicU64>,

@@ -1,8 +1,7 @@
 //! Sends spans to a collector of OpenTelemetry, by OTLP over HTTP.
 //!
-//! As with records, nothing here can hold up or fail a request: a span is handed to a task through a queue that is bounded in bytes. What does
-//! not fit, and what the collector does not take, is counted (`castier_log_dropped_total{sink="otlp"}`) and gone: spans are samples, and the
-//! next ones tell as much.
+//! Nothing here delays or fails a request. Spans go to a task through a queue bounded in bytes. Spans that do not fit, or that the collector does not
+//! accept, are counted (`castier_log_dropped_total{sink="otlp"}`) and dropped. There is no retry: spans are samples.
 
 use crate::{
     byte_queue::{Receiver, Sender, Shipping, Waiting},
@@ -29,13 +28,13 @@ use std::{
 };
 use tokio::time::{Instant, timeout};
 
-/// The most spans that leave together.
+/// The most spans in a batch.
 const BATCH: usize = 512;
-/// A batch leaves at the latest so long after its first span.
+/// How long after its first span a batch is sent at the latest.
 const WAIT: Duration = Duration::from_secs(1);
-/// What a span takes in the queue beside its texts.
+/// The bytes of a span in the queue in addition to its texts.
 const SPAN: usize = 512;
-/// How much of the collector's answer is read. It says little more than yes.
+/// How many bytes of the collector's answer are read.
 const ANSWER: usize = 64 << 10;
 
 /// A span, and when it ended.
@@ -45,7 +44,7 @@ struct Ended {
     weight: usize,
 }
 
-/// Takes spans. Never waits.
+/// The queue of spans. Never waits.
 #[derive(Clone)]
 pub struct Spans {
     sender: Sender<Ended>,
@@ -53,12 +52,12 @@ pub struct Spans {
 }
 
 impl Spans {
-    /// Which part of the requests without a `traceparent` is sampled.
+    /// The share of requests without a `traceparent` that is sampled.
     pub const fn sample(&self) -> f64 {
         self.sample
     }
 
-    /// Takes a span that ends now, or counts it as dropped.
+    /// Adds a span that ends now, or counts it as dropped.
     pub fn send(&self, span: Span) {
         let weight = weight_of(&span);
         self.sender.send(Ended { span, at: SystemTime::now(), weight }, weight);
@@ -70,13 +69,13 @@ fn weight_of(span: &Span) -> usize {
     SPAN + span.name.len() + span.error.as_ref().map_or(0, String::len) + texts.sum::<usize>()
 }
 
-/// The task that sends, and how to end it.
+/// The task that sends spans.
 pub struct Exporter(Shipping);
 
-/// Starts sending spans as `otlp` says; nothing if it names no collector. `program` and `instance` are what the spans say of who made them.
+/// Starts the export of spans; `None` if `otlp` names no collector. `program` and `instance` become attributes of the spans.
 ///
 /// # Errors
-/// A text that names the key that is wrong.
+/// A text that names the wrong configuration key.
 pub fn start(otlp: &Otlp, program: &'static str, instance: String) -> Result<Option<(Spans, Exporter)>, String> {
     if otlp.endpoint.is_empty() {
         return Ok(None);
@@ -105,7 +104,7 @@ pub fn start(otlp: &Otlp, program: &'static str, instance: String) -> Result<Opt
 }
 
 impl Exporter {
-    /// Sends what waits, within a moment; with nothing waiting, at once.
+    /// Sends the spans that are left, for two seconds at most. Returns at once if there are none.
     pub async fn close(self) {
         if let Some(lost) = self.0.close().await {
             tracing::warn!(lost, "the collector did not take the last spans in time");
@@ -116,16 +115,16 @@ impl Exporter {
 struct Task {
     exporter: SpanExporter,
     scope: InstrumentationScope,
-    /// For a batch.
+    /// The timeout for one batch.
     limit: Duration,
     waiting: Arc<Waiting>,
-    /// The collector did not take the last batch.
+    /// The collector did not accept the last batch.
     away: bool,
 }
 
 impl Task {
     async fn run(mut self, mut receiver: Receiver<Ended>) {
-        // Nothing comes, and nothing is left: the program ends.
+        // `None`: the program ends, and the queue is empty.
         while let Some(first) = receiver.next(None).await {
             let (mut weight, mut batch) = (first.weight, vec![self.data(first)]);
             let leave = Instant::now() + WAIT;
@@ -159,7 +158,7 @@ impl Task {
         }
     }
 
-    /// As the exporter wants it.
+    /// A span as the exporter's type.
     fn data(&self, Ended { span, at, .. }: Ended) -> SpanData {
         let Span { trace, id, parent, of, name, took, error, attributes } = span;
         let attribute = |(name, value)| match value {
@@ -185,14 +184,14 @@ impl Task {
     }
 }
 
-/// The HTTP client that is here anyway.
+/// The HTTP client for the exporter. It is the one that the log for Loki uses too.
 #[derive(Debug)]
 struct Transport(Client);
 
 #[async_trait]
 impl HttpClient for Transport {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        // Without the address, which may hold a password.
+        // Without the URL, which may contain a password.
         let mut response = self.0.execute(request.try_into()?).await.map_err(reqwest::Error::without_url)?;
         let mut body = Vec::new();
         while let Some(part) = response.chunk().await.map_err(reqwest::Error::without_url)? {

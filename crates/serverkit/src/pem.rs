@@ -29,7 +29,7 @@ pub fn path_text(key: &str, file: &Path) -> Result<String, String> {
     file.to_str().map(str::to_owned).ok_or_else(|| unusable(key, file, &"is not a path in UTF-8"))
 }
 
-/// The text for a file that cannot be used.
+/// The error text for an unusable file.
 pub fn unusable(key: &str, file: &Path, why: &dyn Display) -> String {
     format!("{key}: {}: {why}", file.display())
 }

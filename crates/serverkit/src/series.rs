@@ -1,4 +1,4 @@
-//! What the metrics of both programs have in common.
+//! Metrics that both programs have, and helpers to register metrics.
 
 use parking_lot::Mutex;
 use prometheus::{
@@ -6,28 +6,28 @@ use prometheus::{
     core::Collector, process_collector::ProcessCollector,
 };
 
-/// The buckets of durations: from a blob in the page cache to a huge one over a slow line.
+/// The buckets of durations: from a small blob in the page cache to a huge blob over a slow connection.
 pub const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
-/// Stands for a status where the client left before there was one, as in nginx.
+/// The status in metrics and logs if the client closed before there was an answer, as in nginx.
 pub const CLIENT_GONE: u16 = 499;
 
-/// The methods that have a label of their own in both programs.
+/// The methods that have their own label in both programs.
 pub const METHODS: [&str; 7] = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH"];
 
-/// The label of a method that has none of its own.
+/// The label of all other methods.
 pub(crate) const OTHER_METHOD: &str = "OTHER";
 
-/// The series of a program, with those that every process has, and the count of log records and spans that were dropped.
+/// The metrics of a program, including those of the process, and the count of dropped log records and spans.
 pub struct Series {
     registry: Registry,
     log_dropped: IntCounterVec,
-    /// Two scrapes at once must not both add what was dropped since the last one.
+    /// Two scrapes at once must not both add the drops since the last scrape.
     following: Mutex<()>,
 }
 
 impl Series {
-    /// The process's own series, and `log_dropped` as the name of the drops.
+    /// The metrics of the process, and a counter of drops with the name `log_dropped`.
     ///
     /// # Errors
     /// A name that Prometheus does not allow.
@@ -38,15 +38,15 @@ impl Series {
         Ok(Self { registry, log_dropped, following: Mutex::new(()) })
     }
 
-    /// Where a program registers its own.
+    /// A program registers its own metrics here.
     pub const fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    /// Everything in Prometheus' text format.
+    /// All metrics in Prometheus' text format.
     ///
     /// # Errors
-    /// A series that cannot be written.
+    /// A metric cannot be written.
     pub fn text(&self) -> prometheus::Result<String> {
         {
             let _alone = self.following.lock();
@@ -56,7 +56,7 @@ impl Series {
             }
         }
         let mut families = self.registry.gather();
-        // The collector of the library knows whole seconds only.
+        // The library's collector gives whole seconds only.
         if let Some(cpu) = families.iter_mut().find(|family| family.name() == "process_cpu_seconds_total") {
             let mut seconds = prometheus::proto::Counter::default();
             seconds.set_value(cpu_seconds());
@@ -123,12 +123,12 @@ fn cpu_seconds() -> f64 {
     used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
 }
 
-/// The label of a method: one of `known`, or `OTHER`. Clients can invent methods, and series must be few.
+/// The label of a method: one of `known`, or `OTHER`. Clients can send any method, and the number of series must stay small.
 pub fn method_label(method: &str, known: &[&'static str]) -> &'static str {
     known.iter().find(|known| **known == method).unwrap_or(&OTHER_METHOD)
 }
 
-/// The label of a status: a code that RFC 9110 registers, or its class. An origin can invent hundreds of codes, and series must be few.
+/// The label of a status: a code that RFC 9110 registers, or its class. An origin can send any code, and the number of series must stay small.
 pub fn status_label(code: u16) -> &'static str {
     const REGISTERED: [(u16, &str); 44] = [
         (100, "100"),

@@ -1,4 +1,4 @@
-//! The signals that a program acts on, and those that must not end it.
+//! The signals that a program handles, and the signals that must not end it.
 
 use castier_config::{Loaded, Problems};
 use std::{sync::Arc, time::Duration};
@@ -8,7 +8,7 @@ use tokio::{
     time::timeout,
 };
 
-/// How long reading the configuration again may take: a disk that does not answer must not hold up the program.
+/// The timeout for reading the configuration again. The disk may not answer.
 const READING: Duration = Duration::from_secs(10);
 
 /// SIGXFSZ: without a handler, a file that reaches the limit on file sizes ends the program. With one, the write fails.
@@ -23,7 +23,7 @@ pub struct Signals {
     _ignored: [Signal; 3],
 }
 
-/// What a signal asks for.
+/// The action for a signal.
 pub enum Order<T> {
     /// End the program.
     End,
@@ -31,7 +31,7 @@ pub enum Order<T> {
     Reload(T),
 }
 
-/// Reads the configuration again, on a thread of its own: signals are acted on meanwhile.
+/// Reads the configuration again, on another thread, so that signals are still handled.
 pub struct Reading<T> {
     /// Blocks.
     read: Arc<dyn Fn() -> T + Send + Sync>,
@@ -41,7 +41,7 @@ pub struct Reading<T> {
 }
 
 impl<T: Send + 'static> Reading<T> {
-    /// Will read with this function.
+    /// `read` reads the configuration. It may block.
     pub fn new(read: impl Fn() -> T + Send + Sync + 'static) -> Self {
         Self { read: Arc::new(read), under_way: None, again: false }
     }
@@ -76,7 +76,7 @@ impl Signals {
     /// Installs the handlers.
     ///
     /// # Errors
-    /// A text, when the system does not allow it.
+    /// A text, if the system does not allow it.
     pub fn new() -> Result<Self, String> {
         let handle = |kind| signal(kind).map_err(|error| format!("signals cannot be received: {error}"));
         Ok(Self {
@@ -87,7 +87,7 @@ impl Signals {
         })
     }
 
-    /// Waits for the next signal that asks for something.
+    /// Waits for the next signal that needs an action.
     pub async fn next<T: Send + 'static>(&mut self, reading: &mut Reading<T>) -> Order<T> {
         loop {
             tokio::select! {
@@ -103,7 +103,7 @@ impl Signals {
         }
     }
 
-    /// Waits for SIGTERM or SIGINT. While the program ends, that is the second one.
+    /// Waits for SIGTERM or SIGINT. While the program shuts down, this is the second one.
     pub async fn end(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
@@ -112,7 +112,7 @@ impl Signals {
     }
 }
 
-/// The configuration that was read again. If it has problems, logs them and returns none.
+/// The configuration that was read again. If it has problems, logs them and returns `None`.
 pub fn sound<C>(read: Result<Loaded<C>, Problems>) -> Option<C> {
     match read {
         Ok(loaded) => Some(loaded.config),

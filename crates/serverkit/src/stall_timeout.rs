@@ -1,4 +1,4 @@
-//! A timeout for the other end that does nothing: it takes no byte, or it sends none. It does not limit how long a transfer takes.
+//! A timeout for the other end of a connection when it takes no byte, or sends none. It does not limit how long a transfer takes.
 
 use std::{
     io,
@@ -8,12 +8,12 @@ use std::{
 };
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// A timer whose deadline moves often and is reached rarely. A deadline that moves on costs nothing: the sleep follows when it ends.
+/// A timer for a deadline that moves often and rarely passes. Moving it is free: the sleep is reset only when it ends.
 #[derive(Debug, Default)]
 pub struct Timer(Option<Pin<Box<Sleep>>>);
 
 impl Timer {
-    /// Whether the deadline has passed; if not, the task is woken then.
+    /// Whether the deadline has passed. If not, wakes the task when it passes.
     pub fn has_passed(&mut self, deadline: Instant, cx: &mut Context<'_>) -> bool {
         let sleep = self.0.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
         if sleep.deadline() > deadline {
@@ -29,38 +29,38 @@ impl Timer {
     }
 }
 
-/// Runs only while somebody waits and nothing happens.
+/// A timeout that runs only while a task waits.
 #[derive(Debug)]
 pub struct StallTimeout {
     limit: Duration,
-    /// When the wait that is under way ends; none if nobody waits.
+    /// The deadline of the present wait; `None` without a wait.
     deadline: Option<Instant>,
     timer: Timer,
 }
 
 impl StallTimeout {
-    /// With this limit; not running.
+    /// A timeout with this limit. It does not run yet.
     pub const fn new(limit: Duration) -> Self {
         Self { limit, deadline: None, timer: Timer(None) }
     }
 
-    /// Changes the limit, from the next wait on.
+    /// Changes the limit for the next wait.
     pub fn set_limit(&mut self, limit: Duration) {
         self.limit = limit;
     }
 
-    /// Something happened: the next wait has the whole limit.
+    /// Ends the present wait, because bytes were transferred. The next wait has the whole limit.
     pub fn reset(&mut self) {
         self.deadline = None;
     }
 
-    /// Nothing happened. Whether that has been so for the whole limit; if not, the task is woken then.
+    /// Begins or continues a wait. Returns whether it has lasted for the whole limit. If not, wakes the task when it has.
     pub fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + self.limit);
         self.timer.has_passed(deadline, cx)
     }
 
-    /// Passes on what a write came to. A write that is pending for the whole limit fails.
+    /// Returns the result of a write. A write that is pending for the whole limit fails.
     pub fn watch_write<T>(&mut self, written: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.reset();
@@ -84,7 +84,7 @@ mod tests {
         let second = Duration::from_secs(1);
         let mut stall = StallTimeout::new(second / 5);
         let start = Instant::now();
-        // Slow, and never stalled.
+        // Slow, but never stalled.
         for _ in 0..6 {
             let mut next = Box::pin(sleep(second / 20));
             let over = poll_fn(|cx| {

@@ -1,4 +1,4 @@
-//! What both programs do before they serve: options, configuration, threads, runtime. And how they end.
+//! The start of both programs: options, configuration, threads, runtime. Also their end.
 //!
 //! The order is the same in both: options, `--health`, configuration, `--print-config` and `--check-config`, threads, runtime; then the
 //! program's own `run`: log, signals, listeners.
@@ -33,17 +33,17 @@ pub struct CommonArgs {
 }
 
 impl CommonArgs {
-    /// Loads the configuration: the file that `--config` names, and over it `environment`, of which a later pair overrides an earlier one.
+    /// Loads the configuration from the file that `--config` names. `environment` overrides the file, and a later pair overrides an earlier one.
     ///
     /// # Errors
-    /// All that is wrong with it.
+    /// All problems of the configuration.
     pub fn load<C: Config>(&self, environment: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
         let file = self.config.as_deref();
         if self.offline { load_offline(file, environment) } else { load(file, environment) }
     }
 }
 
-/// Does what the options say: answers them, or loads the configuration and runs the program with it. `program` is its name in records.
+/// Handles the options that only print or check something. Otherwise loads the configuration and runs the program. `program` is its name in records.
 pub fn main<C: Config, F: Future<Output = Result<(), String>>>(
     program: &'static str,
     args: &CommonArgs,
@@ -85,12 +85,12 @@ pub fn main<C: Config, F: Future<Output = Result<(), String>>>(
         Err(error) => return fail(format, &format!("no threads to run on: {error}")),
     };
     let ended = runtime.block_on(run(config));
-    // What has not ended within shutdown.grace is not waited for.
+    // Do not wait for tasks that have not ended within shutdown.grace.
     runtime.shutdown_timeout(Duration::from_millis(100));
     ended.map_or_else(|why| fail(format, &why), |()| ExitCode::SUCCESS)
 }
 
-/// Lines on stdout. If nobody reads them, that is no reason to stop.
+/// Writes lines to stdout. A closed stdout must not end the program.
 fn say(lines: &str) {
     writeln!(io::stdout(), "{lines}").ok();
 }

@@ -1,11 +1,11 @@
-//! Whether the system grants the threads that a program needs.
+//! Checks that the system allows the threads that a program needs.
 
 use std::{io, sync::Arc, thread};
 
-/// Threads beside those of the runtime: for logs, for counting, and for work that blocks.
+/// Threads in addition to those of the runtime: for logs, for counting, and for blocking work.
 const BESIDE: usize = 8;
 
-/// Tries it at the start. The runtime panics if it cannot make a thread, and a panic does not say what to do.
+/// Starts that many threads once. If a thread cannot be started later, the runtime panics, and a panic does not say what to do.
 ///
 /// # Errors
 /// A text that says which limit to raise.
@@ -13,7 +13,7 @@ pub(crate) fn check() -> Result<(), String> {
     let wanted = thread::available_parallelism().map_or(1, usize::from) + BESIDE;
     let mut made = Vec::new();
     let mut failed = None;
-    // All exist at the same time, as they will later. They wait for a lock, and end when it is released.
+    // All exist at the same time. They wait for a lock, and end when it is released.
     let lock = Arc::new(parking_lot::Mutex::new(()));
     let held = lock.lock();
     while made.len() < wanted && failed.is_none() {
@@ -26,7 +26,7 @@ pub(crate) fn check() -> Result<(), String> {
     drop(held);
     let had = made.len();
     for thread in made {
-        // It does nothing that can fail.
+        // The thread does nothing that can fail.
         thread.join().ok();
     }
     failed.map_or(Ok(()), |error| Err(explain(wanted, had, &error)))

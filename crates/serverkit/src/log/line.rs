@@ -14,7 +14,7 @@ use tracing::{
     field::{Field, Visit},
 };
 
-/// The level as it stands in records, labels and the configuration.
+/// The name of a level in records, labels and the configuration.
 pub(super) const fn level_name(level: Level) -> &'static str {
     match level {
         Level::ERROR => "error",
@@ -28,13 +28,13 @@ pub(super) const fn level_name(level: Level) -> &'static str {
 /// A record being written.
 pub(super) struct Line<'a> {
     out: &'a mut String,
-    /// Room for a value before it is known whether it needs quotes.
+    /// A buffer for a value until it is known whether the value needs quotes.
     scratch: &'a mut String,
     format: LogFormat,
 }
 
 impl<'a> Line<'a> {
-    /// Begins one: when, how bad, and which part of the program.
+    /// Begins a line with the time, the level and the target.
     pub(super) fn begin(
         out: &'a mut String,
         scratch: &'a mut String,
@@ -57,7 +57,7 @@ impl<'a> Line<'a> {
         line
     }
 
-    /// Ends it.
+    /// Ends the line.
     pub(super) fn end(self) {
         if self.format == LogFormat::Json {
             self.out.push('}');
@@ -67,11 +67,11 @@ impl<'a> Line<'a> {
 
     fn key(&mut self, name: &str) {
         let json = self.format == LogFormat::Json;
-        // Behind the opening brace, or at the start, nothing separates.
+        // No separator after the opening brace or at the start.
         if self.out.len() > usize::from(json) {
             self.out.push(if json { ',' } else { ' ' });
         }
-        // Names stand in our own code, but for those of libraries.
+        // The names of castier's own fields need no escape. Those of libraries might.
         let name = if name == "message" { "msg" } else { name };
         self.quote_if_json();
         if name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte)) {
@@ -119,7 +119,7 @@ impl Visit for Line<'_> {
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // What the `log` crate's records say of their origin is told as the target.
+        // Records of the `log` crate have their origin in fields of their own. The target shows it already.
         if !field.name().starts_with("log.") {
             self.shown(field.name(), format_args!("{value:?}"));
         }

@@ -1,10 +1,9 @@
-//! Shipping records to Loki: batches over HTTP, sent again until Loki has them or refuses them, out of a queue bounded in bytes.
+//! Sends records to Loki: in batches over HTTP, out of a queue bounded in bytes.
 //!
-//! Who does what:
-//! 1. A thread with a record calls [`Queue::send`]: it takes its bytes out of `log.loki.buffer`, or counts the record as dropped.
-//! 2. The task collects a batch, until `log.loki.batch` is reached or `log.loki.wait` is over, and encodes it once.
-//! 3. It sends the batch. Taken, or refused for good: the bytes go back to the buffer, and the next batch is collected.
-//!    429, 5xx, silence or no connection: the same batch again after a pause. Meanwhile records wait in the queue.
+//! 1. A thread with a record calls [`Queue::send`]. That takes the record's bytes out of `log.loki.buffer`, or counts the record as dropped.
+//! 2. The task collects a batch until `log.loki.batch` is reached or `log.loki.wait` is over, and encodes it once.
+//! 3. The task sends the batch. If Loki accepts it, or refuses it for good, its bytes go back to the buffer, and the next batch begins. After a 429, a
+//!    5xx, a timeout or a failed connection, the task pauses and sends the same batch again. Meanwhile records wait in the queue.
 
 use super::{Sink, dropped, line::level_name};
 use crate::byte_queue::{Receiver, Sender, Shipping, Waiting};
@@ -28,21 +27,21 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::Level;
 
-/// The first pause after a batch that did not arrive; doubled each time.
+/// The first pause before a retry. It doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// The longest.
+/// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// The pause once the program is ending.
+/// The pause while the program ends.
 const LAST_PAUSE: Duration = Duration::from_millis(100);
-/// How long the first batch waits for the name of this instance, which is known when the listeners are.
+/// How long the first batch waits for the name of this instance. The name is known when the listeners are open.
 const NAMED_WITHIN: Duration = Duration::from_secs(5);
-/// What a record takes in the queue beside its line.
+/// The bytes of a record in the queue in addition to its line.
 const RECORD: usize = 64;
-/// What a record takes in a batch beside its line: timestamp, tags and lengths.
+/// The bytes of a record in a batch in addition to its line: timestamp, tags and lengths.
 const FRAMING: usize = 24;
-/// How much of Loki's explanation is logged.
+/// How many bytes of Loki's explanation are logged.
 const EXPLANATION: usize = 300;
-/// The client's own libraries. What they say while a batch is sent would be the next batch.
+/// The libraries of the HTTP client. They log while a batch is sent; sending those records would never end.
 const OWN_CLIENT: [&str; 5] = ["hyper", "reqwest", "rustls", "h2", "tower"];
 
 /// A record.
@@ -52,11 +51,11 @@ struct Entry {
     line: Box<str>,
 }
 
-/// Takes records. Never waits.
+/// The queue of records. Never waits.
 pub(super) struct Queue(Sender<Entry>);
 
 impl Queue {
-    /// Takes a record, or counts it as dropped.
+    /// Adds a record, or counts it as dropped.
     pub(super) fn send(&self, at: SystemTime, level: Level, target: &str, line: &str) {
         if OWN_CLIENT.iter().any(|library| target.starts_with(library)) {
             return;
@@ -67,14 +66,14 @@ impl Queue {
     }
 }
 
-/// The task that sends, and how to end it.
+/// The task that sends batches.
 pub(super) struct Shipper {
     shipping: Shipping,
     instance: watch::Sender<Option<String>>,
 }
 
 impl Shipper {
-    /// Starts shipping to the Loki at `url`.
+    /// Starts the task for the Loki at `url`.
     pub(super) fn start(url: &str, settings: &Loki, program: &str) -> Result<(Queue, Self), String> {
         let mut url = Url::parse(url).map_err(|error| error.to_string())?;
         let path = url.path().trim_end_matches('/').trim_end_matches("/loki/api/v1/push");
@@ -90,12 +89,12 @@ impl Shipper {
         Ok((Queue(sender), Self { shipping, instance }))
     }
 
-    /// Says which instance this is.
+    /// Sets the name of this instance.
     pub(super) fn name_instance(&self, name: String) {
         self.instance.send_replace(Some(name));
     }
 
-    /// Sends what waits, within a moment; with nothing waiting, at once.
+    /// Sends the records that are left, for two seconds at most. Returns at once if there are none.
     pub(super) async fn close(self) {
         if let Some(lost) = self.shipping.close().await {
             tracing::warn!(lost, "Loki did not take the last records in time; they are on stderr alone");
@@ -103,7 +102,7 @@ impl Shipper {
     }
 }
 
-/// Records that leave together.
+/// Records that are sent together.
 #[derive(Default)]
 struct Batch {
     streams: BTreeMap<Level, Vec<EntryAdapter>>,
@@ -125,12 +124,12 @@ impl Batch {
     }
 }
 
-/// How a batch fared.
+/// The result of sending a batch.
 enum Sent {
     Taken,
-    /// It will never be taken.
+    /// Loki will never accept it.
     Refused(String),
-    /// It may be taken later.
+    /// Loki may accept it later.
     Later(String),
 }
 
@@ -142,28 +141,28 @@ struct Task {
     named: watch::Receiver<Option<String>>,
     stop: CancellationToken,
     waiting: Arc<Waiting>,
-    /// Loki did not take the last batch.
+    /// Loki did not accept the last batch, but may do so later.
     away: bool,
-    /// It refused the last batch for good.
+    /// Loki refused the last batch for good.
     refused: bool,
 }
 
 impl Task {
     async fn run(mut self, mut receiver: Receiver<Entry>) {
         let most = usize::try_from(self.settings.batch.get()).unwrap_or(usize::MAX);
-        // The first record of the next batch, where it did not fit into the last.
+        // A record that did not fit into the last batch. It begins the next one.
         let mut left_over = None;
         loop {
             let first = match left_over.take() {
                 Some(entry) => Some(entry),
                 None => receiver.next(None).await,
             };
-            // Nothing comes, and nothing is left: the program ends.
+            // `None`: the program ends, and the queue is empty.
             let Some(first) = first else { return };
             let mut batch = Batch::default();
             batch.add(first);
-            let leave = Instant::now() + self.settings.wait.get();
-            while let Some(entry) = receiver.next(Some(leave)).await {
+            let deadline = Instant::now() + self.settings.wait.get();
+            while let Some(entry) = receiver.next(Some(deadline)).await {
                 if batch.size + entry.line.len() + FRAMING > most {
                     left_over = Some(entry);
                     break;
@@ -174,7 +173,7 @@ impl Task {
         }
     }
 
-    /// Sends a batch until Loki has it or refuses it for good.
+    /// Sends a batch until Loki accepts it or refuses it for good.
     async fn deliver(&mut self, batch: Batch) {
         let Batch { streams, records, weight, .. } = batch;
         let body = self.encode(streams).await;
@@ -190,7 +189,7 @@ impl Task {
                 }
                 Sent::Refused(why) => {
                     dropped(Sink::Loki, records);
-                    // Once until it takes one: this record is in the next batch, which may be refused as well, and so on without end.
+                    // Logged once until Loki accepts a batch. Otherwise this record would be in the next batch, which may be refused too, without end.
                     if !std::mem::replace(&mut self.refused, true) {
                         tracing::warn!(records, why, "Loki refused a batch of records for good; they are on stderr alone");
                     }
@@ -203,7 +202,7 @@ impl Task {
                 }
             }
             if self.stop.is_cancelled() {
-                // `close` says when to give up.
+                // `close` aborts this task after its timeout.
                 sleep(LAST_PAUSE).await;
                 continue;
             }
@@ -216,7 +215,7 @@ impl Task {
         self.waiting.done(weight, records);
     }
 
-    /// A push request, compressed. Waits for this instance to have its name.
+    /// A compressed push request. Waits for the name of this instance.
     async fn encode(&mut self, streams: BTreeMap<Level, Vec<EntryAdapter>>) -> bytes::Bytes {
         tokio::select! {
             _ = timeout(NAMED_WITHIN, self.named.wait_for(Option::is_some)) => {}
@@ -225,11 +224,11 @@ impl Task {
         let instance = self.named.borrow().clone().unwrap_or_else(super::host);
         let streams = streams.into_iter().map(|(level, entries)| StreamAdapter { labels: self.labels(&instance, level), entries, hash: 0 });
         let encoded = PushRequest { streams: streams.collect() }.encode_to_vec();
-        // Only more than 4 GiB cannot be compressed.
+        // Compression fails only for more than 4 GiB.
         snap::raw::Encoder::new().compress_vec(&encoded).unwrap_or_default().into()
     }
 
-    /// `{job="castier",instance="…",level="info"}`, and what is configured.
+    /// `{job="castier",instance="…",level="info"}` and the configured labels.
     fn labels(&self, instance: &str, level: Level) -> String {
         let mut labels = BTreeMap::from([("job", &*self.job), ("instance", instance)]);
         labels.extend(self.settings.labels.0.iter().map(|(name, value)| (&**name, &**value)));
@@ -237,7 +236,7 @@ impl Task {
         let mut text = String::from("{");
         for (name, value) in labels {
             let comma = if text.len() > 1 { "," } else { "" };
-            // As Go quotes, which for these characters is as Rust does.
+            // Loki expects Go's quotes. For these characters Rust's are the same.
             let value: String = value.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
             write!(text, "{comma}{name}=\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\"")).ok();
         }
@@ -275,14 +274,14 @@ impl Task {
     }
 }
 
-/// An error with its causes, without the address, which may hold a password.
+/// An error with its causes. Leaves out the URL, which may contain a password.
 fn explain(error: reqwest::Error) -> String {
     let error = error.without_url();
     let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
-/// A pause that is not the same on every node.
+/// Changes a pause randomly, so that the nodes do not retry at the same time.
 fn spread(pause: Duration) -> Duration {
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().subsec_nanos();
     pause.mul_f64(0.8 + 0.2 * f64::from(nanos % 1000) / 1000.0)

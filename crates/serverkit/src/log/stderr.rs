@@ -1,4 +1,4 @@
-//! Lines on their way to stderr: a queue that is bounded in bytes, and a thread that writes it out.
+//! Writes lines to stderr: a queue bounded in bytes, and a thread.
 
 use super::{Sink, dropped};
 use std::{
@@ -12,22 +12,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Bytes that may wait: some 30,000 access records.
+/// The most bytes in the queue: about 30,000 access records.
 const MOST_BYTES: usize = 8 << 20;
-/// Lines that may wait. Their slots are made at the start.
+/// The most lines in the queue. Their slots are allocated at the start.
 const MOST_LINES: usize = 32_768;
-/// What leaves in one write.
+/// The most bytes of one write, apart from its last line.
 const BATCH: usize = 64 << 10;
-/// How long the end of the program waits for a reader of stderr.
+/// How long the end of the program waits until stderr has taken all lines.
 const LAST: Duration = Duration::from_secs(1);
 
 enum Message {
     Line(Box<str>),
-    /// Everything before this has been written when it is answered.
+    /// Answered when all earlier lines are written.
     Flush(SyncSender<()>),
 }
 
-/// Takes lines. Never waits.
+/// The queue of lines. Never waits.
 #[derive(Clone)]
 pub(super) struct Stderr {
     sender: SyncSender<Message>,
@@ -48,7 +48,7 @@ impl Stderr {
         Ok(Self { sender, waiting })
     }
 
-    /// Takes one, or counts it as dropped.
+    /// Adds a line, or counts it as dropped.
     pub(super) fn send(&self, line: &str) {
         let size = line.len();
         let taken = self.waiting.fetch_add(size, Relaxed) + size <= MOST_BYTES && self.sender.try_send(Message::Line(line.into())).is_ok();
@@ -58,7 +58,7 @@ impl Stderr {
         }
     }
 
-    /// Waits until all that was sent has been written, for a moment at most.
+    /// Waits until all lines are written, for [`LAST`] at most.
     pub(super) fn flush(&self) {
         let (answer, answered) = sync_channel(1);
         let end = Instant::now() + LAST;
@@ -87,7 +87,7 @@ fn write_out(writer: &mut impl io::Write, receiver: &Receiver<Message>, waiting:
                 next = receiver.try_recv().ok();
             }
         }
-        // A stderr that is closed has no reader to tell.
+        // If stderr is closed, the lines are lost.
         writer.write_all(batch.as_bytes()).ok();
         waiting.fetch_sub(batch.len(), Relaxed);
         batch.clear();
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
     use parking_lot::{Mutex, MutexGuard};
 
-    /// Takes nothing while somebody holds the lock.
+    /// A writer that blocks while the lock is held.
     #[derive(Clone, Default)]
     struct Stalled(Arc<Mutex<Vec<u8>>>);
 
@@ -129,11 +129,11 @@ mod tests {
         let dropped = usize::try_from(super::super::drops()[0].1 - before).unwrap();
         assert_eq!(100 - dropped, MOST_BYTES / line.len(), "8 MiB wait, and no more");
         stderr.flush();
-        assert!(stderr.waiting.load(Relaxed) > 0, "whoever flushes waits for a moment only");
+        assert!(stderr.waiting.load(Relaxed) > 0, "`flush` waits for a short time only");
         MutexGuard::unlock_fair(held);
         stderr.flush();
         assert_eq!(stalled.0.lock().len(), (100 - dropped) * line.len());
-        // There is room again.
+        // There is space again.
         stderr.send(&line);
         stderr.flush();
         assert_eq!(stalled.0.lock().len(), (101 - dropped) * line.len());
