@@ -2,7 +2,7 @@
 
 use crate::{
     Phase, Shared,
-    patience::Activity,
+    connection_timeouts::Activity,
     server::{Full, Handler},
 };
 use bytes::Bytes;

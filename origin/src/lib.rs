@@ -13,6 +13,7 @@
 
 use arc_swap::ArcSwap;
 use castier_config::{OriginLimits, OriginServer, Proxies};
+use castier_serverkit::otlp::Spans;
 use entries::Entries;
 use std::{
     io,
@@ -29,25 +30,20 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 mod action;
 mod admin;
-mod byte_queue;
+mod connection_timeouts;
 mod entries;
-pub mod health;
 mod intake;
-pub mod log;
 mod metrics;
-pub mod otlp;
-mod patience;
+
 mod refused;
 mod reply;
 mod server;
 mod service;
-pub mod signals;
 mod store;
 mod webdav;
 
 /// Entries of the action cache that are validated at once: each is held in memory meanwhile, and so may be a tree that it names.
 const VALIDATIONS: usize = 8;
-pub mod threads;
 
 /// What an origin may do, and how much of it.
 #[derive(Clone)]
@@ -61,7 +57,7 @@ pub struct Options {
     /// Who is believed about the client that a request comes from.
     pub trusted_proxies: Proxies,
     /// Where spans of sampled requests go, if anywhere.
-    pub spans: Option<otlp::Spans>,
+    pub spans: Option<Spans>,
     /// How long what is in flight at the end may take to finish.
     pub grace: Duration,
     /// What names the root to whoever runs this: the key, and the option if there is one. For errors.
@@ -96,7 +92,7 @@ pub(crate) struct Shared {
     validations: Arc<Semaphore>,
     limits: ArcSwap<OriginLimits>,
     trusted_proxies: Proxies,
-    spans: Option<otlp::Spans>,
+    spans: Option<Spans>,
     grace: Duration,
     phase: AtomicU8,
     /// Blobs on their way in or out.

@@ -1,22 +1,16 @@
 //! `castier-origin`: the simple file origin as a program.
 
-use castier_config::{Loaded, LogFormat, OriginLimits, OriginServer, changed, environment, load, load_offline, print};
-use castier_origin::{
-    Options, Origin,
-    health::health,
-    log, otlp,
-    signals::{Reading, Signals, Told, told},
+use castier_config::{Loaded, OriginLimits, OriginServer, changed, environment};
+use castier_origin::{Options, Origin};
+use castier_serverkit::{
+    bind::{bind, shown},
+    log, open_files, otlp,
+    signals::{Order, Reading, Signals, sound},
+    startup::{self, CommonArgs},
 };
 use clap::Parser;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::{
-    ffi::OsString,
-    io::{self, ErrorKind, Write as _},
-    path::PathBuf,
-    process::ExitCode,
-    time::Duration,
-};
-use tokio::{net::TcpListener, sync::oneshot};
+use std::{ffi::OsString, process::ExitCode, time::Duration};
+use tokio::sync::oneshot;
 
 /// This program's name, in records and in Loki.
 const PROGRAM: &str = "castier-origin";
@@ -34,93 +28,35 @@ struct Arguments {
     /// The directory of the blobs (store.root)
     #[arg(long, value_name = "DIR")]
     root: Option<OsString>,
-    /// The configuration, a TOML file
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Check the configuration, name everything that is wrong with it, and exit
-    #[arg(long)]
-    check_config: bool,
-    /// With --check-config: look at no directory or file of this machine
-    #[arg(long, requires = "check_config")]
-    offline: bool,
-    /// Ask this URL, such as http://127.0.0.1:9001/healthz, and exit: 0 if it answers with 2xx, 1 if not
-    #[arg(long, value_name = "URL")]
-    health: Option<String>,
-    /// Print the effective configuration, secrets masked, and exit
-    #[arg(long)]
-    print_config: bool,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 impl Arguments {
     fn load(&self) -> Result<Loaded<OriginServer>, castier_config::Problems> {
         let listen = self.listen.clone().map(|listen| ("CASTIER_LISTEN__PUBLIC".to_owned(), listen));
         let root = self.root.as_ref().map(|root| ("CASTIER_STORE__ROOT".to_owned(), root.to_string_lossy().into_owned()));
-        // A later pair overrides an earlier one.
-        let (file, env) = (self.config.as_deref(), environment().chain(listen).chain(root));
-        if self.offline { load_offline(file, env) } else { load(file, env) }
+        self.common.load(environment().chain(listen).chain(root))
     }
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Some(url) = &arguments.health {
-        return health(url).map_or_else(|why| fail(LogFormat::Text, &why), |()| ExitCode::SUCCESS);
-    }
-    let loaded = match arguments.load() {
-        Ok(loaded) => loaded,
-        Err(problems) if arguments.check_config || arguments.print_config => {
-            eprintln!("{problems}");
-            return ExitCode::from(2);
-        }
-        Err(problems) => {
-            problems.to_string().lines().for_each(|problem| log::fail(problems.format(), PROGRAM, problem));
-            return ExitCode::from(2);
-        }
-    };
-    if arguments.print_config {
-        say(&print(&loaded.config));
-        return ExitCode::SUCCESS;
-    }
-    if arguments.check_config {
-        say("the configuration is sound\n");
-        return ExitCode::SUCCESS;
-    }
-    let format = loaded.config.log.format;
-    if let Err(why) = castier_origin::threads::check() {
-        return fail(format, &why);
-    }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(format, &error.to_string()),
-    };
-    let ended = runtime.block_on(run(&arguments, loaded.config));
-    // Whatever has not ended within shutdown.grace is not waited for.
-    runtime.shutdown_timeout(Duration::from_millis(100));
-    ended.map_or_else(|error| fail(format, &error.to_string()), |()| ExitCode::SUCCESS)
+    startup::main(PROGRAM, &arguments.common, || arguments.load(), |config| run(&arguments, config))
 }
 
-fn fail(format: LogFormat, why: &str) -> ExitCode {
-    log::fail(format, PROGRAM, why);
-    ExitCode::FAILURE
-}
-
-/// Writes to stdout. Whoever closed it does not want to know, and that must not end the program.
-fn say(text: &str) {
-    io::stdout().write_all(text.as_bytes()).ok();
-}
-
-async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
+async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> {
+    let log = log::init(&config.log, PROGRAM).map_err(|error| error.to_string())?;
     let mut signals = Signals::new()?;
-    let log = log::init(&config.log, PROGRAM).map_err(io::Error::other)?;
     let public = bind("listen.public", &config.listen.public).await?;
     let admin = bind("listen.admin", &config.listen.admin).await?;
-    let granted = raise_files();
-    let (public_address, admin_address) = (public.local_addr()?, admin.local_addr()?);
-    let instance = format!("{}:{}", log::host(), public_address.port());
+    let granted = open_files::raise_limit();
+    let (public_address, admin_address) = (shown(&public), shown(&admin));
+    let instance = log::instance(&public);
     log.name_instance(instance.clone());
-    let (spans, exporter) = otlp::start(&config.otlp, PROGRAM, instance).map_err(io::Error::other)?.unzip();
+    let (spans, exporter) = otlp::start(&config.otlp, PROGRAM, instance)?.unzip();
     let options = Options { limits: within(&config.limits, granted), spans, ..Options::from(&config) };
-    let origin = Origin::open(&config.store.root, options)?;
+    let origin = Origin::open(&config.store.root, options).map_err(|error| error.to_string())?;
     log.say(&format!("listening public {public_address} (blobs in {})", config.store.root.display()));
     log.say(&format!("listening admin {admin_address}"));
     log.say(&format!("try: curl -F file=@README.md http://{public_address}/cas"));
@@ -143,8 +79,8 @@ async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
         Reading::new(move || arguments.load())
     };
     let mut running = config;
-    while let Told::Reload(loaded) = signals.next(&mut reading).await {
-        if let Some(wanted) = told(loaded) {
+    while let Order::Reload(loaded) = signals.next(&mut reading).await {
+        if let Some(wanted) = sound(loaded) {
             running = reload(running, &wanted, &origin, &log, granted);
         }
     }
@@ -168,16 +104,6 @@ async fn run(arguments: &Arguments, config: OriginServer) -> io::Result<()> {
     Ok(())
 }
 
-/// Raises the limit of open files as far as the system lets it, and says how many there may be.
-fn raise_files() -> u64 {
-    let granted = getrlimit(Resource::Nofile);
-    if granted.current != granted.maximum {
-        // Where that is refused, what is there must do.
-        setrlimit(Resource::Nofile, Rlimit { current: granted.maximum, maximum: granted.maximum }).ok();
-    }
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
-}
-
 /// The limits that can be kept with so many open files. The admin listener has a share of its own, and a quarter is for the store's files,
 /// so that clients who take all there is leave health checks and uploads that have begun what they need.
 fn within(limits: &OriginLimits, granted: u64) -> OriginLimits {
@@ -197,12 +123,7 @@ fn within(limits: &OriginLimits, granted: u64) -> OriginLimits {
 fn tell_files(limits: &OriginLimits, granted: u64) {
     let possible = within(limits, granted);
     if possible != *limits {
-        tracing::info!(
-            granted,
-            connections = possible.max_connections,
-            "the system grants fewer open files than limits.max_connections needs, so fewer clients are let in; raise its hard limit \
-             (ulimit -Hn, LimitNOFILE=)"
-        );
+        open_files::log_too_few(granted, None, possible.max_connections as u64);
     }
 }
 
@@ -213,22 +134,6 @@ async fn log_figures(origin: Origin, every: Duration) {
         let (blobs, bytes) = origin.figures();
         tracing::info!(target: "stats", blobs, bytes);
     }
-}
-
-async fn bind(key: &str, address: &str) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(address).await.map_err(|error| {
-        let advice = match error.kind() {
-            ErrorKind::AddrInUse => "is taken by another program; stop that one, or choose another port",
-            ErrorKind::AddrNotAvailable => "is not an address of this machine; choose one that is, or 0.0.0.0 for all",
-            ErrorKind::PermissionDenied => "may not be used by this user; choose a port over 1023",
-            _ => "cannot be listened on; choose another",
-        };
-        io::Error::new(error.kind(), format!("{key} {address} {advice} ({error})"))
-    })?;
-    // A herd connects at once, and a queue that runs over resets connections: it is made as long as the system allows
-    // (net.core.somaxconn). Where that fails it is as it was.
-    rustix::net::listen(&listener, i32::MAX).ok();
-    Ok(listener)
 }
 
 /// Takes over from the configuration what can change while running, and returns what holds from now on.

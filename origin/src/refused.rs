@@ -1,10 +1,8 @@
 //! Why a request is not answered as it hoped, and how the client is told. The only place that turns faults into statuses.
 
-use crate::{
-    intake::{Broken, FormBroken},
-    store::Fault,
-};
+use crate::{intake::Broken, store::Fault};
 use castier_blob::Mismatch;
+use castier_serverkit::multipart::FormError;
 use castier_wire::{Problem, entry::Malformed};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
@@ -61,13 +59,11 @@ pub(crate) enum Refused {
     Store(#[from] Fault),
 }
 
-impl From<multer::Error> for Refused {
-    fn from(error: multer::Error) -> Self {
-        let text = error.to_string();
-        let multer::Error::StreamReadFailed(cause) = error else { return Self::Form(text) };
-        match cause.downcast::<FormBroken>().map(|broken| *broken) {
-            Ok(FormBroken::Body(broken)) => Self::Body(broken),
-            Ok(FormBroken::TooLong) | Err(_) => Self::Form(text),
+impl From<FormError<Broken>> for Refused {
+    fn from(error: FormError<Broken>) -> Self {
+        match error {
+            FormError::Body(broken) => Self::Body(broken),
+            other => Self::Form(other.to_string()),
         }
     }
 }
@@ -124,9 +120,8 @@ impl Refused {
             Self::Range(headers) => headers.clone(),
             _ => HeaderMap::new(),
         };
-        headers.insert(header::CONTENT_TYPE, Problem::MEDIA_TYPE);
+        Problem::set_headers(&mut headers);
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         match self {
             Self::CollectionExists => drop(headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, PUT, DELETE, PROPFIND"))),
             Self::Method(allowed) => drop(headers.insert(header::ALLOW, HeaderValue::from_static(allowed))),

@@ -2,16 +2,20 @@
 
 use crate::{
     Shared,
-    patience::Activity,
+    connection_timeouts::Activity,
+    metrics::label,
     server::Seat,
     store::{Fault, Reader},
 };
 use bytes::Bytes;
-use castier_wire::{
-    forwarded,
-    trace::{Chance, Trace, Value},
+use castier_serverkit::{
+    access_log::{self, Access, LOGGED_AGENT, LOGGED_PATH, beginning},
+    otlp::Spans,
+    series::CLIENT_GONE,
+    write_access_record,
 };
-use http::{HeaderValue, Method, StatusCode, Version, header, request};
+use castier_wire::{forwarded, trace::Trace};
+use http::{HeaderValue, Method, StatusCode, Version, request};
 use http_body::{Body, Frame, SizeHint};
 use std::{
     mem,
@@ -170,16 +174,6 @@ impl Body for Reply {
     }
 }
 
-/// How much of a path is logged: any that means something here, and not all of what somebody may have made up.
-const LOGGED_PATH: usize = 600;
-/// How much of a client's name for itself is logged.
-const LOGGED_AGENT: usize = 200;
-
-/// As records have durations.
-fn milliseconds(duration: Duration) -> f64 {
-    duration.as_micros() as f64 / 1000.0
-}
-
 /// What is known of a request; logged and counted when it is over, however it ends.
 pub(crate) struct Record {
     shared: Arc<Shared>,
@@ -204,19 +198,18 @@ pub(crate) struct Record {
 
 impl Record {
     pub(crate) fn begin(shared: &Arc<Shared>, activity: Arc<Activity>, peer: SocketAddr, head: &request::Parts) -> Self {
-        let agent = head.headers.get(header::USER_AGENT).map(|agent| String::from_utf8_lossy(agent.as_bytes()));
         activity.begin();
-        let sampled = shared.spans.as_ref().is_some_and(|spans| rand::random::<f64>() < spans.sample());
-        let chance = Chance { trace: rand::random(), request: rand::random(), span: rand::random(), sampled };
+        // Only as much of what the client sent is held as is logged.
+        let agent = access_log::user_agent(&head.headers).map(|agent| beginning(&agent, LOGGED_AGENT).to_owned());
         Self {
             client: forwarded::client(peer.ip(), &head.headers, |address| shared.trusted_proxies.contains(address)),
-            trace: Trace::of(&head.headers, chance),
+            trace: access_log::trace_of(&head.headers, shared.spans.as_ref().map(Spans::sample)),
             shared: Arc::clone(shared),
             activity,
             method: head.method.clone(),
-            path: head.uri.path().chars().take(LOGGED_PATH).collect(),
+            path: beginning(head.uri.path(), LOGGED_PATH).to_owned(),
             proto: head.version,
-            user_agent: agent.map(|agent| agent.chars().take(LOGGED_AGENT).collect()),
+            user_agent: agent,
             begun: Instant::now(),
             answered: None,
             error: None,
@@ -228,30 +221,6 @@ impl Record {
     /// The name of the request.
     pub(crate) fn request_id(&self) -> Option<HeaderValue> {
         self.trace.tell_id()
-    }
-
-    /// The same in the words of OpenTelemetry's conventions for HTTP.
-    fn span(&self, status: u16, took: Duration) -> castier_wire::trace::Span {
-        const KNOWN: [&str; 9] = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "PROPFIND", "MKCOL"];
-        let method = KNOWN.into_iter().find(|known| *known == self.method.as_str()).unwrap_or("_OTHER");
-        let mut attributes = vec![
-            ("http.request.method", Value::Word(method)),
-            ("url.path", Value::Text(self.path.clone())),
-            ("url.scheme", Value::Word("http")),
-            ("http.response.status_code", Value::Number(status.into())),
-            ("http.response.body.size", Value::Number(i64::try_from(self.bytes).unwrap_or(i64::MAX))),
-            ("client.address", Value::Text(self.client.to_string())),
-            ("network.protocol.version", Value::Word(if self.proto == Version::HTTP_10 { "1.0" } else { "1.1" })),
-            ("castier.request_id", Value::Text(self.trace.request_id().to_string())),
-        ];
-        attributes.extend(self.user_agent.clone().map(|agent| ("user_agent.original", Value::Text(agent))));
-        // What the client did wrong is no error of this server.
-        let failed = self.error.is_some() && !(400..500).contains(&status);
-        let error = failed.then(|| self.error.clone().unwrap_or_default());
-        if failed {
-            attributes.push(("error.type", if status >= 500 { Value::Text(status.to_string()) } else { Value::Word("cut") }));
-        }
-        self.trace.server_span(if method == "_OTHER" { "HTTP" } else { method }.to_owned(), took, error, attributes)
     }
 
     /// There is an answer; and why it is not the one that was wanted.
@@ -266,26 +235,25 @@ impl Drop for Record {
     fn drop(&mut self) {
         self.activity.end();
         let duration = self.begun.elapsed();
-        // The client left before it had an answer: 499, as nginx says.
-        let status = self.status.map_or(499, |status| status.as_u16());
-        self.shared.metrics.count_request(&self.method, status, duration);
-        if let Some(spans) = self.shared.spans.as_ref().filter(|_| self.trace.is_sampled()) {
-            spans.send(self.span(status, duration));
-        }
-        tracing::info!(
-            target: "castier_origin::access",
-            method = %self.method,
-            path = self.path,
+        let status = self.status.map_or(CLIENT_GONE, |status| status.as_u16());
+        self.shared.metrics.count_request(self.method.as_str(), status, duration);
+        let access = Access {
+            method: self.method.as_str(),
+            path: &self.path,
             status,
-            bytes = self.bytes,
-            duration_ms = milliseconds(duration),
-            first_byte_ms = self.answered.map(milliseconds),
-            client = %self.client,
-            proto = ?self.proto,
-            trace_id = %self.trace.trace_id(),
-            request_id = %self.trace.request_id(),
-            user_agent = self.user_agent,
-            error = self.error,
-        );
+            bytes: self.bytes,
+            took: duration,
+            first_byte: self.answered,
+            client: Some(self.client),
+            proto: Some(self.proto),
+            trace: Some(&self.trace),
+            user_agent: self.user_agent.as_deref(),
+            error: self.error.as_deref(),
+            ..Access::default()
+        };
+        if let Some(spans) = self.shared.spans.as_ref().filter(|_| self.trace.is_sampled()) {
+            spans.send(access.span(&self.trace, label(self.method.as_str()), None, None));
+        }
+        write_access_record!(INFO, "castier_origin::access", &access);
     }
 }

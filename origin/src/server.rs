@@ -1,8 +1,9 @@
 //! Connections: accepting them within a limit, serving HTTP/1 on them, and ending them well.
 
-use crate::patience::{Activity, Patience};
+use crate::connection_timeouts::{Activity, TimedStream};
 use bytes::Bytes;
 use castier_config::OriginLimits;
+use castier_serverkit::admin_connections::AdminConnections;
 use castier_wire::Problem;
 use http::{Request, Response, StatusCode};
 use http_body::Body;
@@ -12,7 +13,6 @@ use hyper_util::{
     server::graceful::{GracefulShutdown, Watcher},
 };
 use std::{
-    collections::VecDeque,
     convert::Infallible,
     error::Error,
     io,
@@ -27,7 +27,6 @@ use std::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
-    task::AbortHandle,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -94,8 +93,7 @@ pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdow
     let (graceful, cut) = (GracefulShutdown::new(), CancellationToken::new());
     let (open, refusals) = (Arc::default(), Arc::default());
     let mut shutdown = pin!(shutdown);
-    // Those that may have to make way.
-    let mut idle: VecDeque<(Arc<Activity>, AbortHandle)> = VecDeque::new();
+    let mut admin = AdminConnections::default();
     loop {
         let accepted = tokio::select! {
             () = &mut shutdown => break,
@@ -104,26 +102,17 @@ pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdow
         match accepted {
             Ok((stream, peer)) => {
                 let most = H::max_connections(&handler.limits());
-                let (seat, mut taken) = Seat::take(&open);
-                if H::FULL == Full::OldestIdleMakesWay {
-                    idle.retain(|(_, task)| !task.is_finished());
-                    // Not by the seats: on a busy machine a task that was aborted keeps its seat until it runs again, and the newcomer
-                    // would be turned away for it.
-                    taken = idle.len() + 1;
-                    while taken > most
-                        && let Some(oldest) = idle.iter().position(|(activity, _)| !activity.is_busy())
-                        && let Some((_, task)) = idle.remove(oldest)
-                    {
-                        task.abort();
-                        taken -= 1;
-                    }
-                }
-                if taken <= most {
+                let (seat, taken) = Seat::take(&open);
+                let is_admitted = match H::FULL {
+                    Full::NewcomersAreRefused => taken <= most,
+                    Full::OldestIdleMakesWay => admin.admit(most),
+                };
+                if is_admitted {
                     let activity = Arc::new(Activity::default());
                     let task = connection(stream, peer, handler.clone(), graceful.watcher(), cut.clone(), seat, Arc::clone(&activity));
                     let task = tokio::spawn(task);
                     if H::FULL == Full::OldestIdleMakesWay {
-                        idle.push_back((activity, task.abort_handle()));
+                        admin.add(move || activity.is_busy(), task.abort_handle());
                     }
                 } else {
                     let (seat, taken) = Seat::take(&refusals);
@@ -157,7 +146,7 @@ async fn connection(
     // A connection that cannot be told to send at once is served all the same, if slower.
     stream.set_nodelay(true).ok();
     let limits = handler.limits();
-    let stream = Patience::new(stream, Arc::clone(&activity), &limits);
+    let stream = TimedStream::new(stream, Arc::clone(&activity), &limits);
     let service = service_fn(move |request| {
         let (handler, activity) = (handler.clone(), Arc::clone(&activity));
         async move { Ok::<_, Infallible>(handler.answer(request, peer, activity).await) }

@@ -2,9 +2,9 @@
 
 use crate::{
     Shared, action,
+    connection_timeouts::Activity,
     entries::{self, Condition, Delete, Found, Put},
-    intake::{Intake, Rationed},
-    patience::Activity,
+    intake::Intake,
     refused::Refused,
     reply::{Content, Record, Reply, Source, Streaming, chunk_for},
     server::{Full, Handler, Seat},
@@ -14,6 +14,7 @@ use crate::{
 use bytes::Bytes;
 use castier_blob::Digest;
 use castier_config::OriginLimits;
+use castier_serverkit::multipart;
 use castier_wire::{
     Selection, Stored, Target, blob_head, blob_path,
     entry::{Entry, Name},
@@ -23,19 +24,8 @@ use castier_wire::{
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request};
 use hyper::body::Incoming;
-use std::{
-    mem,
-    net::SocketAddr,
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-};
+use std::{mem, net::SocketAddr, ops::Range, sync::Arc};
 use tokio::task::{JoinHandle, spawn_blocking};
-
-/// What a form may have before its file and, in headers and a boundary, around it.
-const FORM_EXTRA: u64 = 1 << 20;
 
 /// A batch is written when it has this many pieces, however small: a body that comes byte by byte must not cost more to hold.
 const MOST_PIECES: usize = 256;
@@ -261,38 +251,23 @@ impl Clients {
 
     async fn post(&self, headers: &HeaderMap, mut intake: Intake) -> Result<Answer, Refused> {
         let most = self.0.limits.load().max_blob.get();
-        let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let is_form = content_type.trim_start().get(..19).is_some_and(|start| start.eq_ignore_ascii_case("multipart/form-data"));
-        let extra = if is_form { FORM_EXTRA } else { 0 };
+        let extra = if multipart::is_form(headers) { multipart::OVERHEAD } else { 0 };
         if intake.declared().is_some_and(|length| length > most.saturating_add(extra)) {
             return Err(Refused::TooLarge(most));
         }
-        let kept = if is_form {
-            self.receive_form(content_type, most, intake).await?
-        } else {
-            let chunks = (&mut intake).map_err(Refused::from);
-            self.receive_blob(None, most, chunks).await?
+        let kept = match multipart::boundary(headers).map_err(|error| Refused::Form(error.to_string()))? {
+            Some(boundary) => {
+                // What comes after the file is not looked at. `receive_blob` limits the file's size.
+                let file = multipart::first_file(intake, boundary, u64::MAX).map_err(Refused::from);
+                self.receive_blob(None, most, file).await?
+            }
+            None => self.receive_blob(None, most, (&mut intake).map_err(Refused::from)).await?,
         };
         let mut headers = HeaderMap::new();
         headers.insert(header::LOCATION, location(&kept.digest));
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let body = serde_json::to_vec(&Stored { digest: kept.digest.to_string(), size: kept.size });
         Ok((StatusCode::CREATED, headers, Content::Bytes(body.unwrap_or_default().into())))
-    }
-
-    /// Stores the first part of a form that is a file. What stands before it is skipped, what comes after it is not looked at.
-    async fn receive_form(&self, content_type: &str, most: u64, intake: Intake) -> Result<Kept, Refused> {
-        let boundary = multer::parse_boundary(content_type)?;
-        let ration = Arc::new(AtomicU64::new(FORM_EXTRA));
-        let mut form = multer::Multipart::new(Rationed::new(intake, Arc::clone(&ration)), boundary);
-        while let Some(part) = form.next_field().await? {
-            if part.headers().get(header::CONTENT_DISPOSITION).is_some_and(castier_wire::is_file) {
-                // From here on `receive` counts.
-                ration.store(u64::MAX, Relaxed);
-                return self.receive_blob(None, most, part.map_err(Refused::from)).await;
-            }
-        }
-        Err(Refused::Form("none of its parts is a file".to_owned()))
     }
 
     /// Body → temp file → verified → durable.

@@ -1,14 +1,19 @@
 //! One access record per request, and the same facts to the metrics.
 
-pub use crate::metrics::CLIENT_GONE;
+pub use castier_serverkit::{access_log::user_agent, series::CLIENT_GONE};
 
 use crate::{
     metrics::{Listener, Metrics, Request, Route, Served},
     trace,
 };
 use castier_blob::Digest;
+use castier_serverkit::{
+    access_log::Access,
+    series::{METHODS, method_label},
+    write_access_record,
+};
 use castier_wire::trace::{Trace, Value};
-use http::{HeaderMap, Version, header};
+use http::Version;
 use std::{borrow::Cow, net::IpAddr, time::Duration};
 
 /// What is said of a request when it is over.
@@ -59,24 +64,6 @@ pub fn is_wanted() -> bool {
     tracing::enabled!(target: "castier::access", tracing::Level::INFO) || trace::is_exported()
 }
 
-/// `User-Agent`; what is no text in it is marked.
-pub fn user_agent(headers: &HeaderMap) -> Option<Cow<'_, str>> {
-    Some(String::from_utf8_lossy(headers.get(header::USER_AGENT)?.as_bytes()))
-}
-
-/// How much of a path is logged: any that means something to an origin of ours, and not all of what somebody may have made up.
-const LOGGED_PATH: usize = 600;
-/// How much of a client's name for itself is logged.
-const LOGGED_AGENT: usize = 200;
-
-/// The beginning of a text.
-fn beginning(text: &str, most: usize) -> &str {
-    match text.char_indices().nth(most) {
-        Some((end, _)) if text.len() > most => &text[..end],
-        _ => text,
-    }
-}
-
 /// A `Cache-Status` of ours in the words of a record: `cache`, `tier`, `source`.
 fn words(cache_status: &str) -> (Option<&'static str>, Option<&'static str>, Option<&'static str>) {
     let (mut cache, mut tier, mut source) = (None, None, None);
@@ -100,9 +87,10 @@ fn words(cache_status: &str) -> (Option<&'static str>, Option<&'static str>, Opt
 impl Record<'_> {
     /// Counts it, and writes the record if anybody listens.
     pub fn log(&self, metrics: &Metrics) {
+        let method = method_label(self.method, &METHODS);
         metrics.request(&Request {
             listener: self.listener,
-            method: method_label(self.method),
+            method,
             route: self.route,
             code: self.code,
             served: self.served,
@@ -114,55 +102,41 @@ impl Record<'_> {
         });
         // Every node asks every other each second how it is.
         let control = self.route == Route::Control;
-        if (control && tracing::enabled!(target: "castier::access", tracing::Level::DEBUG))
-            || (!control && tracing::enabled!(target: "castier::access", tracing::Level::INFO))
-        {
-            self.write(control);
+        if !control && tracing::enabled!(target: "castier::access", tracing::Level::INFO) {
+            write_access_record!(INFO, "castier::access", &self.access());
+        } else if control && tracing::enabled!(target: "castier::access", tracing::Level::DEBUG) {
+            write_access_record!(DEBUG, "castier::access", &self.access());
         }
         if let Some(trace) = self.more.trace.filter(|trace| trace.is_sampled() && !control) {
-            trace::export(|| self.span(trace));
+            let route = match self.route {
+                Route::Blob => Some("/cas/{digest}"),
+                Route::Collection => Some("/cas"),
+                Route::Relay | Route::Refused | Route::Control => None,
+            };
+            let listener = ("castier.listener", Value::Word(self.listener.as_str()));
+            trace::export(|| self.access().span(trace, method, route, [listener]));
         }
     }
 
-    /// The same in the words of OpenTelemetry's conventions for HTTP.
-    fn span(&self, trace: &Trace) -> castier_wire::trace::Span {
-        let text = |text: &str| Value::Text(text.to_owned());
-        let route = match self.route {
-            Route::Blob => Some("/cas/{digest}"),
-            Route::Collection => Some("/cas"),
-            Route::Relay | Route::Refused | Route::Control => None,
-        };
+    /// As both programs log it.
+    fn access(&self) -> Access<'_> {
         let (cache, tier, source) = self.words();
-        let method = method_label(self.method);
-        let mut attributes = vec![
-            ("http.request.method", Value::Word(if method == "OTHER" { "_OTHER" } else { method })),
-            ("url.path", text(beginning(self.path, LOGGED_PATH))),
-            ("url.scheme", Value::Word("http")),
-            ("http.response.status_code", Value::Number(self.code.into())),
-            ("http.response.body.size", Value::Number(i64::try_from(self.bytes).unwrap_or(i64::MAX))),
-            ("castier.request_id", Value::Text(trace.request_id().to_string())),
-            ("castier.listener", Value::Word(self.listener.as_str())),
-        ];
-        let proto = self.more.proto.map(|proto| if proto == Version::HTTP_10 { "1.0" } else { "1.1" });
-        let words = [
-            ("http.route", route),
-            ("network.protocol.version", proto),
-            ("castier.cache", cache),
-            ("castier.tier", tier),
-            ("castier.source", source),
-        ];
-        attributes.extend(words.into_iter().filter_map(|(name, word)| Some((name, Value::Word(word?)))));
-        attributes.extend(self.client.map(|client| ("client.address", Value::Text(client.to_string()))));
-        attributes.extend(self.more.user_agent.as_deref().map(|agent| ("user_agent.original", text(beginning(agent, LOGGED_AGENT)))));
-        // What the client did wrong is no error of this server, and neither is a 504 that a peer has asked for.
-        let failed = self.more.error.is_some() && !(400..500).contains(&self.code);
-        let error = failed.then(|| beginning(self.more.error.unwrap_or_default(), LOGGED_AGENT).to_owned());
-        if failed {
-            attributes.push(("error.type", if self.code >= 500 { Value::Text(self.code.to_string()) } else { Value::Word("cut") }));
+        Access {
+            method: self.method,
+            path: self.path,
+            status: self.code,
+            bytes: self.bytes,
+            took: self.took,
+            first_byte: self.more.first_byte,
+            cache,
+            tier,
+            source,
+            client: self.client,
+            proto: self.more.proto,
+            trace: self.more.trace,
+            user_agent: self.more.user_agent.as_deref(),
+            error: self.more.error,
         }
-        let method = if method == "OTHER" { "HTTP" } else { method };
-        let name = route.map_or_else(|| method.to_owned(), |route| format!("{method} {route}"));
-        trace.server_span(name, self.took, error, attributes)
     }
 
     /// `cache`, `tier`, `source`.
@@ -171,29 +145,6 @@ impl Record<'_> {
         // The origin alone answers what goes past the cache.
         (cache, tier, if cache == Some("bypass") { Some("origin") } else { source })
     }
-
-    fn write(&self, control: bool) {
-        let milliseconds = |duration: Duration| duration.as_micros() as f64 / 1000.0;
-        let (duration_ms, first_byte_ms) = (milliseconds(self.took), self.more.first_byte.map(milliseconds));
-        let (method, path, status, bytes) = (self.method, beginning(self.path, LOGGED_PATH), self.code, self.bytes);
-        let (cache, tier, source) = self.words();
-        let client = self.client.map(tracing::field::display);
-        let trace_id = self.more.trace.map(|trace| tracing::field::display(trace.trace_id()));
-        let request_id = self.more.trace.map(|trace| tracing::field::display(trace.request_id()));
-        let (proto, error) = (self.more.proto.map(tracing::field::debug), self.more.error);
-        let user_agent = self.more.user_agent.as_deref().map(|agent| beginning(agent, LOGGED_AGENT));
-        if control {
-            tracing::debug!(target: "castier::access", method, path, status, bytes, duration_ms, first_byte_ms, cache, tier, source, client, proto, trace_id, request_id, user_agent, error);
-        } else {
-            tracing::info!(target: "castier::access", method, path, status, bytes, duration_ms, first_byte_ms, cache, tier, source, client, proto, trace_id, request_id, user_agent, error);
-        }
-    }
-}
-
-/// Methods are the client's invention; labels must be finite.
-fn method_label(method: &str) -> &'static str {
-    const KNOWN: [&str; 7] = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH"];
-    KNOWN.into_iter().find(|known| *known == method).unwrap_or("OTHER")
 }
 
 #[cfg(test)]
@@ -212,6 +163,5 @@ mod tests {
         ] {
             assert_eq!(words(status), expected, "{status}");
         }
-        assert_eq!((beginning("äöü", 2), beginning("äöü", 3), beginning("ab", 9)), ("äö", "äöü", "ab"));
     }
 }

@@ -21,6 +21,7 @@ use axum::{
 };
 use castier_blob::{Digest, MalformedDigest};
 use castier_config::Limits;
+use castier_serverkit::admin_connections::AdminConnections;
 use castier_wire::Problem;
 use history::History;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -29,17 +30,13 @@ use parking_lot::Mutex;
 use problems::ProblemTracker;
 use serde::Serialize;
 use std::{
-    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::AbortHandle,
-};
+use tokio::net::{TcpListener, TcpStream};
 use tower_service::Service as _;
 
 /// The longest request head, and the most bytes of a body that are read at once.
@@ -130,7 +127,7 @@ pub fn router(admin: Arc<Admin>) -> Router {
 /// At `limits.max_admin_connections` it closes the oldest idle connection for a new one. So a health check is always answered, beside any
 /// number of idle connections.
 pub async fn serve(listener: TcpListener, router: Router, limits: Arc<ArcSwap<Limits>>) {
-    let mut open: VecDeque<(Arc<AtomicBool>, AbortHandle)> = VecDeque::new();
+    let mut open = AdminConnections::default();
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Usually there are no descriptors left. Trying again at once would give the same error.
@@ -138,19 +135,12 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Arc<ArcSwap<Li
             continue;
         };
         let limits = limits.load_full();
-        open.retain(|(_, connection)| !connection.is_finished());
-        while open.len() >= limits.max_admin_connections {
-            let Some(idle) = open.iter().position(|(busy, _)| !busy.load(Ordering::Relaxed)) else { break };
-            if let Some((_, connection)) = open.remove(idle) {
-                connection.abort();
-            }
-        }
-        if open.len() >= limits.max_admin_connections {
+        if !open.admit(limits.max_admin_connections) {
             continue;
         }
         let busy = Arc::new(AtomicBool::new(false));
         let connection = tokio::spawn(connection(stream, router.clone(), busy.clone(), limits));
-        open.push_back((busy, connection.abort_handle()));
+        open.add(move || busy.load(Ordering::Relaxed), connection.abort_handle());
     }
 }
 

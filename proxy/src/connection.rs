@@ -9,6 +9,7 @@ use crate::{
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
 use castier_cache::PIECE;
+use castier_serverkit::stall_timeout::StallTimeout;
 use http::{HeaderMap, StatusCode};
 use pingora::http::ResponseHeader;
 use pingora::protocols::{
@@ -33,12 +34,8 @@ use tokio::{
 #[derive(Debug)]
 pub struct Conn {
     stream: Stream,
-    /// `limits.write_timeout`: after so long without taking a byte, the client is given up.
-    patience: Duration,
-    /// Runs out when the client has taken nothing for too long. Made at the first wait, since most clients keep up.
-    stalled: Option<Pin<Box<Sleep>>>,
-    /// A write is waiting for the client.
-    waiting: bool,
+    /// `limits.write_timeout`: a client that takes no byte for so long is given up.
+    stall: StallTimeout,
     fence: Option<Box<Fence>>,
 }
 
@@ -102,7 +99,7 @@ impl Conn {
 
     /// Over an accepted connection.
     pub fn new(stream: Stream, patience: Duration) -> Self {
-        Self { stream, patience, stalled: None, waiting: false, fence: None }
+        Self { stream, stall: StallTimeout::new(patience), fence: None }
     }
 
     /// Over a connection that was accepted elsewhere.
@@ -117,7 +114,7 @@ impl Conn {
 
     /// Changes how long the client may take no byte: limits can change while a connection lives.
     pub fn set_patience(&mut self, patience: Duration) {
-        self.patience = patience;
+        self.stall.set_limit(patience);
     }
 
     /// From now on shows `ahead`, and what comes, up to the end of one request body. `None`: the request asks for another protocol. Then
@@ -145,24 +142,6 @@ impl Conn {
     /// Back from what [`Self::into_stream`] made.
     pub fn from_stream(stream: Stream) -> Option<Self> {
         stream.into_any().downcast().ok().map(|conn| *conn)
-    }
-
-    /// What a write came to, with the clock started, stopped or run out.
-    fn timed<T>(&mut self, written: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        if written.is_ready() {
-            self.waiting = false;
-            return written;
-        }
-        let deadline = Instant::now() + self.patience;
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
-        if !self.waiting {
-            self.waiting = true;
-            stalled.as_mut().reset(deadline);
-        }
-        match stalled.as_mut().poll(cx) {
-            Poll::Ready(()) => Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client took no byte for too long"))),
-            Poll::Pending => Poll::Pending,
-        }
     }
 }
 
@@ -254,7 +233,7 @@ impl AsyncWrite for Conn {
             fence.decide(buf);
         }
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.timed(written, cx)
+        self.stall.watch_write(written, cx)
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
@@ -262,7 +241,7 @@ impl AsyncWrite for Conn {
             fence.decide(first);
         }
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.timed(written, cx)
+        self.stall.watch_write(written, cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -271,13 +250,13 @@ impl AsyncWrite for Conn {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.stream).poll_flush(cx);
-        self.timed(flushed, cx)
+        self.stall.watch_write(flushed, cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // TLS writes its last record here, and the other end may take nothing.
         let ended = Pin::new(&mut self.stream).poll_shutdown(cx);
-        self.timed(ended, cx)
+        self.stall.watch_write(ended, cx)
     }
 }
 

@@ -5,7 +5,7 @@
 //! [`Limit::Files`](castier_cache::Limit::Files).
 
 use castier_config::{Castier, Limits, OriginUrl};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use castier_serverkit::open_files;
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
@@ -17,16 +17,6 @@ const OWN: u64 = 64;
 const REFUSALS: u64 = 1024;
 /// The most idle keep-alive connections to one source, of fills and of relays.
 const IDLE: u64 = 512;
-
-/// Raises the soft limit of open files to the hard limit. Returns the number of descriptors that the process may have.
-pub fn raise() -> u64 {
-    let granted = getrlimit(Resource::Nofile);
-    if granted.current != granted.maximum {
-        // If the system refuses, the soft limit stays.
-        setrlimit(Resource::Nofile, Rlimit { current: granted.maximum, maximum: granted.maximum }).ok();
-    }
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
-}
 
 /// How many descriptors each use may have. The admin listener, peers, the disk tier's files and fills have shares of their own, so that no
 /// use can starve another. Clients, and the connections that relays and streamed uploads open for them, share the rest.
@@ -84,13 +74,7 @@ impl Shares {
             let open_files = config.disk.as_ref().map_or(0, |disk| disk.open_files);
             let peers = config.cluster.as_ref().map_or(0, |_| limits.max_peer_connections as u64);
             let needed = wanted + peers + limits.max_admin_connections as u64 + REFUSALS + open_files + fills(config) + OWN;
-            tracing::info!(
-                granted = self.granted,
-                needed,
-                connections = self.clients,
-                "the system grants fewer open files than limits.max_connections needs; castier accepts fewer connections. Raise the hard \
-                 limit (ulimit -Hn, LimitNOFILE=)"
-            );
+            open_files::log_too_few(self.granted, Some(needed), self.clients);
         }
     }
 }

@@ -1,8 +1,9 @@
 //! castier: a caching tier in front of a content-addressed store.
 //!
-//! A GET takes this way. [`request_head`] reads its head off the connection. [`http`] asks the cache for the blob ([`castier_cache`]). If no tier has it,
-//! the cache starts or joins a flight, which asks peers and the origin as [`cluster_plan`] says, through [`upstream`]. [`reply`] makes the answer's head,
-//! however the blob was found, and [`http`] writes it. Everything that is no blob goes to the origin through [`relay`].
+//! A GET takes this way. [`listener`] accepts the connection, and [`request_head`] reads a head off it. A plain hit is answered by `fast_path`. For all
+//! else `session` has one of the [`handlers`] make a [`reply`]. A handler asks the cache ([`castier_cache`]). If no tier has the blob, the cache starts or
+//! joins a flight, which asks peers and the origin as [`cluster_plan`] says, through [`upstream`]. What is no blob goes to the origin through
+//! [`handlers::relay`].
 
 pub mod access_log;
 pub mod admin;
@@ -10,20 +11,24 @@ mod chunks;
 pub mod cluster_plan;
 pub mod connection;
 pub mod descriptors;
+mod fast_path;
 pub mod groupcache;
-pub mod http;
+pub mod handlers;
+pub mod listener;
 pub mod members;
 pub mod memory_plan;
 pub mod metrics;
 pub mod node;
+pub mod peer_access;
+mod peer_tls;
 pub mod purge;
 pub mod recent;
-pub mod relay;
 pub mod reply;
 pub mod request_body;
 pub mod request_head;
 pub mod ring;
 pub mod secret;
+mod session;
 pub mod trace;
 pub mod traced_plan;
 pub mod upstream;

@@ -4,14 +4,15 @@ use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin, Phase},
     cluster_plan::ClusterPlan,
-    descriptors::{self, Descriptors, Shares},
-    http::{Door, Front, PeerDoor},
+    descriptors::{Descriptors, Shares},
+    handlers::{Asks, Handlers, relay::Relay},
+    listener::{Audience, Front},
     members::Members,
     memory_plan,
     metrics::{Listener, Metrics},
     node::Node,
+    peer_access::PeerAccess,
     purge::Purge,
-    relay::Relay,
     secret::Secrets,
     trace,
     traced_plan::TracedPlan,
@@ -20,12 +21,13 @@ use castier::{
 use castier_blob::Digest;
 use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Tiers};
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
-use castier_origin::{
-    Origin,
-    health::health,
+use castier_origin::Origin;
+use castier_serverkit::{
+    bind::{bind, shown},
     log::{self, Guard},
-    otlp,
-    signals::{Reading, Signals, Told, told},
+    open_files, otlp,
+    signals::{Order, Reading, Signals, sound},
+    startup::{self, CommonArgs},
 };
 use clap::Parser;
 use parking_lot::Mutex;
@@ -36,7 +38,6 @@ use pingora::{
     services::{Service as _, listening::Service},
 };
 use std::{
-    io::Write as _,
     net::SocketAddr,
     os::fd::IntoRawFd,
     path::{Path, PathBuf},
@@ -67,85 +68,21 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 ///
 /// Every key of the config can also be set from the environment: CASTIER_ and its path, as in CASTIER_MEMORY__CAPACITY=2GiB.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, mut_arg("print_config", |arg| arg.conflicts_with("check_config")))]
 struct Args {
-    /// The config file (TOML). Without it: the defaults and the environment.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Check the config, name every problem, and exit: 0 if it is sound, 2 if not.
-    #[arg(long)]
-    check_config: bool,
-    /// With --check-config: look at no directory, file or secret of this machine.
-    #[arg(long, requires = "check_config")]
-    offline: bool,
-    /// Ask this URL, such as http://127.0.0.1:8082/healthz, and exit: 0 if it answers with 2xx, 1 if not.
-    #[arg(long, value_name = "URL")]
-    health: Option<String>,
-    /// Print the effective config, secrets masked, and exit.
-    #[arg(long, conflicts_with = "check_config")]
-    print_config: bool,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    if let Some(url) = &args.health {
-        return match health(url) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(why) => {
-                log::fail(config::LogFormat::Text, PROGRAM, &why);
-                ExitCode::from(1)
-            }
-        };
-    }
-    let (file, env) = (args.config.as_deref(), config::environment());
-    let loaded = if args.offline { config::load_offline::<Castier>(file, env) } else { config::load::<Castier>(file, env) };
-    let config = match loaded {
-        Ok(loaded) => loaded.config,
-        Err(problems) if args.check_config || args.print_config => {
-            eprintln!("{problems}");
-            return ExitCode::from(2);
-        }
-        Err(problems) => {
-            problems.to_string().lines().for_each(|problem| log::fail(problems.format(), PROGRAM, problem));
-            return ExitCode::from(2);
-        }
-    };
-    if args.check_config {
-        say("the config is sound");
-        return ExitCode::SUCCESS;
-    }
-    if args.print_config {
-        say(config::print(&config).trim_end());
-        return ExitCode::SUCCESS;
-    }
-    if let Err(why) = castier_origin::threads::check() {
-        eprintln!("castier: {why}");
-        return ExitCode::from(1);
-    }
-    let runtime = match tokio::runtime::Runtime::new() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            log::fail(config.log.format, PROGRAM, &format!("no threads to run on: {error}"));
-            return ExitCode::from(1);
-        }
-    };
-    let format = config.log.format;
-    let ended = runtime.block_on(run(config, args.config));
-    // Whatever has not ended within shutdown.grace is not waited for.
-    runtime.shutdown_timeout(Duration::from_millis(100));
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => {
-            log::fail(format, PROGRAM, &why);
-            ExitCode::from(1)
-        }
-    }
+    let Args { common } = Args::parse();
+    startup::main(PROGRAM, &common, || common.load(config::environment()), |config| run(&common, config))
 }
 
 /// Starts everything, and ends when told to. An error is one line that names what could not be had.
-async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
+async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let log = log::init(&config.log, PROGRAM).map_err(|error| error.to_string())?;
-    let mut signals = Signals::new().map_err(|error| format!("signals cannot be received: {error}"))?;
+    let mut signals = Signals::new()?;
     let public = bind("listen.public", &config.listen.public).await?;
     let peer = match &config.cluster {
         Some(cluster) => Some(bind_peer(&config.listen.peer, cluster).await?),
@@ -159,8 +96,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     };
 
     let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
-    metrics.follow_log(log::drops);
-    let shares = Shares::of(descriptors::raise(), &config);
+    let shares = Shares::of(open_files::raise_limit(), &config);
     let limits = Arc::new(ArcSwap::from_pointee(shares.within(&config.limits)));
     let nodes = Nodes::of(&config, &metrics)?;
     let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
@@ -175,8 +111,7 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let name = shown(&public);
     let own_name = config.cluster.as_ref().map_or_else(|| name.clone(), |cluster| cluster.advertise.clone());
-    let port = name.rsplit(':').next().unwrap_or_default();
-    let instance = config.cluster.as_ref().map_or_else(|| format!("{}:{port}", log::host()), |cluster| cluster.advertise.clone());
+    let instance = config.cluster.as_ref().map_or_else(|| log::instance(&public), |cluster| cluster.advertise.clone());
     log.name_instance(instance.clone());
     let exporter = otlp::start(&config.otlp, PROGRAM, instance)?.map(|(spans, exporter)| {
         trace::export_to(spans.sample(), move |span| spans.send(span));
@@ -184,13 +119,12 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     });
     let purge = Purge::new(cache.clone(), peers, own_name);
     let members = nodes.as_ref().map(|nodes| nodes.members.clone());
-    let door = Door::Clients { relay, purge: purge.clone() };
-    let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge));
+    let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone()));
     let client_memory = Budget::new(config.limits.client_memory.get());
     let descriptors = Descriptors::new(shares);
-    let front = |door| {
-        let proxies = config.log.trusted_proxies.clone();
-        Front::new(node.clone(), door, limits.clone(), proxies, client_memory.clone(), descriptors.clone(), metrics.clone())
+    let front = |asks, audience| {
+        let (handlers, proxies) = (Handlers::new(node.clone(), asks), config.log.trusted_proxies.clone());
+        Front::new(handlers, audience, limits.clone(), proxies, client_memory.clone(), descriptors.clone(), metrics.clone())
     };
 
     log.say(&format!("listening public {name}"));
@@ -206,10 +140,14 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     let admin_server = tokio::spawn(admin::serve(admin_listener, admin::router(admin.clone()), limits.clone()));
     // Peers first: a node that asks them is one that they can ask.
     let peer = match (peer, &nodes) {
-        (Some(listener), Some(nodes)) => Some(Listening::open("peer", front(Door::Peers(nodes.door(&config, &metrics)?)), listener)?),
+        (Some(listener), Some(nodes)) => {
+            let asks = Asks::Peers { members: nodes.members.clone(), leaving: nodes.leaving.clone() };
+            let audience = Audience::Peers(nodes.access(&config, &metrics)?);
+            Some(Listening::open("peer", front(asks, audience), listener)?)
+        }
         _ => None,
     };
-    let public = Listening::open("public", front(door), public)?;
+    let public = Listening::open("public", front(Asks::Clients(purge), Audience::Clients(relay)), public)?;
     tokio::spawn(refetch(cache, rotten));
     tokio::spawn(log_stats(admin.clone(), config.log.stats_interval.get()));
     tokio::spawn(keep_history(admin.clone()));
@@ -227,8 +165,9 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
     let secrets = nodes.as_ref().map(|nodes| nodes.secrets.clone());
+    let args = args.clone();
     let mut reading = Reading::new(move || {
-        let loaded = config::load::<Castier>(file.as_deref(), config::environment());
+        let loaded = args.load::<Castier>(config::environment());
         // With a config that is refused nothing changes.
         let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
         (loaded, secrets)
@@ -243,8 +182,8 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
         nodes,
         log,
     };
-    while let Told::Reload((loaded, secrets)) = signals.next(&mut reading).await {
-        if let Some(new) = told(loaded) {
+    while let Order::Reload((loaded, secrets)) = signals.next(&mut reading).await {
+        if let Some(new) = sound(loaded) {
             live.reload(new, secrets);
         }
     }
@@ -273,19 +212,6 @@ async fn run(config: Castier, file: Option<PathBuf>) -> Result<(), String> {
     Ok(())
 }
 
-/// One or more lines on stdout. Nobody listening there is no reason to stop.
-fn say(lines: &str) {
-    let _ = writeln!(std::io::stdout(), "{lines}");
-}
-
-async fn bind(key: &str, address: &str) -> Result<TcpListener, String> {
-    let listener = TcpListener::bind(address).await.map_err(|error| format!("{key}: cannot listen on {address}: {error}"))?;
-    // A herd connects at once, and a queue that runs over resets connections: it is made as long as the system allows
-    // (net.core.somaxconn). Where that fails it is as it was.
-    rustix::net::listen(&listener, i32::MAX).ok();
-    Ok(listener)
-}
-
 /// The peer listener. The config has refused what can be told from the text; a name is what it resolves to.
 async fn bind_peer(address: &str, cluster: &Cluster) -> Result<TcpListener, String> {
     let listener = bind("listen.peer", address).await?;
@@ -297,10 +223,6 @@ async fn bind_peer(address: &str, cluster: &Cluster) -> Result<TcpListener, Stri
         ));
     }
     Ok(listener)
-}
-
-fn shown(listener: &TcpListener) -> String {
-    listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
 }
 
 /// Tells what may be held in memory, and whether it fits: to the log and in the series.
@@ -349,13 +271,13 @@ impl Nodes {
         Ok(Some(Self { members, secrets, peers, leaving: Arc::default() }))
     }
 
-    fn door(&self, config: &Castier, metrics: &Metrics) -> Result<PeerDoor, String> {
+    fn access(&self, config: &Castier, metrics: &Metrics) -> Result<PeerAccess, String> {
         let tls = config.cluster.as_ref().map(|cluster| cluster.tls.clone()).unwrap_or_default();
-        let door = PeerDoor::new(&tls, self.secrets.clone(), self.members.clone(), self.leaving.clone())?;
-        if let Some(expiry) = door.certificate_expiry() {
+        let access = PeerAccess::new(&tls, self.secrets.clone())?;
+        if let Some(expiry) = access.certificate_expiry() {
             metrics.certificate_expires(Listener::Peer, expiry);
         }
-        Ok(door)
+        Ok(access)
     }
 
     async fn wait_for_members(&self) {

@@ -2,20 +2,14 @@
 
 use crate::recent::{ClientRequest, Recent};
 use castier_blob::Digest;
-use castier_cache::{Limit, SECONDS, Tier, TierStats};
-use parking_lot::Mutex;
-use prometheus::{
-    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder, core::Collector, process_collector::ProcessCollector,
-};
+use castier_cache::{Limit, Tier, TierStats};
+use castier_serverkit::series::{CLIENT_GONE, Series, add, counter, counters, gauge, gauges, histograms, status_label};
+use prometheus::{GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, core::Collector};
 use std::{
     net::IpAddr,
     sync::{Arc, OnceLock},
     time::Duration,
 };
-
-/// The `code` if the client left before there was an answer, as in nginx.
-pub const CLIENT_GONE: u16 = 499;
 
 /// The listener that got a request: the `listener` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +21,7 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// As it stands in labels.
+    /// The value of the label.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Public => "public",
@@ -52,7 +46,7 @@ pub enum Route {
 }
 
 impl Route {
-    /// As it stands in labels.
+    /// The value of the label.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Blob => "blob",
@@ -154,12 +148,9 @@ impl Drop for PeerSeries {
     }
 }
 
-/// Returns how many log records each sink has dropped so far.
-pub type LogDrops = fn() -> [(&'static str, u64); 3];
-
 /// The series.
 pub struct Metrics {
-    registry: Registry,
+    series: Series,
     /// The series of the cache.
     pub cache: Arc<castier_cache::Metrics>,
     requests: IntCounterVec,
@@ -178,7 +169,6 @@ pub struct Metrics {
     /// The most active clients and digests, for `/stats`.
     pub recent: Recent,
     origin_up: IntGauge,
-    following: Mutex<()>,
     shed: IntCounterVec,
     certificate_expiry: IntGaugeVec,
     /// The memory limit of the control group in bytes; 0 if there is none.
@@ -197,9 +187,6 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Connections from peers that are open now.
     pub peer_connections: IntGauge,
-    log_dropped: IntCounterVec,
-    /// See [`LogDrops`].
-    log_drops: OnceLock<LogDrops>,
 }
 
 impl Metrics {
@@ -208,8 +195,8 @@ impl Metrics {
     /// # Errors
     /// Prometheus does not allow a name or label: a bug in this file.
     pub fn new() -> prometheus::Result<Self> {
-        let r = Registry::new();
-        r.register(Box::new(ProcessCollector::for_self()))?;
+        let series = Series::new("castier_log_dropped_total", "Log records that a sink did not take in time")?;
+        let r = series.registry().clone();
         let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused, Route::Control];
         let by_result = |vec: HistogramVec| routes.map(|route| Served::ALL.map(|result| vec.with_label_values(&[route.as_str(), result])));
         let durations = histograms(
@@ -244,7 +231,6 @@ impl Metrics {
             client_errors: IntCounter::new("errors", "Not registered")?,
             recent: Recent::default(),
             origin_up: gauge(&r, "castier_origin_up", "Whether the origin is up, as the last requests showed")?,
-            following: Mutex::new(()),
             shed: counters(&r, "castier_shed_requests_total", "Requests refused at a limit", &["reason"])?,
             certificate_expiry: gauges(
                 &r,
@@ -266,9 +252,7 @@ impl Metrics {
             members_hash: gauge(&r, "castier_cluster_members_hash", "Hash of the list of members; equal on all nodes that agree on it")?,
             connections: gauge(&r, "castier_connections", "Open client connections")?,
             peer_connections: gauge(&r, "castier_peer_connections", "Open connections from peers")?,
-            log_dropped: counters(&r, "castier_log_dropped_total", "Log records that a sink dropped", &["sink"])?,
-            log_drops: OnceLock::new(),
-            registry: r,
+            series,
         };
         metrics.begin_at_zero();
         // Until a request shows that it is down.
@@ -286,11 +270,6 @@ impl Metrics {
         }
     }
 
-    /// Takes the counts of dropped log records from `drops` from now on.
-    pub fn follow_log(&self, drops: LogDrops) {
-        self.log_drops.get_or_init(|| drops);
-    }
-
     /// Records a finished request.
     pub fn request(&self, request: &Request) {
         let Request { listener, method, route, code, .. } = *request;
@@ -299,7 +278,7 @@ impl Metrics {
         if let Some(first_byte) = request.first_byte {
             self.first_bytes[route as usize][served as usize].observe(first_byte.as_secs_f64());
         }
-        let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), code_label(code)]);
+        let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), status_label(code)]);
         if code == 200 && method == "GET" && route == Route::Blob {
             self.hit_requests[listener as usize].get_or_init(series).inc();
         } else {
@@ -387,11 +366,6 @@ impl Metrics {
         Limit::ALL.map(|limit| (limit.as_str(), self.shed.with_label_values(&[limit.as_str()]).get()))
     }
 
-    /// The number of dropped log records, by sink.
-    pub fn log_dropped(&self) -> [(&'static str, u64); 3] {
-        self.log_drops.get().map_or([("stderr", 0), ("loki", 0), ("otlp", 0)], |drops| drops())
-    }
-
     /// Creates the series of a peer.
     pub fn peer(&self, name: &str) -> PeerSeries {
         let (up, probe, errors) = (self.peer_up.clone(), self.peer_probe.clone(), self.peer_failures.clone());
@@ -431,25 +405,10 @@ impl Metrics {
     /// The text for Prometheus, with the tiers' figures now.
     pub fn render(&self, tiers: &[(Tier, TierStats)]) -> String {
         self.cache.tiers_are(tiers);
-        if let Some(drops) = self.log_drops.get() {
-            let _alone = self.following.lock();
-            for (sink, count) in drops() {
-                let dropped = self.log_dropped.with_label_values(&[sink]);
-                dropped.inc_by(count.saturating_sub(dropped.get()));
-            }
-        }
-        let mut families = self.registry.gather();
-        // The collector has whole seconds only.
-        if let Some(cpu) = families.iter_mut().find(|family| family.name() == "process_cpu_seconds_total") {
-            let mut seconds = prometheus::proto::Counter::default();
-            seconds.set_value(cpu_seconds());
-            cpu.mut_metric().iter_mut().for_each(|metric| metric.set_counter(seconds.clone()));
-        }
-        let mut text = Vec::new();
-        if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
+        self.series.text().unwrap_or_else(|error| {
             tracing::error!(%error, "metrics could not be written");
-        }
-        String::from_utf8(text).unwrap_or_default()
+            String::new()
+        })
     }
 }
 
@@ -459,88 +418,4 @@ fn sum(family: &IntCounterVec, (name, value): (&str, &str)) -> u64 {
     let families = family.collect();
     let metrics = families.iter().flat_map(prometheus::proto::MetricFamily::get_metric);
     metrics.filter(|metric| has(metric)).map(|metric| metric.get_counter().get_value() as u64).sum()
-}
-
-fn histograms(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<HistogramVec> {
-    add(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(SECONDS.to_vec()), labels)?)
-}
-
-fn add<C: Collector + Clone + 'static>(registry: &Registry, series: C) -> prometheus::Result<C> {
-    registry.register(Box::new(series.clone()))?;
-    Ok(series)
-}
-
-fn counter(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntCounter> {
-    add(registry, IntCounter::new(name, help)?)
-}
-
-fn gauge(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntGauge> {
-    add(registry, IntGauge::new(name, help)?)
-}
-
-fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
-    add(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
-}
-
-fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntGaugeVec> {
-    add(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
-}
-
-/// The CPU time that this process has used.
-fn cpu_seconds() -> f64 {
-    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
-}
-
-/// The `code` label of a status: the code if RFC 9110 registers it, else its class. An origin may send any code, and series must be few.
-fn code_label(code: u16) -> &'static str {
-    const REGISTERED: [(u16, &str); 44] = [
-        (100, "100"),
-        (101, "101"),
-        (200, "200"),
-        (201, "201"),
-        (202, "202"),
-        (203, "203"),
-        (204, "204"),
-        (205, "205"),
-        (206, "206"),
-        (300, "300"),
-        (301, "301"),
-        (302, "302"),
-        (303, "303"),
-        (304, "304"),
-        (305, "305"),
-        (307, "307"),
-        (308, "308"),
-        (400, "400"),
-        (401, "401"),
-        (402, "402"),
-        (403, "403"),
-        (404, "404"),
-        (405, "405"),
-        (406, "406"),
-        (407, "407"),
-        (408, "408"),
-        (409, "409"),
-        (410, "410"),
-        (411, "411"),
-        (412, "412"),
-        (413, "413"),
-        (414, "414"),
-        (415, "415"),
-        (416, "416"),
-        (417, "417"),
-        (421, "421"),
-        (422, "422"),
-        (426, "426"),
-        (500, "500"),
-        (501, "501"),
-        (502, "502"),
-        (503, "503"),
-        (504, "504"),
-        (505, "505"),
-    ];
-    const CLASSES: [&str; 10] = ["0xx", "1xx", "2xx", "3xx", "4xx", "5xx", "6xx", "7xx", "8xx", "9xx"];
-    let registered = REGISTERED.iter().find(|(registered, _)| *registered == code).map(|(_, text)| *text);
-    registered.unwrap_or_else(|| CLASSES.get(usize::from(code / 100)).copied().unwrap_or(CLASSES[0]))
 }

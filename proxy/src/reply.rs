@@ -1,6 +1,9 @@
 //! Responses: status, headers, and which body. Pure, and free of pingora, so that every way to write a response writes the same one.
 
-use crate::metrics::Served;
+use crate::{
+    metrics::Served,
+    secret::{Asked, PROOF},
+};
 use bytes::{BufMut, Bytes, BytesMut};
 use castier_blob::Digest;
 use castier_cache::{Fault, Limit, Reader, SourceKind, Tier, Via};
@@ -38,7 +41,7 @@ pub enum Body {
 }
 
 /// How a blob was found, as `Cache-Status` tells it.
-const fn cache_status(via: Via) -> HeaderValue {
+const fn cache_status_of(via: Via) -> HeaderValue {
     HeaderValue::from_static(match via {
         Via::Tier(Tier::Memory) => "castier; hit; detail=memory",
         Via::Tier(Tier::Mirror) => "castier; hit; detail=mirror",
@@ -58,6 +61,11 @@ const fn cache_status(via: Via) -> HeaderValue {
     })
 }
 
+/// The value of `Cache-Status`.
+pub fn cache_status(headers: &HeaderMap) -> &str {
+    headers.get(wire::CACHE_STATUS).and_then(|value| value.to_str().ok()).unwrap_or_default()
+}
+
 const fn served(via: Via) -> Served {
     match via {
         Via::Tier(_) => Served::Hit,
@@ -70,7 +78,7 @@ impl Reply {
     /// A blob, or the part of it that was selected. `size` is none while it streams with no length announced.
     pub fn blob(digest: &Digest, size: Option<u64>, selection: Selection, via: Via, body: Body) -> Self {
         let (status, mut headers) = wire::blob_head(digest, size, selection);
-        headers.insert(wire::CACHE_STATUS, cache_status(via));
+        headers.insert(wire::CACHE_STATUS, cache_status_of(via));
         if selection == Selection::Unsatisfiable {
             let known = size.map_or_else(String::new, |size| format!(" of {size} bytes"));
             return Self::explained(status, headers, &format!("the range lies outside the blob{known}"));
@@ -102,6 +110,13 @@ impl Reply {
         }
         out.put_slice(b"\r\n");
         out
+    }
+
+    /// Adds the proof to an answer to a peer. The answer must not change any more.
+    pub fn prove(&mut self, asked: &Asked) {
+        if let Some(proof) = asked.prove(self.status, &self.headers) {
+            self.headers.insert(PROOF, proof);
+        }
     }
 
     /// The client named this very blob in `If-None-Match`: nothing had to be looked up.
@@ -204,9 +219,8 @@ impl Reply {
 
     fn explained(status: StatusCode, mut headers: HeaderMap, detail: &str) -> Self {
         let body = wire::Problem::new(status, detail).to_json();
-        headers.insert(header::CONTENT_TYPE, wire::Problem::MEDIA_TYPE);
+        wire::Problem::set_headers(&mut headers);
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         match status {
             StatusCode::SERVICE_UNAVAILABLE => headers.insert(header::RETRY_AFTER, RETRY_AFTER),
             StatusCode::METHOD_NOT_ALLOWED => headers.insert(header::ALLOW, BLOB_METHODS),

@@ -5,9 +5,10 @@
 //!
 //! Spans go to the function that [`export_to`] was given. Without one, no span is made.
 
+use castier_serverkit::access_log::trace_of;
 use castier_wire::{
     Fields,
-    trace::{Attributes, Chance, Span, Trace},
+    trace::{Attributes, Span, Trace},
 };
 use http::{HeaderName, HeaderValue};
 use std::{
@@ -53,8 +54,7 @@ pub fn export(span: impl FnOnce() -> Span) {
 
 /// Which request this is, as its fields say, or a new one.
 pub fn of(fields: &impl Fields) -> Trace {
-    let sampled = EXPORT.get().is_some_and(|export| rand::random::<f64>() < export.sample);
-    Trace::of(fields, Chance { trace: rand::random(), request: rand::random(), span: rand::random(), sampled })
+    trace_of(fields, EXPORT.get().map(|export| export.sample))
 }
 
 /// Does the work of this request. It is no `async fn`: that would hold the work twice, and a fill is large.

@@ -5,11 +5,12 @@ use crate::{
     disk::{Disk, DiskBlob},
     fault::Fault,
     flights::{Asker, DiskIndex, Flights, InProgress, Joined},
+    memory::Memory,
     metrics::Metrics,
-    plan::Plan,
+    plan::{OneSource, Plan},
     purges::Purges,
     reader::{Hit, PIECE, Part, Reader},
-    source::Stat,
+    source::{Source, Stat},
     spool::Spools,
     tier::TierStats,
     tiers::Tiers,
@@ -69,6 +70,20 @@ impl Cache {
             purges: Purges::default(),
             metrics,
         })
+    }
+
+    /// A cache in memory over one source, with every limit at its default. Its metrics are registered nowhere.
+    ///
+    /// # Errors
+    /// The metrics could not be made.
+    pub fn over(source: Arc<dyn Source>) -> prometheus::Result<Arc<Self>> {
+        let config = config::Castier::default();
+        let metrics = Arc::new(Metrics::new(&prometheus::Registry::new())?);
+        let budget = Budget::new(config.fill.memory.get());
+        let tiers = Tiers { memory: Arc::new(Memory::new(&config.memory, &budget)), mirror: None, disk: None };
+        let spools = Spools::new(&config, budget, metrics.clone());
+        let limits = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
+        Ok(Self::new(&config, limits, tiers, spools, Box::new(move |_| Box::new(OneSource(source.clone()))), metrics))
     }
 
     /// Gets the part of a blob that `part` selects, given the size if it is known. Returns as soon as the response can begin. `None`: the origin says

@@ -19,7 +19,7 @@ use prometheus::{
 use std::time::Duration;
 
 /// Buckets of durations, in seconds: from what a client does not notice to a blob of many gigabytes.
-pub const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
 /// Buckets of the ages of blobs beyond [`SECONDS`]: on to a month, since a tier that is large enough keeps them for days.
 const AGES: [f64; 7] = [300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0, 2_592_000.0];

@@ -267,12 +267,21 @@ impl FlightReader {
             };
             let bytes = match piece {
                 Some(Piece::Memory(bytes)) => bytes,
-                Some(Piece::File(file, len)) => match self.cache.spools.files.read(file, self.at, len).await {
+                Some(Piece::File(file, len)) => match self.cache.spools.files.read(file.clone(), self.at, len).await {
                     Ok(bytes) => bytes,
-                    Err(fault) if matches!(self.flight.state.lock().phase, Phase::Verified) => return Ok(Read::FileLost(fault)),
-                    // The fill meets the same when it writes, and sees to it.
-                    Err(_) => {
-                        self.wait().await?;
+                    Err(fault) => {
+                        let (is_current, is_verified) = {
+                            let state = self.flight.state.lock();
+                            let is_current = state.spool.file().is_some_and(|current| Arc::ptr_eq(&current, &file));
+                            (is_current, matches!(state.phase, Phase::Verified))
+                        };
+                        match (is_current, is_verified) {
+                            (true, true) => return Ok(Read::FileLost(fault)),
+                            // The fill meets the same when it writes, and sees to it.
+                            (true, false) => self.wait().await?,
+                            // It has: the bytes are in another file by now.
+                            (false, _) => {}
+                        }
                         continue;
                     }
                 },

@@ -11,6 +11,7 @@
 
 mod conditions;
 pub mod entry;
+mod expect;
 mod fields;
 mod form;
 pub mod forwarded;
@@ -20,6 +21,7 @@ mod problem;
 pub mod trace;
 
 pub use conditions::{Selection, names_this_blob, select};
+pub use expect::expects_continue;
 pub use fields::Fields;
 pub use form::is_file;
 pub use head::{CACHE_FOREVER, CACHE_STATUS, REPR_DIGEST, blob_head, entry_head};

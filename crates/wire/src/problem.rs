@@ -1,6 +1,6 @@
 //! Error bodies.
 
-use http::{HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
 
 /// An error body: `application/problem+json` (RFC 9457). It says what was wrong and what would be right. It never shows internal details.
@@ -18,6 +18,12 @@ impl Problem {
     /// A problem with the standard title of its status.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         Self { status: status.as_u16(), title: status.canonical_reason().unwrap_or("Error"), detail: detail.into() }
+    }
+
+    /// Sets the headers that every answer with such a body has.
+    pub fn set_headers(headers: &mut HeaderMap) {
+        headers.insert(header::CONTENT_TYPE, Self::MEDIA_TYPE);
+        headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     }
 
     /// The body.

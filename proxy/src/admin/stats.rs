@@ -250,7 +250,7 @@ impl Admin {
             peers_down: down.map(|member| (member.name, member.since.unwrap_or(self.started))).collect(),
             sheds: self.metrics.sheds().to_vec(),
             corrupt: ["origin", "peer", "disk"].map(|source| (source, self.metrics.cache.corrupt_count(source))).to_vec(),
-            log_dropped: self.metrics.log_dropped().to_vec(),
+            log_dropped: castier_serverkit::log::drops().to_vec(),
             memory: self.memory_limit.and_then(|limit| Some((memory_plan::resident()?, limit))),
         };
         self.problems.lock().update(SystemTime::now(), &node)

@@ -1,10 +1,10 @@
 //! What it takes to be let in at a source, and to know that it is the right one.
 
 use castier_config as config;
+use castier_serverkit::pem;
 use data_encoding::BASE64;
 use http::HeaderValue;
 use percent_encoding::percent_decode_str;
-use rustls_pki_types::{CertificateDer, pem::PemObject};
 use std::path::Path;
 use url::Url;
 
@@ -33,13 +33,8 @@ pub fn ca_file(config: &config::Origin) -> Result<Option<String>, String> {
 
 /// The path of a file that holds certificates, as pingora takes it.
 pub(super) fn certificates(key: &str, path: &Path) -> Result<Option<String>, String> {
-    let unusable = |why: String| format!("{key}: {}: {why}", path.display());
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
-    match certificates {
-        Ok(found) if found.is_empty() => Err(unusable("holds no PEM certificate".into())),
-        Ok(_) => path.to_str().map(|path| Some(path.to_owned())).ok_or_else(|| unusable("is not a path in UTF-8".into())),
-        Err(error) => Err(unusable(error.to_string())),
-    }
+    pem::certificates(key, path)?;
+    pem::path_text(key, path).map(Some)
 }
 
 #[cfg(test)]

@@ -12,13 +12,13 @@ use crate::{
 };
 use async_trait::async_trait;
 use castier_config::ClusterTls;
+use castier_serverkit::pem;
 use http::{Method, StatusCode, header};
 use pingora::{
     connectors::{ConnectorOptions, http::v1::Connector},
     http::RequestHeader,
     upstreams::peer::HttpPeer,
 };
-use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
 use std::{
     net::SocketAddr,
     panic::AssertUnwindSafe,
@@ -99,10 +99,9 @@ pub fn peer_options(tls: &ClusterTls) -> Result<ConnectorOptions, String> {
     }
     options.ca_file = certificates("cluster.tls.ca_file", &tls.ca_file)?;
     let certificate = certificates("cluster.tls.cert_file", &tls.cert_file)?;
-    let unusable = |why: String| format!("cluster.tls.key_file: {}: {why}", tls.key_file.display());
-    PrivateKeyDer::from_pem_file(&tls.key_file).map_err(|error| unusable(error.to_string()))?;
-    let key = tls.key_file.to_str().ok_or_else(|| unusable("is not a path in UTF-8".into()))?;
-    options.cert_key_file = certificate.map(|certificate| (certificate, key.to_owned()));
+    pem::private_key("cluster.tls.key_file", &tls.key_file)?;
+    let key = pem::path_text("cluster.tls.key_file", &tls.key_file)?;
+    options.cert_key_file = certificate.map(|certificate| (certificate, key));
     Ok(options)
 }
 

@@ -362,7 +362,7 @@ impl Store {
     /// After a rename to `path` failed with `error`: removes the obstacle. Returns whether the rename should be tried again.
     fn make_way(&self, path: &Path, error: &io::Error) -> bool {
         match errors::kind(error) {
-            // A rename cannot replace a directory. It may be somebody's, so it is moved and not deleted.
+            // A rename cannot replace a directory. It may have other data, so it is moved and not deleted.
             DiskError::Path if fs::symlink_metadata(path).is_ok_and(|there| there.is_dir()) => {
                 let aside = (0..100).map(|n| self.root.join(QUARANTINE).join(format!("{}.directory-{n}", file_name(path))));
                 let moved = aside.filter(|aside| fs::symlink_metadata(aside).is_err()).find(|aside| fs::rename(path, aside).is_ok());

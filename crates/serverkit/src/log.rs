@@ -1,7 +1,7 @@
-//! Where log records go: stderr, and if wanted the same records to Loki. Used by every program of the project.
+//! Where log records go: to stderr, and if configured also to Loki.
 //!
-//! Nothing here can hold up or fail a request. Records are handed to a writer thread and to Loki's own task through queues that are
-//! bounded in bytes; when those are full, records are dropped and counted, and requests go on.
+//! Nothing here delays or fails a request. A writer thread and a task for Loki take the records out of queues that are bounded in bytes.
+//! When a queue is full, records are dropped and counted, and requests go on.
 
 use castier_config::{Log, LogFormat};
 use std::{
@@ -10,6 +10,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::SystemTime,
 };
+use tokio::net::TcpListener;
 use tracing::{Event, Level, Subscriber};
 use tracing_log::NormalizeEvent as _;
 use tracing_subscriber::{
@@ -27,7 +28,7 @@ mod stderr;
 use line::Line;
 
 /// The crates whose targets have parts, as `log.level` names them.
-const CRATES: [&str; 2] = ["castier", "castier_origin"];
+const CRATES: [&str; 3] = ["castier", "castier_origin", "castier_serverkit"];
 
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +42,7 @@ pub enum LogError {
     /// No thread to write with.
     #[error("the log has no thread: {0}")]
     Thread(io::Error),
-    /// Somebody was first.
+    /// It is set up already.
     #[error("this process logs already")]
     Twice,
 }
@@ -66,7 +67,7 @@ pub fn drops() -> [(&'static str, u64); 3] {
     [("stderr", Sink::Stderr), ("loki", Sink::Loki), ("otlp", Sink::Otlp)].map(|(name, sink)| (name, DROPPED[sink as usize].load(Relaxed)))
 }
 
-/// Keeps the log going. [`Guard::close`] writes out what waits; dropping it does so for stderr alone.
+/// Keeps the log running. [`Guard::close`] writes out what waits; dropping it does so for stderr only.
 pub struct Guard {
     level: reload::Handle<Targets, Registry>,
     format: LogFormat,
@@ -146,7 +147,7 @@ impl Guard {
         }
     }
 
-    /// A record on stdout, whatever the level: what the program says to whoever started it.
+    /// A record on stdout, at any level: for the person who started the program.
     pub fn say(&self, text: &str) {
         write_record(&mut io::stdout(), self.format, Level::INFO, self.program, text);
     }
@@ -166,7 +167,7 @@ impl Drop for Guard {
 }
 
 /// A record on stderr from outside the log: why a program did not start. Waits until it is written.
-pub fn fail(format: LogFormat, program: &str, text: &str) {
+pub(crate) fn fail(format: LogFormat, program: &str, text: &str) {
     write_record(&mut io::stderr(), format, Level::ERROR, program, text);
 }
 
@@ -175,13 +176,18 @@ fn write_record(to: &mut impl io::Write, format: LogFormat, level: Level, target
     let mut line = Line::begin(&mut out, &mut scratch, format, SystemTime::now(), level, target);
     line.text("message", text);
     line.end();
-    // Nobody there to read it is no reason to stop.
+    // If nobody reads it, that is no reason to stop.
     to.write_all(out.as_bytes()).and_then(|()| to.flush()).ok();
 }
 
 /// This machine's name, as others tell it apart.
-pub fn host() -> String {
+fn host() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// How records and spans name a program that serves at this listener, unless it has a better name: the machine and the port.
+pub fn instance(listener: &TcpListener) -> String {
+    format!("{}:{}", host(), listener.local_addr().map_or(0, |address| address.port()))
 }
 
 /// Makes a line of each record, and hands it on.

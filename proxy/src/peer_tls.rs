@@ -2,13 +2,14 @@
 //! opens connections gets no more out of it here than anywhere else.
 
 use castier_config::ClusterTls;
+use castier_serverkit::pem::{certificates, private_key, unusable};
 use pingora::{
     listeners::tls::Acceptor,
     protocols::{Stream, l4::stream::Stream as Socket},
     tls::{RootCertStore, ServerConfig, WebPkiClientVerifier, install_default_crypto_provider},
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use std::{path::Path, sync::Arc, time::Duration};
+use rustls_pki_types::CertificateDer;
+use std::{sync::Arc, time::Duration};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// Accepts those whose certificate is signed by `cluster.tls.ca_file`, and shows them this node's. None if there is no TLS. Beside it,
@@ -25,7 +26,7 @@ pub(super) fn acceptor(tls: &ClusterTls) -> Result<Option<(Acceptor, Option<i64>
     let peers =
         WebPkiClientVerifier::builder(roots.into()).build().map_err(|error| unusable("cluster.tls.ca_file", &tls.ca_file, &error))?;
     let own = certificates("cluster.tls.cert_file", &tls.cert_file)?;
-    let key = PrivateKeyDer::from_pem_file(&tls.key_file).map_err(|error| unusable("cluster.tls.key_file", &tls.key_file, &error))?;
+    let key = private_key("cluster.tls.key_file", &tls.key_file)?;
     let expiry = expiry(&own);
     let config = ServerConfig::builder().with_client_cert_verifier(peers).with_single_cert(own, key);
     let config = config.map_err(|error| unusable("cluster.tls.key_file", &tls.key_file, &error))?;
@@ -49,14 +50,4 @@ pub(super) async fn accept(acceptor: &Acceptor, stream: Stream, patience: Durati
         }
         Err(_) => None,
     }
-}
-
-fn certificates(key: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
-    let found = found.map_err(|error| unusable(key, file, &error))?;
-    if found.is_empty() { Err(unusable(key, file, &"holds no PEM certificate")) } else { Ok(found) }
-}
-
-fn unusable(key: &str, file: &Path, why: &dyn std::fmt::Display) -> String {
-    format!("{key}: {}: {why}", file.display())
 }

@@ -1,8 +1,9 @@
-//! A connection that loses patience: with a client that sends nothing where it should, or takes nothing of what it asked for.
+//! Timeouts of a client's connection: the client sends no head in time, sends nothing between requests, or takes nothing of an answer.
 //!
-//! hyper's own head timeout runs while a connection idles, too; here the two are told apart, as the configuration does.
+//! hyper's own head timeout also runs while a connection is idle. The configuration has a timeout for each, so they are told apart here.
 
 use castier_config::OriginLimits;
+use castier_serverkit::stall_timeout::{StallTimeout, Timer};
 use std::{
     io::{self, IoSlice},
     pin::Pin,
@@ -15,7 +16,7 @@ use std::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, Sleep, sleep_until},
+    time::Instant,
 };
 
 /// What a connection is doing, told by whoever answers its requests. While one is being answered, it is not the
@@ -41,27 +42,8 @@ impl Activity {
     }
 }
 
-/// A timer that is set far more often than it rings: the deadline moves at no cost, and the sleep follows when it ends.
-struct Clock(Option<Pin<Box<Sleep>>>);
-
-impl Clock {
-    fn has_rung(&mut self, deadline: Instant, cx: &mut Context<'_>) -> bool {
-        let sleep = self.0.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
-        if sleep.deadline() > deadline {
-            sleep.as_mut().reset(deadline);
-        }
-        while sleep.as_mut().poll(cx).is_ready() {
-            if Instant::now() >= deadline {
-                return true;
-            }
-            sleep.as_mut().reset(deadline);
-        }
-        false
-    }
-}
-
 /// The wrapped connection.
-pub(crate) struct Patience<S> {
+pub(crate) struct TimedStream<S> {
     stream: S,
     activity: Arc<Activity>,
     /// Requests begun when the connection was last read.
@@ -70,15 +52,13 @@ pub(crate) struct Patience<S> {
     head_timeout: Duration,
     /// Between requests.
     idle_timeout: Duration,
-    /// Between two bytes that the client takes.
-    write_timeout: Duration,
     read_by: Option<Instant>,
-    read_clock: Clock,
-    write_by: Option<Instant>,
-    write_clock: Clock,
+    read_timer: Timer,
+    /// Between two bytes that the client takes.
+    write: StallTimeout,
 }
 
-impl<S> Patience<S> {
+impl<S> TimedStream<S> {
     pub(crate) fn new(stream: S, activity: Arc<Activity>, limits: &OriginLimits) -> Self {
         let head_timeout = limits.header_timeout.get();
         Self {
@@ -87,26 +67,14 @@ impl<S> Patience<S> {
             seen: 0,
             head_timeout,
             idle_timeout: limits.idle_timeout.get(),
-            write_timeout: limits.write_timeout.get(),
             read_by: Some(Instant::now() + head_timeout),
-            read_clock: Clock(None),
-            write_by: None,
-            write_clock: Clock(None),
+            read_timer: Timer::default(),
+            write: StallTimeout::new(limits.write_timeout.get()),
         }
-    }
-
-    /// Watches the outcome of a write. Only a write that is stuck costs anything.
-    fn watch_write<T>(&mut self, outcome: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        if outcome.is_ready() {
-            self.write_by = None;
-            return outcome;
-        }
-        let deadline = *self.write_by.get_or_insert_with(|| Instant::now() + self.write_timeout);
-        if self.write_clock.has_rung(deadline, cx) { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Patience<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for TimedStream<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         let filled = buf.filled().len();
@@ -130,19 +98,19 @@ impl<S: AsyncRead + Unpin> AsyncRead for Patience<S> {
             return outcome;
         }
         let deadline = *this.read_by.get_or_insert_with(|| Instant::now() + this.idle_timeout);
-        if this.read_clock.has_rung(deadline, cx) { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
+        if this.read_timer.has_passed(deadline, cx) { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Patience<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for TimedStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.watch_write(outcome, cx)
+        self.write.watch_write(outcome, cx)
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.watch_write(outcome, cx)
+        self.write.watch_write(outcome, cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -151,7 +119,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patience<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let outcome = Pin::new(&mut self.stream).poll_flush(cx);
-        self.watch_write(outcome, cx)
+        self.write.watch_write(outcome, cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -170,13 +138,13 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn pair(head: Duration, idle: Duration) -> (Patience<DuplexStream>, DuplexStream, Arc<Activity>) {
+    fn pair(head: Duration, idle: Duration) -> (TimedStream<DuplexStream>, DuplexStream, Arc<Activity>) {
         let (near, far) = duplex(10);
         let activity = Arc::new(Activity::default());
         let [header_timeout, idle_timeout, write_timeout] =
             [head, idle, SECOND].map(|time| Span::millis(u64::try_from(time.as_millis()).unwrap()));
         let limits = OriginLimits { header_timeout, idle_timeout, write_timeout, ..OriginLimits::default() };
-        (Patience::new(near, Arc::clone(&activity), &limits), far, activity)
+        (TimedStream::new(near, Arc::clone(&activity), &limits), far, activity)
     }
 
     /// Sends a byte every now and then, for as long as anybody reads.
@@ -187,7 +155,7 @@ mod tests {
     }
 
     /// Reads until that fails: how long it took, and how many bytes there were.
-    async fn read_until_failure(near: &mut Patience<DuplexStream>) -> (Duration, usize) {
+    async fn read_until_failure(near: &mut TimedStream<DuplexStream>) -> (Duration, usize) {
         let (start, mut buffer, mut read) = (Instant::now(), [0; 10], 0);
         loop {
             match near.read(&mut buffer).await {

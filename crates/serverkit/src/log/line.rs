@@ -1,7 +1,7 @@
 //! One record as one line: logfmt, or JSON with the same names at the top level.
 //!
-//! Whatever a client put into a path or a header, a line stays one line, and a terminal is told nothing: control characters, and
-//! those that reorder or hide text, leave as escapes.
+//! A line stays one line, and cannot control a terminal, no matter what a client puts into a path or a header: control characters, and
+//! characters that reorder or hide text, are written as escapes.
 
 use castier_config::LogFormat;
 use std::{

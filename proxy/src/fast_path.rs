@@ -1,13 +1,12 @@
 //! What is written straight onto the connection, without a session: the fast path, and refusals.
 
-use super::{Cut, Front, cache_status, peer::prove};
 use crate::{
     access_log::{self, More, Record},
     connection::Conn,
+    listener::Front,
     metrics::{Listener, Route, Served},
-    reply::{Body, Reply},
-    request_head::Head,
-    secret::Asked,
+    reply::{Body, Reply, cache_status},
+    session::{Arrived, Cut},
     trace,
 };
 use bytes::{Buf, Bytes, BytesMut};
@@ -31,101 +30,107 @@ use tokio::{
 };
 
 /// A refused client has this long to send its request and read the answer.
-pub(super) const REFUSAL: Duration = Duration::from_secs(2);
+pub(crate) const REFUSAL: Duration = Duration::from_secs(2);
 /// Bodies up to this size are copied behind their head, to leave in one write.
 const ONE_WRITE: usize = 16 << 10;
 /// How many pieces from disk leave in one write: each write wakes the client, and so many still fit into the processor's cache.
 const TOGETHER: usize = 4;
 
 impl Front {
-    /// The fast path: a blob that memory or the disk has, to a client that asks for nothing but the blob, or has it already. False if that
-    /// is not so.
-    pub(super) async fn fast_hit(
+    /// A blob that memory or the disk has, to a client that asks for nothing but the blob, or has it already. False if that is not so: then nothing has
+    /// been sent, and the session answers.
+    pub(crate) async fn fast_hit(
         &self,
         conn: &mut Conn,
         ahead: &mut BytesMut,
-        head: &Head,
         digest: &Digest,
-        asked: &Asked,
-        client: Option<IpAddr>,
+        arrived: &Arrived<'_>,
     ) -> Result<bool, Cut> {
         let started = Instant::now();
-        if let Some(validator) = head.validator(ahead) {
+        let head = arrived.head;
+        let (reply, ready, sent) = if let Some(validator) = head.validator(ahead) {
             if validator != digest.etag().as_bytes() {
                 return Ok(false);
             }
             let mut reply = Reply::not_modified(digest);
-            prove(&mut reply, asked);
+            reply.prove(arrived.asked);
             let ready = started.elapsed();
             let (_, sent) = send(conn, &mut reply.head(&get_cached_date(), !head.close, 0)).await;
-            let done = self.fast_hit_done(&reply, head, ahead, digest, (0, sent), (started, ready), client);
-            ahead.advance(head.len);
-            return done;
-        }
-        // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
-        let Some(Hit { size, via, reader: Reader::Memory(blob) }) = self.node.cache.peek(digest, self.door.asker(), |_| Part::Whole) else {
-            return Box::pin(self.fast_disk_hit(conn, ahead, head, digest, asked, client)).await;
+            (reply, ready, (0, sent))
+        } else if let Some(Hit { size, via, reader: Reader::Memory(blob) }) = self.peek(digest) {
+            let mut reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
+            reply.prove(arrived.asked);
+            let ready = started.elapsed();
+            let sent = self.send_memory(conn, &reply, !head.close, blob).await;
+            (reply, ready, sent)
+        } else {
+            // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
+            match Box::pin(self.disk_hit(conn, digest, arrived, started)).await {
+                Some(answered) => answered,
+                None => return Ok(false),
+            }
         };
-        let mut reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
-        prove(&mut reply, asked);
-        let ready = started.elapsed();
-        let sent = self.send_memory(conn, &reply, !head.close, blob).await;
-        let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), client);
+        let done = self.record(&reply, ahead, digest, arrived, sent, (started, ready));
         ahead.advance(head.len);
-        done
+        done.map(|()| true)
     }
 
-    /// The fast path's second half: a blob that the disk has.
-    async fn fast_disk_hit(
+    fn peek(&self, digest: &Digest) -> Option<Hit> {
+        self.handlers.cache().peek(digest, self.handlers.asker(), |_| Part::Whole)
+    }
+
+    /// A blob that the disk has; none if not even its beginning can be had. The session then says why.
+    async fn disk_hit(
         &self,
         conn: &mut Conn,
-        ahead: &mut BytesMut,
-        head: &Head,
         digest: &Digest,
-        asked: &Asked,
-        client: Option<IpAddr>,
-    ) -> Result<bool, Cut> {
-        let started = Instant::now();
-        let Some(Hit { size, via, reader: mut rest }) = self.node.cache.peek_disk(digest, self.door.asker()).await else {
-            return Ok(false);
-        };
-        // Nothing has been said yet: where not even a beginning can be had, the session says why.
-        let Ok(first) = rest.next().await else { return Ok(false) };
+        arrived: &Arrived<'_>,
+        started: Instant,
+    ) -> Option<(Reply, Duration, (u64, Result<(), Cut>))> {
+        let Hit { size, via, reader: mut rest } = self.handlers.cache().peek_disk(digest, self.handlers.asker()).await?;
+        let first = rest.next().await.ok()?;
         let mut reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
-        prove(&mut reply, asked);
+        reply.prove(arrived.asked);
         let ready = started.elapsed();
-        let sent = self.send_disk(conn, &reply, !head.close, first.unwrap_or_default(), rest).await;
-        let done = self.fast_hit_done(&reply, head, ahead, digest, sent, (started, ready), client);
-        ahead.advance(head.len);
-        done
+        let sent = self.send_disk(conn, &reply, !arrived.head.close, first.unwrap_or_default(), rest).await;
+        Some((reply, ready, sent))
     }
 
-    #[expect(clippy::too_many_arguments, reason = "each is a part of the one record")]
-    fn fast_hit_done(
+    /// Counts and logs a request that was answered here.
+    fn record(
         &self,
         reply: &Reply,
-        head: &Head,
         ahead: &[u8],
         digest: &Digest,
+        arrived: &Arrived<'_>,
         (bytes, sent): (u64, Result<(), Cut>),
         (started, ready): (Instant, Duration),
-        client: Option<IpAddr>,
-    ) -> Result<bool, Cut> {
-        let served = if sent.is_ok() { reply.served } else { Served::Error };
-        let error = sent.as_ref().err().map(|cut| &*cut.why);
-        let (cache, took, code) = (cache_status(&reply.headers), started.elapsed(), reply.status.as_u16());
-        let (listener, path) = (self.door.listener(), head.path(ahead));
+    ) -> Result<(), Cut> {
+        let head = arrived.head;
         let trace = access_log::is_wanted().then(|| head.introduction(ahead, |fields| trace::of(fields)));
         let more = More {
             first_byte: Some(ready),
             proto: Some(Version::HTTP_11),
             user_agent: head.user_agent(ahead),
-            error,
+            error: sent.as_ref().err().map(|cut| &*cut.why),
             digest: Some(*digest),
             trace: trace.as_ref(),
         };
-        Record { listener, route: Route::Blob, method: "GET", path, code, bytes, took, cache, served, client, more }.log(&self.metrics);
-        sent.map(|()| true)
+        let record = Record {
+            listener: self.name(),
+            route: Route::Blob,
+            method: "GET",
+            path: head.path(ahead),
+            code: reply.status.as_u16(),
+            bytes,
+            took: started.elapsed(),
+            cache: cache_status(&reply.headers),
+            served: if sent.is_ok() { reply.served } else { Served::Error },
+            client: arrived.client,
+            more,
+        };
+        record.log(&self.metrics);
+        sent
     }
 
     /// Sends a head and a blob that memory holds; how much of the blob went out, and what kept it from being all.
@@ -140,7 +145,7 @@ impl Front {
             send(conn, &mut head.chain(&blob[..])).await
         };
         let bytes = out.saturating_sub(before_body) as u64;
-        self.metrics.served_from(self.door.listener(), reply.tier, bytes);
+        self.metrics.served_from(self.name(), reply.tier, bytes);
         (bytes, sent)
     }
 
@@ -153,7 +158,7 @@ impl Front {
             let [first, second, third, fourth] = pieces;
             let (out, sent) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
             let part = out.saturating_sub(before_body) as u64;
-            self.metrics.served_from(self.door.listener(), Some(Tier::Disk), part);
+            self.metrics.served_from(self.name(), Some(Tier::Disk), part);
             bytes += part;
             if sent.is_err() {
                 return (bytes, sent);
@@ -171,12 +176,12 @@ impl Front {
     }
 
     /// A request that could not be read: says why, and closes.
-    pub(super) async fn refuse_request(&self, conn: Conn, status: StatusCode, why: &str, client: Option<IpAddr>) {
+    pub(crate) async fn refuse_request(&self, conn: Conn, status: StatusCode, why: &str, client: Option<IpAddr>) {
         self.refuse(conn, Reply::error(status, why), client).await;
     }
 
     /// A request over a limit: says so, and closes.
-    pub(super) async fn shed_request(&self, conn: Conn, limit: Limit, client: Option<IpAddr>) {
+    pub(crate) async fn shed_request(&self, conn: Conn, limit: Limit, client: Option<IpAddr>) {
         self.metrics.shed(limit);
         self.refuse(conn, Reply::fault(&Fault::Busy(limit)), client).await;
     }
@@ -185,12 +190,12 @@ impl Front {
         let started = Instant::now();
         let within = if self.descriptors.may_linger(self.connections()) { REFUSAL } else { Duration::ZERO };
         let _ = timeout(within, write_and_close(&mut conn, &reply)).await;
-        refused(self.door.listener(), reply.status.as_u16(), started, client).log(&self.metrics);
+        refused(self.name(), reply.status.as_u16(), started, client).log(&self.metrics);
     }
 }
 
 /// The record of a request that could not be read.
-pub(super) fn refused(listener: Listener, code: u16, started: Instant, client: Option<IpAddr>) -> Record<'static> {
+pub(crate) fn refused(listener: Listener, code: u16, started: Instant, client: Option<IpAddr>) -> Record<'static> {
     let (took, served) = (started.elapsed(), Served::Error);
     let more = More { first_byte: Some(took), error: Some("the request head was refused"), ..More::default() };
     Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, client, more }
@@ -219,7 +224,7 @@ async fn send(conn: &mut Conn, out: &mut impl Buf) -> (usize, Result<(), Cut>) {
 }
 
 /// A connection over the limit: says so, and closes. The client has the time `within` to send its request and to read the answer.
-pub(super) async fn refuse_connection(conn: &mut Conn, within: Duration) {
+pub(crate) async fn refuse_connection(conn: &mut Conn, within: Duration) {
     // The request is read first: closing over unread bytes would reset the connection and may take the answer along.
     let _ = timeout(within, discard(conn)).await;
     let _ = timeout(within, write_and_close(conn, &Reply::fault(&Fault::Busy(Limit::Connections)))).await;

@@ -7,13 +7,13 @@ use std::{
 };
 
 /// How long the answer may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whether a GET of this `http://` URL is answered with 2xx.
 ///
 /// # Errors
 /// A text that says what was answered instead.
-pub fn health(url: &str) -> Result<(), String> {
+pub(crate) fn health_check(url: &str) -> Result<(), String> {
     let rest = url.strip_prefix("http://").ok_or_else(|| format!("{url}: write http://HOST:PORT/healthz"))?;
     let (authority, path) = rest.find('/').map_or((rest, "/healthz"), |slash| rest.split_at(slash));
     let with_port = if authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) {
@@ -21,7 +21,7 @@ pub fn health(url: &str) -> Result<(), String> {
     } else {
         format!("{authority}:80")
     };
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     let left = || end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
     let ask = || -> std::io::Result<Vec<u8>> {
         let mut failed = std::io::Error::other("it has no address");

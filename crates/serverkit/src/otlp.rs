@@ -1,4 +1,4 @@
-//! Spans on their way to a collector of OpenTelemetry, by OTLP over HTTP. Used by every program of the project.
+//! Sends spans to a collector of OpenTelemetry, by OTLP over HTTP.
 //!
 //! As with records, nothing here can hold up or fail a request: a span is handed to a task through a queue that is bounded in bytes. What does
 //! not fit, and what the collector does not take, is counted (`castier_log_dropped_total{sink="otlp"}`) and gone: spans are samples, and the

@@ -1,21 +1,21 @@
-//! The signals that a program acts on, and those that must not end it. Used by every program of the project.
+//! The signals that a program acts on, and those that must not end it.
 
 use castier_config::{Loaded, Problems};
-use std::{io, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
     time::timeout,
 };
 
-/// How long the configuration may take to be read again: a disk that does not answer must not be waited for.
+/// How long reading the configuration again may take: a disk that does not answer must not hold up the program.
 const READING: Duration = Duration::from_secs(10);
 
 /// SIGXFSZ: without a handler, a file that reaches the limit on file sizes ends the program. With one, the write fails.
 const XFSZ: i32 = rustix::process::Signal::XFSZ.as_raw();
 
-/// SIGTERM and SIGINT end the program, SIGHUP has the configuration read again. SIGUSR1 and SIGUSR2 would end a program that does not
-/// know them; here they do nothing.
+/// SIGTERM and SIGINT end the program. SIGHUP makes it read its configuration again. SIGUSR1 and SIGUSR2 do nothing: without a handler they
+/// would end the program.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -23,20 +23,20 @@ pub struct Signals {
     _ignored: [Signal; 3],
 }
 
-/// What there is to do.
-pub enum Told<T> {
-    /// To end.
+/// What a signal asks for.
+pub enum Order<T> {
+    /// End the program.
     End,
-    /// To take over what was read.
+    /// Use this configuration, which was read again.
     Reload(T),
 }
 
-/// The configuration on its way, read on a thread of its own: however long that takes, signals are heard.
+/// Reads the configuration again, on a thread of its own: signals are acted on meanwhile.
 pub struct Reading<T> {
     /// Blocks.
     read: Arc<dyn Fn() -> T + Send + Sync>,
     under_way: Option<JoinHandle<Result<T, String>>>,
-    /// Another SIGHUP came meanwhile.
+    /// Another SIGHUP came while the configuration was read.
     again: bool,
 }
 
@@ -73,36 +73,37 @@ impl<T: Send + 'static> Reading<T> {
 }
 
 impl Signals {
-    /// From now on these signals are heard.
+    /// Installs the handlers.
     ///
     /// # Errors
-    /// When the system does not allow it.
-    pub fn new() -> io::Result<Self> {
+    /// A text, when the system does not allow it.
+    pub fn new() -> Result<Self, String> {
+        let handle = |kind| signal(kind).map_err(|error| format!("signals cannot be received: {error}"));
         Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            hang_up: signal(SignalKind::hangup())?,
-            _ignored: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?, signal(SignalKind::from_raw(XFSZ))?],
+            terminate: handle(SignalKind::terminate())?,
+            interrupt: handle(SignalKind::interrupt())?,
+            hang_up: handle(SignalKind::hangup())?,
+            _ignored: [handle(SignalKind::user_defined1())?, handle(SignalKind::user_defined2())?, handle(SignalKind::from_raw(XFSZ))?],
         })
     }
 
-    /// Waits until there is something to do.
-    pub async fn next<T: Send + 'static>(&mut self, reading: &mut Reading<T>) -> Told<T> {
+    /// Waits for the next signal that asks for something.
+    pub async fn next<T: Send + 'static>(&mut self, reading: &mut Reading<T>) -> Order<T> {
         loop {
             tokio::select! {
                 biased;
-                _ = self.terminate.recv() => return Told::End,
-                _ = self.interrupt.recv() => return Told::End,
+                _ = self.terminate.recv() => return Order::End,
+                _ = self.interrupt.recv() => return Order::End,
                 _ = self.hang_up.recv() => reading.begin(),
                 read = reading.done() => match read {
-                    Ok(read) => return Told::Reload(read),
+                    Ok(read) => return Order::Reload(read),
                     Err(why) => tracing::error!(why, "the configuration was not read again, and nothing changes"),
                 },
             }
         }
     }
 
-    /// Waits until the program is told to end: once more, if it is ending.
+    /// Waits for SIGTERM or SIGINT. While the program ends, that is the second one.
     pub async fn end(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
@@ -111,8 +112,8 @@ impl Signals {
     }
 }
 
-/// What was read, or why not, told in the log.
-pub fn told<C>(read: Result<Loaded<C>, Problems>) -> Option<C> {
+/// The configuration that was read again. If it has problems, logs them and returns none.
+pub fn sound<C>(read: Result<Loaded<C>, Problems>) -> Option<C> {
     match read {
         Ok(loaded) => Some(loaded.config),
         Err(problems) => {

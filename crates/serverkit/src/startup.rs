@@ -1,0 +1,96 @@
+//! What both programs do before they serve: options, configuration, threads, runtime. And how they end.
+//!
+//! The order is the same in both: options, `--health`, configuration, `--print-config` and `--check-config`, threads, runtime; then the
+//! program's own `run`: log, signals, listeners.
+
+use crate::{health_check::health_check, log, threads};
+use castier_config::{Config, Loaded, LogFormat, Problems, load, load_offline};
+use std::{
+    io::{self, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+/// The options of both programs.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CommonArgs {
+    /// The configuration file (TOML). Without it: the defaults and the environment.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Check the configuration, name every problem, and exit: 0 if it is sound, 2 if not.
+    #[arg(long)]
+    pub check_config: bool,
+    /// With --check-config: look at no directory, file or secret of this machine.
+    #[arg(long, requires = "check_config")]
+    pub offline: bool,
+    /// Ask this URL, such as http://127.0.0.1:8082/healthz, and exit: 0 if it answers with 2xx, 1 if not.
+    #[arg(long, value_name = "URL")]
+    pub health: Option<String>,
+    /// Print the effective configuration, secrets masked, and exit.
+    #[arg(long)]
+    pub print_config: bool,
+}
+
+impl CommonArgs {
+    /// Loads the configuration: the file that `--config` names, and over it `environment`, of which a later pair overrides an earlier one.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub fn load<C: Config>(&self, environment: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
+        let file = self.config.as_deref();
+        if self.offline { load_offline(file, environment) } else { load(file, environment) }
+    }
+}
+
+/// Does what the options say: answers them, or loads the configuration and runs the program with it. `program` is its name in records.
+pub fn main<C: Config, F: Future<Output = Result<(), String>>>(
+    program: &'static str,
+    args: &CommonArgs,
+    load: impl FnOnce() -> Result<Loaded<C>, Problems>,
+    run: impl FnOnce(C) -> F,
+) -> ExitCode {
+    let fail = |format, why: &str| {
+        log::fail(format, program, why);
+        ExitCode::FAILURE
+    };
+    if let Some(url) = &args.health {
+        return health_check(url).map_or_else(|why| fail(LogFormat::Text, &why), |()| ExitCode::SUCCESS);
+    }
+    let config = match load() {
+        Ok(loaded) => loaded.config,
+        Err(problems) => {
+            if args.check_config || args.print_config {
+                eprintln!("{problems}");
+            } else {
+                problems.to_string().lines().for_each(|problem| log::fail(problems.format(), program, problem));
+            }
+            return ExitCode::from(2);
+        }
+    };
+    if args.print_config {
+        say(castier_config::print(&config).trim_end());
+        return ExitCode::SUCCESS;
+    }
+    if args.check_config {
+        say("the configuration is sound");
+        return ExitCode::SUCCESS;
+    }
+    let format = config.log().format;
+    if let Err(why) = threads::check() {
+        return fail(format, &why);
+    }
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(format, &format!("no threads to run on: {error}")),
+    };
+    let ended = runtime.block_on(run(config));
+    // What has not ended within shutdown.grace is not waited for.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    ended.map_or_else(|why| fail(format, &why), |()| ExitCode::SUCCESS)
+}
+
+/// Lines on stdout. If nobody reads them, that is no reason to stop.
+fn say(lines: &str) {
+    writeln!(io::stdout(), "{lines}").ok();
+}

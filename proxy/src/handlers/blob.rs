@@ -1,0 +1,63 @@
+//! GET, HEAD and DELETE of a blob.
+
+use super::{Asks, Handlers, Request, peer};
+use crate::reply::{Body, Reply};
+use castier_blob::Digest;
+use castier_cache::{Fault, Hit, Part, SourceKind, Stat, Via};
+use castier_wire::{Selection, select};
+use http::{Version, header};
+
+impl Handlers {
+    pub(super) async fn get(&self, request: &Request<'_>, digest: &Digest) -> Result<Reply, Fault> {
+        let select = |size: u64| select(request.method, request.headers, digest, size);
+        // Without a length, an HTTP/1.0 client could take a cut body for a whole one, and a range would have nothing to refer to.
+        let needs_size = request.version == Version::HTTP_10
+            || request.headers.contains_key(header::RANGE)
+            || request.headers.contains_key(header::IF_NONE_MATCH);
+        let part = |size: Option<u64>| match size.map(select) {
+            None if needs_size => Part::AfterSize,
+            None | Some(Selection::Whole) => Part::Whole,
+            Some(Selection::Part { first, last }) => Part::Bytes(first..last + 1),
+            Some(Selection::NotModified | Selection::Unsatisfiable) => Part::Bytes(0..0),
+        };
+        let cache = &self.node.cache;
+        let hit = if matches!(self.asks, Asks::Peers { .. }) && peer::only_if_cached(request.headers) {
+            match cache.kept(digest, part).await {
+                Some(hit) => Some(hit),
+                None => return Ok(Reply::not_kept()),
+            }
+        } else {
+            cache.get(digest, self.asker(), part).await?
+        };
+        Ok(match hit {
+            Some(Hit { size, via, reader }) => Reply::blob(digest, size, size.map_or(Selection::Whole, select), via, Body::Blob(reader)),
+            None if *digest == Digest::EMPTY => empty(select(0)),
+            None => Reply::absent(digest),
+        })
+    }
+
+    pub(super) async fn head(&self, request: &Request<'_>, digest: &Digest) -> Result<Reply, Fault> {
+        if matches!(self.asks, Asks::Peers { .. }) && peer::only_if_cached(request.headers) {
+            return Ok(peer::known(&self.node.cache, digest).await);
+        }
+        let select = |size: u64| select(request.method, request.headers, digest, size);
+        Ok(match self.node.stat(digest, self.asker()).await? {
+            (Stat::Present(size), via) => Reply::blob(digest, size, select(size.unwrap_or(0)), via, Body::Empty),
+            (Stat::Absent, _) if *digest == Digest::EMPTY => empty(select(0)),
+            (Stat::Absent, _) => Reply::absent(digest),
+        })
+    }
+
+    pub(super) async fn delete(&self, digest: &Digest) -> Result<Reply, Fault> {
+        let deleted = self.node.delete(digest).await?;
+        if let Asks::Clients(purge) = &self.asks {
+            purge.everywhere(digest).await;
+        }
+        Ok(if deleted { Reply::done() } else { Reply::absent(digest) })
+    }
+}
+
+/// The empty blob is there even if the origin does not have it.
+fn empty(selection: Selection) -> Reply {
+    Reply::blob(&Digest::EMPTY, Some(0), selection, Via::asked(SourceKind::Origin), Body::Empty)
+}

@@ -1,0 +1,76 @@
+//! What nodes ask each other beside blobs: health, purges, and news of what was stored.
+//!
+//! Invariant: one hop. What comes in at the peer listener is answered from the tiers, a flight or the origin, and never by asking another peer, whatever
+//! the two nodes believe about the ring; and nothing is relayed.
+
+use super::{Handlers, Request};
+use crate::{
+    members::{Members, NODE},
+    reply::Reply,
+    upstream::{FILLING, FLIGHT},
+};
+use castier_blob::Digest;
+use castier_cache::{Cache, Fault, Via};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Where a node says how it is; the one request that needs no proof.
+pub const HEALTH: &str = "/healthz";
+
+impl Handlers {
+    pub(super) async fn control(&self, request: &Request<'_>, members: &Members, leaving: &AtomicBool) -> Result<Reply, Fault> {
+        let (method, path) = (request.method, request.path);
+        let names = |prefix: &str| path.strip_prefix(prefix)?.parse::<Digest>().ok().filter(|_| *method == Method::POST);
+        // The proof covers `Host`. So a machine between two nodes cannot have a third one confirm what the second was asked to do.
+        let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let elsewhere = members.view().members().iter().any(|member| !member.itself && *member.name == *host);
+        if elsewhere && *method == Method::POST {
+            return Ok(Reply::error(StatusCode::MISDIRECTED_REQUEST, "this is another node than the one that the request names"));
+        }
+        if let Some(digest) = names("/purge/") {
+            self.node.cache.forget(&digest).await;
+            tracing::info!(%digest, "purged, since a peer said so");
+            return Ok(Reply::done());
+        }
+        if let Some(digest) = names("/stored/") {
+            self.node.cache.stored(&digest);
+            return Ok(Reply::done());
+        }
+        Ok(match *method {
+            Method::GET if path == HEALTH => health(members, leaving),
+            _ => Reply::error(StatusCode::NOT_FOUND, "here are blobs, /purge/<digest>, /stored/<digest> and /healthz"),
+        })
+    }
+}
+
+fn health(members: &Members, leaving: &AtomicBool) -> Reply {
+    let mut reply = if leaving.load(Ordering::Relaxed) {
+        Reply::error(StatusCode::SERVICE_UNAVAILABLE, "this node is about to leave the cluster")
+    } else {
+        Reply::text("ok\n")
+    };
+    if let Ok(node) = HeaderValue::from_str(members.node()) {
+        reply.headers.insert(NODE, node);
+    }
+    reply
+}
+
+/// Whether the blob is wanted only if a tier keeps it (RFC 9111, section 5.2.1.7).
+pub(super) fn only_if_cached(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::CACHE_CONTROL).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|directive| directive.trim().eq_ignore_ascii_case("only-if-cached"))
+}
+
+/// The answer to `HEAD` with `only-if-cached`: whether a tier keeps the blob, and if not, whether it is on its way.
+pub(super) async fn known(cache: &Cache, digest: &Digest) -> Reply {
+    match cache.kept_size(digest).await {
+        Some((size, tier)) => Reply::size(digest, size, Via::Tier(tier)),
+        None => {
+            let mut reply = Reply::not_kept();
+            if cache.is_filling(digest) {
+                reply.headers.insert(FLIGHT, FILLING);
+            }
+            reply
+        }
+    }
+}
