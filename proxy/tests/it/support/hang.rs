@@ -1,4 +1,4 @@
-//! A file system that stops answering: a mirror of a directory through FUSE, whose server can be stopped.
+//! A file system that can stop answering: a FUSE mirror of a directory, whose server can be stopped.
 
 use super::eventually;
 use rustix::process::{Pid, Signal, kill_process};
@@ -9,20 +9,20 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// Unmounted when dropped, whether or not it answers.
+/// The mirror. Dropping it unmounts, even if it does not answer.
 pub(crate) struct HangingFs {
     server: Child,
     dir: TempDir,
 }
 
 impl HangingFs {
-    /// None where it cannot be had, which is said aloud: it takes root, `/dev/fuse` and bindfs.
+    /// Mounts the mirror. Without root, `/dev/fuse` or bindfs it prints a line and returns `None`.
     pub(crate) async fn mount() -> Option<Self> {
         let dir = TempDir::new().unwrap();
         for name in ["behind", "mount"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
-        // No caches, so that each call is a question to the server.
+        // No caches, so that each call goes to the server.
         let options = "entry_timeout=0,attr_timeout=0,negative_timeout=0";
         let mut command = Command::new("bindfs");
         command.args(["-f", "-o", options]).arg(dir.path().join("behind")).arg(dir.path().join("mount"));
@@ -51,19 +51,18 @@ impl HangingFs {
         self.dir.path().join("mount")
     }
 
-    /// The same directory, which answers always.
+    /// The mirrored directory, which always answers.
     pub(crate) fn behind(&self) -> &Path {
         Box::leak(self.dir.path().join("behind").into_boxed_path())
     }
 
-    /// From now on nothing is answered, until what this returns is dropped. Call it after `Castier::start`, so that it is dropped
-    /// before castier: a process with a call in a file system that hangs cannot be killed, so the end of a failed test would wait
-    /// for it for ever.
+    /// Stops all answers until the result is dropped. Call it after `Castier::start`, so that the result is dropped before castier: a process in
+    /// a call to a hanging file system cannot be killed, so a failed test would never end.
     pub(crate) async fn hang(&self) -> Hang {
         let server = Pid::from_child(&self.server);
         kill_process(server, Signal::STOP).unwrap();
         let hang = Hang(server);
-        // The signal takes a moment to reach each thread, and a thread that it has not reached still answers.
+        // It takes a moment until the signal has stopped every thread of the server.
         eventually("each thread's stop", async || {
             let threads = fs::read_dir(format!("/proc/{}/task", server.as_raw_nonzero())).unwrap();
             let stopped = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
@@ -74,7 +73,7 @@ impl HangingFs {
     }
 }
 
-/// As long as it is there, nothing is answered.
+/// While this exists, the file system does not answer.
 pub(crate) struct Hang(Pid);
 
 impl Hang {
@@ -89,7 +88,7 @@ impl Drop for Hang {
 
 impl Drop for HangingFs {
     fn drop(&mut self) {
-        // The kernel answers in the server's place once that is gone.
+        // When the server is gone, the kernel answers with errors.
         self.server.kill().ok();
         self.server.wait().ok();
         Command::new("umount").arg("-l").arg(self.path()).output().ok();
