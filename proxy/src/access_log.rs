@@ -1,4 +1,4 @@
-//! One access record per request, and the same facts to the metrics.
+//! One access record per request. The metrics get the same facts.
 
 pub use castier_serverkit::{access_log::user_agent, series::CLIENT_GONE};
 
@@ -14,11 +14,11 @@ use castier_wire::trace::{Trace, Value};
 use http::Version;
 use std::{borrow::Cow, net::IpAddr, time::Duration};
 
-/// What is said of a request when it is over.
+/// The facts of a finished request.
 pub struct Record<'a> {
-    /// Where it came in.
+    /// The listener that accepted it.
     pub listener: Listener,
-    /// What it was about.
+    /// The kind of its path.
     pub route: Route,
     /// Its method.
     pub method: &'a str,
@@ -34,35 +34,35 @@ pub struct Record<'a> {
     pub cache: &'a str,
     /// How it was answered.
     pub served: Served,
-    /// The client, as far as trusted proxies tell.
+    /// The client's address; behind a trusted proxy, the one that the proxy names.
     pub client: Option<IpAddr>,
-    /// What is not known of every request.
+    /// Facts that not every request has.
     pub more: More<'a>,
 }
 
-/// What is not known of every request.
+/// Facts that not every request has.
 #[derive(Clone, Default)]
 pub struct More<'a> {
     /// From the head's arrival to the first byte of the answer.
     pub first_byte: Option<Duration>,
     /// The version of HTTP that the client speaks.
     pub proto: Option<Version>,
-    /// What the client calls itself.
+    /// `User-Agent`.
     pub user_agent: Option<Cow<'a, str>>,
     /// Why the response was cut, or failed.
     pub error: Option<&'a str>,
     /// The blob that the request was about.
     pub digest: Option<Digest>,
-    /// Which request it was; none if nobody wants to know, or it could not be read.
+    /// Its trace and request id. `None` if neither logs nor traces need it, or if the head could not be read.
     pub trace: Option<&'a Trace>,
 }
 
-/// Whether anybody wants to know which request it was: if not, nothing is spent on that where a request is answered at once.
+/// Whether logs or traces need [`More::trace`]. If not, the fast path does not compute it.
 pub fn is_wanted() -> bool {
     tracing::enabled!(target: "castier::access", tracing::Level::INFO) || trace::is_exported()
 }
 
-/// A `Cache-Status` of ours in the words of a record: `cache`, `tier`, `source`.
+/// The record's fields `cache`, `tier` and `source`, out of a `Cache-Status` that castier made.
 fn words(cache_status: &str) -> (Option<&'static str>, Option<&'static str>, Option<&'static str>) {
     let (mut cache, mut tier, mut source) = (None, None, None);
     for part in cache_status.split("; ").skip(1) {
@@ -83,7 +83,7 @@ fn words(cache_status: &str) -> (Option<&'static str>, Option<&'static str>, Opt
 }
 
 impl Record<'_> {
-    /// Counts it, and writes the record if anybody listens.
+    /// Counts the request, and writes the access record and the span if they are switched on.
     pub fn log(&self, metrics: &Metrics) {
         let method = method_label(self.method, &METHODS);
         metrics.request(&Request {
@@ -98,7 +98,7 @@ impl Record<'_> {
             client: self.client,
             digest: self.more.digest,
         });
-        // Every node asks every other each second how it is.
+        // Health checks come from every peer each second, so they are logged at `debug` only.
         let control = self.route == Route::Control;
         if !control && tracing::enabled!(target: "castier::access", tracing::Level::INFO) {
             write_access_record!(INFO, "castier::access", &self.access());
@@ -116,7 +116,7 @@ impl Record<'_> {
         }
     }
 
-    /// As both programs log it.
+    /// The record as both programs log it.
     fn access(&self) -> Access<'_> {
         let (cache, tier, source) = self.words();
         Access {
@@ -140,7 +140,7 @@ impl Record<'_> {
     /// `cache`, `tier`, `source`.
     fn words(&self) -> (Option<&'static str>, Option<&'static str>, Option<&'static str>) {
         let (cache, tier, source) = words(self.cache);
-        // The origin alone answers what goes past the cache.
+        // Requests that bypass the cache go to the origin.
         (cache, tier, if cache == Some("bypass") { Some("origin") } else { source })
     }
 }

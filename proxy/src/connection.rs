@@ -1,5 +1,4 @@
-//! A client's connection, as everything here reads and writes it: pingora's stream, a client that may take no byte for only so long,
-//! and a fence that keeps a session's reader to its own request.
+//! A client's connection: pingora's stream, plus a write timeout, plus a fence that lets a session read one request and no more.
 
 use crate::{
     reply::{Body, Reply},
@@ -34,52 +33,52 @@ use tokio::{
 #[derive(Debug)]
 pub struct Conn {
     stream: Stream,
-    /// `limits.write_timeout`: a client that takes no byte for so long is given up.
+    /// `limits.write_timeout`: if the client takes no byte for this long, the write fails.
     stall: StallTimeout,
     fence: Option<Box<Fence>>,
 }
 
-/// Shows a reader one request and no more. Without it, bytes that pingora reads ahead could not be had back, and a pipelining client
-/// would lose requests.
+/// Limits what a session reads to one request. Without it, pingora would read ahead into the next request of a pipelining client, and those
+/// bytes would be lost.
 #[derive(Debug)]
 struct Fence {
-    /// Bytes read and not yet shown.
+    /// Bytes that were read from the client, and that the session has not got yet.
     ahead: BytesMut,
-    left: Left,
-    /// When to look next whether the client has left. Only for a client that has sent more than is read ahead: the end of its stream
-    /// cannot be read before what lies in front of it.
-    look: Option<Pin<Box<Sleep>>>,
+    remaining: Remaining,
+    /// When to check next whether the client has closed. Needed only after a client has sent [`Conn::AHEAD`] bytes of later requests: they
+    /// stay unread in the socket, and the end of the stream comes after them.
+    next_check: Option<Pin<Box<Sleep>>>,
 }
 
-/// What of the request is still to be shown.
+/// The part of the request that the session has not got yet.
 #[derive(Debug)]
-enum Left {
-    /// So many bytes of its body.
+enum Remaining {
+    /// This many bytes of its body.
     Bytes(u64),
     /// The chunks of its body, from here to the last.
     Chunks(Chunks),
-    /// Nothing, until the answer says whether the protocol changes.
+    /// Nothing, until the status of the answer tells whether the protocol changes.
     Undecided,
-    /// Whatever comes.
+    /// Every byte that the client sends: the protocol has changed.
     All,
 }
 
-impl Left {
-    /// How much of what is there belongs to it.
-    fn of(&mut self, there: &mut [u8]) -> usize {
+impl Remaining {
+    /// How many of these bytes belong to the request. Counts them as read.
+    fn take(&mut self, bytes: &mut [u8]) -> usize {
         match self {
             Self::Bytes(left) => {
-                let here = usize::try_from(*left).unwrap_or(usize::MAX).min(there.len());
-                *left -= here as u64;
-                here
+                let taken = usize::try_from(*left).unwrap_or(usize::MAX).min(bytes.len());
+                *left -= taken as u64;
+                taken
             }
-            Self::Chunks(chunks) => chunks.pass(there),
+            Self::Chunks(chunks) => chunks.pass(bytes),
             Self::Undecided => 0,
-            Self::All => there.len(),
+            Self::All => bytes.len(),
         }
     }
 
-    /// Whether all of the request has been shown.
+    /// Whether the session has got the whole request.
     const fn is_over(&self) -> bool {
         match self {
             Self::Bytes(left) => *left == 0,
@@ -90,101 +89,103 @@ impl Left {
 }
 
 impl Conn {
-    /// How much a pipelining client may send ahead before it is no longer read. Little, as each waiting request may have as much behind it.
+    /// The most bytes of later requests that are read ahead. Small, since each waiting request may hold this much.
     pub const AHEAD: usize = 4 << 10;
     /// The most that one read of a body gives. pingora copies each read, and may queue several of these copies.
     pub const READ: usize = 16 << 10;
-    /// How often it is looked whether a client has left that is no longer read.
-    const LOOK: Duration = Duration::from_secs(1);
+    /// How often to check whether a client that is no longer read has closed.
+    const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-    /// Over an accepted connection.
-    pub fn new(stream: Stream, patience: Duration) -> Self {
-        Self { stream, stall: StallTimeout::new(patience), fence: None }
+    /// Wraps an accepted connection.
+    pub fn new(stream: Stream, write_timeout: Duration) -> Self {
+        Self { stream, stall: StallTimeout::new(write_timeout), fence: None }
     }
 
-    /// Over a connection that was accepted elsewhere.
-    pub fn of_tcp(stream: TcpStream, patience: Duration) -> Self {
-        Self::new(Box::new(pingora::protocols::l4::stream::Stream::from(stream)), patience)
+    /// Wraps a connection that tokio accepted, not pingora.
+    pub fn of_tcp(stream: TcpStream, write_timeout: Duration) -> Self {
+        Self::new(Box::new(pingora::protocols::l4::stream::Stream::from(stream)), write_timeout)
     }
 
     /// The client's address.
-    pub fn peer(&self) -> Option<SocketAddr> {
+    pub fn client_address(&self) -> Option<SocketAddr> {
         self.stream.get_socket_digest()?.peer_addr()?.as_inet().copied()
     }
 
-    /// Changes how long the client may take no byte: limits can change while a connection lives.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.stall.set_limit(patience);
+    /// Changes the write timeout: limits can change while a connection is open.
+    pub fn set_write_timeout(&mut self, timeout: Duration) {
+        self.stall.set_limit(timeout);
     }
 
-    /// From now on shows `ahead`, and what comes, up to the end of one request body. `None`: the request asks for another protocol. Then
-    /// all is shown if the answer agrees to that (101), and nothing if it does not: the bytes behind the request are then the next request.
+    /// Sets the fence: reads give `ahead` first, then bytes from the client, up to the end of one request body.
+    ///
+    /// `framing` is `None` if the request asks for another protocol. Then the status of the answer decides. After a 101, reads give all
+    /// bytes. After any other status they give none: the bytes after the request head are the next request.
     pub fn fence(&mut self, ahead: BytesMut, framing: Option<Framing>) {
-        let left = match framing {
-            Some(Framing::Length(length)) => Left::Bytes(length),
-            Some(Framing::Chunked) => Left::Chunks(Chunks::default()),
-            None => Left::Undecided,
+        let remaining = match framing {
+            Some(Framing::Length(length)) => Remaining::Bytes(length),
+            Some(Framing::Chunked) => Remaining::Chunks(Chunks::default()),
+            None => Remaining::Undecided,
         };
-        self.fence = Some(Box::new(Fence { ahead, left, look: None }));
+        self.fence = Some(Box::new(Fence { ahead, remaining, next_check: None }));
     }
 
-    /// Takes the fence away. What was read and not shown belongs to the next request; none if there can be no other, since this one has not
-    /// been read to its end.
+    /// Removes the fence. Returns the bytes that belong to the next request. Returns `None` if the request has not been read to its end: then
+    /// the connection cannot serve another one.
     pub fn unfence(&mut self) -> Option<BytesMut> {
-        self.fence.take().filter(|fence| fence.left.is_over()).map(|fence| fence.ahead)
+        self.fence.take().filter(|fence| fence.remaining.is_over()).map(|fence| fence.ahead)
     }
 
-    /// As pingora's sessions take it; see [`Self::from_stream`].
+    /// For a pingora session. [`Self::from_stream`] is the way back.
     pub fn into_stream(self) -> Stream {
         Box::new(self)
     }
 
-    /// Back from what [`Self::into_stream`] made.
+    /// The connection out of a stream that [`Self::into_stream`] made.
     pub fn from_stream(stream: Stream) -> Option<Self> {
         stream.into_any().downcast().ok().map(|conn| *conn)
     }
 }
 
 impl Fence {
-    /// Sees what is written. The head of the final answer decides whether the protocol changes; pingora writes each head at once.
+    /// Learns from the bytes of an answer whether the protocol changes. Relies on pingora, which writes each head in one call.
     fn decide(&mut self, written: &[u8]) {
-        if !matches!(self.left, Left::Undecided) {
+        if !matches!(self.remaining, Remaining::Undecided) {
             return;
         }
         match written.strip_prefix(b"HTTP/1.1 ") {
-            Some([b'1', b'0', b'1', ..]) => self.left = Left::All,
-            // Another interim answer.
+            Some([b'1', b'0', b'1', ..]) => self.remaining = Remaining::All,
+            // An interim answer decides nothing.
             Some([b'1', ..]) => {}
-            _ => self.left = Left::Bytes(0),
+            _ => self.remaining = Remaining::Bytes(0),
         }
     }
 
-    /// Reads on; 0 at the end of the stream.
+    /// Reads into `ahead`. Returns the number of bytes; 0 at the end of the stream.
     fn poll_fill(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let mut part = [0; Conn::READ];
-        let most = if self.left.is_over() { Conn::AHEAD } else { Conn::READ };
+        let most = if self.remaining.is_over() { Conn::AHEAD } else { Conn::READ };
         let mut part = ReadBuf::new(&mut part[..most]);
         ready!(Pin::new(stream).poll_read(cx, &mut part))?;
         self.ahead.extend_from_slice(part.filled());
         Poll::Ready(Ok(part.filled().len()))
     }
 
-    /// Waits until the client has left, without reading what it has sent.
-    fn poll_left(&mut self, stream: &Stream, cx: &mut Context<'_>) -> Poll<()> {
-        let look = self.look.get_or_insert_with(|| Box::pin(tokio::time::sleep(Conn::LOOK)));
-        while look.as_mut().poll(cx).is_ready() {
-            if has_left(stream) {
+    /// Waits until the client has closed, without reading the bytes that it has sent.
+    fn poll_closed(&mut self, stream: &Stream, cx: &mut Context<'_>) -> Poll<()> {
+        let next_check = self.next_check.get_or_insert_with(|| Box::pin(tokio::time::sleep(Conn::CHECK_INTERVAL)));
+        while next_check.as_mut().poll(cx).is_ready() {
+            if has_closed(stream) {
                 return Poll::Ready(());
             }
-            look.as_mut().reset(Instant::now() + Conn::LOOK);
+            next_check.as_mut().reset(Instant::now() + Conn::CHECK_INTERVAL);
         }
         Poll::Pending
     }
 }
 
-/// Whether the client has closed its end, or the connection is gone.
-fn has_left(stream: &Stream) -> bool {
-    /// As in `enum tcp_state` of Linux' `net/tcp_states.h`. Every state but the two in which the client may still send.
+/// Whether the client has closed its end, or the connection has broken.
+fn has_closed(stream: &Stream) -> bool {
+    /// The two states in which the client can still send. From `enum tcp_state` in Linux' `net/tcp_states.h`.
     const ESTABLISHED: u8 = 1;
     const FIN_WAIT_2: u8 = 5;
     let state = stream.get_socket_digest().and_then(|digest| digest.tcp_info()).map(|info| info.tcpi_state);
@@ -196,10 +197,10 @@ impl AsyncRead for Conn {
         let this = &mut *self;
         let Some(fence) = &mut this.fence else { return Pin::new(&mut this.stream).poll_read(cx, buf) };
         if fence.ahead.is_empty()
-            && let Left::Bytes(left) = &mut fence.left
+            && let Remaining::Bytes(left) = &mut fence.remaining
             && *left > 0
         {
-            // A body of known length needs no copy of its own.
+            // A body of known length is read into `buf` directly. That saves a copy.
             let most = usize::try_from(*left).unwrap_or(usize::MAX).min(Self::READ).min(buf.remaining());
             let mut part = ReadBuf::new(buf.initialize_unfilled_to(most));
             ready!(Pin::new(&mut this.stream).poll_read(cx, &mut part))?;
@@ -209,16 +210,16 @@ impl AsyncRead for Conn {
             return Poll::Ready(Ok(()));
         }
         loop {
-            let there = fence.ahead.len().min(buf.remaining());
-            let show = fence.left.of(&mut fence.ahead[..there]);
-            if show > 0 {
-                buf.put_slice(&fence.ahead[..show]);
-                fence.ahead.advance(show);
+            let available = fence.ahead.len().min(buf.remaining());
+            let taken = fence.remaining.take(&mut fence.ahead[..available]);
+            if taken > 0 {
+                buf.put_slice(&fence.ahead[..taken]);
+                fence.ahead.advance(taken);
                 return Poll::Ready(Ok(()));
             }
-            // A read past the request waits for the client to leave; what else comes belongs to the next request.
+            // A read after the end of the request ends only when the client closes. Other bytes belong to the next request.
             if fence.ahead.len() >= Self::AHEAD {
-                return fence.poll_left(&this.stream, cx).map(Ok);
+                return fence.poll_closed(&this.stream, cx).map(Ok);
             }
             if ready!(fence.poll_fill(&mut this.stream, cx))? == 0 {
                 return Poll::Ready(Ok(()));
@@ -254,7 +255,7 @@ impl AsyncWrite for Conn {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // TLS writes its last record here, and the other end may take nothing.
+        // Under a timeout: TLS writes its last record here, and the client may not read it.
         let ended = Pin::new(&mut self.stream).poll_shutdown(cx);
         self.stall.watch_write(ended, cx)
     }
@@ -263,7 +264,7 @@ impl AsyncWrite for Conn {
 #[async_trait]
 impl Shutdown for Conn {
     async fn shutdown(&mut self) {
-        // Not the stream's own, which waits without a limit. What it fails with no longer matters to anybody.
+        // Not the stream's own `shutdown`, which has no timeout. The connection ends in any case, so an error changes nothing.
         let _ = AsyncWriteExt::shutdown(self).await;
     }
 }
@@ -296,10 +297,10 @@ impl GetSocketDigest for Conn {
 
 impl Peek for Conn {}
 
-/// Writes a reply whose body is made up here, or empty, in pieces that a slow client takes one by one.
+/// Writes a reply whose body is in memory, or empty. Long bodies are written in pieces, so that the write timeout counts for each piece.
 ///
 /// # Errors
-/// The client is gone, or takes nothing any more.
+/// The client has closed, or has taken no byte for `limits.write_timeout`.
 pub async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
     session.write_response_header(response_header(reply.status, &reply.headers)).await?;
     if let Body::Whole(bytes) = reply.body {
@@ -310,7 +311,7 @@ pub async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result
     session.write_response_body(Bytes::new(), true).await
 }
 
-/// A reply's head in pingora's terms.
+/// The head of a reply as pingora's type.
 pub fn response_header(status: StatusCode, headers: &HeaderMap) -> Box<ResponseHeader> {
     let (mut parts, ()) = http::Response::new(()).into_parts();
     parts.status = status;

@@ -1,4 +1,4 @@
-//! What is written straight onto the connection, without a session: the fast path, and refusals.
+//! Answers that are written to the connection without a pingora session: the fast path for hits, and refusals.
 
 use crate::{
     access_log::{self, More, Record},
@@ -31,14 +31,14 @@ use tokio::{
 
 /// A refused client has this long to send its request and read the answer.
 pub(crate) const REFUSAL: Duration = Duration::from_secs(2);
-/// Bodies up to this size are copied behind their head, to leave in one write.
+/// Bodies up to this size are copied after their head, so that one write sends both.
 const ONE_WRITE: usize = 16 << 10;
-/// How many pieces from disk leave in one write: each write wakes the client, and so many still fit into the processor's cache.
+/// How many pieces from disk one write sends. More pieces mean fewer wake-ups of the client; this many still fit into the processor's cache.
 const TOGETHER: usize = 4;
 
 impl Front {
-    /// A blob that memory or the disk has, to a client that asks for nothing but the blob, or has it already. False if that is not so: then nothing has
-    /// been sent, and the session answers.
+    /// Answers a plain GET if memory or the disk has the blob, or if the client has it already (`If-None-Match`). Returns false if neither is the
+    /// case. Then nothing has been sent, and the session must answer.
     pub(crate) async fn fast_hit(
         &self,
         conn: &mut Conn,
@@ -64,7 +64,7 @@ impl Front {
             let sent = self.send_memory(conn, &reply, !head.close, blob).await;
             (reply, ready, sent)
         } else {
-            // Boxed, so that idle connections keep no room for what only a hit of the disk needs.
+            // Boxed, so that idle connections do not hold memory for the state of a disk hit.
             match Box::pin(self.disk_hit(conn, digest, arrived, started)).await {
                 Some(answered) => answered,
                 None => return Ok(false),
@@ -79,7 +79,7 @@ impl Front {
         self.handlers.cache().peek(digest, self.handlers.asker(), |_| Part::Whole)
     }
 
-    /// A blob that the disk has; none if not even its beginning can be had. The session then says why.
+    /// Answers from the disk. Returns `None`, before anything is sent, if the first piece cannot be read. Then the session reports the error.
     async fn disk_hit(
         &self,
         conn: &mut Conn,
@@ -96,7 +96,7 @@ impl Front {
         Some((reply, ready, sent))
     }
 
-    /// Counts and logs a request that was answered here.
+    /// Counts and logs a request that the fast path answered.
     fn record(
         &self,
         reply: &Reply,
@@ -133,7 +133,7 @@ impl Front {
         sent
     }
 
-    /// Sends a head and a blob that memory holds; how much of the blob went out, and what kept it from being all.
+    /// Sends a head and a blob from memory. Returns how many bytes of the blob were sent, and the error if that is not all.
     async fn send_memory(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, blob: Bytes) -> (u64, Result<(), Cut>) {
         let one_write = blob.len() <= ONE_WRITE;
         let mut head = reply.head(&get_cached_date(), keep_alive, if one_write { blob.len() } else { 0 });
@@ -149,7 +149,8 @@ impl Front {
         (bytes, sent)
     }
 
-    /// As [`Self::send_memory`], of a blob that is read as it leaves. Its first piece leaves with the head, and does not wait for others.
+    /// As [`Self::send_memory`], for a blob that is read from disk piece by piece. The first piece is sent with the head at once, and does not
+    /// wait for the others.
     async fn send_disk(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, first: Bytes, mut rest: Reader) -> (u64, Result<(), Cut>) {
         let head = reply.head(&get_cached_date(), keep_alive, 0);
         let (mut head, mut pieces, mut bytes, mut many) = (head.freeze(), [first, Bytes::new(), Bytes::new(), Bytes::new()], 0, 1);
@@ -175,12 +176,12 @@ impl Front {
         }
     }
 
-    /// A request that could not be read: says why, and closes.
+    /// Refuses a request, with the reason, and closes the connection.
     pub(crate) async fn refuse_request(&self, conn: Conn, status: StatusCode, why: &str, client: Option<IpAddr>) {
         self.refuse(conn, Reply::error(status, why), client).await;
     }
 
-    /// A request over a limit: says so, and closes.
+    /// Refuses a request that is over a limit, and closes the connection.
     pub(crate) async fn shed_request(&self, conn: Conn, limit: Limit, client: Option<IpAddr>) {
         self.metrics.shed(limit);
         self.refuse(conn, Reply::fault(&Fault::Busy(limit)), client).await;
@@ -188,8 +189,8 @@ impl Front {
 
     async fn refuse(&self, mut conn: Conn, reply: Reply, client: Option<IpAddr>) {
         let started = Instant::now();
-        let within = if self.descriptors.may_linger(self.connections()) { REFUSAL } else { Duration::ZERO };
-        let _ = timeout(within, write_and_close(&mut conn, &reply)).await;
+        let wait = if self.descriptors.may_linger(self.connections()) { REFUSAL } else { Duration::ZERO };
+        let _ = timeout(wait, write_and_close(&mut conn, &reply)).await;
         refused(self.name(), reply.status.as_u16(), started, client).log(&self.metrics);
     }
 }
@@ -201,7 +202,7 @@ pub(crate) fn refused(listener: Listener, code: u16, started: Instant, client: O
     Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, client, more }
 }
 
-/// Up to `many` pieces; none at the end.
+/// The next pieces, up to `many`. Empty at the end of the blob.
 async fn few(reader: &mut Reader, many: usize) -> Result<[Bytes; TOGETHER], Fault> {
     let mut pieces = [const { Bytes::new() }; TOGETHER];
     for piece in &mut pieces[..many] {
@@ -211,26 +212,28 @@ async fn few(reader: &mut Reader, many: usize) -> Result<[Bytes; TOGETHER], Faul
     Ok(pieces)
 }
 
-/// Writes all there is; says how much went out, and what kept it from being all.
+/// Writes all of `out`. Returns how many bytes were written, and the error if that is not all.
 async fn send(conn: &mut Conn, out: &mut impl Buf) -> (usize, Result<(), Cut>) {
     let all = out.remaining();
     let written = async {
         conn.write_all_buf(out).await?;
-        // Over TLS the last bytes may still be here.
+        // TLS may have buffered the last bytes.
         conn.flush().await
     };
     let sent: std::io::Result<()> = written.await;
     (all - out.remaining(), sent.map_err(Cut::client))
 }
 
-/// A connection over the limit: says so, and closes. The client has the time `within` to send its request and to read the answer.
-pub(crate) async fn refuse_connection(conn: &mut Conn, within: Duration) {
-    // The request is read first: closing over unread bytes would reset the connection and may take the answer along.
-    let _ = timeout(within, discard(conn)).await;
-    let _ = timeout(within, write_and_close(conn, &Reply::fault(&Fault::Busy(Limit::Connections)))).await;
+/// Answers a connection over the limit with a 503, and closes it. Waits for up to `wait` for the client's request, and again until the client
+/// has read the answer.
+pub(crate) async fn refuse_connection(conn: &mut Conn, wait: Duration) {
+    // The request is read first. If castier closed with unread bytes, the kernel would reset the connection, and the client might lose the
+    // answer.
+    let _ = timeout(wait, discard(conn)).await;
+    let _ = timeout(wait, write_and_close(conn, &Reply::fault(&Fault::Busy(Limit::Connections)))).await;
 }
 
-/// Writes a reply on a connection that has no session, closes our side, and reads on until the client has closed its own.
+/// Writes a reply on a connection that has no session, closes castier's side, and reads until the client has closed its side.
 async fn write_and_close(conn: &mut Conn, reply: &Reply) {
     let body = if let Body::Whole(body) = &reply.body { &body[..] } else { &[] };
     let mut out = reply.head(&get_cached_date(), false, body.len());
@@ -241,8 +244,8 @@ async fn write_and_close(conn: &mut Conn, reply: &Reply) {
     while discard(conn).await.is_ok_and(|n| n > 0) {}
 }
 
-/// Reads something and forgets it; 0 at the end. What it reads into is on the stack: many connections may be refused at once, and a buffer
-/// in each of these tasks would be as large as what they were refused for.
+/// Reads some bytes and discards them. Returns their number; 0 at the end. The buffer is on the stack: many connections may be refused at
+/// once, and a buffer in each task would cost as much memory as serving them.
 async fn discard(conn: &mut Conn) -> io::Result<usize> {
     poll_fn(|cx| {
         let mut part = [MaybeUninit::uninit(); 16 << 10];

@@ -1,4 +1,4 @@
-//! What a node tells of itself in groupcache's figures.
+//! The statistics of this node under groupcache's names.
 
 use crate::metrics::Metrics;
 use castier_cache::{LoadResult, SourceKind, Tier};
@@ -8,7 +8,7 @@ use serde::Serialize;
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct GroupcacheStats {
-    /// Any get, from clients or peers.
+    /// All gets, from clients and peers.
     gets: u64,
     /// Gets that a tier answered.
     cache_hits: u64,
@@ -16,7 +16,7 @@ pub struct GroupcacheStats {
     peer_loads: u64,
     /// Peers that failed.
     peer_errors: u64,
-    /// Gets that no tier could answer.
+    /// Gets that no tier answered.
     loads: u64,
     /// Loads left after coalescing.
     loads_deduped: u64,

@@ -1,7 +1,7 @@
 //! A listener: accepts connections, reads one request head after the other, and has each request answered.
 //!
 //! A plain GET that memory or the disk can answer takes the fast path (`fast_path`). All other requests about blobs go through pingora's session
-//! (`session`), where a handler makes the [`Reply`](crate::reply::Reply). What is no blob is relayed.
+//! (`session`), where a handler makes the [`Reply`](crate::reply::Reply). Requests that are not about blobs are relayed to the origin.
 
 use crate::{
     connection::Conn,
@@ -48,12 +48,22 @@ pub struct Front {
     pub(crate) metrics: Arc<Metrics>,
 }
 
-/// Whom a listener is for.
+/// Who may connect to a listener.
 pub enum Audience {
-    /// Clients. What is no blob is relayed to the origin.
+    /// Clients. Requests that are not about blobs are relayed to the origin.
     Clients(Relay),
     /// Other nodes of the cluster. Nothing is relayed.
     Peers(PeerAccess),
+}
+
+/// Whether a new connection is served.
+#[derive(PartialEq, Eq)]
+enum Admission {
+    Admitted,
+    /// Over a limit. The client may keep the connection until it has read a 503.
+    RefusedWithAnswer,
+    /// Over a limit, and too many refused connections are open already. castier closes it at once.
+    Refused,
 }
 
 /// Counts one connection for as long as it lives.
@@ -68,13 +78,13 @@ impl Drop for Open {
 #[async_trait]
 impl ServerApp for Front {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        // Each listener has the limit to itself: clients that take all there is must not part the nodes.
+        // Each listener counts its own connections. So clients that use up their limit do not cut off the peers.
         let connections = self.metrics.connections_at(self.name());
         connections.inc();
         let (open, shutdown) = (Open(self.clone()), shutdown.clone());
-        let place = usize::try_from(connections.get()).unwrap_or(0);
-        // In a task of its own: pingora's has room for a TLS handshake, and would keep it as long as the connection lives.
-        tokio::spawn(async move { open.0.serve(stream, place, &shutdown).await });
+        let count = usize::try_from(connections.get()).unwrap_or(0);
+        // In a new task. pingora's task holds the state of a TLS handshake, and would hold it until the connection closes.
+        tokio::spawn(async move { open.0.serve(stream, count, &shutdown).await });
         None
     }
 }
@@ -88,7 +98,7 @@ impl Front {
         }
     }
 
-    /// The application over these parts, within `limits.client_memory` and the descriptors there are.
+    /// A listener's application, within the budget `memory` and the `descriptors`.
     pub fn new(
         handlers: Handlers,
         audience: Audience,
@@ -101,18 +111,18 @@ impl Front {
         Self { handlers, audience, limits, proxies, memory, descriptors, metrics }
     }
 
-    /// The client that a request comes from: the one that trusted proxies name, else the one that is connected. At the peer listener it is
-    /// the other node: its flight may be for many clients.
-    fn client(&self, peer: Option<SocketAddr>, head: &Head, bytes: &[u8]) -> Option<IpAddr> {
-        let peer = peer?.ip();
+    /// The address of the client that sent a request. If `socket_address` is a trusted proxy's, the client that the proxy names. At the peer
+    /// listener always `socket_address`: a peer's flight may be for many clients.
+    fn client(&self, socket_address: Option<SocketAddr>, head: &Head, bytes: &[u8]) -> Option<IpAddr> {
+        let address = socket_address?.ip();
         let trusted = |address: &IpAddr| self.proxies.contains(address);
-        if matches!(self.audience, Audience::Peers(_)) || !trusted(&peer) {
-            return Some(peer.to_canonical());
+        if matches!(self.audience, Audience::Peers(_)) || !trusted(&address) {
+            return Some(address.to_canonical());
         }
-        Some(head.introduction(bytes, |fields| castier_wire::forwarded::client(peer, fields, trusted)))
+        Some(head.introduction(bytes, |fields| castier_wire::forwarded::client(address, fields, trusted)))
     }
 
-    /// What a connection to the origin takes that only this request needs.
+    /// The descriptors for one connection to the origin that a client's request needs for itself; `None` if too few are left.
     pub(crate) fn outgoing(&self) -> Option<Outgoing> {
         self.descriptors.outgoing(self.connections())
     }
@@ -122,23 +132,27 @@ impl Front {
         u64::try_from(self.metrics.connections.get()).unwrap_or(0)
     }
 
-    /// Whether the connection that made it `place` of them may stay, and, if not, whether it is told so.
-    fn admits(&self, place: usize, limits: &Limits) -> (bool, bool) {
+    /// Decides about a new connection. `count` is the number of open connections, the new one included.
+    fn admit_connection(&self, count: usize, limits: &Limits) -> Admission {
         let max = match &self.audience {
             Audience::Clients(_) => limits.max_connections,
             Audience::Peers(_) => limits.max_peer_connections,
         };
-        let room = matches!(self.audience, Audience::Peers(_)) || self.descriptors.has_room(place);
-        let told = place <= max.saturating_add(self.descriptors.refusals()) && self.descriptors.may_refuse(place);
-        (place <= max && room, told)
+        let fits = matches!(self.audience, Audience::Peers(_)) || self.descriptors.has_room(count);
+        if count <= max && fits {
+            Admission::Admitted
+        } else if count <= max.saturating_add(self.descriptors.refusals()) && self.descriptors.may_refuse(count) {
+            Admission::RefusedWithAnswer
+        } else {
+            Admission::Refused
+        }
     }
 
-    /// The connection that made it `place` of them.
-    async fn serve(&self, stream: Stream, place: usize, shutdown: &ShutdownWatch) {
+    /// Serves a new connection, or refuses it. `count` is the number of open connections, the new one included.
+    async fn serve(&self, stream: Stream, count: usize, shutdown: &ShutdownWatch) {
         let limits = self.limits.load_full();
-        let patience = limits.write_timeout.get();
-        let (admitted, told) = self.admits(place, &limits);
-        if admitted {
+        let admission = self.admit_connection(count, &limits);
+        if admission == Admission::Admitted {
             let stream = match &self.audience {
                 Audience::Clients(_) => stream,
                 Audience::Peers(access) => match Box::pin(access.secure(stream, limits.header_timeout.get())).await {
@@ -146,22 +160,21 @@ impl Front {
                     None => return,
                 },
             };
-            return self.serve_connection(Conn::new(stream, patience), shutdown).await;
+            return self.serve_connection(Conn::new(stream, limits.write_timeout.get()), shutdown).await;
         }
         self.metrics.shed(Limit::Connections);
-        // One that would first have to be secured is closed without a word.
+        // With TLS there is no answer: it would cost a handshake.
         if !matches!(&self.audience, Audience::Peers(access) if access.is_secured()) {
-            // Most are waited for until they have read the answer; beyond a number of these, none is.
-            let patience = if told { fast_path::REFUSAL } else { Duration::ZERO };
-            Box::pin(fast_path::refuse_connection(&mut Conn::new(stream, limits.write_timeout.get()), patience)).await;
+            let wait = if admission == Admission::RefusedWithAnswer { fast_path::REFUSAL } else { Duration::ZERO };
+            Box::pin(fast_path::refuse_connection(&mut Conn::new(stream, limits.write_timeout.get()), wait)).await;
         }
     }
 
-    /// One request after the other, until either side has had enough. Idle connections are many, so whatever only a request needs is
-    /// boxed and lives no longer than it.
+    /// Serves one request after the other until either side closes. Boxes every future that only a request needs: there are many idle
+    /// connections, and each holds this function's state.
     async fn serve_connection(&self, mut conn: Conn, shutdown: &ShutdownWatch) {
-        let peer = conn.peer();
-        let address = peer.map(|peer| peer.ip().to_canonical());
+        let socket_address = conn.client_address();
+        let address = socket_address.map(|address| address.ip().to_canonical());
         let mut draining = shutdown.clone();
         let mut ahead = BytesMut::new();
         let mut wait = self.limits.load().header_timeout.get();
@@ -174,9 +187,9 @@ impl Front {
                 _ = draining.wait_for(|down| *down), if idle => return,
             };
             wait = limits.idle_timeout.get();
-            conn.set_patience(limits.write_timeout.get());
+            conn.set_write_timeout(limits.write_timeout.get());
             let _answering = self.metrics.answering();
-            // The lease lives as long as the request does, as the head's bytes do.
+            // `_lease` pays for the bytes of the head, so it must live as long as the request.
             let (head, _lease) = match head {
                 Ok(head) => head,
                 Err(NoHead::Closed) => return,
@@ -189,22 +202,11 @@ impl Front {
                     return Box::pin(self.shed_request(conn, Limit::ClientMemory, address)).await;
                 }
             };
-            let asked = match &self.audience {
-                Audience::Clients(_) => Asked::OPEN,
-                Audience::Peers(access) => match access.admits(&head, &ahead) {
-                    Some(asked) => asked,
-                    None => {
-                        let why = "this listener is for the nodes of the cluster";
-                        return Box::pin(self.refuse_request(conn, StatusCode::FORBIDDEN, why, address)).await;
-                    }
-                },
+            let asked = match self.admit_request(&head, &ahead) {
+                Ok(asked) => asked,
+                Err((status, why)) => return Box::pin(self.refuse_request(conn, status, why, address)).await,
             };
-            // Between nodes a question may come back: the owner peeks at the node that asked it. It goes no further than one hop.
-            if head.looped && matches!(self.audience, Audience::Clients(_)) {
-                let why = "the request has come back to the node that sent it: this node and its origin lead to each other; see origin.url";
-                return Box::pin(self.refuse_request(conn, StatusCode::LOOP_DETECTED, why, address)).await;
-            }
-            let client = self.client(peer, &head, &ahead);
+            let client = self.client(socket_address, &head, &ahead);
             let arrived = Arrived { head: &head, limits: &limits, draining: &draining, asked: &asked, client };
             let next = match head.target(&ahead) {
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
@@ -218,28 +220,11 @@ impl Front {
                         Err(Cut { .. }) => return,
                     }
                 }
-                Target::Blob(_) | Target::Malformed(_)
-                    if matches!(head.method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE) =>
-                {
-                    Box::pin(self.serve_session(conn, ahead, &arrived)).await
-                }
-                Target::Collection if head.method == Method::POST => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
-                _ => match &self.audience {
-                    Audience::Clients(relay) => {
-                        let Some(memory) = self.memory.lease(memory_plan::relay(&head)) else {
-                            drop(ahead);
-                            return Box::pin(self.shed_request(conn, Limit::ClientMemory, client)).await;
-                        };
-                        let Some(connection) = self.outgoing() else {
-                            drop(ahead);
-                            return Box::pin(self.shed_request(conn, Limit::Files, client)).await;
-                        };
-                        let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)) };
-                        let next = Box::pin(relay.pass(conn, ahead, &head, &limits, shutdown, known)).await;
-                        drop(connection);
-                        next
+                target => match &self.audience {
+                    Audience::Clients(relay) if !is_for_handlers(&target, &head.method) => {
+                        Box::pin(self.relay_request(relay, conn, ahead, &arrived, shutdown)).await
                     }
-                    Audience::Peers(_) => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
+                    _ => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
                 },
             };
             match next {
@@ -247,5 +232,53 @@ impl Front {
                 None => return,
             }
         }
+    }
+
+    /// Decides whether this listener answers the request. Returns what the answer must prove, or a status and a reason to refuse it.
+    fn admit_request(&self, head: &Head, bytes: &[u8]) -> Result<Asked, (StatusCode, &'static str)> {
+        match &self.audience {
+            // Not checked for peers: the owner of a blob may ask the very node that asked it. One hop is all, so that is no loop.
+            Audience::Clients(_) if head.looped => {
+                let why = "the request has come back to the node that sent it: this node and its origin lead to each other; see origin.url";
+                Err((StatusCode::LOOP_DETECTED, why))
+            }
+            Audience::Clients(_) => Ok(Asked::OPEN),
+            Audience::Peers(access) => {
+                access.admits(head, bytes).ok_or((StatusCode::FORBIDDEN, "this listener is for the nodes of the cluster"))
+            }
+        }
+    }
+
+    /// Relays a request to the origin, if memory and descriptors suffice. Gives the connection back if it can serve another request.
+    async fn relay_request(
+        &self,
+        relay: &Relay,
+        conn: Conn,
+        ahead: BytesMut,
+        arrived: &Arrived<'_>,
+        shutdown: &ShutdownWatch,
+    ) -> Option<(Conn, BytesMut)> {
+        let Arrived { head, limits, client, .. } = *arrived;
+        let Some(memory) = self.memory.lease(memory_plan::relay(head)) else {
+            drop(ahead);
+            self.shed_request(conn, Limit::ClientMemory, client).await;
+            return None;
+        };
+        let Some(_descriptors) = self.outgoing() else {
+            drop(ahead);
+            self.shed_request(conn, Limit::Files, client).await;
+            return None;
+        };
+        let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)) };
+        relay.pass(conn, ahead, head, limits, shutdown, known).await
+    }
+}
+
+/// Whether a handler answers such a request. If not, it is relayed.
+fn is_for_handlers(target: &Target<'_>, method: &Method) -> bool {
+    match target {
+        Target::Blob(_) | Target::Malformed(_) => matches!(*method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE),
+        Target::Collection => *method == Method::POST,
+        Target::Other => false,
     }
 }

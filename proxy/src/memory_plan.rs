@@ -1,67 +1,67 @@
-//! What this node may come to hold in memory: what one of each thing costs, the sum of it all, and whether it fits.
+//! The most memory that this node may need, and whether its control group allows that.
 //!
-//! The costs are measured (see docs/operations.md, "Sizing", and the test `memory_plan`, which holds the program to them). They count what
-//! the process holds. What the kernel holds for a socket comes on top and is counted with the connection.
+//! The costs below are measured (see docs/operations.md, "Sizing"). The test `memory_plan` checks that the program stays within them. They
+//! count the memory of the process; the cost of a connection also includes its socket in the kernel.
 
 use crate::request_head::{Framing, Head};
 use castier_cache::SMALL;
 use castier_config::{Castier, Limits, Size};
 use std::{fs, path::Path};
 
-/// The program itself, with its threads and what the allocator keeps at hand.
+/// The program itself, its threads, and freed memory that the allocator keeps.
 pub const BASE: u64 = 32 << 20;
-/// A connection that is idle, and its socket in the kernel.
+/// An idle connection, and its socket in the kernel.
 pub const CONNECTION: u64 = 8 << 10;
-/// A connection to an origin or a peer that is kept alive, both ends of it with an embedded origin.
+/// A kept-alive connection to an origin or a peer. With an embedded origin: both of its ends.
 const UPSTREAM: u64 = 24 << 10;
-/// A fill: its task, the connection it reads from, and what it has read and not yet put into its spool.
+/// A fill: its task, the connection that it reads from, and bytes that are not in its spool yet.
 pub const FILL: u64 = 160 << 10;
-/// What an open file of the disk tier keeps: its checksums.
+/// An open file of the disk tier: its checksums.
 const OPEN_FILE: u64 = 16 << 10;
-/// Read buffers that the disk tier and the spools share.
+/// The read buffers that the disk tier and the spools share.
 const BUFFERS: u64 = 8 << 20;
 
-/// A request that is not answered at once from memory: its session, its task, and, for a GET, its part in a flight.
+/// A request that the fast path does not answer: its session, its task, and, for a GET, its reader of a flight.
 pub const REQUEST: u64 = 8 << 10;
-/// A body that comes in: what pingora reads it into.
+/// A request body: pingora's read buffer.
 pub const BODY: u64 = 32 << 10;
-/// A relayed request that waits for its answer: the session, both connections, and the futures between.
+/// A relayed request that waits for its answer: the session, both connections, and the futures.
 pub const RELAY: u64 = 48 << 10;
-/// The most that a relay queues of a request's body, in reads of [`crate::connection::Conn::READ`] bytes; and what it keeps for a second try.
+/// The most bytes of a request body that a relay holds: a queue of reads of [`crate::connection::Conn::READ`] bytes, and a copy for one retry.
 pub const RELAY_REQUEST: u64 = 256 << 10;
-/// The most that a relay queues of an answer to a client that is slower than the origin.
+/// The most bytes of an answer that a relay queues for a client that is slower than the origin.
 pub const RELAY_ANSWER: u64 = 512 << 10;
 
-/// An answer of unknown length is charged only when a piece of it is longer than this: as long as none is, little can queue.
+/// An answer of unknown length is charged when it has a piece longer than this. If all pieces are shorter, the queue stays small.
 pub const RELAY_PIECE: usize = 1 << 10;
 
-/// What `limits.client_memory` is charged for a request about blobs.
+/// The charge to `limits.client_memory` for a request about blobs.
 pub fn request(head: &Head) -> u64 {
     let body = match head.framing {
         Framing::Length(0) => 0,
-        // What pingora reads into is touched as far as bytes come. Then twice: as it came, and as one piece for the origin.
+        // The used part of pingora's buffer. Then each byte twice: as it arrived, and joined into one piece for the origin.
         Framing::Length(length) => BODY.min(length.saturating_add(16 << 10)) + 2 * length.min(SMALL as u64),
         Framing::Chunked => BODY + 2 * SMALL as u64,
     };
     REQUEST + head.len as u64 + body
 }
 
-/// What `limits.client_memory` is charged for a relayed request until its answer begins.
+/// The charge to `limits.client_memory` for a relayed request until its answer begins.
 pub fn relay(head: &Head) -> u64 {
     let body = match head.framing {
         Framing::Length(length) => (2 * length).min(RELAY_REQUEST),
         Framing::Chunked => RELAY_REQUEST,
     };
-    // The head is sent on as a copy.
+    // Twice the head: pingora sends a copy to the origin.
     RELAY + 2 * head.len as u64 + body
 }
 
-/// What it is charged beside that when the answer has begun; of unknown length it is [`RELAY_ANSWER`].
+/// The additional charge when the answer begins. [`RELAY_ANSWER`] if its length is unknown.
 pub fn relay_answer(length: Option<u64>) -> u64 {
     length.map_or(RELAY_ANSWER, |length| length.saturating_mul(2).min(RELAY_ANSWER))
 }
 
-/// What this node may come to hold, as configured, with `connections` from clients.
+/// The most memory that this node may need with this configuration.
 pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     let peers = config.cluster.as_ref().map_or(0, |_| limits.max_peer_connections as u64);
     let connections = limits.max_connections as u64 + limits.max_admin_connections as u64 + peers;
@@ -76,7 +76,7 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
         traced,
         config.memory.capacity.get(),
         config.fill.memory.get(),
-        // An evicted blob that a client still reads may take `fill.memory` over its limit once.
+        // A client may still read an evicted blob. That may exceed `fill.memory` by one blob.
         config.memory.max_blob.get(),
         limits.client_memory.get(),
         connections * CONNECTION,
@@ -86,19 +86,19 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     parts.into_iter().fold(0, u64::saturating_add)
 }
 
-/// What the control group that this process is in may hold; none if there is no limit.
+/// The memory limit of this process's control group; `None` if there is no limit.
 pub fn memory_limit() -> Option<u64> {
     group_limit(Path::new("/proc/self"))
 }
 
-/// What this process holds now, as far as the kernel tells.
+/// The resident memory of this process; `None` if the kernel does not tell.
 pub fn resident() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let kibibytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())?;
     kibibytes.checked_mul(1024)
 }
 
-/// Warns if what is configured is more than the control group that this process is in may hold.
+/// Warns if this configuration may need more memory than the control group of this process allows.
 pub fn tell(config: &Castier, limits: &Limits) {
     let planned = memory(config, limits);
     if let Some(limit) = memory_limit()
@@ -116,23 +116,23 @@ pub fn tell(config: &Castier, limits: &Limits) {
 }
 
 fn shown(bytes: u64) -> Size {
-    // In whole MiB: nobody compares more digits.
+    // Whole MiB are precise enough for a warning.
     Size::mib(bytes >> 20)
 }
 
-/// The memory limit of the control group that the process whose folder in /proc this is belongs to, or of a group above it; none if there
-/// is no limit. Knows both versions of control groups.
+/// The lowest memory limit of a process's control group and the groups above it; `None` if there is no limit. `process` is the process's folder
+/// in /proc. Supports both versions of control groups.
 fn group_limit(process: &Path) -> Option<u64> {
     let groups = fs::read_to_string(process.join("cgroup")).ok()?;
     let mounts = fs::read_to_string(process.join("mountinfo")).ok()?;
     limits_of(&groups, &mounts, |path| fs::read_to_string(path).ok()).into_iter().min()
 }
 
-/// All limits that hold, by what /proc/PID/cgroup and /proc/PID/mountinfo say.
+/// All limits that apply. `groups` is /proc/PID/cgroup, and `mounts` is /proc/PID/mountinfo.
 fn limits_of(groups: &str, mounts: &str, read: impl Fn(&Path) -> Option<String>) -> Vec<u64> {
     let mut found = Vec::new();
     for line in groups.lines() {
-        // HIERARCHY:CONTROLLERS:PATH; version 2 is hierarchy 0, without controllers.
+        // HIERARCHY:CONTROLLERS:PATH. Version 2 has hierarchy 0 and no controllers.
         let mut fields = line.splitn(3, ':');
         let (Some(hierarchy), Some(controllers), Some(group)) = (fields.next(), fields.next(), fields.next()) else { continue };
         let (kind, file) = match (hierarchy, controllers) {
@@ -149,7 +149,7 @@ fn limits_of(groups: &str, mounts: &str, read: impl Fn(&Path) -> Option<String>)
             if made_of.next() != Some(kind) || (kind == "cgroup" && !options.split(',').any(|option| option == "memory")) {
                 continue;
             }
-            // In a container the mount begins at the container's own group.
+            // In a container the root of the mount is the container's own group.
             let below = if root == "/" { group } else { group.strip_prefix(root).unwrap_or_default() };
             let mut path = Path::new(point).join(below.trim_start_matches('/'));
             while path.starts_with(point) {

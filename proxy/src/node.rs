@@ -1,4 +1,4 @@
-//! This node: its cache, the origin behind it, and the other nodes. What a request does beyond a get is here: ask for a size, store, delete, forget.
+//! This node: its cache, its origin, and its peers. Has all operations of requests except the get, which is in the cache.
 
 use crate::metrics::Metrics;
 use castier_blob::Digest;
@@ -7,23 +7,23 @@ use castier_cluster::{Member, Peers};
 use futures::future::join_all;
 use std::sync::Arc;
 
-/// The parts of this node that work together.
+/// The parts of this node.
 pub struct Node {
     /// The tiers and the flights.
     pub cache: Arc<Cache>,
-    /// The source of truth.
+    /// The origin.
     pub origin: Arc<dyn Store>,
-    /// The other nodes; none without a cluster.
+    /// The other nodes; `None` without a cluster.
     pub peers: Option<Arc<Peers>>,
-    /// The series.
+    /// The metrics.
     pub metrics: Arc<Metrics>,
 }
 
 impl Node {
-    /// The blob's size, and who knew it. Never loads the blob.
+    /// The blob's size, and who answered: a tier, the owner, or the origin. Never loads the blob.
     ///
     /// # Errors
-    /// The origin could not be asked.
+    /// The origin did not answer.
     pub async fn stat(&self, digest: &Digest, asker: Asker) -> Result<(Stat, Via), Fault> {
         if let Some(known) = self.cache.stat(digest).await {
             return Ok(known);
@@ -38,37 +38,38 @@ impl Node {
         Ok((*known, Via::asked(SourceKind::Origin)))
     }
 
-    /// The other node to which a request about the digest goes first. What a peer asks for goes to no other peer.
+    /// The peer that owns the digest, and gets requests about it first. `None` if this node owns it, or if a peer asks: one hop is the limit.
     fn owner(&self, digest: &Digest, asker: Asker) -> Option<(&Arc<Peers>, Member)> {
         let peers = self.peers.as_ref().filter(|_| asker == Asker::Client)?;
         Some((peers, peers.owner(digest)?))
     }
 
-    /// The blob's size, if the origin has it durably: an upload that has not been sent yet need not be, and ends a remembered absence as if it had been
-    /// sent.
+    /// The blob's size if the origin has it durably. Then the client need not send its upload. A remembered absence ends, as after an upload.
     ///
     /// # Errors
-    /// The origin could not be asked.
+    /// The origin did not answer.
     pub async fn stored_at_origin(&self, digest: &Digest, size: Option<u64>, asker: Asker) -> Result<Option<u64>, Fault> {
         let size = self.origin.holds(digest, size).await?;
         if size.is_some() {
             self.cache.stored(digest);
-            self.tell_peers(digest, asker, None, None).await;
+            self.notify_peers(digest, asker, None, None).await;
         }
         Ok(size)
     }
 
-    /// Stores an upload at the origin, by name or letting its bytes name it, and keeps it. Done only when the origin says that it is durable.
+    /// Stores an upload at the origin, and keeps it. Without a digest, its bytes name it. Returns when the origin says that the blob is durable.
     ///
-    /// An upload that comes from a client and belongs to another node is handed over to that node, which does the same. If that node cannot be
-    /// reached, or fails while all that came is still here, this node stores it; and so it does where peers have no secret to prove that they have
-    /// stored it.
+    /// If another node owns a client's upload, that node gets it and stores it. This node stores it itself in two cases: the owner fails while this
+    /// node still holds all bytes that have arrived; or the peers have no secret, with which the owner proves that it has stored the upload.
     ///
-    /// Before the client hears of it, every other node is told that the blob is stored: each may remember that it is absent, or have a flight that is
-    /// about to hear so. So no GET that starts after the acknowledgement is told of an absence from before.
+    /// No GET that starts after the acknowledgement may be answered from an old absence:
+    ///
+    /// 1. A peer remembers that the blob is absent, or has a flight whose origin has just said so.
+    /// 2. This node stores the blob, and sends `/stored/<digest>` to every peer. Each peer drops its absence.
+    /// 3. Only then does the client get its acknowledgement.
     ///
     /// # Errors
-    /// The client's, the origin's, or a limit; nothing is kept then.
+    /// A fault of the client or the origin, or a limit. Then no tier keeps the blob.
     pub async fn put(&self, digest: Option<Digest>, size: Option<u64>, body: Body<'_>, asker: Asker) -> Result<(Put, Digest, u64), Fault> {
         self.store(digest, size, body, asker).await.inspect_err(|fault| {
             if matches!(fault, Fault::Mismatch(_)) {
@@ -87,14 +88,14 @@ impl Node {
                 Ok(put) => {
                     let stored = stored(&upload)?;
                     self.cache.stored(&digest);
-                    self.tell_peers(&digest, asker, Some(&owner.name), None).await;
+                    self.notify_peers(&digest, asker, Some(&owner.name), None).await;
                     return Ok((put, stored.0, stored.1));
                 }
                 Err(fault) if fault.is_broken_transfer() || matches!(fault, Fault::Busy(_)) => {
                     if !upload.rewind() {
                         return Err(fault);
                     }
-                    tracing::debug!(%digest, peer = &*owner.name, %fault, "an upload could not be handed over, and is stored from here");
+                    tracing::debug!(%digest, peer = &*owner.name, %fault, "the owner did not take an upload; this node stores it");
                     failed = Some(owner.name);
                 }
                 Err(fault) => return Err(fault),
@@ -102,34 +103,34 @@ impl Node {
         }
         let put = self.origin.put(&mut upload).await?;
         let (digest, size) = stored(&upload)?;
-        // Which node owns it may be known only now.
+        // Only now is the digest of a POST known, and so its owner.
         let owner = if failed.is_none() && self.owner(&digest, asker).is_some() { Owner::Peer } else { Owner::ThisNode };
         self.cache.keep(upload, owner);
         self.cache.stored(&digest);
-        self.tell_peers(&digest, asker, None, failed.as_deref()).await;
+        self.notify_peers(&digest, asker, None, failed.as_deref()).await;
         Ok((put, digest, size))
     }
 
-    /// Tells all other nodes that are up that a blob is stored; not the one that has stored it and so `knows`. The one that has just `failed` gets less
-    /// time, since a request should lose one stall timeout at most. What comes from a peer is told by that peer.
-    async fn tell_peers(&self, digest: &Digest, asker: Asker, knows: Option<&str>, failed: Option<&str>) {
+    /// Sends `/stored/<digest>` to all peers that are up, except the one that has stored it (`knows`). The peer that has just `failed` gets a
+    /// quarter of the time, so that a request loses little more than one stall timeout. If a peer sent the upload, that peer does this.
+    async fn notify_peers(&self, digest: &Digest, asker: Asker, knows: Option<&str>, failed: Option<&str>) {
         let Some(peers) = self.peers.as_ref().filter(|_| asker == Asker::Client) else { return };
         let view = peers.members().view();
         let others = view.members().iter().filter(|member| !member.itself && member.up && knows != Some(&*member.name));
-        let tell = async |member: &Member| {
+        let notify = async |member: &Member| {
             let whole = peers.stall_timeout();
             let timeout = if failed == Some(&*member.name) { whole / 4 } else { whole };
             if let Err(fault) = peers.stored(member, digest, timeout).await {
-                tracing::debug!(%digest, peer = &*member.name, %fault, "the peer was not told of an upload; it may call the blob absent for limits.negative_ttl");
+                tracing::debug!(%digest, peer = &*member.name, %fault, "the peer does not know of an upload; it may answer 404 for limits.negative_ttl");
             }
         };
-        join_all(others.map(tell)).await;
+        join_all(others.map(notify)).await;
     }
 
-    /// Deletes the blob at the origin, then here; false if the origin did not have it.
+    /// Deletes the blob at the origin, then in this node's tiers. Returns false if the origin did not have it.
     ///
     /// # Errors
-    /// The origin does not delete, or could not be asked.
+    /// The origin does not support deletion, or did not answer.
     pub async fn delete(&self, digest: &Digest) -> Result<bool, Fault> {
         let deleted = self.origin.delete(digest).await?;
         self.cache.forget(digest).await;

@@ -7,17 +7,17 @@ use http::Method;
 use pingora::{listeners::tls::Acceptor, protocols::Stream};
 use std::{sync::Arc, time::Duration};
 
-/// Admits the nodes of the cluster to the peer listener, and nobody else.
+/// Admits only the nodes of the cluster to the peer listener.
 pub struct PeerAccess {
     secrets: Arc<Secrets>,
-    /// None: plain TCP.
+    /// `None`: plain TCP.
     tls: Option<Acceptor>,
-    /// When the certificate that is shown expires, in seconds since 1970; none without TLS.
+    /// When this node's certificate expires, in seconds since 1970; `None` without TLS.
     certificate_expiry: Option<i64>,
 }
 
 impl PeerAccess {
-    /// For those that prove that they know the secret and, with TLS, have a certificate of the cluster's.
+    /// Admits nodes that prove that they know the secret and, with TLS, have a certificate from the cluster's CA.
     ///
     /// # Errors
     /// A text that names the key of `cluster.tls` whose file cannot be used.
@@ -26,7 +26,7 @@ impl PeerAccess {
         Ok(Self { secrets, tls: acceptor, certificate_expiry: certificate_expiry.flatten() })
     }
 
-    /// When the certificate that is shown to peers expires, or one of those that vouch for it, in seconds since 1970.
+    /// When the first certificate of this node's chain expires, in seconds since 1970.
     pub const fn certificate_expiry(&self) -> Option<i64> {
         self.certificate_expiry
     }
@@ -36,7 +36,7 @@ impl PeerAccess {
         self.tls.is_some()
     }
 
-    /// The connection with its TLS handshake done, if there is one to do; none if it failed.
+    /// The connection after its TLS handshake, if TLS is on. `None` if the handshake failed.
     pub(crate) async fn secure(&self, stream: Stream, timeout: Duration) -> Option<Stream> {
         match &self.tls {
             None => Some(stream),
@@ -44,11 +44,12 @@ impl PeerAccess {
         }
     }
 
-    /// What the answer is to be proved with, if the request whose head stands at the front of `bytes` is a peer's, or may be anybody's.
+    /// What the answer must prove, if the request is admitted: a peer's request, or a health check, which needs no proof. The head of the request
+    /// is at the front of `bytes`.
     pub(crate) fn admits(&self, head: &Head, bytes: &[u8]) -> Option<Asked> {
         let (method, path) = (head.method.as_str(), head.path(bytes));
         let admitted = head.asked(bytes).and_then(|fields| self.secrets.admit(head.proof(bytes), method, path, fields));
-        // A proof that does not fit is refused here too, so that a node with another secret shows in the figures of both.
+        // A health check with a wrong proof is refused. So a node with another secret shows in the metrics of both nodes.
         let anybody = head.method == Method::GET && path == HEALTH && head.proof(bytes).is_none();
         admitted.or_else(|| anybody.then_some(Asked::OPEN))
     }

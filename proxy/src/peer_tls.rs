@@ -1,5 +1,5 @@
-//! Mutual TLS at the peer listener. The handshake happens once a connection is counted, and within `limits.header_timeout`: who only
-//! opens connections gets no more out of it here than anywhere else.
+//! Mutual TLS at the peer listener. The handshake begins after the connection is counted, and must end within `limits.header_timeout`. So
+//! connections without a handshake cannot occupy the listener without limit.
 
 use castier_config::ClusterTls;
 use castier_serverkit::pem::{certificates, private_key, unusable};
@@ -12,8 +12,8 @@ use rustls_pki_types::CertificateDer;
 use std::{sync::Arc, time::Duration};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// Accepts those whose certificate is signed by `cluster.tls.ca_file`, and shows them this node's. None if there is no TLS. Beside it,
-/// when the first of this node's certificates expires.
+/// Accepts peers whose certificate is signed by `cluster.tls.ca_file`, and presents this node's certificate. Also returns when the first
+/// certificate of this node's chain expires. `None` if TLS is off.
 pub(super) fn acceptor(tls: &ClusterTls) -> Result<Option<(Acceptor, Option<i64>)>, String> {
     if !tls.is_on() {
         return Ok(None);
@@ -33,16 +33,16 @@ pub(super) fn acceptor(tls: &ClusterTls) -> Result<Option<(Acceptor, Option<i64>
     Ok(Some((Acceptor::from_server_config(Arc::new(config)), expiry)))
 }
 
-/// When the first of these certificates expires, in seconds since 1970. None if none of them can be read, which is for rustls to judge.
+/// When the first of these certificates expires, in seconds since 1970. `None` if none can be parsed; rustls reports that error.
 fn expiry(certificates: &[CertificateDer<'_>]) -> Option<i64> {
     let parsed = certificates.iter().filter_map(|der| X509Certificate::from_der(der).ok());
     parsed.map(|(_, certificate)| certificate.validity().not_after.timestamp()).min()
 }
 
-/// The connection as its two ends read it; none if the other end is no peer, or too slow to become one.
-pub(super) async fn accept(acceptor: &Acceptor, stream: Stream, patience: Duration) -> Option<Stream> {
+/// The connection after its TLS handshake. `None` if the handshake failed, or took longer than `limit`.
+pub(super) async fn accept(acceptor: &Acceptor, stream: Stream, limit: Duration) -> Option<Stream> {
     let socket = *stream.into_any().downcast::<Socket>().ok()?;
-    match tokio::time::timeout(patience, acceptor.tls_handshake(socket)).await {
+    match tokio::time::timeout(limit, acceptor.tls_handshake(socket)).await {
         Ok(Ok(secured)) => Some(Box::new(secured)),
         Ok(Err(error)) => {
             tracing::info!(%error, "no peer: the TLS handshake failed");

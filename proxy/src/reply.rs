@@ -1,4 +1,4 @@
-//! Responses: status, headers, and which body. Pure, and free of pingora, so that every way to write a response writes the same one.
+//! Responses: status, headers, and a body. Pure, and without pingora, so that the fast path and the session write the same response.
 
 use crate::metrics::Served;
 use bytes::{BufMut, Bytes, BytesMut};
@@ -8,17 +8,17 @@ use castier_cluster::{Asked, PROOF};
 use castier_wire::{self as wire, Selection};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
-/// What a shed client is told to wait, in seconds: long enough for a burst to pass, short enough to be worth it.
+/// `Retry-After` for a shed client, in seconds. A burst is over by then in most cases.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
-/// What a blob takes when nothing may be deleted.
+/// `Allow` for a blob if the origin does not delete.
 const BLOB_METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD, PUT");
 
 /// A response, ready to be written.
 pub struct Reply {
     /// The status.
     pub status: StatusCode,
-    /// All headers but `Date` and `Connection`, which belong to the connection.
+    /// All headers except `Date` and `Connection`, which the writer adds.
     pub headers: HeaderMap,
     /// The body.
     pub body: Body,
@@ -30,15 +30,15 @@ pub struct Reply {
 
 /// The body of a response.
 pub enum Body {
-    /// Nothing.
+    /// No bytes.
     Empty,
-    /// Made up here, whole.
+    /// All bytes, in memory.
     Whole(Bytes),
     /// Bytes of a blob.
     Blob(Reader),
 }
 
-/// How a blob was found, as `Cache-Status` tells it.
+/// How a blob was found, as the value of `Cache-Status`.
 const fn cache_status_of(via: Via) -> HeaderValue {
     HeaderValue::from_static(match via {
         Via::Tier(Tier::Memory) => "castier; hit; detail=memory",
@@ -73,7 +73,7 @@ const fn served(via: Via) -> Served {
 }
 
 impl Reply {
-    /// A blob, or the part of it that was selected. `size` is none while it streams with no length announced.
+    /// A blob, or the selected part of it. `size` is `None` if the source has not announced a length.
     pub fn blob(digest: &Digest, size: Option<u64>, selection: Selection, via: Via, body: Body) -> Self {
         let (status, mut headers) = wire::blob_head(digest, size, selection);
         headers.insert(wire::CACHE_STATUS, cache_status_of(via));
@@ -90,9 +90,9 @@ impl Reply {
         }
     }
 
-    /// The head as it goes over the wire where there is no session, with room behind it for so much of the body.
-    pub fn head(&self, date: &HeaderValue, keep_alive: bool, room: usize) -> BytesMut {
-        let mut out = BytesMut::with_capacity(1024 + room);
+    /// The bytes of the head, for a connection without a session. The buffer has capacity for `extra` bytes of the body.
+    pub fn head(&self, date: &HeaderValue, keep_alive: bool, extra: usize) -> BytesMut {
+        let mut out = BytesMut::with_capacity(1024 + extra);
         out.put_slice(b"HTTP/1.1 ");
         out.put_slice(self.status.as_str().as_bytes());
         out.put_u8(b' ');
@@ -110,14 +110,14 @@ impl Reply {
         out
     }
 
-    /// Adds the proof to an answer to a peer. The answer must not change any more.
+    /// Adds the proof to an answer to a peer. The answer must not change after this.
     pub fn prove(&mut self, asked: &Asked) {
         if let Some(proof) = asked.prove(self.status, &self.headers) {
             self.headers.insert(PROOF, proof);
         }
     }
 
-    /// The client named this very blob in `If-None-Match`: nothing had to be looked up.
+    /// The client named this blob in `If-None-Match`. No look-up was needed.
     pub fn not_modified(digest: &Digest) -> Self {
         let (status, mut headers) = wire::blob_head(digest, None, Selection::NotModified);
         headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; hit; detail=validator"));
@@ -129,7 +129,7 @@ impl Reply {
         Self::blob(digest, Some(size), Selection::Whole, via, Body::Empty)
     }
 
-    /// An upload was stored, or was there already. Under its own name (`PUT`) that says it all; otherwise (`POST`) the name is told.
+    /// The origin has stored an upload, or has had the blob before. The answer to a `POST` (`by_name` is false) contains the digest.
     pub fn stored(digest: &Digest, size: u64, created: bool, by_name: bool) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(header::ETAG, value(digest.etag()));
@@ -145,7 +145,7 @@ impl Reply {
         Self { status, headers, body: Body::Whole(body), served: Served::Miss, tier: None }
     }
 
-    /// What was to be done is done, and there is no more to say.
+    /// Success, without a body.
     pub fn done() -> Self {
         Self { status: StatusCode::NO_CONTENT, headers: HeaderMap::new(), body: Body::Empty, served: Served::Miss, tier: None }
     }
@@ -157,7 +157,7 @@ impl Reply {
         Self::explained(StatusCode::NOT_FOUND, headers, &format!("the origin has no blob {digest}"))
     }
 
-    /// A word, for programs.
+    /// A short text, for programs.
     pub fn text(text: &'static str) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
@@ -165,24 +165,24 @@ impl Reply {
         Self { status: StatusCode::OK, headers, body: Body::Whole(Bytes::from_static(text.as_bytes())), served: Served::Miss, tier: None }
     }
 
-    /// No tier keeps the blob, and the request was not to go further (`only-if-cached`).
+    /// `only-if-cached` missed: no tier keeps the blob.
     pub fn not_kept() -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=request"));
         Self::explained(StatusCode::GATEWAY_TIMEOUT, headers, "the blob is not kept here")
     }
 
-    /// Below `/cas/`, but no digest.
+    /// A path below `/cas/` that is no digest.
     pub fn malformed_digest() -> Self {
         Self::error(StatusCode::BAD_REQUEST, &format!("{}; the path is {}/<digest>", castier_blob::MalformedDigest, wire::CAS))
     }
 
-    /// The origin does not do this to a blob.
+    /// The origin does not support this method for a blob.
     fn not_allowed() -> Self {
         Self::error(StatusCode::METHOD_NOT_ALLOWED, "the origin does not allow this; it takes GET, HEAD and PUT")
     }
 
-    /// Any fault, as the client may know it: the cause stays in the log.
+    /// The answer for any fault. It does not contain the cause, which is only for the log.
     pub fn fault(fault: &Fault) -> Self {
         let (status, detail) = match fault {
             Fault::Mismatch(mismatch) => (StatusCode::UNPROCESSABLE_ENTITY, mismatch.to_string()),
@@ -210,7 +210,7 @@ impl Reply {
         Self::error(status, &detail)
     }
 
-    /// An error with nothing but its explanation.
+    /// An error, with its explanation as the body.
     pub fn error(status: StatusCode, detail: &str) -> Self {
         Self::explained(status, HeaderMap::new(), detail)
     }
@@ -228,7 +228,7 @@ impl Reply {
     }
 }
 
-/// A header value made of text that was composed here, and which is therefore visible ASCII.
+/// A header value out of text that castier composed. It is visible ASCII, so the conversion cannot fail.
 fn value(text: String) -> HeaderValue {
     HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
 }

@@ -1,5 +1,5 @@
-//! Request bodies: the bytes of an upload as a stream, straight from the session or out of a multipart form, cut off at `limits.max_blob`;
-//! and those that mean nothing and are read away.
+//! Request bodies. The body of an upload becomes a stream of bytes, either as it is or taken out of a multipart form, of at most
+//! `limits.max_blob`. Bodies without a meaning are read and discarded.
 
 use castier_cache::{Body, Fault};
 use castier_serverkit::multipart::{self, FormError};
@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use http::HeaderMap;
 use pingora::{ErrorType, protocols::http::ServerSession};
 
-/// A GET or DELETE may carry a body, which means nothing and is read away up to this size.
+/// The longest body of a GET or DELETE. It has no meaning, so it is read and discarded.
 const IDLE_BODY: u64 = 64 << 10;
 
 /// The body of a request, as a handler sees it.
@@ -19,26 +19,26 @@ impl<'a> RequestBody<'a> {
         Self(session)
     }
 
-    /// Whether the client waits to be called for its body.
-    pub fn is_awaited(&self) -> bool {
+    /// Whether the client waits for a 100 before it sends its body.
+    pub fn expects_continue(&self) -> bool {
         expects_continue(self.0)
     }
 
-    /// Calls for the body.
+    /// Sends a 100, so that the client sends its body.
     ///
     /// # Errors
-    /// The client has left.
-    pub async fn call_for(&mut self) -> Result<(), Fault> {
-        go_on(self.0).await
+    /// The client has closed the connection.
+    pub async fn send_continue(&mut self) -> Result<(), Fault> {
+        send_continue(self.0).await
     }
 
-    /// The bytes as they come: at most `max`, or, of a form, a little more, since its file is measured again when it is taken out.
+    /// The bytes as they arrive, at most `max`. A form may be a little longer: the size of its file is checked when it is taken out.
     pub fn into_bytes(self, max: u64, form: bool) -> Body<'a> {
         of_session(self.0, max, form)
     }
 }
 
-/// The request body, as it comes. A form may be a little longer than its file, which is measured again when it is taken out.
+/// See [`RequestBody::into_bytes`].
 fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Body<'_> {
     let most = if form { max.saturating_add(multipart::OVERHEAD) } else { max };
     stream::try_unfold((session, 0u64), move |(session, before)| async move {
@@ -57,7 +57,7 @@ fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Body<'_> {
     .boxed()
 }
 
-/// Reads away the body of a request that should have none.
+/// Reads and discards the body of a request that should have none.
 ///
 /// # Errors
 /// As the body's own.
@@ -66,34 +66,35 @@ pub async fn discard(session: &mut ServerSession) -> Result<(), Fault> {
         return Ok(());
     }
     if expects_continue(session) {
-        go_on(session).await?;
+        send_continue(session).await?;
     }
     let mut body = of_session(session, IDLE_BODY, false);
     while body.next().await.transpose()?.is_some() {}
     Ok(())
 }
 
-/// Whether the client waits to be asked for its body.
+/// Whether the client waits for a 100 before it sends its body.
 pub fn expects_continue(session: &ServerSession) -> bool {
     let request = session.req_header();
     castier_wire::expects_continue(request.version, &request.headers)
 }
 
-/// Calls for the body. That is no answer yet, so it does not cost the connection, as an answer would that comes before the body's end.
+/// Sends a 100. pingora would close a connection on which an answer is written before the end of the request body. A 100 is no answer yet, so
+/// that is switched off meanwhile.
 ///
 /// # Errors
-/// The client is gone.
-async fn go_on(session: &mut ServerSession) -> Result<(), Fault> {
+/// The client has closed the connection.
+async fn send_continue(session: &mut ServerSession) -> Result<(), Fault> {
     session.set_close_on_response_before_downstream_finish(false);
     session.write_continue_response().await.map_err(|error| Fault::ClientGone(error.to_string()))?;
     session.set_close_on_response_before_downstream_finish(true);
     Ok(())
 }
 
-/// The boundary of a `multipart/form-data` body; none if the body is the blob itself.
+/// The boundary of a `multipart/form-data` body; `None` if the body is the blob itself.
 ///
 /// # Errors
-/// [`Fault::BadRequest`] for a form that names no boundary: stored as it is, it would be a blob that nobody meant.
+/// [`Fault::BadRequest`] for a form that names no boundary. The client meant a file in it, so storing the whole body would be wrong.
 pub fn boundary(headers: &HeaderMap) -> Result<Option<String>, Fault> {
     multipart::boundary(headers).map_err(|_| Fault::BadRequest("multipart/form-data without a boundary in its Content-Type".into()))
 }

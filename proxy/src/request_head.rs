@@ -1,6 +1,6 @@
-//! Reads one request head off a connection, within every limit, before anything is built for it.
+//! Reads one request head from a connection, and checks it against every limit before castier spends memory on the request.
 //!
-//! Strict on purpose: what two parsers could read differently is refused here, and only here.
+//! Strict on purpose: a head that two parsers could read differently is refused. Only this file decides that.
 
 use bytes::{Buf, BytesMut};
 use castier_cache::{Budget, Lease};
@@ -28,64 +28,64 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// `limits.max_headers` cannot be more than this (the config sees to it): the room on the stack for parsing.
+/// The size of the parser's array on the stack. The configuration does not accept a larger `limits.max_headers`.
 const MAX_HEADERS: usize = 256;
-/// How much is read at once.
+/// The most bytes that one read gives.
 const READ: usize = 4 << 10;
 
-/// A complete and well-formed request head at the front of the bytes read.
+/// A complete and well-formed request head, at the front of the bytes that were read. Ranges are positions in those bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// Its length, the empty line included.
+    /// Its length, including the empty line.
     pub len: usize,
     /// The method.
     pub method: Method,
-    /// Where the path stands, without the query.
+    /// The path, without the query.
     path: Range<usize>,
-    /// Where scheme and authority stand, in front of the path; empty in origin form.
+    /// Scheme and authority, before the path; empty in origin form.
     authority: Range<usize>,
     /// Asks to change the protocol, and has no body.
     pub upgrade: bool,
-    /// GET over HTTP/1.1 with no header that could change the answer, unless it is `If-None-Match`: the bytes of the blob, whole.
+    /// A GET over HTTP/1.1 without a header that changes the answer, except `If-None-Match`. Its answer is the whole blob, or a 304.
     pub plain: bool,
-    /// The connection is to be closed after the answer.
+    /// The client wants the connection closed after the answer.
     pub close: bool,
-    /// Where `If-None-Match` stands, if there is one. Of two none counts: then it is empty, which no entity tag is.
+    /// `If-None-Match`. An empty range, which matches no entity tag, if the header is repeated.
     validator: Option<Range<usize>>,
     /// How the request's body is framed.
     pub framing: Framing,
-    /// `Via` names this node: it was here before.
+    /// `Via` names this node: this node has sent the request before.
     pub looped: bool,
-    /// Where `User-Agent` stands, if there is one.
+    /// `User-Agent`.
     user_agent: Option<Range<usize>>,
-    /// It says whom it comes from, or which request it is.
+    /// It has one of the headers in [`INTRODUCING`].
     introduced: bool,
-    /// Where a peer's proof stands, if there is one. Of two none counts: then it is empty, which no proof is.
+    /// A peer's proof. An empty range, which is no valid proof, if the header is repeated.
     proof: Option<Range<usize>>,
 }
 
 /// How a request's body is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
-    /// So many bytes; 0 for none.
+    /// This many bytes; 0 if there is no body.
     Length(u64),
-    /// In chunks, to an end that only a parser of chunks knows.
+    /// In chunks.
     Chunked,
 }
 
-/// Why there is no request.
+/// Why no request could be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoHead {
-    /// The client closed, or stayed idle too long: nothing to answer.
+    /// The client closed, or was idle for too long. There is nothing to answer.
     Closed,
-    /// Refused, with what to say before closing.
+    /// Refused, with the status and the reason for the client.
     Refused(StatusCode, String),
-    /// `limits.client_memory` is used up, and the rest of the head is still to come.
+    /// `limits.client_memory` is used up, and the head is not complete yet.
     NoMemory,
 }
 
 impl Head {
-    /// The path, out of the very bytes that were parsed.
+    /// The path. `bytes` must be the bytes that were parsed, here and below.
     pub fn path<'a>(&self, bytes: &'a [u8]) -> &'a str {
         bytes.get(self.path.clone()).and_then(|path| str::from_utf8(path).ok()).unwrap_or_default()
     }
@@ -95,7 +95,7 @@ impl Head {
         bytes.get(self.proof.clone()?)
     }
 
-    /// The fields that a proof covers. Parsed once more, since only peers' requests need them.
+    /// The fields that a proof covers. Parses the head a second time, since only peers' requests need them.
     pub fn asked<'a>(&self, bytes: &'a [u8]) -> Option<[Field<'a>; ASKED.len()]> {
         let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
         let mut request = httparse::Request::new(&mut []);
@@ -109,18 +109,18 @@ impl Head {
         }))
     }
 
-    /// The entity tag, or tags, that the client has already.
+    /// The value of `If-None-Match`.
     pub fn validator<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
         bytes.get(self.validator.clone()?)
     }
 
-    /// What the client calls itself, for the record.
+    /// `User-Agent`, for the access record.
     pub fn user_agent<'a>(&self, bytes: &'a [u8]) -> Option<Cow<'a, str>> {
         Some(String::from_utf8_lossy(bytes.get(self.user_agent.clone()?)?))
     }
 
-    /// What `read` makes of the fields in which a request says whom it comes from and which one it is. Parsed once more, since only those who
-    /// log or trace need them; where there are none, `read` sees none.
+    /// Calls `read` with the fields of the head if it has one of [`INTRODUCING`], else with no fields. Parses the head a second time, since only
+    /// logs and traces need them.
     pub fn introduction<T>(&self, bytes: &[u8], read: impl FnOnce(&Parsed<'_, '_>) -> T) -> T {
         let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
         let mut request = httparse::Request::new(&mut []);
@@ -130,13 +130,13 @@ impl Head {
         read(&Parsed(&[]))
     }
 
-    /// What the request is for.
+    /// The resource that the path names.
     pub fn target<'a>(&self, bytes: &'a [u8]) -> Target<'a> {
         Target::of(self.path(bytes))
     }
 }
 
-/// The fields of a head that was parsed and not copied.
+/// The fields of a parsed head, without a copy.
 pub struct Parsed<'h, 'b>(&'h [httparse::Header<'b>]);
 
 impl Fields for Parsed<'_, '_> {
@@ -146,17 +146,18 @@ impl Fields for Parsed<'_, '_> {
     }
 }
 
-/// The fields in which a request says whom it comes from and which one it is.
+/// The fields that name the client and the request.
 const INTRODUCING: [&str; 4] = ["x-forwarded-for", "forwarded", "traceparent", "x-request-id"];
 
-/// Reads until `ahead` begins with a whole head. What follows the head stays in `ahead`.
+/// Reads until `ahead` begins with a whole head. Bytes after the head stay in `ahead`, which may hold bytes from an earlier read.
 ///
-/// The first byte may take `wait` (a new connection's whole head must then come within `header_timeout`); `ahead` may hold bytes from before.
-/// A head that does not come whole in the first read is paid for out of `memory`. The lease comes with the head, which keeps the bytes. A
-/// head that does come whole costs no lease: that is the case that must be fast, and it holds [`READ`] bytes at most.
+/// The first byte must arrive within `wait`, and the whole head within `header_timeout` after it.
+///
+/// A head that is complete after the first read is not charged to `memory`: this is the case that must be fast, and it holds at most [`READ`]
+/// bytes. Any other head takes a lease, which must live as long as the bytes.
 ///
 /// # Errors
-/// [`NoHead`]: nothing came, or nothing that may be served.
+/// [`NoHead`]: the client sent no request, or the request is refused.
 pub async fn read_head(
     stream: &mut (impl AsyncRead + Unpin),
     ahead: &mut BytesMut,
@@ -171,7 +172,7 @@ pub async fn read_head(
     let mut lease: Option<Lease> = None;
     let mut search = Search::default();
     loop {
-        // Empty lines before a request mean nothing (RFC 9112, section 2.2). They go at once, or each would be parsed with every byte.
+        // Empty lines before a request have no meaning (RFC 9112, section 2.2). If they stayed, each new byte would parse them again.
         let empty = ahead.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
         if empty > 0 {
             ahead.advance(empty);
@@ -210,13 +211,13 @@ pub async fn read_head(
     }
 }
 
-/// When to parse a head that comes in pieces. A head is parsed from its start, so parsing it with every byte would cost the square of its
-/// length. It is parsed when its end may have come, and, so that a malformed one is refused early, each time it has doubled.
+/// Decides when to parse a head that arrives in pieces. Each parse begins at the start, so a parse for every byte would cost the square of the
+/// length. A head is parsed when its end may have arrived, and each time its length has doubled, so that a malformed one is refused early.
 #[derive(Default)]
 struct Search {
-    /// So many bytes hold no empty line.
+    /// The first `seen` bytes contain no empty line.
     seen: usize,
-    /// Parse once there are so many.
+    /// Parse when there are this many bytes.
     next: usize,
 }
 
@@ -225,7 +226,7 @@ impl Search {
         if bytes.is_empty() {
             return false;
         }
-        // The end is `\n\r\n` or `\n\n`, of which up to two bytes may have been seen.
+        // The end is `\n\r\n` or `\n\n`. Its first two bytes may be among the bytes that were searched before.
         let from = self.seen.saturating_sub(2);
         let ended = bytes.len() >= self.next
             || bytes[from..].windows(3).any(|end| end == b"\n\r\n")
@@ -238,8 +239,8 @@ impl Search {
     }
 }
 
-/// Reads what there is onto the end of `ahead`, and says how much; 0 at the end. The room to read into is on the stack, so that an idle
-/// connection has no buffer. With `held`, a lease covers all of `ahead` before it grows.
+/// Reads available bytes and appends them to `ahead`. Returns their number; 0 at the end. The buffer is on the stack, so that an idle
+/// connection has none. With `held`, extends that lease to all of `ahead` before `ahead` grows.
 async fn read_some(
     stream: &mut (impl AsyncRead + Unpin),
     ahead: &mut BytesMut,
@@ -251,7 +252,7 @@ async fn read_some(
         let mut part = ReadBuf::uninit(&mut part);
         ready!(Pin::new(&mut *stream).poll_read(cx, &mut part))?;
         if let Some(held) = &mut held {
-            // As `BytesMut` grows: at least twofold.
+            // `BytesMut` at least doubles when it grows.
             let after = ahead.len() + part.filled().len();
             let capacity = if after > ahead.capacity() { after.max(2 * ahead.capacity()) } else { ahead.capacity() };
             if !held.get_or_insert_with(|| memory.empty()).cover(capacity as u64) {
@@ -268,8 +269,8 @@ fn too_large(max_bytes: usize) -> NoHead {
     NoHead::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, format!("the request head is larger than {max_bytes} bytes"))
 }
 
-/// Rewrites a target in absolute form to the path it means, so that everybody after this sees one form. The authority it names is
-/// dropped: whatever it says, the request is served here.
+/// Rewrites a target in absolute form to origin form, so that the rest of the program sees one form. Drops the authority: castier serves the
+/// request itself, for any host name.
 fn to_origin_form(ahead: &mut BytesMut, head: Head, max_headers: usize) -> Result<Head, NoHead> {
     if head.authority.is_empty() {
         return Ok(head);
@@ -283,7 +284,7 @@ fn to_origin_form(ahead: &mut BytesMut, head: Head, max_headers: usize) -> Resul
     parse(ahead, max_headers)?.ok_or_else(|| bad("malformed request target"))
 }
 
-/// A head, or none yet, or never.
+/// Parses a head. `None`: it is not complete yet.
 fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
     let max_headers = max_headers.min(MAX_HEADERS);
@@ -305,7 +306,7 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     };
     let method = Method::from_bytes(method.as_bytes()).map_err(|_| bad("malformed method"))?;
     if method == Method::TRACE {
-        // Its answer is the request as the origin had it, with the origin's credentials.
+        // The answer to a relayed TRACE would echo the request as the origin got it, with the origin's credentials.
         return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "TRACE is not served: it would echo what is not the client's".into()));
     }
     if method == Method::CONNECT {
@@ -327,8 +328,7 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     Ok(Some(Head { user_agent, introduced, len, method, authority, path, upgrade, plain, close, validator, framing, looped, proof }))
 }
 
-/// Reads the headers that decide where the body ends, and clears `plain` at each that could change the answer. Sets `close` at the one
-/// that ends the connection.
+/// Reads the headers that frame the body. Clears `plain` if a header could change the answer. Sets `close` for `Connection: close`.
 fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool, close: &mut bool) -> Result<Framing, NoHead> {
     let mut length = None;
     let mut chunked = false;
@@ -378,18 +378,19 @@ fn framing(headers: &[httparse::Header<'_>], minor: u8, plain: &mut bool, close:
     Ok(framing)
 }
 
-/// Whether the values of `Connection` name `Upgrade`: without that it is not meant for this hop (RFC 9110, section 7.8).
+/// Whether the values of `Connection` name `Upgrade`. If not, an `Upgrade` header is not meant for this hop (RFC 9110, section 7.8).
 pub fn names_upgrade<'a>(connection: impl Iterator<Item = &'a [u8]>) -> bool {
     connection.flat_map(|value| value.split(|byte| *byte == b',')).any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
 }
 
-/// A host and perhaps a port, or nothing (RFC 9110, section 7.2).
+/// Whether the value is a host with an optional port, or empty (RFC 9110, section 7.2).
 fn is_host(value: &[u8]) -> bool {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':');
+    // Most hosts consist of plain characters. `Authority` checks the others.
     value.iter().all(plain) || (Authority::try_from(value).is_ok() && !value.contains(&b'@'))
 }
 
-/// Where the value of a header that must stand alone is within the head; nowhere, which is empty, if it is repeated.
+/// The position of a header's value in the head. An empty range if the header is repeated: then none of its values counts.
 fn the_one(bytes: &[u8], headers: &[httparse::Header<'_>], name: &HeaderName) -> Option<Range<usize>> {
     let mut found =
         headers.iter().filter(|header| header.name.len() == name.as_str().len() && header.name.eq_ignore_ascii_case(name.as_str()));
@@ -401,7 +402,7 @@ fn the_one(bytes: &[u8], headers: &[httparse::Header<'_>], name: &HeaderName) ->
     Some(start..start + value.len())
 }
 
-/// Where authority and path stand within the head: `/a?b` and `http://host/a?b` both mean `/a`.
+/// The positions of authority and path in the head. `/a?b` and `http://host/a?b` both have the path `/a`.
 fn target_of(bytes: &[u8], target: &str) -> Result<(Range<usize>, Range<usize>), NoHead> {
     let start = target.as_ptr() as usize - bytes.as_ptr() as usize;
     let skip = match target.find("://") {
@@ -410,7 +411,7 @@ fn target_of(bytes: &[u8], target: &str) -> Result<(Range<usize>, Range<usize>),
         None => return Err(bad("the request target is neither a path nor a URL")),
     };
     let path = &target[skip..];
-    // Most need no closer look.
+    // Most paths consist of plain characters. `PathAndQuery` checks the others, which costs more.
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'/' | b'.' | b'-' | b'_' | b'~' | b'%');
     if !path.bytes().all(plain) && PathAndQuery::try_from(path).is_err() {
         return Err(bad("the request target has characters that must be percent-encoded"));

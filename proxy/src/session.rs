@@ -17,7 +17,10 @@ use castier_cache::{Fault, Limit};
 use castier_cluster::Asked;
 use castier_config::Limits;
 use castier_upstream::{trace, via_header};
-use castier_wire::{Target, trace::X_REQUEST_ID};
+use castier_wire::{
+    Target,
+    trace::{Trace, X_REQUEST_ID},
+};
 use http::{Method, StatusCode, header};
 use pingora::{protocols::http::ServerSession, server::ShutdownWatch};
 use std::{
@@ -27,58 +30,68 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// After an early answer the rest of an upload is read for this long, so that the client gets to see the answer and not a reset.
+/// How long the rest of an upload is read after an early answer. If castier closed at once, the client might get a reset instead of the answer.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// The connection broke, or had to be broken, before the response was whole.
+/// The connection broke, or castier closed it, before the whole response was sent.
 pub(crate) struct Cut {
     /// For the access record.
     pub(crate) why: String,
 }
 
 impl Cut {
-    /// The client is at fault, or the network between.
+    /// Because of the client or the network.
     pub(crate) fn client(error: impl std::fmt::Display) -> Self {
         Self { why: format!("the client left, or took nothing for too long: {error}") }
     }
 }
 
-/// What is known of a request before anything is done for it.
+/// A request whose head has been read.
 pub(crate) struct Arrived<'a> {
     pub(crate) head: &'a Head,
     /// The limits that hold for this request.
     pub(crate) limits: &'a Limits,
-    /// This node is about to end.
+    /// Turns true when this node shuts down.
     pub(crate) draining: &'a ShutdownWatch,
     /// What the answer to a peer must prove.
     pub(crate) asked: &'a Asked,
-    /// The client, as far as trusted proxies tell.
+    /// The client's address; behind a trusted proxy, the one that the proxy names.
     pub(crate) client: Option<IpAddr>,
+}
+
+/// What a session has sent.
+struct Sent {
+    /// The status, or [`CLIENT_GONE`].
+    code: u16,
+    served: Served,
+    /// `Cache-Status`.
+    cache: String,
+    /// From the head's arrival to the first byte of the answer.
+    first_byte: Option<Duration>,
+    /// Why the request failed.
+    error: Option<String>,
+    /// The response was sent to its end.
+    whole: bool,
 }
 
 impl Front {
     /// Answers the request whose head is at the front of `ahead`. Gives the connection back if it can serve another.
     pub(crate) async fn serve_session(&self, mut conn: Conn, mut ahead: BytesMut, arrived: &Arrived<'_>) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
-        let Arrived { head, limits, draining, asked, client } = *arrived;
+        let Arrived { head, limits, draining, client, .. } = *arrived;
         let Some(_memory) = self.memory.lease(memory_plan::request(head)) else {
             drop(ahead);
             self.shed_request(conn, Limit::ClientMemory, client).await;
             return None;
         };
-        // The session sees one request and no more: behind pipelined bytes, pingora would not notice that the client has left; and the fence
-        // is stricter about chunks than pingora is.
         let prefix = ahead.split_to(head.len);
         let trace = Arc::new(head.introduction(&prefix, |fields| trace::of(fields)));
+        // The fence has two reasons. Behind pipelined bytes, pingora would not notice that the client has closed. And the fence rejects
+        // malformed chunks that pingora accepts.
         conn.fence(ahead, Some(head.framing));
-        let mut session = ServerSession::new_http1(conn.into_stream());
-        // Pipelining is switched on for the sake of `finish`, which then gives back what was read too much.
-        session.set_pipelining_enabled(true);
-        session.set_pipelined_prefix(prefix);
-        session.set_read_timeout(Some(limits.idle_timeout.get()));
-        session.set_total_drain_timeout(Some(LINGER));
+        let mut session = new_session(conn, prefix, limits);
         if !matches!(session.read_request().await, Ok(true)) {
-            // `request_head` has seen a whole and sound head, so this is where the two parsers differ. In doubt the request is refused.
+            // The two parsers disagree: `request_head` accepted this head. It may be an attempt to smuggle a request, so it is refused.
             session.set_keepalive(None);
             let reply = Reply::error(StatusCode::BAD_REQUEST, "malformed request head");
             let code = reply.status.as_u16();
@@ -96,64 +109,9 @@ impl Front {
         let request = Request { method: &method, version, target, path: &path, headers: &headers };
         let before = via_header::of(&headers);
         let answered = via_header::along(before, trace::along(Some(trace.clone()), self.answer(&mut session, &request, limits))).await;
-        let (reply, mut error) = match answered {
-            Ok(reply) => (Some(reply), None),
-            Err(fault @ Fault::ClientGone(_)) => (None, Some(fault.to_string())),
-            Err(fault) => {
-                match fault {
-                    Fault::Busy(limit) => self.metrics.shed(limit),
-                    // Where such a body ends nobody knows, so nobody knows where the next request begins.
-                    Fault::BadRequest(_) | Fault::ClientSilent | Fault::TooLarge { .. } => session.set_keepalive(None),
-                    _ => {}
-                }
-                (Some(Reply::fault(&fault)), Some(fault.to_string()))
-            }
-        };
-        let first_byte = reply.is_some().then(|| started.elapsed());
-        let (code, served, cache, whole) = match reply {
-            Some(mut reply) => {
-                // What a client may have to report names its request. Blobs' heads are fixed, and kept by caches.
-                if reply.status.as_u16() >= 400 && matches!(self.audience, Audience::Clients(_)) {
-                    reply.headers.extend(trace.tell_id().map(|id| (X_REQUEST_ID, id)));
-                }
-                reply.prove(asked);
-                let (code, mut served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
-                let written = trace::along(Some(trace.clone()), self.write_reply(&mut session, reply)).await;
-                let whole = written.is_ok();
-                if let Err(cut) = written {
-                    served = Served::Error;
-                    error = Some(cut.why);
-                }
-                (code, served, cache, whole)
-            }
-            None => (CLIENT_GONE, Served::Error, String::new(), false),
-        };
-        let route = match target {
-            Target::Blob(_) | Target::Malformed(_) => Route::Blob,
-            Target::Collection => Route::Collection,
-            Target::Other => Route::Control,
-        };
-        if !whole && code != CLIENT_GONE {
-            error.get_or_insert_with(|| "cut before its end".to_owned());
-        }
-        let digest = if let Target::Blob(digest) = target { Some(digest) } else { None };
-        let user_agent = access_log::user_agent(&headers);
-        let more = More { first_byte, proto: Some(version), user_agent, error: error.as_deref(), digest, trace: Some(&trace) };
-        let record = Record {
-            listener: self.name(),
-            route,
-            method: method.as_str(),
-            path: &path,
-            code,
-            bytes: session.body_bytes_sent() as u64,
-            took: started.elapsed(),
-            cache: &cache,
-            served,
-            client,
-            more,
-        };
-        record.log(&self.metrics);
-        if !whole {
+        let sent = self.send_answer(&mut session, answered, arrived, &trace, started).await;
+        self.record_session(&session, &request, &sent, client, &trace, started);
+        if !sent.whole {
             session.shutdown().await;
             return None;
         }
@@ -161,19 +119,99 @@ impl Front {
             let _ = timeout(LINGER, async { while let Ok(Some(_)) = session.read_request_body().await {} }).await;
         }
         let (stream, ahead) = session.finish().await.ok().flatten()?.into_parts();
-        // The fence showed one request, so nothing can have been read too much.
+        // Because of the fence, pingora cannot have read into the next request. If it has, the connection is not used again.
         let mut conn = Conn::from_stream(stream).filter(|_| ahead.is_none_or(|ahead| ahead.is_empty()))?;
         let ahead = conn.unfence()?;
         Some((conn, ahead))
     }
 
-    /// Has a handler answer. Ends early if a client that waits for a blob leaves.
+    /// Sends the answer to a request: the handler's reply, or the error that its fault means.
+    async fn send_answer(
+        &self,
+        session: &mut ServerSession,
+        answered: Result<Reply, Fault>,
+        arrived: &Arrived<'_>,
+        trace: &Arc<Trace>,
+        started: Instant,
+    ) -> Sent {
+        let (mut reply, mut error) = match answered {
+            Ok(reply) => (reply, None),
+            Err(fault @ Fault::ClientGone(_)) => {
+                let (cache, error) = (String::new(), Some(fault.to_string()));
+                return Sent { code: CLIENT_GONE, served: Served::Error, cache, first_byte: None, error, whole: false };
+            }
+            Err(fault) => {
+                match fault {
+                    Fault::Busy(limit) => self.metrics.shed(limit),
+                    // The end of such a body is unknown, and so is the start of the next request.
+                    Fault::BadRequest(_) | Fault::ClientSilent | Fault::TooLarge { .. } => session.set_keepalive(None),
+                    _ => {}
+                }
+                (Reply::fault(&fault), Some(fault.to_string()))
+            }
+        };
+        let first_byte = Some(started.elapsed());
+        // Errors carry the request's id, so that a client can report it. The heads of blobs do not: they must not vary, since caches keep them.
+        if reply.status.as_u16() >= 400 && matches!(self.audience, Audience::Clients(_)) {
+            reply.headers.extend(trace.tell_id().map(|id| (X_REQUEST_ID, id)));
+        }
+        reply.prove(arrived.asked);
+        let (code, mut served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
+        let written = trace::along(Some(trace.clone()), self.write_reply(session, reply)).await;
+        let whole = written.is_ok();
+        if let Err(cut) = written {
+            served = Served::Error;
+            error = Some(cut.why);
+        }
+        Sent { code, served, cache, first_byte, error, whole }
+    }
+
+    /// Counts and logs a request that a session answered.
+    fn record_session(
+        &self,
+        session: &ServerSession,
+        request: &Request<'_>,
+        sent: &Sent,
+        client: Option<IpAddr>,
+        trace: &Trace,
+        started: Instant,
+    ) {
+        let route = match request.target {
+            Target::Blob(_) | Target::Malformed(_) => Route::Blob,
+            Target::Collection => Route::Collection,
+            Target::Other => Route::Control,
+        };
+        let more = More {
+            first_byte: sent.first_byte,
+            proto: Some(request.version),
+            user_agent: access_log::user_agent(request.headers),
+            error: sent.error.as_deref(),
+            digest: if let Target::Blob(digest) = request.target { Some(digest) } else { None },
+            trace: Some(trace),
+        };
+        let record = Record {
+            listener: self.name(),
+            route,
+            method: request.method.as_str(),
+            path: request.path,
+            code: sent.code,
+            bytes: session.body_bytes_sent() as u64,
+            took: started.elapsed(),
+            cache: &sent.cache,
+            served: sent.served,
+            client,
+            more,
+        };
+        record.log(&self.metrics);
+    }
+
+    /// Lets a handler answer. Ends early if the client of a GET closes the connection.
     async fn answer(&self, session: &mut ServerSession, request: &Request<'_>, limits: &Limits) -> Result<Reply, Fault> {
         if let Some(reply) = self.handlers.at_once(request) {
             return Ok(reply);
         }
         if self.handlers.is_upload(request) {
-            // Boxed, so that the task of a request that waits for a blob is not as large as that of an upload.
+            // Boxed, so that a GET does not hold memory for the state of an upload.
             let outgoing = || self.outgoing().ok_or(Fault::Busy(Limit::Files));
             return Box::pin(self.handlers.upload(request, RequestBody::of(session), limits, outgoing)).await;
         }
@@ -188,7 +226,7 @@ impl Front {
         }
     }
 
-    /// Writes a reply whose body may still be on its way. If it fails to come, the connection must be cut.
+    /// Writes a reply. Its body may still be arriving from a source. If that fails, the connection must be closed.
     async fn write_reply(&self, session: &mut ServerSession, reply: Reply) -> Result<(), Cut> {
         let Reply { status, headers, body, served, tier } = reply;
         let mut reader = match body {
@@ -197,7 +235,7 @@ impl Front {
         };
         let mut head = response_header(status, &headers);
         if !headers.contains_key(header::CONTENT_LENGTH) {
-            // Never delimited by the end of the connection: a cut must not look like an end.
+            // Chunked, and not until the connection closes: the client must be able to tell a cut body from a complete one.
             head.insert_header(header::TRANSFER_ENCODING, "chunked").map_err(Cut::client)?;
         }
         session.write_response_header(head).await.map_err(Cut::client)?;
@@ -218,7 +256,7 @@ impl Front {
         }
     }
 
-    /// What had to come after the head of a response did not.
+    /// The body of a response failed after its head was sent.
     pub(crate) fn cut(&self, fault: &Fault) -> Cut {
         if let Fault::Busy(limit) = fault {
             self.metrics.shed(*limit);
@@ -227,4 +265,15 @@ impl Front {
         tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
         Cut { why: fault.to_string() }
     }
+}
+
+/// A session over a fenced connection. `prefix` is the head, which has been read already.
+fn new_session(conn: Conn, prefix: BytesMut, limits: &Limits) -> ServerSession {
+    let mut session = ServerSession::new_http1(conn.into_stream());
+    // With pipelining, `finish` returns the bytes that pingora has read after the request.
+    session.set_pipelining_enabled(true);
+    session.set_pipelined_prefix(prefix);
+    session.set_read_timeout(Some(limits.idle_timeout.get()));
+    session.set_total_drain_timeout(Some(LINGER));
+    session
 }

@@ -1,12 +1,12 @@
-//! Peers as sources and as stores: what is asked of a peer, what its answers mean, and when it has stalled.
+//! Peers as sources and as stores: the requests to a peer, the meaning of its answers, and the stall watchdog.
 //!
-//! - An answer of a peer counts only if it proves that the peer knows the cluster's secret ([`Secrets`]). Where there is no secret, peers are on this
-//!   machine and are believed. But no upload is handed over: no peer could prove that it has stored it.
-//! - A peer is believed when it says that a blob is absent, since the origin has told it so. Its bytes are hashed like all others.
-//! - A peer that sends nothing may have stopped, or may wait for a slow origin. To give up the second would cost the origin another load. So a peer that
-//!   has sent nothing for half of `cluster.stall_timeout` is asked over another connection whether its own flight waits ([`FILLING`]). Only that answer
-//!   starts the timeout again.
-//! - A failure is reported to [`Peers::failed`]: it is counted, and the peer is probed at once.
+//! - An answer of a peer counts only if it proves that the peer knows the cluster's secret ([`Secrets`]). Without a secret, all peers are on this
+//!   machine, and their answers count. But then peers get no uploads, since no peer could prove that it has stored one.
+//! - A peer's answer that a blob is absent counts, since it comes from the origin. Bytes of a peer are hashed like all others.
+//! - A peer that sends nothing may have stopped, or may wait for a slow origin. In the second case, a retry elsewhere would cost the origin another
+//!   load. So the stall watchdog asks the peer after half of `cluster.stall_timeout`, over another connection, whether its own flight waits
+//!   ([`FILLING`]). Only that answer starts the timeout again.
+//! - [`Peers::failed`] counts a failure of a peer, and probes the peer at once.
 
 use crate::{
     members::{Member, Members, Report, View},
@@ -39,22 +39,22 @@ use tokio::{
     time::{sleep_until, timeout},
 };
 
-/// In the 504 that a peer gives to a HEAD with `only-if-cached`: whether it has a flight of the blob on its way.
+/// A header in a peer's 504 to a HEAD with `only-if-cached`: whether a flight is loading the blob.
 pub const FLIGHT: HeaderName = HeaderName::from_static("castier-flight");
-/// It has.
+/// The value of [`FLIGHT`] if a flight is loading the blob.
 pub const FILLING: HeaderValue = HeaderValue::from_static("filling");
 
-/// Where a node says how it is; the one request that needs no proof.
+/// The path of the health check. It is the only request that needs no proof.
 pub const HEALTH: &str = "/healthz";
 const ONLY_IF_CACHED: &str = "only-if-cached";
 /// Kept-alive connections to all peers together.
 pub(crate) const POOL: usize = 1024;
 /// The name of all peers in labels and faults.
 const PEER: &str = "peer";
-/// For how long a peer that sent wrong bytes is not asked for any. Its large blobs reach clients as cut answers, so it must not be
-/// asked with every request; and since whatever was wrong with it may be mended, it is asked again.
+/// How long no blob is requested from a peer after it sent wrong bytes. Each large blob with wrong bytes reaches a client as a cut answer, so the peer
+/// must not get every request. After this time the peer may work again.
 const DISTRUST: Duration = Duration::from_secs(60);
-/// What the longest wait for a peer adds to the peer's own longest wait for the origin: its pauses between retries, and the network.
+/// The longest wait for a peer is the peer's own longest wait for the origin plus this, for its pauses between retries and for the network.
 const MARGIN: Duration = Duration::from_secs(5);
 
 /// The peers, and the connections to them.
@@ -63,8 +63,7 @@ pub struct Peers {
     secrets: Arc<Secrets>,
     cache_metrics: Arc<castier_cache::Metrics>,
     upstream_metrics: Arc<castier_upstream::Metrics>,
-    /// Keeps its idle connections by address, and hands each to one request at a time: a slow peer holds up nobody but those who wait
-    /// for it.
+    /// Has a pool of idle connections per address, and each connection serves one request at a time. So a slow peer delays only requests to it.
     connector: Arc<TransportConnector>,
     tls: bool,
     known: Mutex<HashMap<Arc<str>, Arc<Peer>>>,
@@ -72,7 +71,7 @@ pub struct Peers {
     stall_timeout: Duration,
     /// `cluster.peek_for`.
     peek_for: Duration,
-    /// How long a peer may wait for the origin: until it gives up by itself, and a little more.
+    /// How long a peer may wait for the origin: its own timeouts and retries, plus [`MARGIN`].
     longest_wait: Duration,
     /// `fill.max_in_flight`, for each peer.
     fills: usize,
@@ -82,13 +81,13 @@ pub struct Peers {
     max_wait: Duration,
 }
 
-/// One of them.
+/// One peer.
 struct Peer {
     upstream: Arc<Upstream>,
-    /// Permits for fills from it. Other peers and the origin have permits of their own: a slow peer takes none of theirs, and nodes whose permits
-    /// are all taken by fills from each other cannot wait in a circle.
+    /// Permits for fills from this peer. Other peers and the origin have their own, for two reasons. A slow peer takes no permit from them. And if two
+    /// nodes use up all permits for fills from each other, permits for the origin are left, so there is no deadlock.
     permits: Arc<Semaphore>,
-    /// It has sent wrong bytes, and is asked for none until then.
+    /// It has sent wrong bytes. Until then, no blob is requested from it.
     distrusted: Mutex<Option<Instant>>,
 }
 
@@ -117,7 +116,7 @@ impl Signed for Asked {
     }
 }
 
-/// Adds the proof to a request that does not change any more; gives what its answer is checked against.
+/// Adds the proof to a request, which must not change after this. Returns the value that checks its answer.
 pub(crate) fn prove(secrets: &Secrets, request: &mut RequestHeader) -> pingora::Result<Asked> {
     let (proof, asked) = secrets.ask(request.method.as_str(), request.uri.path(), &request.headers);
     if let Some(proof) = proof {
@@ -129,13 +128,13 @@ pub(crate) fn prove(secrets: &Secrets, request: &mut RequestHeader) -> pingora::
 /// What a peer may do for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Only {
-    /// Whatever it takes, a load from the origin included.
+    /// Everything, including a load from the origin.
     Anything,
-    /// Look into its tiers (`only-if-cached`).
+    /// Only look into its tiers (`only-if-cached`).
     Kept,
 }
 
-/// What a peer says when it is asked whether its flight waits.
+/// The answer of a peer to the stall watchdog.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Liveness {
     /// Its flight waits for the origin.
@@ -144,14 +143,14 @@ enum Liveness {
     Alive,
 }
 
-/// What this node waits for at a peer, and so which answer starts the stall timeout again.
+/// What this node waits for. Decides which answer of the peer starts the stall timeout again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WaitsFor {
-    /// Bytes out of a flight: it may wait for the origin.
+    /// Bytes out of a flight, which may wait for the origin.
     Flight,
-    /// Bytes out of a tier, which waits for nothing.
+    /// Bytes out of a tier, which never waits for the origin.
     Tier,
-    /// The answer to an upload, which takes as long as its client does.
+    /// The answer to an upload, which may take as long as the client sends.
     Upload,
 }
 
@@ -163,7 +162,7 @@ pub(crate) struct Watch {
     waits_for: WaitsFor,
     /// How long the peer may send nothing.
     timeout: Duration,
-    /// Held to the end of the transfer.
+    /// Released at the end of the transfer.
     _permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -172,7 +171,7 @@ struct PeerSource {
     peers: Arc<Peers>,
     member: Member,
     only: Only,
-    /// How long it may send nothing.
+    /// How long the peer may send nothing.
     timeout: Duration,
 }
 
@@ -191,10 +190,10 @@ impl Source for PeerSource {
 }
 
 impl Peers {
-    /// The peers as configured. Nobody is connected to yet.
+    /// The peers of the configured cluster. Opens no connection yet.
     ///
     /// # Errors
-    /// A text that names the key whose file cannot be used.
+    /// A text that names the configuration key whose file is unusable.
     pub fn new(
         config: &config::Castier,
         members: Arc<Members>,
@@ -225,17 +224,17 @@ impl Peers {
         }))
     }
 
-    /// Who they are, and who of them is up.
+    /// The members of the cluster, and whether each is up.
     pub fn members(&self) -> &Arc<Members> {
         &self.members
     }
 
-    /// Where a member is asked.
+    /// The URL of a member's peer listener.
     pub fn url(&self, member: &Member) -> String {
         format!("{}://{}", if self.tls { "https" } else { "http" }, member.name)
     }
 
-    /// The other member to hand the digest's requests to; none if that is up to this node.
+    /// The member that owns the digest; `None` if this node owns it.
     pub fn owner(&self, digest: &Digest) -> Option<Member> {
         self.members.view().owner(digest).filter(|owner| !owner.itself).cloned()
     }
@@ -245,42 +244,42 @@ impl Peers {
         self.stall_timeout
     }
 
-    /// A peer as the source of a flight. It may send nothing for `timeout`, unless its own flight waits.
+    /// A peer as the source of a flight. `timeout` is how long it may send nothing, unless its own flight waits.
     pub fn source(self: &Arc<Self>, member: &Member, only: Only, timeout: Duration) -> Arc<dyn Source> {
         Arc::new(PeerSource { peers: self.clone(), member: member.clone(), only, timeout })
     }
 
-    /// Whether the cluster has changed so recently that a blob may be with the member that comes after its owner.
+    /// Whether the cluster has changed so recently that the member after the owner may still keep the blob.
     pub fn changed_lately(&self, view: &View) -> bool {
         view.changed_at.elapsed() < self.peek_for
     }
 
-    /// Whether the member has not sent wrong bytes lately.
+    /// Whether blobs may be requested from the member. False for [`DISTRUST`] after it sent wrong bytes.
     pub fn trusts(&self, member: &Member) -> bool {
         self.peer(member).distrusted.lock().is_none_or(|until| until <= Instant::now())
     }
 
-    /// An attempt at this member came to nothing, for this reason.
+    /// Reports that a request to this member failed.
     pub fn failed(&self, member: &Member, fault: &Fault) {
-        let its_doing = match fault {
+        let remote = match fault {
             Fault::Corrupt { source_name, .. } | Fault::Unreachable { source_name, .. } => *source_name == PEER,
             Fault::Silent { source_name, .. } | Fault::Unusable { source_name, .. } => *source_name == PEER,
             _ => false,
         };
-        if its_doing {
+        if remote {
             tracing::debug!(peer = &*member.name, %fault, "a peer failed");
             self.members.failed(&member.name);
             self.members.report(&member.name, Report::Broken);
         }
     }
 
-    /// The member sent bytes that are not the blob's.
+    /// Reports that the member sent bytes that do not match the digest.
     pub fn distrust(&self, member: &Member) {
-        tracing::warn!(peer = &*member.name, "the peer sent wrong bytes; it is asked for none for a while");
+        tracing::warn!(peer = &*member.name, "the peer sent wrong bytes; castier requests no blobs from it for a minute");
         *self.peer(member).distrusted.lock() = Some(Instant::now() + DISTRUST);
     }
 
-    /// An answer of this member came to its proper end.
+    /// Reports a complete answer of this member.
     pub fn answered(&self, member: &Member) {
         self.members.report(&member.name, Report::Answered);
     }
@@ -290,7 +289,7 @@ impl Peers {
         let mut request = peer.upstream.get_request(&ask.digest, ask.from)?;
         let (waits_for, permit) = match only {
             Only::Anything => (WaitsFor::Flight, Some(self.permit(&peer).await?)),
-            // What is kept comes at once or not at all; and a fill that asks for it has a permit already.
+            // No permit: a tier answers at once, and the fill that asks has a permit already.
             Only::Kept => {
                 insert(&mut request, header::CACHE_CONTROL, ONLY_IF_CACHED)?;
                 (WaitsFor::Tier, None)
@@ -319,7 +318,7 @@ impl Peers {
         Ok(answer)
     }
 
-    /// A permit for a fill from this peer. Waits for half of `fill.max_wait`: the fill then goes on to the next source, where it may have to wait too.
+    /// A permit for a fill from this peer. Waits for half of `fill.max_wait`: after that the fill asks the next source, which may need a wait too.
     async fn permit(&self, peer: &Peer) -> Result<OwnedSemaphorePermit, Fault> {
         let asked = Instant::now();
         let permit = timeout(self.max_wait / 2, peer.permits.clone().acquire_owned()).await;
@@ -330,36 +329,36 @@ impl Peers {
         }
     }
 
-    /// What this member knows about a blob, or learns from the origin.
+    /// Asks this member for a blob's size. The member may ask the origin.
     ///
     /// # Errors
-    /// The member cannot tell.
+    /// The member does not know.
     pub async fn stat(&self, member: &Member, digest: &Digest) -> Result<Stat, Fault> {
         let peer = self.peer(member);
         let request = peer.upstream.request(Method::HEAD, &wire::blob_path(digest))?;
         let asked = async {
             let (session, connection) = peer.upstream.exchange(&request, &[]).await?;
             let head = session.resp_header().ok_or_else(|| peer.upstream.unusable("no head"))?;
-            let told = match said(head, Only::Anything) {
+            let answered = match said(head, Only::Anything) {
                 Said::Absent => Ok(Stat::Absent),
                 Said::Unable => Err(Fault::Busy(Limit::Origin)),
                 Said::NotKept | Said::Other if head.status == StatusCode::OK => Ok(Stat::Present(size_of(head, digest))),
                 Said::NotKept | Said::Other => Err(peer.upstream.unusable(format!("status {}", head.status.as_u16()))),
             };
             peer.upstream.finish(session, &connection).await;
-            told
+            answered
         };
         self.in_time(member, self.stall_timeout, asked).await
     }
 
-    /// Whether peers can prove what they are, so that an acknowledgement of theirs counts.
+    /// Whether peers have a secret and so can prove an acknowledgement.
     pub fn can_vouch(&self) -> bool {
         self.secrets.is_there()
     }
 
-    /// Hands an upload over to this member, which stores it at the origin. Gives up only if the member does not answer a question meanwhile.
+    /// Sends an upload to this member, which stores it at the origin. There is no timeout as long as the member answers the stall watchdog.
     ///
-    /// A large upload may not be there to be sent again, so the member has to prove what it is before the first byte leaves.
+    /// castier cannot send a large upload twice. So the member must prove its identity before it gets the first byte.
     ///
     /// # Errors
     /// As [`Store::put`](castier_cache::Store::put).
@@ -367,58 +366,58 @@ impl Peers {
         let upstream = self.peer(member).upstream.clone();
         let (waits_for, timeout) = (WaitsFor::Upload, self.stall_timeout);
         let watch = Watch { peers: self.clone(), member: member.clone(), digest: *digest, waits_for, timeout, _permit: None };
-        let handed_over = async {
+        let sent = async {
             if upload.whole().is_none() {
-                self.meet(&upstream).await?;
+                self.check_health(&upstream).await?;
             }
             upstream.put(upload).await
         };
-        watch.over(handed_over).await.inspect_err(|fault| self.failed(member, fault))
+        watch.over(sent).await.inspect_err(|fault| self.failed(member, fault))
     }
 
-    /// Has the peer prove what it is, and that it is well.
-    async fn meet(&self, upstream: &Upstream) -> Result<(), Fault> {
+    /// Checks that the peer knows the secret, and that it is healthy.
+    async fn check_health(&self, upstream: &Upstream) -> Result<(), Fault> {
         let request = upstream.request(Method::GET, HEALTH)?;
         let (session, connection) = upstream.exchange(&request, &[]).await?;
         let status = session.get_status();
         upstream.finish(session, &connection).await;
         match status {
             Some(StatusCode::OK) => Ok(()),
-            _ => Err(upstream.unusable("it is not well, or about to leave")),
+            _ => Err(upstream.unusable("it is unhealthy, or about to leave the cluster")),
         }
     }
 
-    /// Makes this member forget the blob.
+    /// Makes this member delete the blob from its tiers.
     ///
     /// # Errors
-    /// It does not say that it has.
+    /// The member does not acknowledge it.
     pub async fn purge(&self, member: &Member, digest: &Digest) -> Result<(), Fault> {
-        self.tell(member, &format!("/purge/{digest}"), self.stall_timeout).await
+        self.post(member, &format!("/purge/{digest}"), self.stall_timeout).await
     }
 
-    /// Tells this member that the blob is at the origin now, whatever it has heard before. It must answer within `timeout_after`.
+    /// Notifies this member that the origin has the blob now, so that it drops a remembered absence. It must answer within `timeout_after`.
     ///
     /// # Errors
-    /// It does not say that it has understood.
+    /// The member does not acknowledge it.
     pub async fn stored(&self, member: &Member, digest: &Digest, timeout_after: Duration) -> Result<(), Fault> {
-        self.tell(member, &format!("/stored/{digest}"), timeout_after).await
+        self.post(member, &format!("/stored/{digest}"), timeout_after).await
     }
 
-    async fn tell(&self, member: &Member, path: &str, timeout_after: Duration) -> Result<(), Fault> {
+    async fn post(&self, member: &Member, path: &str, timeout_after: Duration) -> Result<(), Fault> {
         let peer = self.peer(member);
         let mut request = peer.upstream.request(Method::POST, path)?;
         insert(&mut request, header::CONTENT_LENGTH, "0")?;
-        let told = async {
-            // Once more if the connection breaks: it may be the only message that ends a remembered absence.
+        let answered = async {
+            // With one retry if the connection breaks: this may be the only message that ends a remembered absence.
             let (session, connection) = peer.upstream.repeat(&request, &[], 1).await?;
             let status = session.get_status().ok_or_else(|| peer.upstream.unusable("no status"))?;
             peer.upstream.finish(session, &connection).await;
             if status.is_success() { Ok(()) } else { Err(peer.upstream.unusable(format!("status {} to POST {path}", status.as_u16()))) }
         };
-        self.in_time(member, timeout_after, told).await
+        self.in_time(member, timeout_after, answered).await
     }
 
-    /// What is answered at once or not at all.
+    /// Runs a request with a timeout and without the stall watchdog, and reports its outcome.
     async fn in_time<T>(
         &self,
         member: &Member,
@@ -433,8 +432,8 @@ impl Peers {
         answer
     }
 
-    /// Asks whether the peer's own flight waits. `None`: no answer. Over another connection, since the one in question is silent.
-    async fn ask_after(&self, member: &Member, digest: &Digest) -> Option<Liveness> {
+    /// Asks whether the peer's own flight waits. `None`: no answer. Uses another connection, since the peer sends nothing over the first.
+    async fn ask_liveness(&self, member: &Member, digest: &Digest) -> Option<Liveness> {
         let upstream = self.peer(member).upstream.clone();
         let mut request = upstream.request(Method::HEAD, &wire::blob_path(digest)).ok()?;
         insert(&mut request, header::CACHE_CONTROL, ONLY_IF_CACHED).ok()?;
@@ -454,7 +453,7 @@ impl Peers {
         if let Some(peer) = known.get(&member.name) {
             return peer.clone();
         }
-        // Someone has come, so someone may have left.
+        // A new member often replaces one that has left. Drop those.
         let view = self.members.view();
         known.retain(|name, _| view.members().iter().any(|member| member.name == *name));
         let peer = Arc::new(Peer {
@@ -465,9 +464,10 @@ impl Peers {
                     port: member.port,
                     authority: member.name.to_string(),
                     tls: self.tls,
-                    // Before the stall timeout, so that it is known to be no connection, and late enough for a lost packet to be sent again.
+                    // Shorter than the stall timeout, so that the error says that no connection could be opened. Long enough for TCP to resend a lost
+                    // packet.
                     connect_timeout: self.stall_timeout * 3 / 4,
-                    // The stall watchdog ends what takes long.
+                    // Long, since the stall watchdog ends slow transfers.
                     read_timeout: self.longest_wait,
                     max_requests: self.requests,
                     trust: Box::new(PeerTrust { members: self.members.clone(), secrets: self.secrets.clone(), name: member.name.clone() }),
@@ -483,7 +483,7 @@ impl Peers {
 }
 
 impl Watch {
-    /// The result of `wait`, unless the peer sends nothing for too long and its own flight does not wait either.
+    /// The result of `wait`. Fails if the peer sends nothing for `timeout`, unless the peer answers meanwhile that this is normal.
     pub(crate) async fn over<T>(&self, wait: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
         let peers = &self.peers;
         let (started, half) = (Instant::now(), self.timeout / 2);
@@ -496,7 +496,7 @@ impl Watch {
                 () = sleep_until((until - half).into()) => {}
             }
             let more_time = async {
-                let liveness = if self.waits_for == WaitsFor::Tier { None } else { peers.ask_after(&self.member, &self.digest).await };
+                let liveness = if self.waits_for == WaitsFor::Tier { None } else { peers.ask_liveness(&self.member, &self.digest).await };
                 if !liveness.is_some_and(|liveness| self.waits_for.goes_on_after(liveness)) {
                     std::future::pending().await
                 }
@@ -515,7 +515,7 @@ impl Watch {
 }
 
 fn stalled(timeout: Duration) -> Fault {
-    Fault::Silent { source_name: PEER, why: format!("no sign of life for {timeout:?}") }
+    Fault::Silent { source_name: PEER, why: format!("no byte and no answer for {timeout:?}") }
 }
 
 impl WaitsFor {
@@ -529,13 +529,13 @@ impl WaitsFor {
     }
 }
 
-/// What a peer's answer means, before it is asked for its bytes.
+/// The meaning of the head of a peer's answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Said {
     Absent,
     NotKept,
     Unable,
-    /// Bytes, or nothing that can be used.
+    /// Bytes, or an unusable answer.
     Other,
 }
 
@@ -544,7 +544,7 @@ fn said(head: &ResponseHeader, only: Only) -> Said {
         head.headers.get(name).and_then(|value| value.to_str().ok()).is_some_and(|value| value.trim_start().starts_with(with))
     };
     match head.status {
-        // Some other server that happens to listen there knows nothing of the origin.
+        // `Cache-Status` shows that a castier answered. A 404 of another server says nothing about the origin.
         StatusCode::NOT_FOUND if begins(&CACHE_STATUS, "castier") => Said::Absent,
         StatusCode::GATEWAY_TIMEOUT if only == Only::Kept => Said::NotKept,
         status if status.is_server_error() && head.headers.get(header::CONTENT_TYPE) == Some(&Problem::MEDIA_TYPE) => Said::Unable,

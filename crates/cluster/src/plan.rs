@@ -1,11 +1,11 @@
 //! The plan of a flight in a cluster.
 //!
-//! A client's get goes to the members that come before this node in the digest's order, at most two of them, and then to the origin. If this node owns
-//! the blob, or its own turn has come, or a peer waits for the flight, only the origin is asked; and before it, if the cluster has changed lately, the
-//! next member in order for what it keeps.
+//! The digest puts the members in an order; the first is the owner. A client's get asks the members before this node in that order, at most two of
+//! them, and then the origin. It asks only the origin if this node comes first, or if a peer waits for the flight. If the cluster has changed lately,
+//! it asks the next member in order before the origin, with `only-if-cached`.
 //!
-//! Invariant: a flight that a peer waits for asks no peer that may itself wait for another node. So no two flights ever wait for each other, whatever
-//! the nodes believe about the ring: a flight that is waited for waits for the origin.
+//! Invariant: a flight that a peer waits for asks no peer that may wait for another node itself. It waits for the origin only. So no two flights can
+//! wait for each other, even if the nodes have different rings.
 
 use crate::{
     members::Member,
@@ -18,34 +18,34 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// So many members are asked before the origin. The first is there as a rule; the second has what the first left behind; and after two failures a
-/// request should not wait for a third.
+/// The most members that are asked before the origin. In most cases the first one answers. The second one keeps the blobs of a first one that has just
+/// left. After two failures, a request should not wait for a third.
 const MOST_PEERS: usize = 2;
 
-/// The sources that one flight has asked, and the next.
+/// The plan of one flight.
 pub struct ClusterPlan {
     peers: Arc<Peers>,
     origin: Arc<dyn Source>,
     digest: Digest,
-    /// Members that were asked in vain.
+    /// Members that were asked and did not have the blob, or failed.
     tried: Vec<Arc<str>>,
     /// Only the origin is left.
     origin_only: bool,
-    /// The present step, and when it began.
+    /// The current step, and when it began.
     current: Ask,
     since: Instant,
-    /// A peer has cost time, and the next must not cost as much again.
+    /// A peer has used up half of a stall timeout, so the next one gets less time.
     late: bool,
-    /// The peers whose bytes are among those that came since the flight began, or began anew.
+    /// The peers that sent bytes since the flight began, or began again.
     gave: Vec<Member>,
 }
 
-/// Whom a step asks.
+/// The source of a step.
 #[derive(Clone, Debug)]
 enum Ask {
     /// The member that owns the blob, or the next in order.
     Owner(Member),
-    /// The next in order, for what it keeps.
+    /// The next in order, with `only-if-cached`.
     Kept(Member),
     /// The origin.
     Origin,
@@ -58,7 +58,7 @@ impl ClusterPlan {
         Self { peers, origin, digest, tried: Vec::new(), origin_only: false, current, since, late: false, gave: Vec::new() }
     }
 
-    /// Whom to ask now, in the cluster as it is now.
+    /// The source to ask now, in the cluster as it is now.
     fn choose(&mut self, waiting: Asker) -> Ask {
         if self.origin_only {
             return Ask::Origin;
@@ -77,20 +77,20 @@ impl ClusterPlan {
                 }
             }
         }
-        // Whatever the next member keeps or not, the origin follows.
+        // The origin is the next source even if the next member does not have the blob.
         self.origin_only = true;
         let next = if own_turn && self.peers.changed_lately(&view) { view.order(&self.digest).find(is_new) } else { None };
         next.map_or(Ask::Origin, |member| Ask::Kept(member.clone()))
     }
 
-    /// How long the peer that is asked now may be silent: the whole `cluster.stall_timeout` once, and then a quarter. A peer that works answers much
-    /// sooner, and behind a partition all peers may be silent.
+    /// How long the peer may send nothing: `cluster.stall_timeout` until one peer was late, then a quarter of it. A healthy peer answers much sooner,
+    /// and in a network partition all peers may be silent.
     fn stall_timeout(&self) -> Duration {
         let whole = self.peers.stall_timeout();
         if self.late { whole / 4 } else { whole }
     }
 
-    /// A peer could not help; the next is asked.
+    /// A peer failed. The next source is asked.
     fn failed(&mut self, member: &Member, fault: &Fault) {
         self.peers.failed(member, fault);
         self.late |= self.since.elapsed() > self.peers.stall_timeout() / 2;
@@ -124,7 +124,7 @@ impl Plan for ClusterPlan {
             Outcome::Whole => self.peers.answered(&member),
             Outcome::Unable => self.origin_only = true,
             Outcome::Failed(fault) if fault.is_broken_transfer() => self.failed(&member, fault),
-            // The peer has done nothing wrong: no permit for it was free, or this node has no descriptor for it.
+            // Not a failure of the peer: this node had no free permit or no descriptor for it.
             Outcome::Failed(fault) if fault.is_source_limit() => self.tried.push(member.name),
             Outcome::Failed(_) => return Then::Retry,
             Outcome::Absent | Outcome::NotKept | Outcome::Left => {}

@@ -1,4 +1,4 @@
-//! `GET /healthz` of a peer. Only a castier that knows the cluster's secret is up; where there is no secret, any castier.
+//! `GET /healthz` of a peer. Only a castier that knows the cluster's secret counts as up. Without a secret, any castier does.
 
 use crate::{
     members::{Member, NODE, Probe},
@@ -25,7 +25,7 @@ use std::{
 /// How long the first look-up of a peer's name may take.
 const LOOK_UP: Duration = Duration::from_secs(5);
 
-/// Asks peers over connections of its own, a new one each time: a peer that only lives on in old connections is no help to new requests.
+/// Probes peers, each time over a new connection: a peer that answers only over old connections cannot serve new requests.
 pub struct HttpProbe {
     connector: Connector,
     tls: bool,
@@ -33,13 +33,13 @@ pub struct HttpProbe {
 }
 
 impl HttpProbe {
-    /// Over plain TCP or over mutual TLS, as configured.
+    /// Probes over plain TCP or mutual TLS, as configured.
     ///
     /// # Errors
-    /// A text that names the key whose file cannot be used.
+    /// A text that names the configuration key whose file is unusable.
     pub fn new(tls: &ClusterTls, secrets: Arc<Secrets>) -> Result<Self, String> {
         let options = peer_options(tls)?;
-        // pingora panics over a key that does not fit its certificate.
+        // pingora panics if the key does not match the certificate.
         let connector = std::panic::catch_unwind(AssertUnwindSafe(|| Connector::new(Some(options))))
             .map_err(|_| "cluster.tls.key_file: is not the key of the certificate in cluster.tls.cert_file".to_owned())?;
         Ok(Self { connector, tls: tls.is_on(), secrets })
@@ -71,7 +71,7 @@ impl HttpProbe {
 #[async_trait]
 impl Probe for HttpProbe {
     async fn probe(&self, member: &Member) -> Result<Option<String>, String> {
-        // The probe as a whole has its own limit.
+        // The caller limits the time of the whole probe.
         let addresses = Addresses::of(&member.host, member.port).all(Instant::now() + LOOK_UP).await?;
         let mut answer = Err(format!("{} does not resolve", member.host));
         for address in addresses {
@@ -84,10 +84,10 @@ impl Probe for HttpProbe {
     }
 }
 
-/// What a connection to a peer needs, its files checked: pingora panics over bad ones.
+/// The options of connections to peers. Checks the TLS files, since pingora panics on bad ones.
 ///
 /// # Errors
-/// A text that names the key whose file cannot be used.
+/// A text that names the configuration key whose file is unusable.
 pub(crate) fn peer_options(tls: &ClusterTls) -> Result<ConnectorOptions, String> {
     let mut options = ConnectorOptions::new(POOL);
     if !tls.is_on() {
@@ -113,7 +113,7 @@ mod tests {
         Arc::new(Secrets::open(&castier_config::Cluster::default()).unwrap())
     }
 
-    /// What the probe makes of a peer that answers so.
+    /// The result of probing a peer with this answer.
     async fn probe(answer: &'static str) -> Result<Option<String>, String> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();

@@ -1,4 +1,4 @@
-//! What it takes to be let in at a source, and to know that it is the right one.
+//! Credentials for a source, and the certificates that identify it.
 
 use castier_config as config;
 use castier_serverkit::pem;
@@ -8,7 +8,7 @@ use percent_encoding::percent_decode_str;
 use std::path::Path;
 use url::Url;
 
-/// The `Authorization` for the user and the password in a URL (RFC 7617); none if it names neither.
+/// The `Authorization` for the user and the password in a URL (RFC 7617); `None` if it names neither.
 pub(crate) fn basic(url: &Url) -> Option<HeaderValue> {
     let (user, password) = (url.username(), url.password().unwrap_or_default());
     if user.is_empty() && password.is_empty() {
@@ -20,7 +20,7 @@ pub(crate) fn basic(url: &Url) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// `origin.ca_file` as pingora takes it; none for the system's roots. Checked here, since pingora panics over a bad one.
+/// The path `origin.ca_file` for pingora; `None` for the system's roots. Checks the file, since pingora panics on a bad one.
 ///
 /// # Errors
 /// A text that names the file.
@@ -31,7 +31,7 @@ pub fn ca_file(config: &config::Origin) -> Result<Option<String>, String> {
     certificates_file("origin.ca_file", &config.ca_file)
 }
 
-/// The path of a file that holds certificates, as pingora takes it.
+/// The path of a file of certificates, for pingora. Checks the file.
 pub fn certificates_file(key: &str, path: &Path) -> Result<Option<String>, String> {
     pem::certificates(key, path)?;
     pem::path_text(key, path).map(Some)

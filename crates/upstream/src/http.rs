@@ -1,10 +1,10 @@
-//! The HTTP client: an origin or a peer as a [`Source`] and a [`Store`]. The only place that sees pingora's connectors.
+//! The HTTP client: an origin or a peer as a [`Source`] and a [`Store`]. The only file that uses pingora's connectors.
 
 use crate::{
     access::{self, ca_file},
     metrics::Metrics,
     origin_state::{OriginHealth, OriginState},
-    put::REPEATERS,
+    put::REPLAYS,
     resolver::Addresses,
     trace, via_header,
 };
@@ -43,16 +43,16 @@ use tokio::{
     time::timeout,
 };
 
-/// Kept-alive connections to one source: as many as there are permits for fills by default.
+/// The most idle kept-alive connections to one source. By default there are as many permits for fills.
 const POOL: usize = 256;
-/// Why an answer of a peer does not count.
+/// Why an answer of a peer was rejected.
 pub const UNPROVED: &str = "without a proof of the cluster's secret; what answers there is no castier of this cluster, or has another secret in cluster.secret_file";
 /// How long a connection is kept alive without a request.
 const IDLE: Duration = Duration::from_secs(60);
-/// The longest answer beside a blob that is worth reading.
+/// The longest answer, other than a blob, that castier reads.
 pub(crate) const MAX_ANSWER: usize = 64 << 10;
 
-/// One HTTP server that blobs can be fetched from and stored at: the origin, or a peer.
+/// An HTTP server that has blobs: the origin, or a peer.
 pub struct Upstream {
     /// `origin` or `peer`, as in metric labels.
     pub name: &'static str,
@@ -60,43 +60,43 @@ pub struct Upstream {
     host: String,
     addresses: Addresses,
     tls: bool,
-    /// Host and port as they stand in `Host`.
+    /// Host and port, as in the header `Host`.
     authority: String,
     /// `Authorization`, from the URL's user and password.
     credentials: Option<HeaderValue>,
     connect_timeout: Duration,
-    /// Longest silence, not the whole transfer.
+    /// The longest time without a byte. It does not limit the whole transfer.
     pub(crate) read_timeout: Duration,
     metrics: Arc<Metrics>,
-    /// How the origin is; none of a peer, whose members know.
+    /// Whether the origin is up; `None` for a peer, whose health the membership knows.
     health: Option<OriginHealth>,
-    /// `origin.max_requests`, here and at each peer.
+    /// `origin.max_requests` permits. Each peer has as many of its own.
     requests: Semaphore,
-    /// [`REPEATERS`].
-    pub(crate) repeaters: Semaphore,
-    /// Of a peer; none of the origin.
+    /// Permits for [`REPLAYS`].
+    pub(crate) replays: Semaphore,
+    /// `None` for the origin.
     trust: Option<Box<dyn Trust>>,
 }
 
-/// What a peer needs that an origin does not: its requests are signed, its answers must be, and it is reported if no connection can be opened.
+/// The additional steps for a peer: its requests and answers are signed, and an unreachable peer is reported.
 pub trait Trust: Send + Sync {
-    /// Signs a request that does not change any more. Each attempt is signed anew.
+    /// Signs a request. It must not change after this. Each attempt gets a new signature.
     ///
     /// # Errors
     /// The request cannot be signed.
     fn sign(&self, request: &mut RequestHeader) -> Result<Box<dyn Signed>, Fault>;
 
-    /// No connection to the peer can be opened.
+    /// Reports that no connection to the peer can be opened.
     fn unreachable(&self);
 }
 
-/// A request that was signed.
+/// A signed request.
 pub trait Signed: Send + Sync {
-    /// Whether a node that knows the secret made this answer to this request.
+    /// Whether a node that knows the secret gave this answer to this request.
     fn is_answered(&self, status: StatusCode, headers: &HeaderMap) -> bool;
 }
 
-/// The signature of a request; none where none is needed.
+/// The signature of a request; `None` for the origin.
 pub(crate) type Signature = Option<Box<dyn Signed>>;
 
 /// A peer as an HTTP server.
@@ -113,19 +113,19 @@ pub struct PeerServer {
     pub tls: bool,
     /// How long a connection may take to open.
     pub connect_timeout: Duration,
-    /// The longest silence.
+    /// The longest time without a byte.
     pub read_timeout: Duration,
-    /// How many questions and small uploads may be under way.
+    /// The most small requests and small uploads at once.
     pub max_requests: usize,
-    /// How it is trusted.
+    /// Signs requests and checks answers.
     pub trust: Box<dyn Trust>,
 }
 
 impl Upstream {
-    /// The origin as configured, at `url`.
+    /// The origin at `url`.
     ///
     /// # Errors
-    /// A text that names what in the URL cannot be used.
+    /// A text that names the unusable part of the URL.
     pub fn origin(url: &url::Url, config: &config::Origin, metrics: Arc<Metrics>) -> Result<Arc<Self>, String> {
         let host = url.host_str().ok_or("origin.url: names no host")?.trim_matches(['[', ']']).to_owned();
         let port = url.port_or_known_default().ok_or("origin.url: names no port")?;
@@ -146,7 +146,7 @@ impl Upstream {
             health: Some(OriginHealth::default()),
             metrics,
             requests: Semaphore::new(config.max_requests),
-            repeaters: Semaphore::new(REPEATERS),
+            replays: Semaphore::new(REPLAYS),
             trust: None,
         }))
     }
@@ -166,7 +166,7 @@ impl Upstream {
             metrics,
             health: None,
             requests: Semaphore::new(server.max_requests),
-            repeaters: Semaphore::new(REPEATERS),
+            replays: Semaphore::new(REPLAYS),
             trust: Some(server.trust),
         })
     }
@@ -176,7 +176,7 @@ impl Upstream {
         HttpStore(self.clone())
     }
 
-    /// Host and port as they stand in `Host`.
+    /// Host and port, as in the header `Host`.
     pub fn authority(&self) -> &str {
         &self.authority
     }
@@ -186,15 +186,15 @@ impl Upstream {
         format!("{}://{}", if self.tls { "https" } else { "http" }, self.authority)
     }
 
-    /// What the source wants to see of a user, if its URL names one.
+    /// The value of `Authorization`, if the source's URL names a user or a password.
     pub const fn credentials(&self) -> Option<&HeaderValue> {
         self.credentials.as_ref()
     }
 
-    /// A GET of a blob from an offset on.
+    /// A GET of a blob, starting at an offset.
     ///
     /// # Errors
-    /// [`Fault::Internal`] if it cannot be written.
+    /// [`Fault::Internal`] if a header value is invalid.
     pub fn get_request(&self, digest: &Digest, from: u64) -> Result<RequestHeader, Fault> {
         let mut request = self.request(Method::GET, &wire::blob_path(digest))?;
         if from > 0 {
@@ -203,15 +203,15 @@ impl Upstream {
         Ok(request)
     }
 
-    /// What an answer with bytes brings: those from offset `from`.
+    /// The body of an answer to a GET, starting at offset `from`.
     ///
     /// # Errors
-    /// The answer is none of the blob.
+    /// The answer does not contain the blob.
     pub fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64) -> Result<Incoming, Fault> {
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         self.must_be_uncoded(&head.headers)?;
         let (size, skip) = match head.status {
-            // A source that does not know ranges sends all of it again; what is known already is skipped.
+            // A source without ranges sends the whole blob. The first `from` bytes are skipped.
             StatusCode::OK => (number(head.headers.get(header::CONTENT_LENGTH)), from),
             StatusCode::PARTIAL_CONTENT if from > 0 => {
                 let (first, size) = head
@@ -230,7 +230,7 @@ impl Upstream {
         Ok(Incoming::new(size, stream::try_unfold(Some(transfer), Transfer::next)))
     }
 
-    /// Of coded bytes, neither the length nor the digest is the blob's.
+    /// Rejects coded bytes: neither their length nor their digest is the blob's.
     fn must_be_uncoded(&self, headers: &HeaderMap) -> Result<(), Fault> {
         match headers.get(header::CONTENT_ENCODING) {
             Some(coding) if !coding.as_bytes().eq_ignore_ascii_case(b"identity") => {
@@ -254,7 +254,7 @@ impl Upstream {
         }
     }
 
-    /// The source at one of its addresses, as pingora takes it.
+    /// The source at one of its addresses, as pingora's type.
     fn at(&self, address: SocketAddr) -> HttpPeer {
         let mut peer = HttpPeer::new(address, self.tls, if self.tls { self.host.clone() } else { String::new() });
         peer.options.connection_timeout = Some(self.connect_timeout);
@@ -265,7 +265,7 @@ impl Upstream {
         peer
     }
 
-    /// A connection: one that is kept alive, to whichever address, or else a new one.
+    /// A kept-alive connection to any of the source's addresses, or else a new one.
     pub(crate) async fn connection(&self) -> Result<Connection, Fault> {
         match self.kept_alive().await {
             Some(connection) => Ok(connection),
@@ -273,7 +273,7 @@ impl Upstream {
         }
     }
 
-    /// A connection that is kept alive. The source may close it at any time.
+    /// A kept-alive connection. The source may close it at any time.
     pub(crate) async fn kept_alive(&self) -> Option<Connection> {
         for address in self.addresses.known() {
             let peer = self.at(address);
@@ -284,16 +284,16 @@ impl Upstream {
         None
     }
 
-    /// A new connection, to the first address that takes one within `origin.connect_timeout`.
+    /// A new connection, to the first address that accepts one within `origin.connect_timeout`.
     ///
     /// # Errors
-    /// None does, or the name has never resolved.
+    /// No address does, or the name has never resolved.
     pub(crate) async fn connect(&self) -> Result<Connection, Fault> {
         let begun = Instant::now();
         self.connect_anew().await.inspect_err(|fault| {
-            // Not when this node has run out of files: that says nothing of the origin.
+            // Not if this node has run out of files: that says nothing about the origin.
             if matches!(fault, Fault::Unreachable { .. } | Fault::Silent { .. }) {
-                self.unreached(begun, fault);
+                self.report_unreachable(begun, fault);
             }
         })
     }
@@ -302,7 +302,7 @@ impl Upstream {
         let deadline = Instant::now() + self.connect_timeout;
         let unresolved = |why| Fault::Unreachable { source_name: self.name, why };
         let mut addresses = self.addresses.all(deadline).await.map_err(unresolved)?;
-        // The look-up has its own share of the time: what it took is not taken from the connection.
+        // The time of the look-up does not count for the connection.
         let deadline = Instant::now() + self.connect_timeout;
         loop {
             let (stream, address) = match self.addresses.connect(&addresses, deadline).await {
@@ -317,7 +317,7 @@ impl Upstream {
             };
             let mut peer = self.at(address);
             peer.options.custom_l4 = Some(Handed::over(stream.into()));
-            // Boxed, as a TLS handshake needs much room, and this is within many others.
+            // Boxed: the state of a TLS handshake is large, and many futures contain this one.
             match Box::pin(self.connector.new_stream(&peer)).await {
                 Ok(stream) => {
                     peer.options.custom_l4 = None;
@@ -334,24 +334,25 @@ impl Upstream {
         }
     }
 
-    /// [`Self::exchange`] with one of `origin.max_requests` permits, which comes with the answer. The wait for it has the limit that the answer has:
-    /// to a client both are the same. A fill goes on with a transfer that broke; here nobody does, so there is one repeat.
+    /// [`Self::exchange`] with one of `origin.max_requests` permits, which the caller gets with the answer. The wait for the permit may take as
+    /// long as the wait for the answer: a client sees no difference. A fill resumes a broken transfer by itself; other requests do not, so they are
+    /// repeated once.
     pub(crate) async fn ask(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer, SemaphorePermit<'_>), Fault> {
         let Ok(Ok(permit)) = timeout(self.read_timeout, self.requests.acquire()).await else { return Err(Fault::Busy(Limit::Requests)) };
         let (session, peer) = self.repeat(request, body, 1).await?;
         Ok((session, peer, permit))
     }
 
-    /// Sends a request that may be repeated, with a body small enough to be at hand, and reads the head of the answer.
+    /// Sends an idempotent request, with a body in memory, and reads the head of the answer.
     pub async fn exchange(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer), Fault> {
         self.repeat(request, body, 0).await
     }
 
-    /// [`Self::exchange`], and as often again as `repeats` says if a connection breaks before the answer.
+    /// [`Self::exchange`], with up to `repeats` retries if a connection breaks before the answer.
     pub async fn repeat(&self, request: &RequestHeader, body: &[u8], repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
         let asked = Instant::now();
         let answered = self.try_repeat(request, body, repeats).await;
-        self.found(asked, answered.as_ref().map(|(session, _)| session.get_status().unwrap_or_default()));
+        self.report_outcome(asked, answered.as_ref().map(|(session, _)| session.get_status().unwrap_or_default()));
         answered
     }
 
@@ -373,51 +374,53 @@ impl Upstream {
             };
             match answered.await {
                 Ok(()) => return self.must_be_proved(&asked, &session).map(|()| (session, peer)),
-                // A kept-alive connection that the source had closed meanwhile tells nothing; the pool runs dry before this loops for long.
+                // The source may have closed a kept-alive connection at any time, so this does not count as a retry. The loop ends at the latest
+                // when the pool is empty.
                 Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
-                // A source that restarts, or whose queue of new connections ran over.
+                // The source restarts, or its queue of new connections was full.
                 Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) => repeats -= 1,
                 Err(error) => return Err(self.fault(&error)),
             }
         }
     }
 
-    /// A request that was sent at `asked` has come to this: the status of an answer, or what kept it from coming.
-    pub fn found(&self, asked: Instant, answer: Result<StatusCode, &Fault>) {
+    /// Reports the outcome of a request that was sent at `asked`: the status of the answer, or the fault.
+    pub fn report_outcome(&self, asked: Instant, answer: Result<StatusCode, &Fault>) {
         if let Some(health) = &self.health {
-            health.found(&self.authority, asked, answer, &self.metrics);
+            health.record(&self.authority, asked, answer, &self.metrics);
         }
     }
 
-    /// No connection could be had since `begun`.
-    fn unreached(&self, begun: Instant, fault: &Fault) {
+    /// Reports that no connection could be opened. The attempt began at `begun`.
+    fn report_unreachable(&self, begun: Instant, fault: &Fault) {
         if let Some(health) = &self.health {
-            health.unreached(&self.authority, begun, fault, &self.metrics);
+            health.record_unreachable(&self.authority, begun, fault, &self.metrics);
         }
     }
 
-    /// The body of an answer broke off. Whether the origin is well the next request will find.
-    fn broke(&self) {
+    /// Reports that the body of an answer broke off. That counts as an error. It does not show that the origin is down.
+    fn report_broken_body(&self) {
         if let Some(health) = &self.health {
-            health.broke();
+            health.record_broken_body();
         }
     }
 
-    /// How the origin is, as the last requests found it; none of a peer.
+    /// Whether the origin is up, as its last requests showed; `None` for a peer.
     pub fn origin_state(&self) -> Option<OriginState> {
         self.health.as_ref().map(OriginHealth::state)
     }
 
-    /// Reads response heads up to the first that is not informational, all of them within `origin.read_timeout`: interim answers and parts
-    /// of a head give a source no more time. Not safe to cancel and call again.
+    /// Reads response heads up to the first that is not informational, all within one `origin.read_timeout`: interim answers and parts of a head
+    /// do not extend it. Not safe to cancel and call again.
     pub(crate) async fn final_head(&self, session: &mut HttpSession) -> pingora::Result<()> {
         let why = || pingora::Error::explain(ErrorType::ReadTimedout, "no final answer in time");
         timeout(self.read_timeout, read_final(session)).await.unwrap_or_else(|_| Err(why()))
     }
 
-    /// Gives a session back to the pool if it can be used again.
+    /// Puts the connection of a session into the pool if it can be used again.
     pub async fn finish(&self, mut session: HttpSession, peer: &HttpPeer) {
-        // A short error body is worth reading to the end for the connection's sake.
+        const LIMIT: Duration = Duration::from_millis(200);
+        // A connection can be used again only after the whole body was read. For a short error body that is cheaper than a new connection.
         let rest = async {
             let mut read = 0;
             while let Ok(Some(part)) = session.read_body_bytes().await {
@@ -428,32 +431,32 @@ impl Upstream {
             }
             true
         };
-        let patience = Duration::from_millis(200);
-        if timeout(patience, rest).await == Ok(true) {
+        if timeout(LIMIT, rest).await == Ok(true) {
             session.respect_keepalive();
-            // One that is not kept is ended, and over TLS the other end has to take a last record. Where it does not, it is dropped.
-            if let Ok(Some(stream)) = timeout(patience, session.reuse()).await {
+            // If the connection cannot be kept alive, `reuse` shuts it down. TLS then writes a last record, and the source may not read it. Hence
+            // the timeout.
+            if let Ok(Some(stream)) = timeout(LIMIT, session.reuse()).await {
                 self.release(stream, peer);
             }
         }
     }
 
-    /// Gives a connection back to the pool.
+    /// Puts a connection into the pool.
     pub(crate) fn release(&self, stream: Stream, peer: &HttpPeer) {
         self.connector.release_stream(stream, peer.reuse_hash(), Some(IDLE));
     }
 
-    /// A request with what every request to this server has.
+    /// A request with the headers that every request to this server has.
     ///
     /// # Errors
-    /// [`Fault::Internal`] if it cannot be written.
+    /// [`Fault::Internal`] if a header value is invalid.
     pub fn request(&self, method: Method, path: &str) -> Result<RequestHeader, Fault> {
         let mut request = RequestHeader::build(method, path.as_bytes(), Some(6)).map_err(|error| Fault::Internal(error.to_string()))?;
         insert(&mut request, header::HOST, &self.authority)?;
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
         insert(&mut request, header::ACCEPT_ENCODING, "identity")?;
         request.insert_header(header::VIA, via_header::whole()).map_err(|error| Fault::Internal(error.to_string()))?;
-        for (name, value) in trace::tell() {
+        for (name, value) in trace::headers() {
             request.insert_header(name, value).map_err(|error| Fault::Internal(error.to_string()))?;
         }
         if let Some(credentials) = &self.credentials {
@@ -462,12 +465,12 @@ impl Upstream {
         Ok(request)
     }
 
-    /// Signs a request to a peer. The request must not change any more.
+    /// Signs a request to a peer. The request must not change after this.
     pub(crate) fn sign(&self, request: &mut RequestHeader) -> Result<Signature, Fault> {
         self.trust.as_ref().map(|trust| trust.sign(request)).transpose()
     }
 
-    /// An answer of a peer counts only if it proves that it was made to this request by a node that knows the secret.
+    /// Rejects an answer of a peer unless it proves that a node that knows the secret gave it to this request.
     pub(crate) fn must_be_proved(&self, asked: &Signature, session: &HttpSession) -> Result<(), Fault> {
         match session.resp_header() {
             Some(head) if asked.as_ref().is_none_or(|signed| signed.is_answered(head.status, &head.headers)) => Ok(()),
@@ -476,17 +479,17 @@ impl Upstream {
         }
     }
 
-    /// None of the source's addresses could be connected to, the last for this reason. With a peer, that is news.
+    /// The fault if no address of the source accepted a connection. `error` is that of the last address. Reports a peer as unreachable.
     fn not_connected(&self, error: &pingora::Error) -> Fault {
         use ErrorType::{
             ConnectError, ConnectNoRoute, ConnectRefused, ConnectTimedout, InvalidCert, TLSHandshakeFailure, TLSHandshakeTimedout,
         };
-        // Not when this node has run out of ports or files: that says nothing of the peer.
-        let its_doing = matches!(
+        // Not if this node has run out of ports or files: that says nothing about the peer.
+        let remote = matches!(
             error.etype,
             ConnectError | ConnectNoRoute | ConnectRefused | ConnectTimedout | InvalidCert | TLSHandshakeFailure | TLSHandshakeTimedout
         );
-        if let Some(trust) = self.trust.as_ref().filter(|_| its_doing) {
+        if let Some(trust) = self.trust.as_ref().filter(|_| remote) {
             trust.unreachable();
         }
         self.fault(error)
@@ -497,13 +500,13 @@ impl Upstream {
         Fault::Unusable { source_name: self.name, why: why.into() }
     }
 
-    /// What a pingora error means here.
+    /// The fault for a pingora error.
     pub fn fault(&self, error: &pingora::Error) -> Fault {
         if ran_out_of_files(error.root_cause()) {
             return Fault::Busy(Limit::Files);
         }
         let (source_name, why) = (self.name, error.to_string());
-        // What a lent connection says, and not the system.
+        // Errors without a number of the operating system come from a lent connection (`lent.rs`).
         if let Some(error) = error.root_cause().downcast_ref::<io::Error>().filter(|error| error.raw_os_error().is_none()) {
             match error.kind() {
                 io::ErrorKind::TimedOut => return Fault::Silent { source_name, why },
@@ -541,7 +544,7 @@ impl Source for HttpStore {
     }
 
     fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
-        // Each takes one of `origin.max_requests`, so no batch can flood the origin.
+        // Each request takes one of `origin.max_requests` permits, so a batch cannot flood the origin.
         try_join_all(digests.iter().map(|digest| self.0.stat_one(digest))).boxed()
     }
 
@@ -577,17 +580,17 @@ impl Store for HttpStore {
     }
 }
 
-/// The body of an answer, on its way.
+/// The body of an answer while it is read.
 struct Transfer {
     upstream: Arc<Upstream>,
     session: HttpSession,
     peer: HttpPeer,
-    /// Bytes to skip first: the source began at 0 although it was asked for less.
+    /// Bytes to skip first, because the source ignored the range and began at 0.
     skip: u64,
 }
 
 impl Transfer {
-    /// The next bytes, and the rest of the transfer. At the end of the answer the connection goes back to the pool.
+    /// The next bytes, and the rest of the transfer. At the end of the answer, puts the connection into the pool.
     async fn next(transfer: Option<Self>) -> Result<Option<(Bytes, Option<Self>)>, Fault> {
         let Some(mut transfer) = transfer else { return Ok(None) };
         let bytes = transfer.read().await?;
@@ -600,11 +603,11 @@ impl Transfer {
         }
     }
 
-    /// The next bytes; none at the end of the answer.
+    /// The next bytes; `None` at the end of the answer.
     async fn read(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
             let read = self.session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error));
-            let Some(mut bytes) = read.inspect_err(|_| self.upstream.broke())? else { return Ok(None) };
+            let Some(mut bytes) = read.inspect_err(|_| self.upstream.report_broken_body())? else { return Ok(None) };
             self.upstream.metrics.received(self.upstream.name, bytes.len() as u64);
             let skip = self.skip.min(bytes.len() as u64);
             self.skip -= skip;
@@ -621,21 +624,21 @@ pub(crate) struct Connection {
     pub(crate) stream: Stream,
     pub(crate) address: SocketAddr,
     pub(crate) peer: HttpPeer,
-    /// It was kept alive, so the source may be closing it at this moment.
+    /// It was kept alive, so the source may have closed it.
     pub(crate) reused: bool,
 }
 
 impl Connection {
-    /// For one request and its answer, with `limit` as the longest silence.
-    pub(crate) fn session(self, limit: Duration) -> (HttpSession, HttpPeer) {
+    /// A session for one request. `timeout` is the longest time without a byte.
+    pub(crate) fn session(self, timeout: Duration) -> (HttpSession, HttpPeer) {
         let mut session = HttpSession::new(self.stream);
-        session.read_timeout = Some(limit);
-        session.write_timeout = Some(limit);
+        session.read_timeout = Some(timeout);
+        session.write_timeout = Some(timeout);
         (session, self.peer)
     }
 }
 
-/// A connection that is made already, for pingora to go on with: it connects to one address only, and may not know which one to try first.
+/// An open connection that pingora takes instead of making one. pingora connects to one address only, and castier tries several.
 pub(crate) struct Handed(Mutex<Option<L4Stream>>);
 
 impl Handed {
@@ -657,13 +660,13 @@ impl L4Connect for Handed {
     }
 }
 
-/// An error of connecting in pingora's terms.
+/// An error of connecting as pingora's type.
 fn connect_error(error: io::Error) -> Box<pingora::Error> {
     let kind = match error.kind() {
         io::ErrorKind::ConnectionRefused => ErrorType::ConnectRefused,
         io::ErrorKind::TimedOut => ErrorType::ConnectTimedout,
         io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => ErrorType::ConnectNoRoute,
-        // Of this machine's own doing: no port is free.
+        // This machine has no free port.
         io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse => ErrorType::InternalError,
         _ => ErrorType::ConnectError,
     };
@@ -680,12 +683,12 @@ pub(crate) async fn read_final(session: &mut HttpSession) -> pingora::Result<()>
     }
 }
 
-/// The size of a blob, as the head of a whole answer tells it, if it does. Some servers say 0 where they do not know; of coded bytes the
-/// length is another.
+/// The size of a blob, out of the head of a whole answer, if it is there. 0 counts only for the empty blob, since some servers send 0 for an
+/// unknown size. The length of coded bytes does not count.
 pub fn size_of(head: &ResponseHeader, digest: &Digest) -> Option<u64> {
     let coded = head.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
     let size = head.headers.get(header::CONTENT_LENGTH).map(HeaderValue::as_bytes)?;
-    // The head has been checked: several lengths are equal.
+    // pingora has checked that repeated lengths are equal.
     let size = str::from_utf8(size.split(|byte| *byte == b',').next()?).ok()?.trim().parse().ok()?;
     (!coded && (size > 0 || *digest == Digest::of(b""))).then_some(size)
 }
@@ -693,7 +696,7 @@ pub fn size_of(head: &ResponseHeader, digest: &Digest) -> Option<u64> {
 /// Sets a header of a request.
 ///
 /// # Errors
-/// [`Fault::Internal`] if the value is none of a header.
+/// [`Fault::Internal`] if the value is invalid.
 pub fn insert(request: &mut RequestHeader, name: header::HeaderName, value: &str) -> Result<(), Fault> {
     request.insert_header(name, value).map_err(|error| Fault::Internal(error.to_string()))
 }

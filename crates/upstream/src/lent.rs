@@ -1,21 +1,21 @@
 //! A connection to a source, lent to pingora's proxy for one request and its answer.
 //!
-//! pingora's proxy sees it as a socket of a kind of its own. That gives a relay what a fetch of a blob has:
+//! pingora's proxy sees it as a virtual socket. So a relay has the same properties as a fetch of a blob:
 //!
 //! - the pool and the addresses of the source, the last good one first;
-//! - a limit on how long the final answer may take, whatever interim answers come;
-//! - a strict reader in front of pingora's own: it finds where the answer ends, shows nothing behind that, spoils malformed chunks
-//!   ([`crate::chunks`]), and refuses a change of protocol that nobody asked for;
-//! - the answer of a source that stops reading: a write that fails is kept secret until the answer has been read.
+//! - a timeout for the final answer, which interim answers do not extend;
+//! - a strict reader in front of pingora's. It finds the end of the answer and gives pingora no byte after it. It makes malformed chunks invalid
+//!   ([`crate::chunks`]). It rejects a change of protocol that the request did not ask for;
+//! - the answer of a source that stops reading early. A failed write is hidden from pingora until the answer has been read.
 //!
-//! The way back into the pool:
+//! How the connection gets back into the pool:
 //!
 //! 1. pingora reads the last byte of the answer, and has sent all of the request.
-//! 2. If neither side ends the connection, pingora puts it into its own pool. First it reads from it: an idle connection has nothing to say.
-//! 3. That read, behind the end of the answer, is the sign. [`Lent`] gives the connection to the pool of its [`Upstream`] and shows the end
-//!    of the stream to pingora, which drops the empty hull.
+//! 2. If neither side closes the connection, pingora puts it into its own pool. Before that, pingora reads from it, to check that it is idle.
+//! 3. [`Lent`] recognises this read, since it comes after the end of the answer. It moves the connection into the pool of its [`Upstream`] and
+//!    reports the end of the stream to pingora, which drops the empty [`Lent`].
 //!
-//! If the connection is to end instead, pingora shuts it down or drops it, and no such read comes.
+//! If the connection cannot be reused, pingora shuts it down or drops it, and no such read comes.
 
 use crate::{
     chunks::Chunks,
@@ -47,24 +47,24 @@ use tokio::{
 
 /// The longest head of an answer.
 const MAX_HEAD: usize = 64 << 10;
-/// The most header fields in it, as pingora has it.
+/// The most header fields in it. pingora has the same limit.
 const MAX_HEADERS: usize = 256;
 
-/// What a request is, as far as its answer depends on it.
+/// The properties of a request that decide how its answer is read.
 #[derive(Clone, Copy)]
 pub struct Expected {
     /// HEAD: the answer has no body.
     pub head: bool,
-    /// For another protocol.
+    /// The request asks for another protocol.
     pub upgrade: bool,
 }
 
 impl Upstream {
-    /// A connection for pingora's proxy, and whether it was kept alive: if it then breaks before any answer, another one may do. With
-    /// `fresh` it is a new one.
+    /// A connection for pingora's proxy, and whether it was kept alive. If a kept-alive connection breaks before an answer, the caller may try
+    /// again. With `fresh`, the connection is always a new one.
     ///
     /// # Errors
-    /// No address of the source takes a connection.
+    /// No address of the source accepts a connection.
     pub async fn lend(self: &Arc<Self>, expected: Expected, fresh: bool) -> Result<(HttpPeer, bool), Fault> {
         let connection = if fresh { Box::pin(self.connect()).await? } else { self.connection().await? };
         let address = connection.address;
@@ -72,15 +72,15 @@ impl Upstream {
             stream: Some(connection.stream),
             peer: connection.peer,
             upstream: self.clone(),
-            answer: Answer { expected, left: Left::Head },
+            answer: Answer { expected, left: Remaining::Head },
             ahead: BytesMut::new(),
-            shown: 0,
+            passed: 0,
             since: Instant::now(),
             limit: self.read_timeout,
             timer: None,
             broken: false,
         };
-        // Whatever is below it, pingora needs no TLS of its own here.
+        // No TLS for pingora: `Lent` does it if the source needs it.
         let mut peer = HttpPeer::new(address, false, String::new());
         peer.options.read_timeout = Some(self.read_timeout);
         peer.options.write_timeout = Some(self.read_timeout);
@@ -91,73 +91,73 @@ impl Upstream {
 
 /// The connection while it is lent.
 struct Lent {
-    /// None: it has been given back.
+    /// `None`: it is back in the pool.
     stream: Option<Stream>,
     peer: HttpPeer,
     upstream: Arc<Upstream>,
     answer: Answer,
-    /// Bytes that were read, and not yet shown.
+    /// Bytes that were read from the source, and that pingora has not got yet.
     ahead: BytesMut,
-    /// So many of them may be shown.
-    shown: usize,
+    /// How many of them belong to the answer, so that pingora may get them.
+    passed: usize,
     /// When the last byte of the request was sent.
     since: Instant,
-    /// How long after that the final answer must have begun.
+    /// How long after that the final answer must begin.
     limit: Duration,
     timer: Option<Pin<Box<Sleep>>>,
     /// A write has failed.
     broken: bool,
 }
 
-/// How far an answer has been read.
+/// The position of the reader in an answer.
 struct Answer {
     expected: Expected,
-    left: Left,
+    left: Remaining,
 }
 
-/// What of an answer is still to come.
-enum Left {
-    /// A head, perhaps an interim one.
+/// The part of an answer that is still to come.
+enum Remaining {
+    /// A final or interim head.
     Head,
-    /// So many bytes of the body.
+    /// This many bytes of the body.
     Bytes(u64),
     /// The chunks of the body.
     Chunks(Chunks),
-    /// All that comes: to the end of the connection, or in another protocol.
+    /// All bytes until the connection closes: a body without a length, or another protocol.
     All,
 }
 
 impl Answer {
     const fn is_over(&self) -> bool {
         match &self.left {
-            Left::Bytes(left) => *left == 0,
-            Left::Chunks(chunks) => chunks.is_over(),
-            Left::Head | Left::All => false,
+            Remaining::Bytes(left) => *left == 0,
+            Remaining::Chunks(chunks) => chunks.is_over(),
+            Remaining::Head | Remaining::All => false,
         }
     }
 
-    /// How many of these bytes belong to the answer, a whole head at a time; none: a head that goes on.
+    /// How many of these bytes belong to the answer. A head counts only when it is complete, so 0 means that it is not.
     fn pass(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         Ok(match &mut self.left {
-            Left::Head => {
+            Remaining::Head => {
                 let Some((length, left)) = self.head(bytes)? else {
                     return if bytes.len() > MAX_HEAD { Err(unusable("a head of more than 64 KiB")) } else { Ok(0) };
                 };
                 self.left = left;
                 length
             }
-            Left::Bytes(left) => {
+            Remaining::Bytes(left) => {
                 let here = usize::try_from(*left).unwrap_or(usize::MAX).min(bytes.len());
                 *left -= here as u64;
                 here
             }
-            Left::Chunks(chunks) => chunks.pass(bytes),
-            Left::All => bytes.len(),
+            Remaining::Chunks(chunks) => chunks.pass(bytes),
+            Remaining::All => bytes.len(),
         })
     }
 
-    /// Reads a head as pingora does: its length, and what comes behind it (RFC 9112, section 6.3). None: it is not whole.
-    fn head(&self, bytes: &[u8]) -> io::Result<Option<(usize, Left)>> {
+    /// Parses a head as pingora does. Returns its length, and what follows it (RFC 9112, section 6.3). `None`: it is not complete.
+    fn head(&self, bytes: &[u8]) -> io::Result<Option<(usize, Remaining)>> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut head = httparse::Response::new(&mut headers);
         let mut parser = httparse::ParserConfig::default();
@@ -170,24 +170,24 @@ impl Answer {
         };
         let named = |name: &'static str| head.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
         let left = match head.code.unwrap_or_default() {
-            101 if self.expected.upgrade => Left::All,
+            101 if self.expected.upgrade => Remaining::All,
             101 => return Err(unusable("a change of protocol that was not asked for")),
-            100..=199 => Left::Head,
-            204 | 304 => Left::Bytes(0),
-            _ if self.expected.head => Left::Bytes(0),
+            100..=199 => Remaining::Head,
+            204 | 304 => Remaining::Bytes(0),
+            _ if self.expected.head => Remaining::Bytes(0),
             _ => match named("transfer-encoding").next_back() {
                 Some(codings) => {
                     let last = codings.value.rsplit(|byte| *byte == b',').next().unwrap_or_default();
-                    if last.trim_ascii().eq_ignore_ascii_case(b"chunked") { Left::Chunks(Chunks::default()) } else { Left::All }
+                    if last.trim_ascii().eq_ignore_ascii_case(b"chunked") { Remaining::Chunks(Chunks::default()) } else { Remaining::All }
                 }
-                None => length_of(named("content-length").map(|header| header.value))?.map_or(Left::All, Left::Bytes),
+                None => length_of(named("content-length").map(|header| header.value))?.map_or(Remaining::All, Remaining::Bytes),
             },
         };
         Ok(Some((length, left)))
     }
 }
 
-/// What the values of `Content-Length` say, if all say the same (RFC 9110, section 8.6).
+/// The value of `Content-Length`. Repeated values must be equal (RFC 9110, section 8.6).
 fn length_of<'a>(values: impl Iterator<Item = &'a [u8]>) -> io::Result<Option<u64>> {
     let mut length = None;
     for value in values.flat_map(|value| value.split(|byte| *byte == b',')) {
@@ -203,26 +203,26 @@ fn length_of<'a>(values: impl Iterator<Item = &'a [u8]>) -> io::Result<Option<u6
     Ok(length)
 }
 
-/// An answer that is none. [`Upstream::fault`] knows it by its kind.
+/// The error for an invalid answer. [`Upstream::fault`] recognises its kind.
 fn unusable(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why.to_owned())
 }
 
 impl Lent {
-    /// Gives the connection to the pool, if it is at the end of the answer and nothing came behind that.
+    /// Puts the connection into the pool. Drops it instead if a write has failed, or if bytes came after the end of the answer.
     fn give_back(&mut self) {
         if let Some(stream) = self.stream.take().filter(|_| self.ahead.is_empty() && !self.broken) {
             self.upstream.release(stream, &self.peer);
         }
     }
 
-    /// Runs out when the final answer has not begun in time.
+    /// Is ready when the final answer has not begun in time.
     fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         loop {
             let deadline = self.since + self.limit;
             let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
             ready!(timer.as_mut().poll(cx));
-            // More of the request has been sent meanwhile.
+            // More of the request has been sent since the timer was set.
             if Instant::now() < deadline {
                 timer.as_mut().reset(deadline);
                 continue;
@@ -236,11 +236,11 @@ impl AsyncRead for Lent {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         loop {
-            if this.shown > 0 {
-                let here = this.shown.min(buf.remaining());
+            if this.passed > 0 {
+                let here = this.passed.min(buf.remaining());
                 buf.put_slice(&this.ahead[..here]);
                 this.ahead.advance(here);
-                this.shown -= here;
+                this.passed -= here;
                 return Poll::Ready(Ok(()));
             }
             if this.answer.is_over() {
@@ -248,13 +248,13 @@ impl AsyncRead for Lent {
                 return Poll::Ready(Ok(()));
             }
             if !this.ahead.is_empty() {
-                this.shown = this.answer.pass(&mut this.ahead)?;
-                if this.shown > 0 {
+                this.passed = this.answer.pass(&mut this.ahead)?;
+                if this.passed > 0 {
                     continue;
                 }
             }
             let Some(stream) = &mut this.stream else { return Poll::Ready(Ok(())) };
-            if matches!(this.answer.left, Left::Head) {
+            if matches!(this.answer.left, Remaining::Head) {
                 let mut part = [0; 8 << 10];
                 let mut part = ReadBuf::new(&mut part);
                 match Pin::new(stream).poll_read(cx, &mut part) {
@@ -267,8 +267,8 @@ impl AsyncRead for Lent {
                 this.ahead.extend_from_slice(part.filled());
                 continue;
             }
-            // A body is read straight to where it goes; what stands behind its end stays here. The buffer is not initialised for it: a page
-            // that is never touched costs no memory, and most of pingora's 64 KiB are not, where an answer drips.
+            // A body is read into pingora's buffer directly. Bytes after its end stay in `ahead`. The buffer is not initialised first: most of
+            // its 64 KiB stay unused when an answer comes in small pieces, and pages that are never written cost no memory.
             let before = buf.filled().len();
             ready!(Pin::new(stream).poll_read(cx, buf))?;
             let read = &mut buf.filled_mut()[before..];
@@ -294,7 +294,8 @@ impl AsyncWrite for Lent {
                 _ => this.broken = true,
             }
         }
-        // A source that has answered early may have closed. Its answer is still to be read; if there is none, reading says so.
+        // The source may have answered early and closed. Pretend that the write succeeded, so that pingora reads that answer. If there is none,
+        // the read fails.
         if this.answer.is_over() { Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())) } else { Poll::Ready(Ok(buf.len())) }
     }
 

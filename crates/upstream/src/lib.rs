@@ -3,7 +3,7 @@
 //! - [`Upstream`]: an HTTP server, the origin or a peer; [`HttpStore`] is the same as a [`Source`](castier_cache::Source) and a
 //!   [`Store`](castier_cache::Store). A connection to it can be lent to pingora's proxy for a relayed request ([`Expected`]).
 //! - [`OriginState`]: whether the origin is up.
-//! - [`trace`], [`via_header`], [`TracedPlan`]: what goes along with a client's request to the sources that are asked for its sake.
+//! - [`trace`], [`via_header`], [`TracedPlan`]: headers and spans that connect a client's request with the requests to sources that it causes.
 //! - [`Chunks`]: the framing of chunked bodies.
 
 mod access;

@@ -1,9 +1,9 @@
-//! The series of sources.
+//! The metrics of sources.
 
 use castier_serverkit::series::{counters, gauge};
 use prometheus::{IntCounter, IntGauge, Registry};
 
-/// The series.
+/// The metrics.
 pub struct Metrics {
     /// Bytes received from the origin and from peers.
     source_bytes: [IntCounter; 2],
@@ -11,7 +11,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// All series, registered with `r`.
+    /// All metrics, registered with `r`.
     ///
     /// # Errors
     /// A name that is registered already.
@@ -21,12 +21,12 @@ impl Metrics {
             source_bytes: ["origin", "peer"].map(|source| source_bytes.with_label_values(&[source])),
             origin_up: gauge(r, "castier_origin_up", "Whether the origin is up, as the last requests showed")?,
         };
-        // Until a request shows that it is down.
+        // Counts as up until a request shows that it is down.
         metrics.origin_up.set(1);
         Ok(metrics)
     }
 
-    /// So many bytes came from a source: `origin` or `peer`.
+    /// Counts bytes from a source: `origin` or `peer`.
     pub(crate) fn received(&self, source: &str, bytes: u64) {
         self.source_bytes[usize::from(source != "origin")].inc_by(bytes);
     }

@@ -1,11 +1,14 @@
-//! How the origin is, as the last requests found it. Told once per change.
+//! Whether the origin is up, as the last requests showed. Logs each change once.
 //!
-//! It is down when no connection to it can be had, when it gives no answer in time, or when a gateway in front of it says so (502, 504). Any
-//! other answer shows that it is up: a status of 500 may be about one blob, and 503 says that it has much to do. A connection that breaks
-//! before the answer may be one request's bad luck, so it takes a few in a row.
+//! The origin is down if no connection to it can be opened, if it does not answer in time, or if a gateway in front of it reports that (502,
+//! 504). Any other answer shows that it is up: a 500 may concern one blob only, and a 503 means that it is busy. If a connection breaks before
+//! the answer, that may concern one request only, so it takes [`BROKEN`] of these in a row.
 //!
-//! Requests overlap. So one that came to nothing proves nothing if the origin has answered another since it was sent: a silence is noticed
-//! half a minute late.
+//! Requests overlap, and a read timeout takes long. So a failure does not count if the origin has answered another request in the meantime:
+//!
+//! 1. Request A is sent, and gets no answer.
+//! 2. Request B is sent later, and is answered. The origin is up.
+//! 3. A times out. That shows nothing about the origin now.
 
 use crate::metrics::Metrics;
 use castier_cache::Fault;
@@ -22,11 +25,11 @@ use std::{
 pub struct OriginState {
     /// It answers.
     pub up: bool,
-    /// Since when; none if it has always been so.
+    /// When that last changed; `None` if it never has.
     pub since: Option<SystemTime>,
     /// Requests that were sent to it.
     pub requests: u64,
-    /// Those that got no answer, or one of 500 or more, and answers that broke off.
+    /// Requests without an answer or with a 5xx, and answers that broke off.
     pub errors: u64,
 }
 
@@ -37,23 +40,23 @@ pub(crate) struct OriginHealth {
     errors: AtomicU64,
 }
 
-/// So many connections in a row must break before the answer.
+/// How many connections in a row must break before the answer until the origin counts as down.
 const BROKEN: u32 = 3;
 
 #[derive(Default)]
 struct Known {
-    /// When it went down, if it is.
+    /// When it went down, if it is down.
     down: Option<Instant>,
     since: Option<SystemTime>,
     /// When it last answered.
     answered: Option<Instant>,
-    /// How many connections have broken since.
+    /// How many connections have broken since then.
     broken: u32,
 }
 
 impl OriginHealth {
-    /// See [`crate::Upstream::found`]. `origin` is the name that the log has.
-    pub(crate) fn found(&self, origin: &str, asked: Instant, answer: Result<StatusCode, &Fault>, metrics: &Metrics) {
+    /// See [`crate::Upstream::report_outcome`]. `origin` is its name in the log.
+    pub(crate) fn record(&self, origin: &str, asked: Instant, answer: Result<StatusCode, &Fault>, metrics: &Metrics) {
         self.requests.fetch_add(1, Relaxed);
         match answer {
             Ok(status) => {
@@ -61,17 +64,17 @@ impl OriginHealth {
                     self.errors.fetch_add(1, Relaxed);
                 }
                 if matches!(status, StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT) {
-                    self.fell(origin, asked, false, &status, metrics);
+                    self.record_failure(origin, asked, false, &status, metrics);
                 } else {
-                    self.answered(origin, metrics);
+                    self.record_answer(origin, metrics);
                 }
             }
             Err(fault) => {
                 match fault {
-                    Fault::Unreachable { .. } => self.fell(origin, asked, true, fault, metrics),
-                    Fault::Silent { .. } => self.fell(origin, asked, false, fault, metrics),
-                    Fault::Unusable { .. } | Fault::Corrupt { .. } => self.answered(origin, metrics),
-                    // A limit of this node: nobody was asked.
+                    Fault::Unreachable { .. } => self.record_failure(origin, asked, true, fault, metrics),
+                    Fault::Silent { .. } => self.record_failure(origin, asked, false, fault, metrics),
+                    Fault::Unusable { .. } | Fault::Corrupt { .. } => self.record_answer(origin, metrics),
+                    // A limit of this node: the origin was not asked.
                     _ => {
                         self.requests.fetch_sub(1, Relaxed);
                         return;
@@ -82,12 +85,12 @@ impl OriginHealth {
         }
     }
 
-    /// No connection could be had since `begun`. Which request it was for will be counted by [`Self::found`].
-    pub(crate) fn unreached(&self, origin: &str, begun: Instant, fault: &Fault, metrics: &Metrics) {
-        self.fell(origin, begun, false, fault, metrics);
+    /// No connection could be opened. The attempt began at `begun`. [`Self::record`] counts the request that needed it.
+    pub(crate) fn record_unreachable(&self, origin: &str, begun: Instant, fault: &Fault, metrics: &Metrics) {
+        self.record_failure(origin, begun, false, fault, metrics);
     }
 
-    fn answered(&self, origin: &str, metrics: &Metrics) {
+    fn record_answer(&self, origin: &str, metrics: &Metrics) {
         let mut known = self.known.lock();
         (known.answered, known.broken) = (Some(Instant::now()), 0);
         if let Some(down) = known.down.take() {
@@ -97,8 +100,8 @@ impl OriginHealth {
         }
     }
 
-    /// What was begun at `asked` had no answer of the origin's own; `broke`: its connection broke.
-    fn fell(&self, origin: &str, asked: Instant, broke: bool, why: &dyn fmt::Display, metrics: &Metrics) {
+    /// A request that was sent at `asked` got no answer from the origin. `broke`: its connection broke.
+    fn record_failure(&self, origin: &str, asked: Instant, broke: bool, why: &dyn fmt::Display, metrics: &Metrics) {
         let mut known = self.known.lock();
         if known.down.is_some() || known.answered.is_some_and(|answered| answered >= asked) {
             return;
@@ -113,7 +116,7 @@ impl OriginHealth {
     }
 
     /// The body of an answer broke off.
-    pub(crate) fn broke(&self) {
+    pub(crate) fn record_broken_body(&self) {
         self.errors.fetch_add(1, Relaxed);
     }
 
@@ -140,29 +143,29 @@ mod tests {
         let silent = Fault::Silent { source_name: "origin", why: String::new() };
         assert_eq!(health.state(), OriginState { up: true, since: None, requests: 0, errors: 0 });
         let early = Instant::now();
-        health.found("o", early, Ok(StatusCode::OK), &metrics);
+        health.record("o", early, Ok(StatusCode::OK), &metrics);
         assert_eq!(health.state().since, None, "nothing has changed");
-        health.found("o", early, Err(&silent), &metrics);
+        health.record("o", early, Err(&silent), &metrics);
         assert!(up(&health), "another request was answered meanwhile");
-        health.unreached("o", Instant::now(), &unreachable, &metrics);
+        health.record_unreachable("o", Instant::now(), &unreachable, &metrics);
         let since = health.state().since.unwrap();
-        health.found("o", Instant::now(), Err(&silent), &metrics);
+        health.record("o", Instant::now(), Err(&silent), &metrics);
         assert_eq!((up(&health), health.state().since), (false, Some(since)), "down since the first");
         for status in [404, 500, 503] {
-            health.found("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
+            health.record("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
             assert!(up(&health), "{status}");
         }
         for status in [502, 504] {
-            health.found("o", Instant::now(), Ok(StatusCode::OK), &metrics);
-            health.found("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
+            health.record("o", Instant::now(), Ok(StatusCode::OK), &metrics);
+            health.record("o", Instant::now(), Ok(StatusCode::from_u16(status).unwrap()), &metrics);
             assert!(!up(&health), "{status}");
         }
         let before = health.state();
-        health.found("o", Instant::now(), Err(&Fault::Abandoned), &metrics);
+        health.record("o", Instant::now(), Err(&Fault::Abandoned), &metrics);
         assert_eq!(health.state(), before, "the origin was not asked");
-        health.found("o", Instant::now(), Ok(StatusCode::OK), &metrics);
+        health.record("o", Instant::now(), Ok(StatusCode::OK), &metrics);
         for still_up in [true, true, false] {
-            health.found("o", Instant::now(), Err(&unreachable), &metrics);
+            health.record("o", Instant::now(), Err(&unreachable), &metrics);
             assert_eq!(up(&health), still_up, "connections that broke");
         }
         assert_eq!((before.requests, before.errors), (10, 6));

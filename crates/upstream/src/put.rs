@@ -6,41 +6,41 @@ use castier_blob::Digest;
 use castier_cache::{Fault, Limit, Next, Put, Stat, Upload};
 use castier_wire as wire;
 use http::{Method, StatusCode, header};
-use pingora::{ErrorType, http::RequestHeader, protocols::http::v1::client::HttpSession};
+use pingora::{ErrorType, http::RequestHeader, protocols::http::v1::client::HttpSession, upstreams::peer::HttpPeer};
 use std::time::Duration;
 use tokio::{
     sync::SemaphorePermit,
     time::{Instant, sleep_until, timeout},
 };
 
-/// So much of a larger upload is held until it has been sent and more follows: if a kept-alive connection turns out to be closed, the
-/// upload begins again on a new one. A source that had closed it says so within a round trip.
-const REPEATABLE: usize = 256 << 10;
+/// How many bytes of an upload castier keeps after it has sent them over a kept-alive connection. The source may have closed that connection;
+/// then the upload begins again on a new one. castier learns of it within a round trip.
+const MAX_REPLAY: usize = 256 << 10;
 
-/// So many uploads to a source may hold [`REPEATABLE`] at once, which is 16 MiB in all. Others go over new connections.
-pub(crate) const REPEATERS: usize = 64;
+/// How many uploads to a source may keep [`MAX_REPLAY`] bytes at once: 16 MiB in all. Other uploads use new connections.
+pub(crate) const REPLAYS: usize = 64;
 
-/// After this long, what was sent is no longer held: the source has had the time to say that the connection was closed.
-const HELD_FOR: Duration = Duration::from_secs(1);
+/// How long the bytes are kept. After this long, castier would know of a closed connection.
+const REPLAY_WINDOW: Duration = Duration::from_secs(1);
 
-/// How long a source may think about an expectation before the upload is simply sent, as curl does.
-const EXPECT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long to wait for the answer to `Expect: 100-continue`. Without an answer, the upload is sent; curl does the same.
+const EXPECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Upstream {
-    /// Uploads a blob as its bytes arrive: with a digest by PUT, else by POST, which lets the source name it.
+    /// Uploads a blob as its bytes arrive: by PUT if its digest is known, else by POST.
     pub async fn put(&self, upload: &mut Upload<'_>) -> Result<Put, Fault> {
-        // A small one is counted by `repeat`, as all requests are that can be repeated.
+        // `repeat` reports the outcome of small uploads, which are in memory. Streamed uploads do not go through it.
         let streams = upload.whole().is_none();
         let asked = std::time::Instant::now();
         let put = self.send(upload).await;
         if streams {
             match &put {
-                Ok(_) => self.found(asked, Ok(StatusCode::OK)),
-                Err(fault @ (Fault::Unreachable { .. } | Fault::Silent { .. })) => self.found(asked, Err(fault)),
+                Ok(_) => self.report_outcome(asked, Ok(StatusCode::OK)),
+                Err(fault @ (Fault::Unreachable { .. } | Fault::Silent { .. })) => self.report_outcome(asked, Err(fault)),
                 Err(Fault::OriginFull | Fault::Unusable { .. } | Fault::Busy(Limit::Origin)) => {
-                    self.found(asked, Ok(StatusCode::INTERNAL_SERVER_ERROR));
+                    self.report_outcome(asked, Ok(StatusCode::INTERNAL_SERVER_ERROR));
                 }
-                // The client's fault.
+                // An error of the client says nothing about the origin.
                 Err(_) => {}
             }
         }
@@ -62,137 +62,153 @@ impl Upstream {
             Some(size) => insert(&mut request, header::CONTENT_LENGTH, &size.to_string())?,
             None => insert(&mut request, header::TRANSFER_ENCODING, "chunked")?,
         }
-        let mut repeater = self.repeaters.try_acquire().ok();
-        let kept_alive = if repeater.is_some() { self.kept_alive().await } else { None };
-        let mut connection = match kept_alive {
-            Some(connection) => connection,
-            None => Box::pin(self.connect()).await?,
+        let (mut exchange, rest) = self.begin(upload, &request).await?;
+        let all_sent = match rest {
+            Rest::AnsweredEarly => self.early_answer(&exchange, upload).await.map(|()| false)?,
+            Rest::Last { last, replay } => self.send_last(&mut exchange, &request, &last, replay).await?,
         };
-        let (mut session, mut peer, mut asked, rest) = loop {
-            let reused = connection.reused;
-            let (session, peer) = connection.session(self.read_timeout);
-            // Held for as long as what was sent is.
-            let repeater = repeater.take().filter(|_| reused);
-            match self.stream(session, &request, upload, repeater).await? {
-                Sent::Streamed { session, asked, rest } => break (session, peer, asked, rest),
-                Sent::Stale => connection = Box::pin(self.connect()).await?,
-            }
-        };
-        let mut all_sent = false;
-        match rest {
-            Rest::AnsweredEarly => {
-                // Before the rest is read: it can still go elsewhere.
-                self.must_be_proved(&asked, &session)?;
-                if session.get_status().is_some_and(|status| status.is_client_error() || status.is_server_error()) {
-                    // The source does not want it, whatever the rest is. The body is cut off here, and the connection with it.
-                    return Err(session.get_status().map_or_else(|| self.unusable("no status"), |status| self.refused(status)));
-                }
-                upload.drain().await?;
-            }
-            Rest::Last { last, sent } => {
-                let ended = self.end(&mut session, &last).await;
-                match (ended, sent) {
-                    (Ok(whole), _) => all_sent = whole,
-                    (Err(error), Some((mut all, _repeater))) if error.etype != ErrorType::ReadTimedout => {
-                        // All of it is at hand, and right.
-                        all.extend_from_slice(&last);
-                        let (fresh, address) = Box::pin(self.connect()).await?.session(self.read_timeout);
-                        (*session, peer) = (fresh, address);
-                        let mut request = request.clone();
-                        asked = self.sign(&mut request)?;
-                        let again = async {
-                            session.write_request_header(Box::new(request)).await?;
-                            self.end(&mut session, &all).await
-                        };
-                        all_sent = again.await.map_err(|error| self.fault(&error))?;
-                    }
-                    (Err(error), _) => return Err(self.fault(&error)),
-                }
-                self.must_be_proved(&asked, &session)?;
-            }
-        }
-        let put = self.stored(&mut session, unnamed(upload)).await?;
-        // Else the next request would be taken for the rest of this one.
+        let put = self.stored(&mut exchange.session, unnamed(upload)).await?;
+        // Unless all bytes were sent, the source would read the next request as the rest of this body.
         if all_sent {
-            self.finish(*session, &peer).await;
+            self.finish(*exchange.session, &exchange.peer).await;
         }
         Ok(put)
     }
 
-    /// Sends the last bytes of an upload, and reads the head of the answer. False: it came although not all could be sent.
+    /// Sends an upload up to its last bytes, over a kept-alive connection if there is one. If the source turns out to have closed that
+    /// connection, begins again on a new one.
+    async fn begin<'a>(&'a self, upload: &mut Upload<'_>, request: &RequestHeader) -> Result<(Exchange, Rest<'a>), Fault> {
+        let mut permit = self.replays.try_acquire().ok();
+        let kept_alive = if permit.is_some() { self.kept_alive().await } else { None };
+        let mut connection = match kept_alive {
+            Some(connection) => connection,
+            None => Box::pin(self.connect()).await?,
+        };
+        loop {
+            let reused = connection.reused;
+            let (session, peer) = connection.session(self.read_timeout);
+            let replay = permit.take().filter(|_| reused).map(|permit| Replay { bytes: Vec::new(), _permit: permit });
+            match self.stream(session, request, upload, replay).await? {
+                Streamed::Sent { session, asked, rest } => return Ok((Exchange { session, peer, asked }, rest)),
+                Streamed::Stale => connection = Box::pin(self.connect()).await?,
+            }
+        }
+    }
+
+    /// The source has answered before the end of the upload. If it refuses the upload, returns that error. Else reads the client's other bytes,
+    /// since they must match the digest too.
+    async fn early_answer(&self, exchange: &Exchange, upload: &mut Upload<'_>) -> Result<(), Fault> {
+        // Checked before the client's other bytes are read: until then the upload can still go to another store.
+        self.must_be_proved(&exchange.asked, &exchange.session)?;
+        match exchange.session.get_status() {
+            None => return Err(self.unusable("no status")),
+            Some(status) if status.is_client_error() || status.is_server_error() => return Err(self.refused(status)),
+            Some(_) => {}
+        }
+        upload.drain().await
+    }
+
+    /// Sends the last bytes of an upload, and reads the head of the answer. If a kept-alive connection fails and `replay` has all earlier bytes,
+    /// sends everything again over a new connection. Returns whether all bytes were sent.
+    async fn send_last(
+        &self,
+        exchange: &mut Exchange,
+        request: &RequestHeader,
+        last: &[u8],
+        replay: Option<Replay<'_>>,
+    ) -> Result<bool, Fault> {
+        let all_sent = match (self.end(&mut exchange.session, last).await, replay) {
+            (Ok(all_sent), _) => all_sent,
+            (Err(error), Some(mut replay)) if error.etype != ErrorType::ReadTimedout => {
+                replay.bytes.extend_from_slice(last);
+                let (session, peer) = Box::pin(self.connect()).await?.session(self.read_timeout);
+                (*exchange.session, exchange.peer) = (session, peer);
+                let mut request = request.clone();
+                exchange.asked = self.sign(&mut request)?;
+                let again = async {
+                    exchange.session.write_request_header(Box::new(request)).await?;
+                    self.end(&mut exchange.session, &replay.bytes).await
+                };
+                again.await.map_err(|error| self.fault(&error))?
+            }
+            (Err(error), _) => return Err(self.fault(&error)),
+        };
+        self.must_be_proved(&exchange.asked, &exchange.session)?;
+        Ok(all_sent)
+    }
+
+    /// Sends bytes up to the end of the body, and reads the head of the answer. Returns false if the answer came although not all could be sent.
     async fn end(&self, session: &mut HttpSession, last: &[u8]) -> pingora::Result<bool> {
         let sent = async {
-            // An empty chunk would be the end of a chunked body.
+            // An empty chunk would end a chunked body.
             if !last.is_empty() {
                 session.write_body(last).await?;
             }
             session.finish_body().await
         };
         let sent = sent.await;
-        // Only now is it the source's turn: before, the silence was the client's.
+        // The read timeout counts from here. Before, the source had to wait for the client.
         session.read_timeout = Some(self.read_timeout);
         match (self.final_head(session).await, sent) {
             (Ok(()), sent) => Ok(sent.is_ok()),
-            // It stopped reading and said nothing.
+            // No answer. If the source stopped reading, the write error says why.
             (Err(_), Err(error)) | (Err(error), Ok(_)) => Err(error),
         }
     }
 
-    /// Sends what comes, all but the last bytes. Ends with the upload, or when the source answers before that.
+    /// Sends the bytes of an upload as they arrive, except the last ones. Ends early if the source answers.
     async fn stream<'a>(
         &self,
         session: HttpSession,
         request: &RequestHeader,
         upload: &mut Upload<'_>,
-        repeater: Option<SemaphorePermit<'a>>,
-    ) -> Result<Sent<'a>, Fault> {
+        mut replay: Option<Replay<'a>>,
+    ) -> Result<Streamed<'a>, Fault> {
         let mut session = Box::new(session);
-        // What has been sent, while it is little enough to be sent again.
-        let mut sent = repeater.map(|repeater| (Vec::new(), repeater));
-        let until = Instant::now() + HELD_FOR;
-        // While the client sends, silence is the client's.
+        let until = Instant::now() + REPLAY_WINDOW;
+        // No read timeout: while the client sends, the source has nothing to say.
         session.read_timeout = None;
         let mut request = request.clone();
         let asked = self.sign(&mut request)?;
         if let Err(error) = session.write_request_header(Box::new(request)).await {
-            return if sent.is_some() { Ok(Sent::Stale) } else { Err(self.fault(&error)) };
+            return if replay.is_some() { Ok(Streamed::Stale) } else { Err(self.fault(&error)) };
         }
         let error = loop {
             let next = tokio::select! {
                 biased;
                 answer = read_final(&mut session) => match answer {
-                    Ok(()) => return Ok(Sent::Streamed { session, asked, rest: Rest::AnsweredEarly }),
+                    Ok(()) => return Ok(Streamed::Sent { session, asked, rest: Rest::AnsweredEarly }),
                     Err(error) => break error,
                 },
                 next = upload.next() => next?,
-                () = sleep_until(until), if sent.is_some() => {
-                    sent = None;
+                () = sleep_until(until), if replay.is_some() => {
+                    replay = None;
                     continue;
                 }
             };
-            let ready = match next {
-                Next::Part(ready) => ready,
-                Next::Last(last) => return Ok(Sent::Streamed { session, asked, rest: Rest::Last { last, sent } }),
+            let part = match next {
+                Next::Part(part) => part,
+                Next::Last(last) => return Ok(Streamed::Sent { session, asked, rest: Rest::Last { last, replay } }),
             };
-            sent = sent.filter(|(sent, _): &(Vec<u8>, _)| sent.len() + ready.len() <= REPEATABLE);
-            if let Some((sent, _)) = &mut sent {
-                sent.extend_from_slice(&ready);
+            replay = replay.filter(|replay| replay.bytes.len() + part.len() <= MAX_REPLAY);
+            if let Some(replay) = &mut replay {
+                replay.bytes.extend_from_slice(&part);
             }
-            if session.write_body(&ready).await.is_err() {
-                // It stopped reading, most likely because it has answered already.
+            if session.write_body(&part).await.is_err() {
+                // The source has stopped reading, most likely because it has answered.
                 session.read_timeout = Some(self.read_timeout);
                 match self.final_head(&mut session).await {
-                    Ok(()) => return Ok(Sent::Streamed { session, asked, rest: Rest::AnsweredEarly }),
+                    Ok(()) => return Ok(Streamed::Sent { session, asked, rest: Rest::AnsweredEarly }),
                     Err(error) => break error,
                 }
             }
         };
-        let Some((all, _)) = sent.filter(|_| error.etype != ErrorType::ReadTimedout) else { return Err(self.fault(&error)) };
-        upload.put_back(all);
-        Ok(Sent::Stale)
+        let Some(replay) = replay.filter(|_| error.etype != ErrorType::ReadTimedout) else { return Err(self.fault(&error)) };
+        upload.put_back(replay.bytes);
+        Ok(Streamed::Stale)
     }
 
-    /// What an answer means that refuses an upload.
+    /// The fault for a status that refuses an upload.
     fn refused(&self, status: StatusCode) -> Fault {
         match status {
             StatusCode::PAYLOAD_TOO_LARGE => Fault::OriginRefusesSize,
@@ -203,7 +219,7 @@ impl Upstream {
         }
     }
 
-    /// Reads the answer to an upload. `unnamed`: the digest of an upload that the source had to name.
+    /// Reads the answer to an upload. `unnamed` is the digest of an upload by POST, which the answer must repeat.
     async fn stored(&self, session: &mut HttpSession, unnamed: Option<Digest>) -> Result<Put, Fault> {
         let status = session.get_status().ok_or_else(|| self.unusable("no status"))?;
         let mut answer = Vec::new();
@@ -233,48 +249,63 @@ impl Upstream {
         Ok(put)
     }
 
-    /// Whether the source has the blob for good, so that an upload of it need not be sent. That it can be seen may not be enough: it may
-    /// have been renamed into place and not synced yet. So the source is asked as a client would ask, by an upload that waits to be
-    /// called for; castier's own origin answers that only when the blob is durable. One that knows nothing of expectations has said
-    /// all that it can say.
+    /// The blob's size if the source has it durably. Then an upload of it need not be sent.
+    ///
+    /// A HEAD is not enough: the source may have renamed the file and not synced it yet. So castier also sends the head of an upload with
+    /// `Expect: 100-continue`. castier's own origin answers that only when the blob is durable. If the source does not support expectations,
+    /// the result of the HEAD counts.
     ///
     /// # Errors
     /// As [`Self::open`].
     pub(crate) async fn holds_durably(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
         let Stat::Present(known) = self.stat_one(digest).await? else { return Ok(None) };
-        // Without a size there is nothing to answer with.
+        // Without a size, the client cannot be answered.
         let Some(known) = known.or(size) else { return Ok(None) };
         let mut request = self.request(Method::PUT, &wire::blob_path(digest))?;
         insert(&mut request, header::CONTENT_LENGTH, &size.unwrap_or(known).to_string())?;
         insert(&mut request, header::EXPECT, "100-continue")?;
-        // A new connection: the body that was announced is never sent, so it cannot be used again.
+        // A new connection. It cannot be used again, since the announced body is never sent.
         let (mut session, _) = Box::pin(self.connect()).await?.session(self.read_timeout);
         let answered = async {
             session.write_request_header(Box::new(request)).await?;
             session.read_response().await
         };
-        let answered = timeout(self.read_timeout.min(EXPECT_PATIENCE), answered).await;
+        let answered = timeout(self.read_timeout.min(EXPECT_TIMEOUT), answered).await;
         let refused = matches!(answered, Ok(Ok(_)))
             && session.get_status().is_some_and(|status| status.is_client_error() || status.is_server_error());
         Ok((!refused).then_some(known))
     }
 }
 
-/// The digest of an upload that has no name. All of it has come.
+/// The digest of an upload by POST, whose bytes have all arrived; `None` for a PUT.
 fn unnamed(upload: &Upload<'_>) -> Option<Digest> {
     upload.digest().is_none().then(|| upload.verified())?.map(|(digest, _)| digest)
 }
 
-/// How far an upload came.
-enum Sent<'a> {
-    /// All but the last bytes have been sent, or the source has answered early.
-    Streamed {
+/// A request and its answer.
+struct Exchange {
+    session: Box<HttpSession>,
+    peer: HttpPeer,
+    /// What the answer must prove.
+    asked: Signature,
+}
+
+/// The bytes of an upload that were sent over a kept-alive connection, to send them again if the source had closed it.
+struct Replay<'a> {
+    bytes: Vec<u8>,
+    _permit: SemaphorePermit<'a>,
+}
+
+/// The result of [`Upstream::stream`].
+enum Streamed<'a> {
+    /// All bytes except the last have been sent, or the source has answered early.
+    Sent {
         session: Box<HttpSession>,
         /// What the answer must prove.
         asked: Signature,
         rest: Rest<'a>,
     },
-    /// The connection had been kept alive and was closed. All bytes are at hand, for a new one.
+    /// The source had closed the kept-alive connection. The upload has got its bytes back, to be sent over a new connection.
     Stale,
 }
 
@@ -282,10 +313,6 @@ enum Sent<'a> {
 enum Rest<'a> {
     /// The source has answered before the end.
     AnsweredEarly,
-    /// The last bytes are to be sent.
-    Last {
-        last: Bytes,
-        /// What has been sent, if it can be sent again.
-        sent: Option<(Vec<u8>, SemaphorePermit<'a>)>,
-    },
+    /// Send the last bytes. `replay` has all bytes before them, if they can be sent again.
+    Last { last: Bytes, replay: Option<Replay<'a>> },
 }

@@ -1,8 +1,8 @@
-//! Host names to addresses, and addresses to a connection.
+//! Resolves host names, and connects to one of their addresses.
 //!
-//! - One look-up at a time per name, whatever number of requests waits for it. It runs in a task of its own, on no blocking thread.
-//! - The last good answer is given at once, also while a new look-up runs, and also when that fails.
-//! - A failure is remembered for [`FAILED_FOR`], so that a name server that does not answer is not asked with every request.
+//! - One look-up at a time per name, for any number of requests. It runs in its own task, and blocks no thread.
+//! - Requests get the last good answer at once, also while a new look-up runs, and also after that has failed.
+//! - A failure is remembered for [`FAILED_FOR`], so that not every request asks a name server that does not answer.
 //! - Addresses are tried as RFC 8305 says: the families take turns, the next address starts 250 ms after the one before it or when that
 //!   has failed, and the first connection wins. The address that won last time is tried first.
 
@@ -26,24 +26,24 @@ use tokio::{
     time::{sleep_until, timeout, timeout_at},
 };
 
-/// How long an answer counts as fresh. Short, since an origin moves by its name. After that a new look-up starts.
+/// How long an answer counts as fresh. After that, a new look-up starts. Short, since an origin may move to another address.
 const FRESH_FOR: Duration = Duration::from_secs(5);
-/// How long an answer counts as fresh once none of its addresses takes a connection. A source that is down is not looked up for every
-/// request.
-const DOUBTED_FOR: Duration = Duration::from_millis(100);
-/// How long a request waits for that. A name server that does not answer must not make a source that is down slow as well.
-const DOUBT: Duration = Duration::from_millis(500);
+/// How long an answer counts as fresh if none of its addresses accepts a connection. It keeps the number of look-ups for a source that is down
+/// small.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// How long a request waits for that look-up. If the name servers are down too, the request should still fail fast.
+const RENEW_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a failure is remembered.
 const FAILED_FOR: Duration = Duration::from_secs(1);
-/// The end of a look-up whose name servers say nothing. More than the two attempts of 5 s that resolvers make by default.
+/// The timeout of a look-up. Longer than the two attempts of 5 s that resolvers make by default.
 const LOOK_UP_LIMIT: Duration = Duration::from_secs(15);
-/// How long an address is tried alone before the next one is tried beside it (RFC 8305, section 5).
+/// How long to wait for one address before the next one is tried in parallel (RFC 8305, section 5).
 const STAGGER: Duration = Duration::from_millis(250);
 
-/// Every name in use. Shared by all that use the same name, so that it is looked up once for all.
+/// Every name in use. All users of a name share its look-ups.
 static NAMES: LazyLock<Mutex<HashMap<String, Weak<Name>>>> = LazyLock::new(Mutex::default);
 
-/// A host name, or an address that stands for itself.
+/// A host name or an address.
 pub(crate) struct Name {
     host: String,
     state: Mutex<State>,
@@ -55,11 +55,11 @@ pub(crate) struct Name {
 struct State {
     /// The last good answer, in the order in which addresses are tried.
     known: Vec<IpAddr>,
-    /// When it came. None: it stands for ever.
+    /// When it arrived. `None` for an address, which is never looked up.
     at: Option<Instant>,
-    /// Since when a look-up runs.
+    /// When the running look-up started.
     looking: Option<Instant>,
-    /// The last look-up failed: when, and why.
+    /// When and why the last look-up failed.
     failed: Option<(Instant, String)>,
 }
 
@@ -77,7 +77,7 @@ impl Name {
         name
     }
 
-    /// The last good answer, at once; empty if there is none. Starts a look-up if the answer is no longer fresh.
+    /// The last good answer; empty if there is none. Does not wait. Starts a look-up if the answer is no longer fresh.
     fn known(self: &Arc<Self>) -> Vec<IpAddr> {
         let mut state = self.state.lock();
         if state.at.is_some_and(|at| at.elapsed() >= FRESH_FOR) && !state.failed_lately() {
@@ -86,9 +86,9 @@ impl Name {
         state.known.clone()
     }
 
-    /// The last good answer, or else the first one, which is waited for until `deadline`.
+    /// The last good answer. If there is none, waits for the first one until `deadline`.
     async fn addresses(self: &Arc<Self>, deadline: Instant) -> Result<Vec<IpAddr>, String> {
-        // Before the state is read: a look-up that ends between the two is not missed.
+        // Subscribe before the state is read. Otherwise a look-up that ends between the two would be missed.
         let mut ended = self.ended.subscribe();
         {
             let known = self.known();
@@ -99,11 +99,11 @@ impl Name {
             if let Some((_, why)) = state.failed.as_ref().filter(|_| state.failed_lately()) {
                 return Err(why.clone());
             }
-            let patience = deadline.saturating_duration_since(Instant::now());
+            let limit = deadline.saturating_duration_since(Instant::now());
             match state.looking {
                 None => self.look_up(&mut state),
-                // Others have waited for so long already. A request that comes now learns nothing by waiting as long again.
-                Some(since) if since.elapsed() >= patience => return Err(self.silent()),
+                // Other requests have already waited this long for the same look-up. Fail at once instead of waiting too.
+                Some(since) if since.elapsed() >= limit => return Err(self.silent()),
                 Some(_) => {}
             }
         }
@@ -117,19 +117,19 @@ impl Name {
         }
     }
 
-    /// The last good answer, after the end of a look-up that is no older than [`DOUBTED_FOR`]. Waits for [`DOUBT`], until `deadline` at the
-    /// latest, and then gives what is known.
+    /// The last good answer, after a new look-up unless the answer is younger than [`RETRY_AFTER`]. Waits for at most [`RENEW_TIMEOUT`], and not
+    /// longer than until `deadline`.
     async fn renewed(self: &Arc<Self>, deadline: Instant) -> Vec<IpAddr> {
         let mut ended = self.ended.subscribe();
         let looking = {
             let mut state = self.state.lock();
-            if state.at.is_some_and(|at| at.elapsed() >= DOUBTED_FOR) && !state.failed_lately() {
+            if state.at.is_some_and(|at| at.elapsed() >= RETRY_AFTER) && !state.failed_lately() {
                 self.look_up(&mut state);
             }
             state.looking.is_some()
         };
         if looking {
-            let _ = timeout_at(deadline.min(Instant::now() + DOUBT).into(), ended.changed()).await;
+            let _ = timeout_at(deadline.min(Instant::now() + RENEW_TIMEOUT).into(), ended.changed()).await;
         }
         self.state.lock().known.clone()
     }
@@ -183,22 +183,22 @@ impl State {
 pub struct Addresses {
     name: Arc<Name>,
     port: u16,
-    /// The one that the last new connection was made to.
+    /// The address of the last new connection.
     good: Mutex<Option<IpAddr>>,
 }
 
 impl Addresses {
-    /// Of a host name, or an address, at this port.
+    /// The addresses of a host name at this port. `host` may be an address.
     pub fn of(host: &str, port: u16) -> Self {
         Self { name: Name::of(host), port, good: Mutex::new(None) }
     }
 
-    /// Those that are known without waiting, the last good one first.
+    /// The known addresses, the last good one first. Does not wait.
     pub fn known(&self) -> Vec<SocketAddr> {
         self.in_order(self.name.known())
     }
 
-    /// All of them, the last good one first. The first look-up of a name is waited for until `deadline`.
+    /// All addresses, the last good one first. Waits for the first look-up of a name until `deadline`.
     ///
     /// # Errors
     /// Why the name does not resolve.
@@ -206,8 +206,8 @@ impl Addresses {
         Ok(self.in_order(self.name.addresses(deadline).await?))
     }
 
-    /// The addresses that the name has by now beside these, of which none takes a connection. A pod that was restarted has its old name and
-    /// a new address, and its peers must not take it for dead because they remember the old one.
+    /// Looks the name up again after none of the addresses in `tried` accepted a connection. Returns the new addresses. A restarted pod keeps its
+    /// name and gets a new address; without this, its peers would call it down because they remember the old one.
     pub async fn moved(&self, tried: &[SocketAddr], deadline: Instant) -> Vec<SocketAddr> {
         let mut addresses = self.in_order(self.name.renewed(deadline).await);
         addresses.retain(|address| !tried.contains(address));
@@ -223,10 +223,10 @@ impl Addresses {
         addresses.into_iter().map(|ip| SocketAddr::new(ip, self.port)).collect()
     }
 
-    /// A new connection to the first of these addresses that takes one before `deadline`.
+    /// A new connection to the first of these addresses that accepts one before `deadline`.
     ///
     /// # Errors
-    /// Why the last of them did not.
+    /// The error of the last address.
     pub async fn connect(&self, addresses: &[SocketAddr], deadline: Instant) -> io::Result<(TcpStream, SocketAddr)> {
         let (stream, address) = first_of(addresses, deadline).await?;
         *self.good.lock() = Some(address.ip());
@@ -234,11 +234,11 @@ impl Addresses {
     }
 }
 
-/// Connects to one address after the other, without waiting for long for any of them.
+/// Tries one address after the other, [`STAGGER`] apart. The first connection wins.
 async fn first_of(addresses: &[SocketAddr], deadline: Instant) -> io::Result<(TcpStream, SocketAddr)> {
     let mut waiting = addresses.iter().copied();
     let mut failed = io::Error::new(io::ErrorKind::NotFound, "no address");
-    // Dropped with all attempts that have not won.
+    // When this is dropped, the other attempts end.
     let mut attempts = JoinSet::new();
     loop {
         let next = waiting.next();
@@ -261,8 +261,8 @@ async fn first_of(addresses: &[SocketAddr], deadline: Instant) -> io::Result<(Tc
     }
 }
 
-/// `/etc/hosts`, then the name servers in `/etc/resolv.conf`, with its search domains. Both files are read anew each time, as they may
-/// have changed.
+/// Asks `/etc/hosts`, then the name servers in `/etc/resolv.conf`, with its search domains. Reads both files each time, since they may have
+/// changed.
 async fn look_up(host: &str) -> Result<Vec<IpAddr>, String> {
     let listed = std::fs::read_to_string("/etc/hosts").map(|text| listed(&text, host)).unwrap_or_default();
     if !listed.is_empty() {
@@ -275,7 +275,7 @@ async fn look_up(host: &str) -> Result<Vec<IpAddr>, String> {
     }
     let provider = TokioRuntimeProvider::default();
     let mut builder = TokioResolver::builder(provider.clone()).unwrap_or_else(|_| {
-        // Without a usable /etc/resolv.conf the C library asks this machine.
+        // As the C library does: without a usable /etc/resolv.conf, ask this machine.
         let servers = vec![NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into())];
         TokioResolver::builder_with_config(ResolverConfig::from_parts(None, vec![], servers), provider)
     });

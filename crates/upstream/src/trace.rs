@@ -1,9 +1,9 @@
-//! Which request a task works for, so that its log records, its spans and what it asks of sources can be joined with those of other programs.
+//! The trace of the request that a task works for. It connects log records, spans and requests to sources with those of other programs.
 //!
-//! What a client's request said of itself ([`Trace`]) goes along with the work, as its `Via` does: into the task of a flight, and from there to
-//! peers and the origin. A flight that several requests join works for the one that began it.
+//! The [`Trace`] of a client's request follows the work into the task of a flight, and from there to peers and the origin. Its `Via` does the
+//! same. A flight that several requests join has the trace of the request that started it.
 //!
-//! Spans go to the function that [`export_to`] was given. Without one, no span is made.
+//! [`export_to`] sets the function that gets the spans. Without one, no span is made.
 
 use castier_serverkit::access_log::trace_of;
 use castier_wire::{
@@ -16,9 +16,9 @@ use std::{
     time::Instant,
 };
 
-/// Where spans go.
+/// The destination of spans.
 struct Export {
-    /// Which part of the requests without a `traceparent` is sampled.
+    /// The share of requests without a `traceparent` that is sampled.
     sample: f64,
     send: Box<dyn Fn(Span) + Send + Sync>,
 }
@@ -26,38 +26,38 @@ struct Export {
 static EXPORT: OnceLock<Export> = OnceLock::new();
 
 tokio::task_local! {
-    /// What this task works for.
+    /// The trace of the request that this task works for.
     static CURRENT: Option<Arc<Trace>>;
 }
 
-/// What this task works for.
+/// The trace of the request that this task works for.
 pub fn current() -> Option<Arc<Trace>> {
     CURRENT.try_with(Clone::clone).ok().flatten()
 }
 
-/// From now on, spans go there, and this part of the requests that do not say so themselves has some. Only the first call counts.
+/// Sends spans to `send`. Of the requests without a `traceparent`, the share `sample` is traced. Only the first call has an effect.
 pub fn export_to(sample: f64, send: impl Fn(Span) + Send + Sync + 'static) {
     EXPORT.get_or_init(|| Export { sample, send: Box::new(send) });
 }
 
-/// Whether anybody wants spans.
+/// Whether spans are exported.
 pub fn is_exported() -> bool {
     EXPORT.get().is_some()
 }
 
-/// Sends a span if anybody wants it.
+/// Exports a span, if spans are exported.
 pub fn export(span: impl FnOnce() -> Span) {
     if let Some(export) = EXPORT.get() {
         (export.send)(span());
     }
 }
 
-/// Which request this is, as its fields say, or a new one.
+/// The trace in the fields of a request, or a new one.
 pub fn of(fields: &impl Fields) -> Trace {
     trace_of(fields, EXPORT.get().map(|export| export.sample))
 }
 
-/// Does the work of this request. It is no `async fn`: that would hold the work twice, and a fill is large.
+/// Runs `work` with this trace. Not an `async fn`: that would hold `work` twice, and the future of a fill is large.
 pub fn along<F: Future>(trace: Option<Arc<Trace>>, work: F) -> impl Future<Output = F::Output> + use<F> {
     CURRENT.scope(trace, work)
 }
@@ -67,34 +67,34 @@ pub fn sync_along<T>(trace: Option<Arc<Trace>>, work: impl FnOnce() -> T) -> T {
     CURRENT.sync_scope(trace, work)
 }
 
-/// What a source is told of the request that this task works for.
-pub fn tell() -> impl Iterator<Item = (HeaderName, HeaderValue)> {
-    let told = CURRENT.try_with(|trace| trace.as_ref().map(|trace| trace.tell())).ok().flatten();
-    told.into_iter().flatten().filter_map(|(name, value)| Some((name, value?)))
+/// The headers that carry this task's trace to a source.
+pub fn headers() -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+    let headers = CURRENT.try_with(|trace| trace.as_ref().map(|trace| trace.tell())).ok().flatten();
+    headers.into_iter().flatten().filter_map(|(name, value)| Some((name, value?)))
 }
 
-/// A part of a request's work: one source that is asked. Does nothing, if nobody wants its span.
+/// A part of a request's work: a request to one source. Makes a span if spans are exported and the request is sampled.
 pub struct Part {
     begun: Instant,
     trace: Option<Arc<Trace>>,
 }
 
 impl Part {
-    /// A part of this request begins.
+    /// Begins a part of this request.
     pub fn begin(of: Option<&Arc<Trace>>) -> Self {
         let sampled = if is_exported() { of.filter(|trace| trace.is_sampled()) } else { None };
         Self { begun: Instant::now(), trace: sampled.map(|trace| Arc::new(trace.part(rand::random()))) }
     }
 
-    /// What the source is told: that this part asks. None if it has no span.
+    /// The trace for the source, with this part as the parent. `None` if there is no span.
     pub fn trace(&self) -> Option<Arc<Trace>> {
         self.trace.clone()
     }
 
-    /// It is over: with this error, if it failed, and with what is known of it.
-    pub fn end(self, name: &str, told: impl FnOnce() -> (Option<String>, Attributes)) {
+    /// Ends the part, and exports its span. `outcome` returns the error, if there was one, and the attributes.
+    pub fn end(self, name: &str, outcome: impl FnOnce() -> (Option<String>, Attributes)) {
         if let Some(trace) = self.trace {
-            let (error, attributes) = told();
+            let (error, attributes) = outcome();
             export(|| trace.client_span(name.to_owned(), self.begun.elapsed(), error, attributes));
         }
     }
@@ -107,13 +107,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_request_goes_along_with_its_work() {
-        assert_eq!(tell().count(), 0);
+        assert_eq!(super::headers().count(), 0);
         let mut headers = HeaderMap::new();
         headers.insert("x-request-id", HeaderValue::from_static("abc"));
         let trace = Arc::new(of(&headers));
         let elsewhere = along(Some(trace.clone()), async {
             let current = current();
-            tokio::spawn(along(current, async { sync_along(super::current(), || tell().collect::<HeaderMap>()) })).await.unwrap()
+            tokio::spawn(along(current, async { sync_along(super::current(), || super::headers().collect::<HeaderMap>()) })).await.unwrap()
         })
         .await;
         assert_eq!(elsewhere["x-request-id"], "abc");

@@ -1,5 +1,5 @@
-//! A plan whose steps know for which request they ask: its `Via`, its `traceparent` and its `X-Request-ID` go along to the sources, and each step is a
-//! span. The request that starts a flight gives these; requests that join it have nothing to add.
+//! A plan that sends `Via`, `traceparent` and `X-Request-ID` of a client's request to the sources, and makes a span for each step. The headers are
+//! those of the request that starts the flight, not of requests that join it.
 
 use crate::{trace, via_header};
 use castier_blob::Digest;
@@ -17,11 +17,11 @@ pub struct TracedPlan {
     plan: Box<dyn Plan>,
     digest: Digest,
     context: Context,
-    /// The present step: its span, the URL that it asks, and the label of its source.
+    /// The current step: its span, the URL of its source, and the label of its source.
     current: Option<(trace::Part, String, &'static str)>,
 }
 
-/// What goes along with a request to a source.
+/// The headers of the client's request that requests to sources repeat.
 #[derive(Clone)]
 struct Context {
     via: Option<HeaderValue>,
@@ -29,7 +29,7 @@ struct Context {
 }
 
 impl TracedPlan {
-    /// The plan of a flight that the request starts for which this task works.
+    /// Wraps the plan of a flight, with the headers of the request that this task works for.
     pub fn new(plan: Box<dyn Plan>, digest: Digest) -> Self {
         Self { plan, digest, context: Context { via: via_header::current(), trace: trace::current() }, current: None }
     }
@@ -56,7 +56,7 @@ impl Plan for TracedPlan {
     }
 }
 
-/// A source that is asked in the context of a request.
+/// A source whose requests get the headers in `context`.
 struct InContext {
     source: Arc<dyn Source>,
     context: Context,
@@ -67,7 +67,7 @@ impl Source for InContext {
         let context = self.context.clone();
         let open = self.source.open(ask).map(move |answer| {
             Ok(match answer? {
-                // A slow peer is asked about while its bytes are read, which is a request too.
+                // Reading may send a request too: the stall watchdog asks a slow peer for its health.
                 Answer::Bytes(Incoming { size, mut bytes }) => {
                     Answer::Bytes(Incoming::new(size, stream::poll_fn(move |cx| context.sync(|| bytes.poll_next_unpin(cx)))))
                 }
@@ -96,11 +96,11 @@ impl Context {
     }
 }
 
-/// The error, if it is one, and the attributes of the span of a step.
+/// The error of a step, if it failed, and the attributes of its span.
 fn attributes(outcome: Outcome<'_>, digest: &Digest, url: &str, source: &'static str, bytes: u64) -> (Option<String>, Attributes) {
     let (scheme, authority) = url.split_once("://").unwrap_or_default();
     let default = if scheme == "https" { 443 } else { 80 };
-    // Behind the last colon of `[::1]` there is no port.
+    // In `[::1]`, the text after the last colon is no port, so `parse` fails.
     let split = authority.rsplit_once(':').and_then(|(address, port)| Some((address, port.parse().ok()?)));
     let (address, port) = split.unwrap_or((authority, default));
     let mut attributes = vec![

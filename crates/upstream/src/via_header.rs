@@ -1,13 +1,13 @@
-//! `Via` (RFC 9110, section 7.6.3): every request that leaves this node names it, so that one that comes back is known.
+//! `Via` (RFC 9110, section 7.6.3). Every request that this node sends names the node, so that it recognises a request that comes back.
 //!
-//! The name is made up at each start, since two nodes with one name would take each other's requests for their own.
+//! Each start makes a new random name. If two nodes had the same name, each would reject the other's requests as loops.
 //!
-//! A request from a client may start a task that asks the source: a flight, or a question to a peer. What the client's request has in
-//! `Via` goes along ([`current`], [`along`]). Without that, two castiers that name each other as origin would not notice:
+//! A client's request may start a task that sends requests to sources. These repeat the `Via` of the client's request ([`current`],
+//! [`along`]). Otherwise two castiers that have each other as origin would not notice the loop:
 //!
-//! 1. A client asks A for a blob, and A's flight asks B.
-//! 2. B's flight asks A. If it named only B, A would not know its own question.
-//! 3. A's answer would be to join A's flight, which waits for B. Nobody would answer before a time-out.
+//! 1. A client asks A for a blob. A starts a flight, which asks B.
+//! 2. B starts a flight, which asks A. If its request named only B, A would not recognise its own request.
+//! 3. A would let the request join its flight, which waits for B. All requests would wait until a timeout.
 
 use http::{HeaderMap, HeaderValue, Version, header};
 use std::{
@@ -18,21 +18,21 @@ use std::{
 /// This node's name in `Via`.
 static NAME: LazyLock<String> = LazyLock::new(|| format!("castier-{:016x}", RandomState::new().hash_one(std::process::id())));
 
-/// The longest list that is passed on. Each hop adds some 32 bytes.
+/// The longest `Via` that is repeated to sources. Each hop adds about 32 bytes.
 const LONGEST: usize = 4 << 10;
 
 tokio::task_local! {
-    /// What the request that this task works for had in `Via`.
+    /// The `Via` of the request that this task works for.
     static BEFORE: HeaderValue;
 }
 
-/// What this node adds to a message of this version.
+/// The entry that this node adds to a message of this version.
 pub fn own(version: Version) -> HeaderValue {
     let version = if version == Version::HTTP_10 { "1.0" } else { "1.1" };
     HeaderValue::try_from(format!("{version} {}", *NAME)).unwrap_or_else(|_| HeaderValue::from_static("1.1 castier"))
 }
 
-/// The whole `Via` of a request that this task makes.
+/// The whole `Via` of a request that this task sends.
 pub fn whole() -> HeaderValue {
     let own = own(Version::HTTP_11);
     let joined = BEFORE.try_with(|before| HeaderValue::from_bytes(&[before.as_bytes(), b", ", own.as_bytes()].concat()));
@@ -45,19 +45,19 @@ pub fn names_this_node(value: &[u8]) -> bool {
     value.len() >= name.len() && value.windows(name.len()).any(|part| part == name)
 }
 
-/// What a request has in `Via`, as one list.
+/// The `Via` of a request, as one list.
 pub fn of(headers: &HeaderMap) -> Option<HeaderValue> {
     let values: Vec<_> = headers.get_all(header::VIA).iter().map(HeaderValue::as_bytes).collect();
     let length: usize = values.iter().map(|value| value.len() + 2).sum();
     if length == 0 || length > LONGEST { None } else { HeaderValue::from_bytes(&values.join(&b", "[..])).ok() }
 }
 
-/// What the request that this task works for had in `Via`.
+/// The `Via` of the request that this task works for.
 pub fn current() -> Option<HeaderValue> {
     BEFORE.try_with(Clone::clone).ok()
 }
 
-/// Does the work of a request that has this in `Via`.
+/// Runs `work` for a request that has this in `Via`.
 pub async fn along<T>(before: Option<HeaderValue>, work: impl Future<Output = T>) -> T {
     match before {
         Some(before) => BEFORE.scope(before, work).await,

@@ -10,7 +10,7 @@ use http::{Version, header};
 impl Handlers {
     pub(super) async fn get(&self, request: &Request<'_>, digest: &Digest) -> Result<Reply, Fault> {
         let select = |size: u64| select(request.method, request.headers, digest, size);
-        // Without a length, an HTTP/1.0 client could take a cut body for a whole one, and a range would have nothing to refer to.
+        // Without a length, an HTTP/1.0 client could not tell a cut body from a complete one. Ranges need the size too.
         let needs_size = request.version == Version::HTTP_10
             || request.headers.contains_key(header::RANGE)
             || request.headers.contains_key(header::IF_NONE_MATCH);
@@ -57,7 +57,7 @@ impl Handlers {
     }
 }
 
-/// The empty blob is there even if the origin does not have it.
+/// The empty blob exists even if the origin does not have it.
 fn empty(selection: Selection) -> Reply {
     Reply::blob(&Digest::EMPTY, Some(0), selection, Via::asked(SourceKind::Origin), Body::Empty)
 }

@@ -1,7 +1,7 @@
-//! What nodes ask each other beside blobs: health, purges, and news of what was stored.
+//! Requests between nodes that are not for blobs: health checks, purges, and notices that a blob was stored.
 //!
-//! Invariant: one hop. What comes in at the peer listener is answered from the tiers, a flight or the origin, and never by asking another peer, whatever
-//! the two nodes believe about the ring; and nothing is relayed.
+//! Invariant: one hop. A request at the peer listener is answered from a tier, a flight or the origin. It is never sent to another peer, even if
+//! the two nodes have different rings. Nothing is relayed.
 
 use super::{Handlers, Request};
 use crate::reply::Reply;
@@ -11,14 +11,14 @@ use castier_cluster::{FILLING, FLIGHT, Members, NODE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Where a node says how it is; the one request that needs no proof.
+/// The path of the health check. It is the only request that needs no proof.
 pub const HEALTH: &str = "/healthz";
 
 impl Handlers {
     pub(super) async fn control(&self, request: &Request<'_>, members: &Members, leaving: &AtomicBool) -> Result<Reply, Fault> {
         let (method, path) = (request.method, request.path);
         let names = |prefix: &str| path.strip_prefix(prefix)?.parse::<Digest>().ok().filter(|_| *method == Method::POST);
-        // The proof covers `Host`. So a machine between two nodes cannot have a third one confirm what the second was asked to do.
+        // The proof covers `Host`. So a machine between two nodes cannot send the request to a third node and return its answer.
         let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
         let elsewhere = members.view().members().iter().any(|member| !member.itself && *member.name == *host);
         if elsewhere && *method == Method::POST {
@@ -26,7 +26,7 @@ impl Handlers {
         }
         if let Some(digest) = names("/purge/") {
             self.node.cache.forget(&digest).await;
-            tracing::info!(%digest, "purged, since a peer said so");
+            tracing::info!(%digest, "purged at a peer's request");
             return Ok(Reply::done());
         }
         if let Some(digest) = names("/stored/") {
@@ -52,13 +52,13 @@ fn health(members: &Members, leaving: &AtomicBool) -> Reply {
     reply
 }
 
-/// Whether the blob is wanted only if a tier keeps it (RFC 9111, section 5.2.1.7).
+/// Whether the request has `only-if-cached`: only a tier may answer (RFC 9111, section 5.2.1.7).
 pub(super) fn only_if_cached(headers: &HeaderMap) -> bool {
     let values = headers.get_all(header::CACHE_CONTROL).iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).any(|directive| directive.trim().eq_ignore_ascii_case("only-if-cached"))
 }
 
-/// The answer to `HEAD` with `only-if-cached`: whether a tier keeps the blob, and if not, whether it is on its way.
+/// The answer to `HEAD` with `only-if-cached`: whether a tier keeps the blob, and if not, whether a flight is loading it.
 pub(super) async fn known(cache: &Cache, digest: &Digest) -> Reply {
     match cache.kept_size(digest).await {
         Some((size, tier)) => Reply::size(digest, size, Via::Tier(tier)),

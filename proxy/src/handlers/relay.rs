@@ -1,4 +1,4 @@
-//! Everything that is no blob goes to the origin unchanged and uncached, streaming both ways. The only place that sees
+//! Relays requests that are not about blobs to the origin, unchanged and uncached, streaming both ways. The only file that uses
 //! `pingora_proxy`.
 
 use crate::{
@@ -40,14 +40,14 @@ pub struct Relay {
     proxy: Arc<HttpProxy<Rules>>,
 }
 
-/// What becomes of a relayed request, in pingora's terms.
+/// How pingora's proxy handles a relayed request.
 struct Rules {
     origin: Arc<Upstream>,
     metrics: Arc<Metrics>,
 }
 
 impl Relay {
-    /// To this origin, whose certificate must stand below the roots in `ca_file` if there is one.
+    /// Relays to this origin. With a `ca_file`, its CAs must have signed the origin's certificate.
     pub fn new(origin: Arc<Upstream>, metrics: Arc<Metrics>, ca_file: Option<String>) -> Self {
         let conf = ServerConf { upstream_keepalive_pool_size: 256, ca_file, ..ServerConf::default() };
         let mut proxy = HttpProxy::new(Rules { origin, metrics }, Arc::new(conf));
@@ -55,7 +55,7 @@ impl Relay {
         Self { proxy: Arc::new(proxy) }
     }
 
-    /// Relays the request whose head stands at the front of `ahead`. Gives the connection back if it can serve another.
+    /// Relays the request whose head is at the front of `ahead`. Gives the connection back if it can serve another.
     pub async fn pass(
         &self,
         mut conn: Conn,
@@ -70,7 +70,7 @@ impl Relay {
         let mut session = ServerSession::new_http1(conn.into_stream());
         session.set_pipelined_prefix(prefix);
         session.set_read_timeout(Some(limits.idle_timeout.get()));
-        // pingora makes the request's context itself, so what is known of the request goes along with the session.
+        // pingora makes the request's context itself. `on_connection_reuse` moves `known` into it.
         session.set_connection_user_context(Some(Box::new(known)));
         let (stream, _) = self.proxy.process_new_http(session, shutdown).await?.consume();
         let mut conn = Conn::from_stream(stream)?;
@@ -81,35 +81,35 @@ impl Relay {
 
 /// What is known of a request before it is relayed.
 pub struct Known {
-    /// What it may hold, out of `limits.client_memory`.
+    /// Its share of `limits.client_memory`.
     pub memory: Lease,
-    /// Whom it comes from.
+    /// The client's address; behind a trusted proxy, the one that the proxy names.
     pub client: Option<IpAddr>,
-    /// Which request it is.
+    /// Its trace and request id.
     pub trace: Trace,
 }
 
-/// What a relayed request's record needs.
-struct Passage {
+/// The state of one relayed request.
+struct RelayContext {
     started: Instant,
-    /// How long the first byte of the answer took.
+    /// From the start to the first byte of the answer.
     first_byte: Option<Duration>,
     failed: bool,
-    /// Why, for the record.
+    /// Why it failed, for the access record.
     error: Option<String>,
-    /// How many connections to the origin it has had.
+    /// How many connections to the origin it has used.
     connections: u32,
-    /// The last of them was kept alive.
+    /// Its last connection came out of the pool.
     reused: bool,
     known: Option<Known>,
-    /// The answer is paid for, however fast it comes.
+    /// The lease covers the longest queue that the answer can need.
     answer_paid: bool,
-    /// It had to end, since `limits.client_memory` was used up.
+    /// It failed because `limits.client_memory` was used up.
     shed: bool,
 }
 
-impl Passage {
-    /// Pays for an answer, or says that it must not go on.
+impl RelayContext {
+    /// Extends the lease for the answer. Fails if `limits.client_memory` is used up.
     fn pay(&mut self, bytes: u64) -> pingora::Result<()> {
         if self.known.as_mut().is_none_or(|known| known.memory.grow(bytes)) {
             return Ok(());
@@ -120,11 +120,11 @@ impl Passage {
 }
 
 impl Rules {
-    /// An answer's head as the client gets it.
+    /// Changes the head of an answer for the client.
     fn answer_head(&self, session: &mut Session, response: &mut ResponseHeader) -> pingora::Result<()> {
         let upgrade = session.is_upgrade_req();
         for name in hop_by_hop(&response.headers) {
-            // Framing is pingora's own business, and so is an upgrade that was agreed on.
+            // pingora handles `Transfer-Encoding`, and the headers of an accepted upgrade.
             if name != header::TRANSFER_ENCODING && !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
                 response.remove_header(&name);
             }
@@ -136,7 +136,7 @@ impl Rules {
         // Each hop speaks its own version (RFC 9110, section 6.2).
         response.set_version(Version::HTTP_11);
         if session.req_header().version == Version::HTTP_10 && response.headers.contains_key(header::TRANSFER_ENCODING) {
-            // It knows no chunks either: the end of the connection is the end of the body.
+            // HTTP/1.0 has no chunks. The body ends when the connection closes.
             response.remove_header(&header::TRANSFER_ENCODING);
             session.set_keepalive(None);
         }
@@ -146,10 +146,10 @@ impl Rules {
 
 #[async_trait]
 impl ProxyHttp for Rules {
-    type CTX = Passage;
+    type CTX = RelayContext;
 
-    fn new_ctx(&self) -> Passage {
-        Passage {
+    fn new_ctx(&self) -> RelayContext {
+        RelayContext {
             started: Instant::now(),
             first_byte: None,
             failed: false,
@@ -162,27 +162,27 @@ impl ProxyHttp for Rules {
         }
     }
 
-    fn on_connection_reuse(&self, _session: &mut Session, ctx: &mut Passage, known: Box<dyn Any + Send + Sync>) {
+    fn on_connection_reuse(&self, _session: &mut Session, ctx: &mut RelayContext, known: Box<dyn Any + Send + Sync>) {
         ctx.known = known.downcast().ok().map(|known| *known);
     }
 
     fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
 
-    async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Passage) -> pingora::Result<()> {
+    async fn early_request_filter(&self, session: &mut Session, _ctx: &mut RelayContext) -> pingora::Result<()> {
         let request = session.req_header();
         if request.headers.contains_key(header::UPGRADE) && !asks_for_upgrade(request) {
             session.req_header_mut().remove_header(&header::UPGRADE);
         }
         if session.req_header().version == Version::HTTP_10 {
-            // It knows no interim answers (RFC 9110, section 15.2).
+            // HTTP/1.0 has no interim answers (RFC 9110, section 15.2).
             session.as_downstream_mut().set_ignore_info_resp(true);
         }
         Ok(())
     }
 
-    async fn upstream_peer(&self, session: &mut Session, ctx: &mut Passage) -> pingora::Result<Box<HttpPeer>> {
+    async fn upstream_peer(&self, session: &mut Session, ctx: &mut RelayContext) -> pingora::Result<Box<HttpPeer>> {
         let expected = Expected { head: session.req_header().method == Method::HEAD, upgrade: session.is_upgrade_req() };
-        // If a connection that was kept alive has broken, others may have, too.
+        // A retry uses a new connection: if one pooled connection was closed, the others may be closed too.
         let (peer, reused) = self.origin.lend(expected, ctx.connections > 0).await.map_err(|fault| {
             let kind = if matches!(fault, Fault::Busy(_)) { ErrorType::InternalError } else { ErrorType::ConnectError };
             pingora::Error::because(kind, "no connection to the origin", fault).into_up()
@@ -197,10 +197,10 @@ impl ProxyHttp for Rules {
         _peer: &HttpPeer,
         session: &mut Session,
         mut error: Box<pingora::Error>,
-        ctx: &mut Passage,
+        ctx: &mut RelayContext,
         _reused: bool,
     ) -> Box<pingora::Error> {
-        // As pingora does by itself, which does not know whether this connection was kept alive.
+        // The same rule as pingora's default. pingora cannot apply it, since it does not know whether this connection came out of the pool.
         if session.req_header().method.is_idempotent() && !session.as_ref().retry_buffer_truncated() {
             error.retry.decide_reuse(ctx.reused);
         } else {
@@ -209,33 +209,21 @@ impl ProxyHttp for Rules {
         error
     }
 
-    async fn upstream_request_filter(&self, session: &mut Session, request: &mut RequestHeader, ctx: &mut Passage) -> pingora::Result<()> {
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        request: &mut RequestHeader,
+        ctx: &mut RelayContext,
+    ) -> pingora::Result<()> {
         let upgrade = session.is_upgrade_req();
         for name in hop_by_hop(&request.headers) {
             if !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
                 request.remove_header(&name);
             }
         }
-        if let Some(host) = request.headers.get(header::HOST).cloned()
-            && !request.headers.contains_key("x-forwarded-host")
-        {
-            request.insert_header("X-Forwarded-Host", host)?;
-        }
+        let client_address = session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical());
+        add_forwarded(request, client_address, ctx.known.as_ref().and_then(|known| known.client))?;
         request.insert_header(header::HOST, self.origin.authority())?;
-        if let Some(peer) = session.client_addr().and_then(|address| address.as_inet()) {
-            let peer = peer.ip().to_canonical();
-            let before = request.headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
-            let mut chain: Vec<_> = before.map(str::to_owned).collect();
-            // Told in `Forwarded` alone: the origin shall not have to read both.
-            if let Some(client) = ctx.known.as_ref().and_then(|known| known.client).filter(|client| chain.is_empty() && *client != peer) {
-                chain.push(client.to_string());
-            }
-            chain.push(peer.to_string());
-            request.insert_header("X-Forwarded-For", chain.join(", "))?;
-        }
-        if !request.headers.contains_key("x-forwarded-proto") {
-            request.insert_header("X-Forwarded-Proto", "http")?;
-        }
         if let Some(length) = one_length(&request.headers) {
             request.insert_header(header::CONTENT_LENGTH, length)?;
         }
@@ -258,12 +246,12 @@ impl ProxyHttp for Rules {
         &self,
         _session: &mut Session,
         response: &mut ResponseHeader,
-        ctx: &mut Passage,
+        ctx: &mut RelayContext,
     ) -> pingora::Result<()> {
         if !response.status.is_informational() {
-            self.origin.found(ctx.started, Ok(response.status));
+            self.origin.report_outcome(ctx.started, Ok(response.status));
         }
-        // Two lengths that differ are refused before this.
+        // An answer with two different lengths was refused before.
         let status = response.status;
         if status.is_informational() || status == StatusCode::NO_CONTENT {
             response.remove_header(&header::CONTENT_LENGTH);
@@ -276,7 +264,7 @@ impl ProxyHttp for Rules {
         Ok(())
     }
 
-    async fn response_filter(&self, session: &mut Session, response: &mut ResponseHeader, ctx: &mut Passage) -> pingora::Result<()> {
+    async fn response_filter(&self, session: &mut Session, response: &mut ResponseHeader, ctx: &mut RelayContext) -> pingora::Result<()> {
         if !response.status.is_informational() {
             ctx.first_byte = Some(ctx.started.elapsed());
             let empty = session.req_header().method == http::Method::HEAD || matches!(response.status.as_u16(), 204 | 304);
@@ -284,7 +272,7 @@ impl ProxyHttp for Rules {
             match length {
                 _ if empty => {}
                 Some(length) => ctx.pay(memory_plan::relay_answer(Some(length)))?,
-                // Most answers of unknown length come in small pieces, as events do. `response_body_filter` sees the others.
+                // Most answers of unknown length come in small pieces, such as events. `response_body_filter` charges the others.
                 None => return self.answer_head(session, response),
             }
             ctx.answer_paid = true;
@@ -297,7 +285,7 @@ impl ProxyHttp for Rules {
         _session: &mut Session,
         body: &mut Option<Bytes>,
         _end: bool,
-        ctx: &mut Passage,
+        ctx: &mut RelayContext,
     ) -> pingora::Result<Option<Duration>> {
         if !ctx.answer_paid && body.as_ref().is_some_and(|body| body.len() > memory_plan::RELAY_PIECE) {
             ctx.pay(memory_plan::relay_answer(None))?;
@@ -306,7 +294,7 @@ impl ProxyHttp for Rules {
         Ok(None)
     }
 
-    async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, ctx: &mut Passage) -> FailToProxy {
+    async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, ctx: &mut RelayContext) -> FailToProxy {
         ctx.failed = true;
         if ctx.shed {
             self.metrics.shed(Limit::ClientMemory);
@@ -319,7 +307,7 @@ impl ProxyHttp for Rules {
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
         let downstream = error.esource == pingora::ErrorSource::Downstream;
         if !downstream && !ctx.shed {
-            self.origin.found(ctx.started, Err(&fault));
+            self.origin.report_outcome(ctx.started, Err(&fault));
         }
         let answered = session
             .response_written()
@@ -331,7 +319,7 @@ impl ProxyHttp for Rules {
             Reply::error(http::StatusCode::BAD_REQUEST, "malformed request body")
         } else {
             if !ctx.shed {
-                tracing::warn!(%fault, "a request could not be relayed to the origin; its client was told so");
+                tracing::warn!(%fault, "a request could not be relayed to the origin; its client got an error");
             }
             match fault {
                 Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
@@ -342,12 +330,12 @@ impl ProxyHttp for Rules {
         session.set_keepalive(None);
         let error_code = reply.status.as_u16();
         if let Err(error) = connection::write(session.as_downstream_mut(), reply).await {
-            tracing::debug!(%error, "client gone");
+            tracing::debug!(%error, "the client closed before it got the error");
         }
         FailToProxy { error_code, can_reuse_downstream: false }
     }
 
-    async fn logging(&self, session: &mut Session, error: Option<&pingora::Error>, ctx: &mut Passage) {
+    async fn logging(&self, session: &mut Session, error: Option<&pingora::Error>, ctx: &mut RelayContext) {
         let failed = ctx.failed || error.is_some();
         let code = session.response_written().map_or(access_log::CLIENT_GONE, |response| response.status.as_u16());
         let request = session.req_header();
@@ -376,8 +364,32 @@ impl ProxyHttp for Rules {
     }
 }
 
-/// Whether the request is for another protocol (RFC 9110, section 7.8). With a body it is a request like any other: where the body ended
-/// and the other protocol began, nobody could tell.
+/// Adds the client's host, address and protocol as `X-Forwarded-…`. `socket_address` is the other end of the connection. `client` is the client
+/// that trusted proxies name. Must run before `Host` is replaced.
+fn add_forwarded(request: &mut RequestHeader, socket_address: Option<IpAddr>, client: Option<IpAddr>) -> pingora::Result<()> {
+    if let Some(host) = request.headers.get(header::HOST).cloned()
+        && !request.headers.contains_key("x-forwarded-host")
+    {
+        request.insert_header("X-Forwarded-Host", host)?;
+    }
+    if let Some(address) = socket_address {
+        let before = request.headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
+        let mut chain: Vec<_> = before.map(str::to_owned).collect();
+        // A proxy that sends only `Forwarded` has named the client there. Repeating it here lets the origin read one header only.
+        if let Some(client) = client.filter(|client| chain.is_empty() && *client != address) {
+            chain.push(client.to_string());
+        }
+        chain.push(address.to_string());
+        request.insert_header("X-Forwarded-For", chain.join(", "))?;
+    }
+    if !request.headers.contains_key("x-forwarded-proto") {
+        request.insert_header("X-Forwarded-Proto", "http")?;
+    }
+    Ok(())
+}
+
+/// Whether the request asks for another protocol (RFC 9110, section 7.8). A request with a body does not count: the end of the body and the
+/// start of the other protocol could not be told apart.
 fn asks_for_upgrade(request: &RequestHeader) -> bool {
     let no_body = |length: &HeaderValue| length.as_bytes().trim_ascii().iter().all(|digit| *digit == b'0');
     names_upgrade(request.headers.get_all(header::CONNECTION).iter().map(HeaderValue::as_bytes))
@@ -385,7 +397,7 @@ fn asks_for_upgrade(request: &RequestHeader) -> bool {
         && request.headers.get(header::CONTENT_LENGTH).is_none_or(no_body)
 }
 
-/// What `Content-Length` says, if it says it more than once: the fields are known to be equal.
+/// The value of a repeated `Content-Length`; `None` if it is not repeated. Repeated values are equal, since others were refused before.
 fn one_length(headers: &HeaderMap) -> Option<HeaderValue> {
     let mut values = headers.get_all(header::CONTENT_LENGTH).iter();
     let (first, second) = (values.next()?, values.next());
@@ -396,12 +408,12 @@ fn one_length(headers: &HeaderMap) -> Option<HeaderValue> {
     }
 }
 
-/// The headers that end here (RFC 9110, section 7.6.1): the fixed ones and those that `Connection` names.
+/// The headers that are for one hop only (RFC 9110, section 7.6.1): a fixed list, and those that `Connection` names.
 fn hop_by_hop(headers: &HeaderMap) -> Vec<HeaderName> {
     const FIXED: [&str; 7] = ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
     let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
     let named: Vec<HeaderName> = named.filter_map(|name| name.trim().parse().ok()).collect();
-    // A request's framing headers stay even if `Connection` names them: dropping them would change where the body ends.
+    // Framing headers stay even if `Connection` names them. Without them the body would end somewhere else.
     let fixed = FIXED.into_iter().map(HeaderName::from_static).filter(|name| *name != header::TRANSFER_ENCODING);
     fixed
         .chain(named.into_iter().filter(|name| ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::HOST].contains(name)))

@@ -1,4 +1,4 @@
-//! PUT of a blob, and POST, which lets the bytes name it.
+//! Uploads: PUT names the digest, POST does not.
 
 use super::{Handlers, Request};
 use crate::{
@@ -13,7 +13,7 @@ use castier_wire::Target;
 use http::header;
 
 impl Handlers {
-    /// The reply to an upload. An upload that is streamed has a connection to the origin of its own for as long as it lasts, for which it asks `outgoing`.
+    /// The reply to an upload. A streamed upload occupies a connection to the origin until it ends. `outgoing` gives the descriptors for it.
     ///
     /// # Errors
     /// The client's, the origin's, or a limit.
@@ -38,13 +38,13 @@ impl Handlers {
             Some(size) if size <= SMALL as u64 => None,
             _ => Some(outgoing()?),
         };
-        if body.is_awaited() {
+        if body.expects_continue() {
             if let Some(digest) = digest
                 && let Ok(Some(size)) = self.node.stored_at_origin(&digest, size, self.asker()).await
             {
                 return Ok(Reply::stored(&digest, size, false, true));
             }
-            body.call_for().await?;
+            body.send_continue().await?;
         }
         let mut bytes = body.into_bytes(max, boundary.is_some());
         if let Some(boundary) = boundary {
@@ -56,7 +56,8 @@ impl Handlers {
     }
 }
 
-/// An upload failed. The client's own mistakes stand in its access record; a failure of the origin or a peer is for an operator.
+/// Logs a failed upload: a failure of the origin or a peer as a warning, since an operator must act on it. The access record has the client's own
+/// mistakes.
 fn not_stored(digest: Option<&Digest>, fault: &Fault) {
     let digest = digest.map(tracing::field::display);
     match fault {
@@ -66,7 +67,7 @@ fn not_stored(digest: Option<&Digest>, fault: &Fault) {
         | Fault::Corrupt { .. }
         | Fault::OriginFull
         | Fault::Internal(_) => {
-            tracing::warn!(digest, %fault, "an upload was not stored; its client was told so");
+            tracing::warn!(digest, %fault, "an upload was not stored; its client got an error");
         }
         _ => tracing::debug!(digest, %fault, "an upload was refused"),
     }
