@@ -182,7 +182,6 @@ impl Fill {
         let size = self.announced(step.from, &incoming)?;
         loop {
             if size == Some(self.verifier.seen()) {
-                incoming.end().await;
                 return Ok(End::Whole);
             }
             let chunk = {

@@ -310,7 +310,7 @@ impl Flights {
         // Of a flight without a byte the next source may still say that the blob is absent, and may have said so before the blob was stored.
         self.detach_if(digest, |state| match state.phase {
             Phase::Opening | Phase::Absent => true,
-            Phase::Filling => state.spool.length() == 0,
+            Phase::Filling => state.spool.length() == 0 && !state.released,
             Phase::Verified | Phase::Failed(_) => false,
         });
     }

@@ -91,7 +91,8 @@ struct PoolState {
     hang: Option<Hang>,
 }
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Work on a thread of the pool. Returns whether it did anything: not if its caller had left before.
+type Job = Box<dyn FnOnce() -> bool + Send>;
 
 #[derive(Clone, Copy)]
 struct Running {
@@ -153,9 +154,11 @@ impl Pool {
     ) -> impl Future<Output = Result<T, PoolError>> + Send + use<T, W> {
         let (answer, end) = oneshot::channel();
         let begun = self.submit(Box::new(move || {
-            if !answer.is_closed() {
+            let wanted = !answer.is_closed();
+            if wanted {
                 answer.send(work()).ok();
             }
+            wanted
         }));
         let shared = self.0.clone();
         let deadline = tokio::time::Instant::now() + shared.timeout;
@@ -177,7 +180,10 @@ impl Pool {
     /// See [`PoolError`].
     pub fn run_here<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, PoolError> {
         let (answer, end) = std::sync::mpsc::sync_channel(1);
-        self.submit(Box::new(move || drop(answer.send(work()))))?;
+        self.submit(Box::new(move || {
+            answer.send(work()).ok();
+            true
+        }))?;
         end.recv_timeout(self.0.timeout).map_err(|error| match error {
             std::sync::mpsc::RecvTimeoutError::Disconnected => PoolError::Panicked,
             std::sync::mpsc::RecvTimeoutError::Timeout => {
@@ -191,14 +197,17 @@ impl Pool {
     pub fn watch<T>(&self, work: impl FnOnce() -> T) -> T {
         let slot = self.0.state.lock().begin();
         let done = work();
-        self.0.end(slot);
+        self.0.end(slot, true);
         done
     }
 
     /// Submits work that must happen, even if the pool hangs. The pool never refuses it, and nobody learns of its end.
     pub fn run_detached(&self, work: impl FnOnce() + Send + 'static) {
         let mut state = self.0.state.lock();
-        state.jobs.push_back(Box::new(work));
+        state.jobs.push_back(Box::new(|| {
+            work();
+            true
+        }));
         self.0.wake(&mut state);
     }
 
@@ -286,21 +295,21 @@ impl Shared {
             let slot = state.begin();
             drop(state);
             // The panic hook logs a panic. The caller gets `PoolError::Panicked`, since its channel closes without an answer.
-            catch_unwind(AssertUnwindSafe(job)).ok();
-            self.end(slot);
+            let worked = catch_unwind(AssertUnwindSafe(job)).unwrap_or(true);
+            self.end(slot, worked);
             state = self.state.lock();
         }
     }
 
-    /// Records that a job has ended.
-    fn end(&self, slot: usize) {
+    /// Records that a job has ended. If it `worked`, on the file system, and in time, the file system answers.
+    fn end(&self, slot: usize, worked: bool) {
         let now = Instant::now();
         let recovered = {
             let mut state = self.state.lock();
             let running = state.running[slot].take();
             // A job that started before the hang was noticed does not prove that the file system answers again.
             let proves = |hang: &Hang| {
-                running.is_some_and(|running| running.since >= hang.since && now.duration_since(running.since) < self.timeout)
+                worked && running.is_some_and(|running| running.since >= hang.since && now.duration_since(running.since) < self.timeout)
             };
             let recovered = state.hang.as_ref().is_some_and(proves);
             if recovered {

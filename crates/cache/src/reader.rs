@@ -305,12 +305,8 @@ impl FlightReader {
         tracing::debug!(%digest, %fault, at = self.at, "the file of a flight cannot be read; the answer goes on from elsewhere");
         // Nobody shall join it any more.
         self.cache.flights.take_out(&self.flight);
-        let (at, end) = (self.at, self.end);
-        let part = |size: Option<u64>| match end.or(size) {
-            Some(end) => Part::Bytes(at..end),
-            None => Part::AfterSize,
-        };
-        let mut reader = self.cache.get_past_disk(&digest, self.asker, part).await?;
+        let end = self.end.unwrap_or_else(|| self.flight.state.lock().spool.length());
+        let mut reader = self.cache.get_past_disk(&digest, self.asker, |_| Part::Bytes(self.at..end)).await?;
         if let Reader::Flight(reader) = &mut reader {
             reader.moved = true;
         }

@@ -4,9 +4,12 @@ use bytes::Bytes;
 use castier_blob::Digest;
 use castier_cache::{Answer, Ask, Asker, Cache, Fault, Incoming, Part, Source};
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 use tokio::sync::Semaphore;
 
@@ -46,12 +49,12 @@ async fn an_upload_overtakes_a_flight_that_has_no_byte_yet() {
         async move { cache.get(&digest, Asker::Client, |_| Part::Whole).await.map(|hit| hit.is_some()) }
     });
     while asked.load(Ordering::SeqCst) < 2 {
-        tokio::task::yield_now().await;
-        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
     // The absence is on its way, and the blob is stored.
     cache.stored(&digest);
-    let late = cache.get(&digest, Asker::Client, |_| Part::Whole).await.unwrap();
+    let late = tokio::time::timeout(Duration::from_secs(20), cache.get(&digest, Asker::Client, |_| Part::Whole));
+    let late = late.await.expect("a get after the upload does not wait for what was asked before").unwrap();
     assert_eq!(late.map(|hit| hit.size), Some(Some(1000)), "a get after the upload was told of an absence from before");
     go_on.add_permits(1);
     assert!(!early.await.unwrap().unwrap(), "the get from before may be told so");
