@@ -590,17 +590,18 @@ struct Transfer {
 }
 
 impl Transfer {
-    /// The next bytes, and the rest of the transfer. At the end of the answer, puts the connection into the pool.
+    /// The next bytes, and the rest of the transfer. At the end of the answer, puts the connection into the pool: before it returns the last bytes, since a
+    /// fill that has all bytes asks for no more.
     async fn next(transfer: Option<Self>) -> Result<Option<(Bytes, Option<Self>)>, Fault> {
         let Some(mut transfer) = transfer else { return Ok(None) };
         let bytes = transfer.read().await?;
-        match bytes {
-            Some(bytes) => Ok(Some((bytes, Some(transfer)))),
-            None => {
-                transfer.upstream.finish(transfer.session, &transfer.peer).await;
-                Ok(None)
-            }
-        }
+        let rest = if bytes.is_none() || transfer.session.is_body_done() {
+            transfer.upstream.finish(transfer.session, &transfer.peer).await;
+            None
+        } else {
+            Some(transfer)
+        };
+        Ok(bytes.map(|bytes| (bytes, rest)))
     }
 
     /// The next bytes; `None` at the end of the answer.
