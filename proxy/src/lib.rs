@@ -11,6 +11,7 @@ mod chunks;
 pub mod cluster_plan;
 pub mod connection;
 pub mod descriptors;
+pub mod embedded;
 mod fast_path;
 pub mod groupcache;
 pub mod handlers;

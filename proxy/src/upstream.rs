@@ -336,7 +336,7 @@ impl Upstream {
     }
 
     /// The body of an answer broke off. Whether the origin is well the next request will find.
-    fn broke(&self) {
+    pub fn broke(&self) {
         if let Some(health) = &self.health {
             health.broke();
         }
