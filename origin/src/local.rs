@@ -28,6 +28,9 @@ use tokio::{
 /// As in labels.
 const NAME: &str = "origin";
 
+/// A client that waits to be asked for its upload is asked after this long at the latest, even if the disk has not yet told whether the blob is stored.
+const EXPECTED: Duration = Duration::from_secs(1);
+
 /// The blobs of an [`Origin`](crate::Origin), for the program that has it in its own process.
 pub struct Local {
     shared: Arc<Shared>,
@@ -83,9 +86,8 @@ impl Local {
             Some((size, Some((first, reader)))) => {
                 Answer::Bytes(Incoming::new(Some(size), self.bytes(Streaming::new(first, reader, chunk, seat))))
             }
-            Some((size, None)) if from > size || (from > 0 && from == size) => {
-                return Err(unusable(format!("offset {from} of {size} bytes")));
-            }
+            Some((size, None)) if from > 0 => return Err(unusable(format!("offset {from} of {size} bytes"))),
+            // The empty blob, which nobody has stored.
             Some((size, None)) => Answer::Bytes(Incoming::new(Some(size), stream::empty())),
         })
     }
@@ -178,7 +180,8 @@ impl Store for Local {
             }
             let _permit = self.permit().await?;
             let (store, digest) = (Arc::clone(&self.shared.store), *digest);
-            self.blocking(move || store.holds_durably(&digest)).await
+            let held = self.blocking(move || store.holds_durably(&digest));
+            timeout(self.limit.min(EXPECTED), held).await.unwrap_or(Ok(None))
         }
         .boxed()
     }
