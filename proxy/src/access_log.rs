@@ -2,16 +2,14 @@
 
 pub use castier_serverkit::{access_log::user_agent, series::CLIENT_GONE};
 
-use crate::{
-    metrics::{Listener, Metrics, Request, Route, Served},
-    trace,
-};
+use crate::metrics::{Listener, Metrics, Request, Route, Served};
 use castier_blob::Digest;
 use castier_serverkit::{
     access_log::Access,
     series::{METHODS, method_label},
     write_access_record,
 };
+use castier_upstream::trace;
 use castier_wire::trace::{Trace, Value};
 use http::Version;
 use std::{borrow::Cow, net::IpAddr, time::Duration};

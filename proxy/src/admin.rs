@@ -9,7 +9,7 @@ mod utc;
 pub use history::STEP;
 pub use stats::{Brief, Stats};
 
-use crate::{connection::Conn, members::Members, memory_plan, metrics::Metrics, node::Node, purge::Purge, upstream::Upstream};
+use crate::{connection::Conn, memory_plan, metrics::Metrics, node::Node};
 use arc_swap::ArcSwap;
 use axum::{
     Router,
@@ -20,8 +20,10 @@ use axum::{
     routing::{get, post},
 };
 use castier_blob::{Digest, MalformedDigest};
+use castier_cluster::{Members, Purge};
 use castier_config::Limits;
 use castier_serverkit::admin_connections::AdminConnections;
+use castier_upstream::Upstream;
 use castier_wire::Problem;
 use history::History;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};

@@ -2,7 +2,6 @@
 //! and a fence that keeps a session's reader to its own request.
 
 use crate::{
-    chunks::Chunks,
     reply::{Body, Reply},
     request_head::Framing,
 };
@@ -10,6 +9,7 @@ use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
 use castier_cache::PIECE;
 use castier_serverkit::stall_timeout::StallTimeout;
+use castier_upstream::Chunks;
 use http::{HeaderMap, StatusCode};
 use pingora::http::ResponseHeader;
 use pingora::protocols::{

@@ -7,11 +7,11 @@ use crate::{
     metrics::{Listener, Route, Served},
     reply::{Body, Reply, cache_status},
     session::{Arrived, Cut},
-    trace,
 };
 use bytes::{Buf, Bytes, BytesMut};
 use castier_blob::Digest;
 use castier_cache::{Fault, Hit, Limit, Part, Reader, Tier};
+use castier_upstream::trace;
 use castier_wire::Selection;
 use http::{StatusCode, Version};
 use pingora::protocols::http::date::get_cached_date;

@@ -37,7 +37,7 @@ impl GroupcacheStats {
             gets,
             cache_hits: Tier::ALL.map(|tier| metrics.cache.hits(tier)).iter().sum(),
             peer_loads: ended(SourceKind::Peer, LoadResult::Ok) + ended(SourceKind::Peer, LoadResult::Absent),
-            peer_errors: metrics.peer_errors.get(),
+            peer_errors: metrics.cluster.peer_errors(),
             loads,
             loads_deduped,
             local_loads: ended(SourceKind::Origin, LoadResult::Ok) + ended(SourceKind::Origin, LoadResult::Absent),

@@ -5,8 +5,9 @@ pub mod peer;
 pub mod relay;
 mod upload;
 
-use crate::{members::Members, node::Node, purge::Purge, reply::Reply};
+use crate::{node::Node, reply::Reply};
 use castier_cache::{Asker, Cache, Fault};
+use castier_cluster::{Members, Purge};
 use castier_wire::Target;
 use http::{HeaderMap, Method, Version};
 use std::sync::{Arc, atomic::AtomicBool};

@@ -2,35 +2,24 @@
 //!
 //! A GET takes this way. [`listener`] accepts the connection, and [`request_head`] reads a head off it. A plain hit is answered by `fast_path`. For all
 //! else `session` has one of the [`handlers`] make a [`reply`]. A handler asks the cache ([`castier_cache`]). If no tier has the blob, the cache starts or
-//! joins a flight, which asks peers and the origin as [`cluster_plan`] says, through [`upstream`]. What is no blob goes to the origin through
+//! joins a flight, which asks peers ([`castier_cluster`]) and the origin ([`castier_upstream`]). What is no blob goes to the origin through
 //! [`handlers::relay`].
 
 pub mod access_log;
 pub mod admin;
-mod chunks;
-pub mod cluster_plan;
 pub mod connection;
 pub mod descriptors;
-pub mod embedded;
 mod fast_path;
 pub mod groupcache;
 pub mod handlers;
 pub mod listener;
-pub mod members;
 pub mod memory_plan;
 pub mod metrics;
 pub mod node;
 pub mod peer_access;
 mod peer_tls;
-pub mod purge;
 pub mod recent;
 pub mod reply;
 pub mod request_body;
 pub mod request_head;
-pub mod ring;
-pub mod secret;
 mod session;
-pub mod trace;
-pub mod traced_plan;
-pub mod upstream;
-pub mod via_header;

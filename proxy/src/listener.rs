@@ -15,15 +15,15 @@ use crate::{
     metrics::{Listener, Metrics},
     peer_access::PeerAccess,
     request_head::{self, Head, NoHead},
-    secret::Asked,
     session::{Arrived, Cut},
-    trace,
 };
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::BytesMut;
 use castier_cache::{Budget, Limit};
+use castier_cluster::Asked;
 use castier_config::{Limits, Proxies};
+use castier_upstream::trace;
 use castier_wire::Target;
 use http::{Method, StatusCode};
 use pingora::{apps::ServerApp, protocols::Stream, server::ShutdownWatch};

@@ -3,24 +3,17 @@
 use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin, Phase},
-    cluster_plan::ClusterPlan,
     descriptors::{Descriptors, Shares},
-    embedded::EmbeddedStore,
     handlers::{Asks, Handlers, relay::Relay},
     listener::{Audience, Front},
-    members::Members,
     memory_plan,
     metrics::{Listener, Metrics},
     node::Node,
     peer_access::PeerAccess,
-    purge::Purge,
-    secret::Secrets,
-    trace,
-    traced_plan::TracedPlan,
-    upstream::{self, HttpProbe, Peers, Upstream},
 };
 use castier_blob::Digest;
 use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Store, Tiers};
+use castier_cluster::{ClusterPlan, HttpProbe, Members, Peers, Purge, Secrets};
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
 use castier_origin::Origin;
 use castier_serverkit::{
@@ -30,6 +23,7 @@ use castier_serverkit::{
     signals::{Order, Reading, Signals, sound},
     startup::{self, CommonArgs},
 };
+use castier_upstream::{self as upstream, EmbeddedStore, TracedPlan, Upstream, trace};
 use clap::Parser;
 use parking_lot::Mutex;
 use pingora::{
@@ -105,9 +99,9 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let tiers = Tiers::open(&config, shares.open_files, &fill_memory, &metrics.cache, tell_rotten).map_err(|error| error.to_string())?;
     let spools = Spools::new(&config, fill_memory, metrics.cache.clone());
     spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
-    let origin = Upstream::origin(&origin_url, &config.origin, metrics.clone())?;
+    let origin = Upstream::origin(&origin_url, &config.origin, metrics.upstream.clone())?;
     let store: Arc<dyn Store> = match &embedded {
-        Some((.., embedded)) => Arc::new(EmbeddedStore::new(Arc::new(embedded.local(&config.origin)), origin.clone(), metrics.clone())),
+        Some((.., embedded)) => Arc::new(EmbeddedStore::new(Arc::new(embedded.local(&config.origin)), origin.clone())),
         None => Arc::new(origin.store()),
     };
     let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
@@ -270,8 +264,8 @@ impl Nodes {
     fn of(config: &Castier, metrics: &Arc<Metrics>) -> Result<Option<Self>, String> {
         let Some(cluster) = &config.cluster else { return Ok(None) };
         let secrets = Arc::new(Secrets::open(cluster)?);
-        let members = Members::start(cluster, Arc::new(HttpProbe::new(&cluster.tls, secrets.clone())?), metrics.clone())?;
-        let peers = Peers::new(config, members.clone(), secrets.clone(), metrics.clone())?;
+        let members = Members::start(cluster, Arc::new(HttpProbe::new(&cluster.tls, secrets.clone())?), metrics.cluster.clone())?;
+        let peers = Peers::new(config, members.clone(), secrets.clone(), metrics.cache.clone(), metrics.upstream.clone())?;
         Ok(Some(Self { members, secrets, peers, leaving: Arc::default() }))
     }
 

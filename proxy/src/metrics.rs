@@ -3,8 +3,8 @@
 use crate::recent::{ClientRequest, Recent};
 use castier_blob::Digest;
 use castier_cache::{Limit, Tier, TierStats};
-use castier_serverkit::series::{CLIENT_GONE, Series, add, counter, counters, gauge, gauges, histograms, status_label};
-use prometheus::{GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, core::Collector};
+use castier_serverkit::series::{CLIENT_GONE, Series, counters, gauge, gauges, histograms, status_label};
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, core::Collector};
 use std::{
     net::IpAddr,
     sync::{Arc, OnceLock},
@@ -21,7 +21,7 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// As it stands in labels.
+    /// The value of the label.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Public => "public",
@@ -46,7 +46,7 @@ pub enum Route {
 }
 
 impl Route {
-    /// As it stands in labels.
+    /// The value of the label.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Blob => "blob",
@@ -111,48 +111,15 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// The series of one peer. Dropping it removes them.
-pub struct PeerSeries {
-    name: String,
-    up: IntGaugeVec,
-    probe: GaugeVec,
-    errors: IntCounterVec,
-    /// Requests to it that failed.
-    failed: IntCounter,
-}
-
-impl PeerSeries {
-    /// Sets whether it is up.
-    pub fn set_up(&self, up: bool) {
-        self.up.with_label_values(&[&self.name]).set(up.into());
-    }
-
-    /// Sets how long the last probe took, answered or not.
-    pub fn set_probe(&self, took: Duration) {
-        self.probe.with_label_values(&[&self.name]).set(took.as_secs_f64());
-    }
-
-    /// The number of failed requests to it.
-    pub fn errors(&self) -> u64 {
-        self.failed.get()
-    }
-}
-
-impl Drop for PeerSeries {
-    fn drop(&mut self) {
-        // The series exist, so removing them cannot fail.
-        let name = [self.name.as_str()];
-        self.up.remove_label_values(&name).ok();
-        self.probe.remove_label_values(&name).ok();
-        self.errors.remove_label_values(&name).ok();
-    }
-}
-
 /// The series.
 pub struct Metrics {
     series: Series,
     /// The series of the cache.
     pub cache: Arc<castier_cache::Metrics>,
+    /// The series of sources.
+    pub upstream: Arc<castier_upstream::Metrics>,
+    /// The series of the cluster.
+    pub cluster: Arc<castier_cluster::Metrics>,
     requests: IntCounterVec,
     /// The series of hits, looked up once, since hits must be fast.
     hit_requests: [OnceLock<IntCounter>; 2],
@@ -162,27 +129,16 @@ pub struct Metrics {
     uploads: IntGauge,
     /// Bytes served: by listener, and from the tiers in the order of [`Tier`] or from flights.
     served: [[IntCounter; 4]; 2],
-    /// Bytes received from the origin and from peers.
-    source_bytes: [IntCounter; 2],
     /// Requests of clients that got status 500 or above, or whose answer was cut because a source failed. Only in `/stats`.
     client_errors: IntCounter,
     /// The most active clients and digests, for `/stats`.
     pub recent: Recent,
-    origin_up: IntGauge,
     shed: IntCounterVec,
     certificate_expiry: IntGaugeVec,
     /// The memory limit of the control group in bytes; 0 if there is none.
     pub memory_limit: IntGauge,
     /// The most memory that the configuration allows, in bytes.
     pub memory_planned: IntGauge,
-    cluster_peers: IntGaugeVec,
-    cluster_changes: IntCounter,
-    /// Failed requests to peers, including peers that have left.
-    pub peer_errors: IntCounter,
-    peer_up: IntGaugeVec,
-    peer_probe: GaugeVec,
-    peer_failures: IntCounterVec,
-    members_hash: IntGauge,
     /// Client connections open now.
     pub connections: IntGauge,
     /// Connections from peers that are open now.
@@ -214,11 +170,12 @@ impl Metrics {
         let response_bytes =
             counters(&r, "castier_http_response_bytes_total", "Bytes of blobs sent to clients and peers", &["from", "listener"])?;
         let froms = ["memory", "mirror", "disk", "flight"];
-        let source_bytes = counters(&r, "castier_source_bytes_total", "Bytes of blobs received from a source", &["source"])?;
         let info = gauges(&r, "castier_build_info", "The running version", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
             cache: Arc::new(castier_cache::Metrics::new(&r)?),
+            upstream: Arc::new(castier_upstream::Metrics::new(&r)?),
+            cluster: Arc::new(castier_cluster::Metrics::new(&r)?),
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
             hit_requests: Default::default(),
             durations: by_result(durations),
@@ -227,10 +184,8 @@ impl Metrics {
             uploads: gauge(&r, "castier_uploads_in_progress", "Uploads in progress")?,
             served: [Listener::Public, Listener::Peer]
                 .map(|listener| froms.map(|from| response_bytes.with_label_values(&[from, listener.as_str()]))),
-            source_bytes: ["origin", "peer"].map(|source| source_bytes.with_label_values(&[source])),
             client_errors: IntCounter::new("errors", "Not registered")?,
             recent: Recent::default(),
-            origin_up: gauge(&r, "castier_origin_up", "Whether the origin is up, as the last requests showed")?,
             shed: counters(&r, "castier_shed_requests_total", "Requests refused at a limit", &["reason"])?,
             certificate_expiry: gauges(
                 &r,
@@ -240,31 +195,16 @@ impl Metrics {
             )?,
             memory_limit: gauge(&r, "castier_memory_limit_bytes", "Memory limit of the control group; 0: none")?,
             memory_planned: gauge(&r, "castier_memory_planned_bytes", "Most memory that the configuration allows")?,
-            cluster_peers: gauges(&r, "castier_cluster_peers", "Peers, by state", &["state"])?,
-            cluster_changes: counter(&r, "castier_cluster_changes_total", "Changes of the members of the cluster and of their state")?,
-            peer_errors: IntCounter::new("peer_errors", "Not registered")?,
-            peer_up: gauges(&r, "castier_peer_up", "Whether a peer is up", &["peer"])?,
-            peer_probe: add(
-                &r,
-                GaugeVec::new(Opts::new("castier_peer_probe_seconds", "Duration of the last probe of a peer"), &["peer"])?,
-            )?,
-            peer_failures: counters(&r, "castier_peer_errors_total", "Failed requests to a peer", &["peer"])?,
-            members_hash: gauge(&r, "castier_cluster_members_hash", "Hash of the list of members; equal on all nodes that agree on it")?,
             connections: gauge(&r, "castier_connections", "Open client connections")?,
             peer_connections: gauge(&r, "castier_peer_connections", "Open connections from peers")?,
             series,
         };
         metrics.begin_at_zero();
-        // Until a request shows that it is down.
-        metrics.origin_up.set(1);
         Ok(metrics)
     }
 
     /// Creates the series with known labels at 0, so that rates have a start.
     fn begin_at_zero(&self) {
-        for state in ["up", "down"] {
-            self.cluster_peers.with_label_values(&[state]);
-        }
         for limit in Limit::ALL {
             self.shed.with_label_values(&[limit.as_str()]);
         }
@@ -335,22 +275,6 @@ impl Metrics {
         self.served[Listener::Public as usize].iter().map(IntCounter::get).sum()
     }
 
-    /// Counts bytes that came from a source.
-    pub fn received(&self, source: &str, bytes: u64) {
-        self.source_bytes[usize::from(source != "origin")].inc_by(bytes);
-    }
-
-    /// The bytes that came from the origin, and from peers.
-    pub fn received_bytes(&self) -> (u64, u64) {
-        let [origin, peers] = &self.source_bytes;
-        (origin.get(), peers.get())
-    }
-
-    /// Sets whether the origin is up.
-    pub fn set_origin_up(&self, up: bool) {
-        self.origin_up.set(up.into());
-    }
-
     /// Counts a request that was refused at a limit.
     pub fn shed(&self, limit: Limit) {
         self.shed.with_label_values(&[limit.as_str()]).inc();
@@ -364,34 +288,6 @@ impl Metrics {
     /// The number of refused requests, by limit.
     pub fn sheds(&self) -> [(&'static str, u64); Limit::ALL.len()] {
         Limit::ALL.map(|limit| (limit.as_str(), self.shed.with_label_values(&[limit.as_str()]).get()))
-    }
-
-    /// Creates the series of a peer.
-    pub fn peer(&self, name: &str) -> PeerSeries {
-        let (up, probe, errors) = (self.peer_up.clone(), self.peer_probe.clone(), self.peer_failures.clone());
-        probe.with_label_values(&[name]);
-        let series = PeerSeries { name: name.to_owned(), up, probe, failed: errors.with_label_values(&[name]), errors };
-        series.set_up(true);
-        series
-    }
-
-    /// Counts a failed request to a peer.
-    pub fn peer_failed(&self, peer: &PeerSeries) {
-        peer.failed.inc();
-        self.peer_errors.inc();
-    }
-
-    /// Sets the hash of the list of members.
-    pub fn set_members_hash(&self, hash: u64) {
-        self.members_hash.set(i64::try_from(hash).unwrap_or(0));
-    }
-
-    /// Records a change of the cluster, and how many peers are up and down now.
-    pub fn cluster_changed(&self, up: usize, down: usize) {
-        self.cluster_changes.inc();
-        for (state, count) in [("up", up), ("down", down)] {
-            self.cluster_peers.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
-        }
     }
 
     /// Sets the number of open connections of a listener.

@@ -1,8 +1,9 @@
 //! This node: its cache, the origin behind it, and the other nodes. What a request does beyond a get is here: ask for a size, store, delete, forget.
 
-use crate::{members::Member, metrics::Metrics, upstream::Peers};
+use crate::metrics::Metrics;
 use castier_blob::Digest;
 use castier_cache::{Asker, Body, Cache, CopyTo, Fault, Owner, Put, SourceKind, Stat, Store, Upload, Via};
+use castier_cluster::{Member, Peers};
 use futures::future::join_all;
 use std::sync::Arc;
 

@@ -1,11 +1,7 @@
 //! Who is admitted at the peer listener.
 
-use crate::{
-    handlers::peer::HEALTH,
-    peer_tls,
-    request_head::Head,
-    secret::{Asked, Secrets},
-};
+use crate::{handlers::peer::HEALTH, peer_tls, request_head::Head};
+use castier_cluster::{Asked, Secrets};
 use castier_config::ClusterTls;
 use http::Method;
 use pingora::{listeners::tls::Acceptor, protocols::Stream};

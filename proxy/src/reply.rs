@@ -1,12 +1,10 @@
 //! Responses: status, headers, and which body. Pure, and free of pingora, so that every way to write a response writes the same one.
 
-use crate::{
-    metrics::Served,
-    secret::{Asked, PROOF},
-};
+use crate::metrics::Served;
 use bytes::{BufMut, Bytes, BytesMut};
 use castier_blob::Digest;
 use castier_cache::{Fault, Limit, Reader, SourceKind, Tier, Via};
+use castier_cluster::{Asked, PROOF};
 use castier_wire::{self as wire, Selection};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 

@@ -2,13 +2,11 @@
 //!
 //! Strict on purpose: what two parsers could read differently is refused here, and only here.
 
-use crate::{
-    secret::{ASKED, Field, PROOF, Twice},
-    via_header,
-};
 use bytes::{Buf, BytesMut};
 use castier_cache::{Budget, Lease};
+use castier_cluster::{ASKED, Field, PROOF, Twice};
 use castier_config::Limits;
+use castier_upstream::via_header;
 use castier_wire::{Fields, Target};
 use http::{
     HeaderName, Method, StatusCode, header,

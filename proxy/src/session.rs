@@ -11,12 +11,12 @@ use crate::{
     reply::{Body, Reply, cache_status},
     request_body::{self, RequestBody},
     request_head::Head,
-    secret::Asked,
-    trace, via_header,
 };
 use bytes::{Bytes, BytesMut};
 use castier_cache::{Fault, Limit};
+use castier_cluster::Asked;
 use castier_config::Limits;
+use castier_upstream::{trace, via_header};
 use castier_wire::{Target, trace::X_REQUEST_ID};
 use http::{Method, StatusCode, header};
 use pingora::{protocols::http::ServerSession, server::ShutdownWatch};

@@ -254,6 +254,7 @@ impl FlightReader {
                 let len = state.spool.length();
                 let limit = match &state.phase {
                     Phase::Failed(fault) => return Err(fault.clone()),
+                    Phase::Absent => return Err(Fault::Internal("a flight that gave bytes ended as absent".into())),
                     Phase::Verified => {
                         let end = self.end.unwrap_or(len);
                         if self.at >= end {
@@ -261,7 +262,7 @@ impl FlightReader {
                         }
                         end
                     }
-                    _ => may_leave(len, self.end),
+                    Phase::Opening | Phase::Filling => may_leave(len, self.end),
                 };
                 limit.checked_sub(self.at).filter(|left| *left > 0).map(|left| state.spool.read(self.at, left))
             };

@@ -44,19 +44,14 @@ pub enum Stat {
 pub struct Incoming {
     /// The size of the whole blob, if the source tells it.
     pub size: Option<u64>,
-    bytes: BoxStream<'static, Result<Bytes, Fault>>,
+    /// The bytes from the wanted offset on.
+    pub bytes: BoxStream<'static, Result<Bytes, Fault>>,
 }
 
 impl Incoming {
     /// `bytes` begin at the wanted offset. They end with an error if the transfer breaks. Dropping the stream ends the transfer.
     pub fn new(size: Option<u64>, bytes: impl futures::Stream<Item = Result<Bytes, Fault>> + Send + 'static) -> Self {
         Self { size, bytes: bytes.boxed() }
-    }
-
-    /// The same transfer, seen through a stream that `wrap` puts around its bytes.
-    #[must_use]
-    pub fn map(self, wrap: impl FnOnce(BoxStream<'static, Result<Bytes, Fault>>) -> BoxStream<'static, Result<Bytes, Fault>>) -> Self {
-        Self { size: self.size, bytes: wrap(self.bytes) }
     }
 
     /// The next bytes, at least one; `None` at the end of the source's answer. Safe to cancel and call again.

@@ -1,9 +1,10 @@
 //! One flight, many readers.
 
-use castier::{metrics::Metrics, upstream::Upstream};
+use castier::metrics::Metrics;
 use castier_blob::Digest;
 use castier_cache::{Asker, Budget, Cache, Memory, OneSource, Part, Spools, Tiers};
 use castier_config::{Castier, Size};
+use castier_upstream::Upstream;
 use criterion::{BenchmarkId, Criterion, Throughput};
 use std::{
     io::{BufRead, BufReader, Write},
@@ -79,7 +80,7 @@ fn tier(origin: SocketAddr) -> (Arc<Cache>, Arc<Memory>) {
     let memory = Arc::new(Memory::new(&config.memory, &budget));
     let metrics = Arc::new(Metrics::new().unwrap());
     let spools = Spools::new(&config, budget, metrics.cache.clone());
-    let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin, metrics.clone()).unwrap();
+    let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin, metrics.upstream.clone()).unwrap();
     let limits = Arc::new(arc_swap::ArcSwap::from_pointee(config.limits.clone()));
     let tiers = Tiers { memory: memory.clone(), mirror: None, disk: None };
     let origin = Arc::new(origin.store());

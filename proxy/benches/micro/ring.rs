@@ -1,7 +1,7 @@
 //! Who owns a digest.
 
-use castier::ring::Ring;
 use castier_blob::Digest;
+use castier_cluster::Ring;
 use criterion::{BenchmarkId, Criterion};
 
 /// The owner of one digest after the other, among members of equal weight and among members of several.

@@ -6,8 +6,9 @@ use super::{
     problems::{NodeProblem, NodeState},
     utc::Utc,
 };
-use crate::{groupcache::GroupcacheStats, members, memory_plan, recent::Top};
+use crate::{groupcache::GroupcacheStats, memory_plan, recent::Top};
 use castier_cache::{DiskState, Tier as CacheTier, TierStats};
+use castier_cluster as cluster;
 use serde::Serialize;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -42,7 +43,7 @@ pub struct Stats {
     #[serde(flatten)]
     brief: Brief,
     #[serde(skip_serializing_if = "Option::is_none")]
-    cluster: Option<members::Status>,
+    cluster: Option<cluster::Status>,
     members: Vec<MemberRow>,
     flights: Vec<FlightRow>,
     top: Top,
@@ -168,7 +169,7 @@ impl Admin {
             (history.first_byte(&metrics.recent.first_byte()), CacheTier::ALL.map(tier))
         };
         let origin = self.origin.origin_state();
-        let (from_origin, from_peers) = metrics.received_bytes();
+        let (from_origin, from_peers) = metrics.upstream.received_bytes();
         let (total, errors, in_flight) = metrics.client_requests();
         let (disk_state, disk_since) = self.node.cache.disk().map_or((None, None), |disk| {
             let (state, since) = disk.state();
@@ -227,7 +228,7 @@ impl Admin {
             hits: metrics.cache.client_hits(),
             errors,
             bytes_served: metrics.served_to_clients(),
-            bytes_from_origin: metrics.received_bytes().0,
+            bytes_from_origin: metrics.upstream.received_bytes().0,
             first_byte: metrics.recent.first_byte(),
             tiers,
         };

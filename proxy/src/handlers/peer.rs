@@ -4,13 +4,10 @@
 //! the two nodes believe about the ring; and nothing is relayed.
 
 use super::{Handlers, Request};
-use crate::{
-    members::{Members, NODE},
-    reply::Reply,
-    upstream::{FILLING, FLIGHT},
-};
+use crate::reply::Reply;
 use castier_blob::Digest;
 use castier_cache::{Cache, Fault, Via};
+use castier_cluster::{FILLING, FLIGHT, Members, NODE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -8,13 +8,12 @@ use crate::{
     metrics::{Listener, Metrics, Route, Served},
     reply::Reply,
     request_head::{Head, names_upgrade},
-    upstream::{Expected, Upstream},
-    via_header,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use castier_cache::{Fault, Lease, Limit};
 use castier_config::Limits;
+use castier_upstream::{Expected, Upstream, via_header};
 use castier_wire::{
     self as wire,
     trace::{Trace, X_REQUEST_ID},

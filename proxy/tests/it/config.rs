@@ -1,4 +1,4 @@
-//! Arguments, configuration, and what castier says when it cannot run.
+//! Arguments, configuration, and the messages when castier cannot run.
 
 use crate::support::{Blob, Castier, Request, eventually, get, light, process::config_text};
 use std::{
@@ -115,7 +115,7 @@ fn the_environment_goes_before_the_file() {
     assert!(code == 2 && (out + &err).contains("CASTIER_MEMORY__CAPASITY"), "{err}");
 }
 
-/// One line, exit code 1, and the name of what is in the way.
+/// One line with the name of the obstacle, and exit code 1.
 #[track_caller]
 fn assert_cannot_run((code, out, err): (i32, String, String), name: &str) {
     assert_eq!(code, 1, "{out}{err}");

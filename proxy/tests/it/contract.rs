@@ -1,9 +1,10 @@
 //! The contract of stores, held by the HTTP client and by the files of the embedded origin, both over the same real origin server.
 
-use castier::{embedded::EmbeddedStore, metrics::Metrics, upstream::Upstream};
+use castier::metrics::Metrics;
 use castier_cache::contract;
 use castier_config as config;
 use castier_origin::{Options, Origin};
+use castier_upstream::{EmbeddedStore, Upstream};
 use std::{future::pending, sync::Arc};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -26,7 +27,7 @@ impl World {
         let server = origin.clone();
         tokio::spawn(async move { server.serve(listener, pending()).await });
         let metrics = Arc::new(Metrics::new().unwrap());
-        let upstream = Upstream::origin(&url, &config::Origin::default(), metrics.clone()).unwrap();
+        let upstream = Upstream::origin(&url, &config::Origin::default(), metrics.upstream.clone()).unwrap();
         Self { origin, upstream, metrics, _dir: dir }
     }
 }
@@ -41,9 +42,9 @@ async fn an_origin_over_http_is_a_store() {
 async fn the_embedded_origin_is_a_store() {
     let world = World::new().await;
     let files = Arc::new(world.origin.local(&config::Origin::default()));
-    let store = EmbeddedStore::new(files, world.upstream.clone(), world.metrics.clone());
+    let store = EmbeddedStore::new(files, world.upstream.clone());
     contract::store(&store).await;
     let state = world.upstream.origin_state().unwrap();
     assert!(state.up && state.requests > 50 && state.errors == 0, "{state:?}");
-    assert!(world.metrics.received_bytes().0 > 3_000_000);
+    assert!(world.metrics.upstream.received_bytes().0 > 3_000_000);
 }

@@ -44,7 +44,7 @@ const STAGGER: Duration = Duration::from_millis(250);
 static NAMES: LazyLock<Mutex<HashMap<String, Weak<Name>>>> = LazyLock::new(Mutex::default);
 
 /// A host name, or an address that stands for itself.
-pub(super) struct Name {
+pub(crate) struct Name {
     host: String,
     state: Mutex<State>,
     /// Changes when a look-up has ended.
@@ -180,7 +180,7 @@ impl State {
 }
 
 /// The addresses of one server: a name and a port.
-pub(super) struct Addresses {
+pub struct Addresses {
     name: Arc<Name>,
     port: u16,
     /// The one that the last new connection was made to.
@@ -189,12 +189,12 @@ pub(super) struct Addresses {
 
 impl Addresses {
     /// Of a host name, or an address, at this port.
-    pub(super) fn of(host: &str, port: u16) -> Self {
+    pub fn of(host: &str, port: u16) -> Self {
         Self { name: Name::of(host), port, good: Mutex::new(None) }
     }
 
     /// Those that are known without waiting, the last good one first.
-    pub(super) fn known(&self) -> Vec<SocketAddr> {
+    pub fn known(&self) -> Vec<SocketAddr> {
         self.in_order(self.name.known())
     }
 
@@ -202,13 +202,13 @@ impl Addresses {
     ///
     /// # Errors
     /// Why the name does not resolve.
-    pub(super) async fn all(&self, deadline: Instant) -> Result<Vec<SocketAddr>, String> {
+    pub async fn all(&self, deadline: Instant) -> Result<Vec<SocketAddr>, String> {
         Ok(self.in_order(self.name.addresses(deadline).await?))
     }
 
     /// The addresses that the name has by now beside these, of which none takes a connection. A pod that was restarted has its old name and
     /// a new address, and its peers must not take it for dead because they remember the old one.
-    pub(super) async fn moved(&self, tried: &[SocketAddr], deadline: Instant) -> Vec<SocketAddr> {
+    pub async fn moved(&self, tried: &[SocketAddr], deadline: Instant) -> Vec<SocketAddr> {
         let mut addresses = self.in_order(self.name.renewed(deadline).await);
         addresses.retain(|address| !tried.contains(address));
         addresses
@@ -227,7 +227,7 @@ impl Addresses {
     ///
     /// # Errors
     /// Why the last of them did not.
-    pub(super) async fn connect(&self, addresses: &[SocketAddr], deadline: Instant) -> io::Result<(TcpStream, SocketAddr)> {
+    pub async fn connect(&self, addresses: &[SocketAddr], deadline: Instant) -> io::Result<(TcpStream, SocketAddr)> {
         let (stream, address) = first_of(addresses, deadline).await?;
         *self.good.lock() = Some(address.ip());
         Ok((stream, address))

@@ -1,7 +1,6 @@
 //! Uploads to a source.
 
-use super::{MAX_ANSWER, Upstream, insert, read_final};
-use crate::secret::Asked;
+use crate::http::{MAX_ANSWER, Signature, Upstream, insert, read_final};
 use bytes::Bytes;
 use castier_blob::Digest;
 use castier_cache::{Fault, Limit, Next, Put, Stat, Upload};
@@ -19,7 +18,7 @@ use tokio::{
 const REPEATABLE: usize = 256 << 10;
 
 /// So many uploads to a source may hold [`REPEATABLE`] at once, which is 16 MiB in all. Others go over new connections.
-pub(super) const REPEATERS: usize = 64;
+pub(crate) const REPEATERS: usize = 64;
 
 /// After this long, what was sent is no longer held: the source has had the time to say that the connection was closed.
 const HELD_FOR: Duration = Duration::from_secs(1);
@@ -29,7 +28,7 @@ const EXPECT_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Upstream {
     /// Uploads a blob as its bytes arrive: with a digest by PUT, else by POST, which lets the source name it.
-    pub(super) async fn put(&self, upload: &mut Upload<'_>) -> Result<Put, Fault> {
+    pub async fn put(&self, upload: &mut Upload<'_>) -> Result<Put, Fault> {
         // A small one is counted by `repeat`, as all requests are that can be repeated.
         let streams = upload.whole().is_none();
         let asked = std::time::Instant::now();
@@ -100,7 +99,7 @@ impl Upstream {
                         let (fresh, address) = Box::pin(self.connect()).await?.session(self.read_timeout);
                         (*session, peer) = (fresh, address);
                         let mut request = request.clone();
-                        asked = self.prove(&mut request)?;
+                        asked = self.sign(&mut request)?;
                         let again = async {
                             session.write_request_header(Box::new(request)).await?;
                             self.end(&mut session, &all).await
@@ -154,7 +153,7 @@ impl Upstream {
         // While the client sends, silence is the client's.
         session.read_timeout = None;
         let mut request = request.clone();
-        let asked = self.prove(&mut request)?;
+        let asked = self.sign(&mut request)?;
         if let Err(error) = session.write_request_header(Box::new(request)).await {
             return if sent.is_some() { Ok(Sent::Stale) } else { Err(self.fault(&error)) };
         }
@@ -241,7 +240,7 @@ impl Upstream {
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub(super) async fn holds_durably(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
+    pub(crate) async fn holds_durably(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Fault> {
         let Stat::Present(known) = self.stat_one(digest).await? else { return Ok(None) };
         // Without a size there is nothing to answer with.
         let Some(known) = known.or(size) else { return Ok(None) };
@@ -272,7 +271,7 @@ enum Sent<'a> {
     Streamed {
         session: Box<HttpSession>,
         /// What the answer must prove.
-        asked: Asked,
+        asked: Signature,
         rest: Rest<'a>,
     },
     /// The connection had been kept alive and was closed. All bytes are at hand, for a new one.

@@ -17,7 +17,7 @@ const INVALID: u8 = b'!';
 
 /// The position of a reader in a chunked body.
 #[derive(Debug, Default)]
-pub(crate) struct Chunks {
+pub struct Chunks {
     at: ChunkState,
 }
 
@@ -43,7 +43,7 @@ enum ChunkState {
 impl Chunks {
     /// Advances over `bytes`. Returns how many of them belong to the body. Overwrites a byte that pingora must not accept as part of a
     /// size line.
-    pub(crate) fn pass(&mut self, bytes: &mut [u8]) -> usize {
+    pub fn pass(&mut self, bytes: &mut [u8]) -> usize {
         let mut passed = 0;
         while passed < bytes.len() {
             let byte = bytes[passed];
@@ -81,7 +81,7 @@ impl Chunks {
     }
 
     /// Whether the body has ended.
-    pub(crate) const fn is_over(&self) -> bool {
+    pub const fn is_over(&self) -> bool {
         matches!(self.at, ChunkState::End)
     }
 

@@ -1,18 +1,14 @@
 //! `GET /healthz` of a peer. Only a castier that knows the cluster's secret is up; where there is no secret, any castier.
 
-use super::{
-    UNPROVED,
-    access::certificates,
-    peers::{HEALTH, prove},
-    resolver::Addresses,
-};
 use crate::{
     members::{Member, NODE, Probe},
+    peers::{HEALTH, POOL, prove},
     secret::Secrets,
 };
 use async_trait::async_trait;
 use castier_config::ClusterTls;
 use castier_serverkit::pem;
+use castier_upstream::{Addresses, UNPROVED, certificates_file};
 use http::{Method, StatusCode, header};
 use pingora::{
     connectors::{ConnectorOptions, http::v1::Connector},
@@ -92,13 +88,13 @@ impl Probe for HttpProbe {
 ///
 /// # Errors
 /// A text that names the key whose file cannot be used.
-pub fn peer_options(tls: &ClusterTls) -> Result<ConnectorOptions, String> {
-    let mut options = ConnectorOptions::new(super::POOL);
+pub(crate) fn peer_options(tls: &ClusterTls) -> Result<ConnectorOptions, String> {
+    let mut options = ConnectorOptions::new(POOL);
     if !tls.is_on() {
         return Ok(options);
     }
-    options.ca_file = certificates("cluster.tls.ca_file", &tls.ca_file)?;
-    let certificate = certificates("cluster.tls.cert_file", &tls.cert_file)?;
+    options.ca_file = certificates_file("cluster.tls.ca_file", &tls.ca_file)?;
+    let certificate = certificates_file("cluster.tls.cert_file", &tls.cert_file)?;
     pem::private_key("cluster.tls.key_file", &tls.key_file)?;
     let key = pem::path_text("cluster.tls.key_file", &tls.key_file)?;
     options.cert_key_file = certificate.map(|certificate| (certificate, key));

@@ -96,13 +96,14 @@ fn config(names: &[&str]) -> Cluster {
 struct Fixture {
     members: Arc<Members>,
     probes: Calls<Option<String>>,
-    metrics: Arc<Metrics>,
+    registry: prometheus::Registry,
 }
 
 fn start(config: &Cluster, resolve: Option<Arc<dyn Resolve>>) -> Fixture {
     let (script, probes) = Calls::new();
-    let metrics = Arc::new(Metrics::new().unwrap());
-    Fixture { members: Members::start_with(config, resolve, script, metrics.clone()).unwrap(), probes, metrics }
+    let registry = prometheus::Registry::new();
+    let metrics = Arc::new(Metrics::new(&registry).unwrap());
+    Fixture { members: Members::start_with(config, resolve, script, metrics).unwrap(), probes, registry }
 }
 
 impl Fixture {
@@ -120,7 +121,7 @@ impl Fixture {
 
     /// Changes, peers up, peers down.
     fn series(&self) -> [u64; 3] {
-        let text = self.metrics.render(&[]);
+        let text = prometheus::TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap();
         let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().parse().unwrap();
         ["castier_cluster_changes_total", "castier_cluster_peers{state=\"up\"}", "castier_cluster_peers{state=\"down\"}"].map(value)
     }

@@ -13,7 +13,7 @@ mod dns;
 mod health;
 mod status;
 
-pub use health::{Probe, Report};
+pub(crate) use health::{Probe, Report};
 pub use status::{MemberFigures, MemberStatus, Status};
 
 use crate::{

@@ -31,7 +31,7 @@ pub struct OriginState {
 }
 
 #[derive(Default)]
-pub(super) struct OriginHealth {
+pub(crate) struct OriginHealth {
     known: Mutex<Known>,
     requests: AtomicU64,
     errors: AtomicU64,
@@ -52,8 +52,8 @@ struct Known {
 }
 
 impl OriginHealth {
-    /// See [`super::Upstream::found`]. `origin` is the name that the log has.
-    pub(super) fn found(&self, origin: &str, asked: Instant, answer: Result<StatusCode, &Fault>, metrics: &Metrics) {
+    /// See [`crate::Upstream::found`]. `origin` is the name that the log has.
+    pub(crate) fn found(&self, origin: &str, asked: Instant, answer: Result<StatusCode, &Fault>, metrics: &Metrics) {
         self.requests.fetch_add(1, Relaxed);
         match answer {
             Ok(status) => {
@@ -83,7 +83,7 @@ impl OriginHealth {
     }
 
     /// No connection could be had since `begun`. Which request it was for will be counted by [`Self::found`].
-    pub(super) fn unreached(&self, origin: &str, begun: Instant, fault: &Fault, metrics: &Metrics) {
+    pub(crate) fn unreached(&self, origin: &str, begun: Instant, fault: &Fault, metrics: &Metrics) {
         self.fell(origin, begun, false, fault, metrics);
     }
 
@@ -113,11 +113,11 @@ impl OriginHealth {
     }
 
     /// The body of an answer broke off.
-    pub(super) fn broke(&self) {
+    pub(crate) fn broke(&self) {
         self.errors.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn state(&self) -> OriginState {
+    pub(crate) fn state(&self) -> OriginState {
         let known = self.known.lock();
         OriginState {
             up: known.down.is_none(),
@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn the_last_word_counts_and_late_news_do_not() {
-        let (health, metrics) = (OriginHealth::default(), Metrics::new().unwrap());
+        let (health, metrics) = (OriginHealth::default(), Metrics::new(&Default::default()).unwrap());
         let up = |health: &OriginHealth| health.state().up;
         let unreachable = Fault::Unreachable { source_name: "origin", why: String::new() };
         let silent = Fault::Silent { source_name: "origin", why: String::new() };

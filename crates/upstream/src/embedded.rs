@@ -1,9 +1,10 @@
 //! The embedded origin as a store: its files, without HTTP. What is not about a blob (`/ac`, `/kv`) is relayed to its HTTP server on a loopback port, so
 //! the state and the figures of the origin are those of both.
 
-use crate::{metrics::Metrics, upstream::Upstream};
+use crate::http::Upstream;
+use bytes::Bytes;
 use castier_blob::Digest;
-use castier_cache::{Answer, Ask, Fault, Put, Source, Stat, Store, Upload};
+use castier_cache::{Answer, Ask, Fault, Incoming, Put, Source, Stat, Store, Upload};
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture};
 use http::StatusCode;
 use std::{sync::Arc, time::Instant};
@@ -12,13 +13,12 @@ use std::{sync::Arc, time::Instant};
 pub struct EmbeddedStore {
     files: Arc<dyn Store>,
     server: Arc<Upstream>,
-    metrics: Arc<Metrics>,
 }
 
 impl EmbeddedStore {
     /// `server` serves the same files over HTTP.
-    pub fn new(files: Arc<dyn Store>, server: Arc<Upstream>, metrics: Arc<Metrics>) -> Self {
-        Self { files, server, metrics }
+    pub fn new(files: Arc<dyn Store>, server: Arc<Upstream>) -> Self {
+        Self { files, server }
     }
 
     /// Notes how a request ended that began at `asked`.
@@ -41,13 +41,13 @@ impl Source for EmbeddedStore {
         let asked = Instant::now();
         async move {
             Ok(match self.found(asked, self.files.open(ask).await)? {
-                Answer::Bytes(incoming) => {
-                    let (server, metrics) = (self.server.clone(), self.metrics.clone());
-                    let count = move |bytes: &Result<bytes::Bytes, Fault>| match bytes {
-                        Ok(bytes) => metrics.received("origin", bytes.len() as u64),
+                Answer::Bytes(Incoming { size, bytes }) => {
+                    let server = self.server.clone();
+                    let count = move |bytes: &Result<Bytes, Fault>| match bytes {
+                        Ok(bytes) => server.received(bytes.len() as u64),
                         Err(_) => server.broke(),
                     };
-                    Answer::Bytes(incoming.map(|bytes| bytes.inspect(count).boxed()))
+                    Answer::Bytes(Incoming::new(size, bytes.inspect(count)))
                 }
                 other => other,
             })

@@ -9,7 +9,7 @@
 
 use crate::{
     members::Member,
-    upstream::{Only, Peers},
+    peers::{Only, Peers},
 };
 use castier_blob::Digest;
 use castier_cache::{Asker, Fault, Outcome, Owner, Plan, Source, SourceKind, Step, Then};

@@ -8,21 +8,22 @@
 //!   starts the timeout again.
 //! - A failure is reported to [`Peers::failed`]: it is counted, and the peer is probed at once.
 
-use super::{Addresses, POOL, Upstream, insert, peer_options, put::REPEATERS};
 use crate::{
     members::{Member, Members, Report, View},
-    metrics::Metrics,
+    probe::peer_options,
     secret::{Asked, PROOF, Secrets},
 };
 use castier_blob::Digest;
-use castier_cache::{Answer, Ask, Fault, Limit, Put, Source, Stat, Upload};
+use castier_cache::{Answer, Ask, Fault, Incoming, Limit, Put, Source, Stat, Upload};
 use castier_config as config;
+use castier_upstream::{PeerServer, Signed, Trust, Upstream, insert, size_of};
 use castier_wire::{self as wire, CACHE_STATUS, Problem};
 use futures::{
-    FutureExt as _,
+    FutureExt as _, StreamExt as _,
     future::{BoxFuture, try_join_all},
+    stream,
 };
-use http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{
     connectors::TransportConnector,
@@ -43,9 +44,11 @@ pub const FLIGHT: HeaderName = HeaderName::from_static("castier-flight");
 /// It has.
 pub const FILLING: HeaderValue = HeaderValue::from_static("filling");
 
-/// How a peer is.
-pub(super) const HEALTH: &str = "/healthz";
+/// Where a node says how it is; the one request that needs no proof.
+pub const HEALTH: &str = "/healthz";
 const ONLY_IF_CACHED: &str = "only-if-cached";
+/// Kept-alive connections to all peers together.
+pub(crate) const POOL: usize = 1024;
 /// The name of all peers in labels and faults.
 const PEER: &str = "peer";
 /// For how long a peer that sent wrong bytes is not asked for any. Its large blobs reach clients as cut answers, so it must not be
@@ -58,7 +61,8 @@ const MARGIN: Duration = Duration::from_secs(5);
 pub struct Peers {
     members: Arc<Members>,
     secrets: Arc<Secrets>,
-    metrics: Arc<Metrics>,
+    cache_metrics: Arc<castier_cache::Metrics>,
+    upstream_metrics: Arc<castier_upstream::Metrics>,
     /// Keeps its idle connections by address, and hands each to one request at a time: a slow peer holds up nobody but those who wait
     /// for it.
     connector: Arc<TransportConnector>,
@@ -88,21 +92,33 @@ struct Peer {
     distrusted: Mutex<Option<Instant>>,
 }
 
-/// What an [`Upstream`] that is a peer has from its cluster.
-pub(super) struct Ties {
-    pub(super) members: Arc<Members>,
+/// How this node and a peer trust each other.
+struct PeerTrust {
+    members: Arc<Members>,
     secrets: Arc<Secrets>,
+    /// The peer.
+    name: Arc<str>,
 }
 
-impl Ties {
-    /// Proves that a request comes from a node of the cluster.
-    pub(super) fn prove(&self, request: &mut RequestHeader) -> Result<Asked, Fault> {
-        prove(&self.secrets, request).map_err(|error| Fault::Internal(error.to_string()))
+impl Trust for PeerTrust {
+    fn sign(&self, request: &mut RequestHeader) -> Result<Box<dyn Signed>, Fault> {
+        let asked = prove(&self.secrets, request).map_err(|error| Fault::Internal(error.to_string()))?;
+        Ok(Box::new(asked))
+    }
+
+    fn unreachable(&self) {
+        self.members.report(&self.name, Report::Unreachable);
+    }
+}
+
+impl Signed for Asked {
+    fn is_answered(&self, status: StatusCode, headers: &HeaderMap) -> bool {
+        Self::is_answered(self, status, headers)
     }
 }
 
 /// Adds the proof to a request that does not change any more; gives what its answer is checked against.
-pub(super) fn prove(secrets: &Secrets, request: &mut RequestHeader) -> pingora::Result<Asked> {
+pub(crate) fn prove(secrets: &Secrets, request: &mut RequestHeader) -> pingora::Result<Asked> {
     let (proof, asked) = secrets.ask(request.method.as_str(), request.uri.path(), &request.headers);
     if let Some(proof) = proof {
         request.insert_header(PROOF, proof)?;
@@ -140,7 +156,7 @@ enum WaitsFor {
 }
 
 /// Stall watchdog of a transfer from or to a peer.
-pub(super) struct Watch {
+pub(crate) struct Watch {
     peers: Arc<Peers>,
     member: Member,
     digest: Digest,
@@ -179,15 +195,22 @@ impl Peers {
     ///
     /// # Errors
     /// A text that names the key whose file cannot be used.
-    pub fn new(config: &config::Castier, members: Arc<Members>, secrets: Arc<Secrets>, metrics: Arc<Metrics>) -> Result<Arc<Self>, String> {
+    pub fn new(
+        config: &config::Castier,
+        members: Arc<Members>,
+        secrets: Arc<Secrets>,
+        cache_metrics: Arc<castier_cache::Metrics>,
+        upstream_metrics: Arc<castier_upstream::Metrics>,
+    ) -> Result<Arc<Self>, String> {
         let cluster = config.cluster.as_ref().ok_or("cluster: is missing")?;
         let mut options = peer_options(&cluster.tls)?;
-        options.keepalive_pool_size = POOL * 4;
+        options.keepalive_pool_size = POOL;
         let attempts = config.origin.retries + 1;
         Ok(Arc::new(Self {
             members,
             secrets,
-            metrics,
+            cache_metrics,
+            upstream_metrics,
             connector: Arc::new(TransportConnector::new(Some(options))),
             tls: cluster.tls.is_on(),
             known: Mutex::default(),
@@ -282,7 +305,14 @@ impl Peers {
                 self.members.failed(&member.name);
                 Answer::Unable
             }
-            Said::Other => return peer.upstream.incoming(session, connection, ask.from, Some(watch)).map(Answer::Bytes),
+            Said::Other => {
+                let incoming = peer.upstream.incoming(session, connection, ask.from)?;
+                let bytes = stream::try_unfold((incoming.bytes, watch), async |(mut bytes, watch)| {
+                    let next = watch.over(async { bytes.next().await.transpose() }).await?;
+                    Ok(next.map(|next| (next, (bytes, watch))))
+                });
+                return Ok(Answer::Bytes(Incoming::new(incoming.size, bytes)));
+            }
         };
         peer.upstream.finish(session, &connection).await;
         self.answered(member);
@@ -293,7 +323,7 @@ impl Peers {
     async fn permit(&self, peer: &Peer) -> Result<OwnedSemaphorePermit, Fault> {
         let asked = Instant::now();
         let permit = timeout(self.max_wait / 2, peer.permits.clone().acquire_owned()).await;
-        self.metrics.cache.waited(asked.elapsed());
+        self.cache_metrics.waited(asked.elapsed());
         match permit {
             Ok(Ok(permit)) => Ok(permit),
             _ => Err(Fault::Busy(Limit::Fills)),
@@ -313,7 +343,7 @@ impl Peers {
             let told = match said(head, Only::Anything) {
                 Said::Absent => Ok(Stat::Absent),
                 Said::Unable => Err(Fault::Busy(Limit::Origin)),
-                Said::NotKept | Said::Other if head.status == StatusCode::OK => Ok(Stat::Present(super::size_of(head, digest))),
+                Said::NotKept | Said::Other if head.status == StatusCode::OK => Ok(Stat::Present(size_of(head, digest))),
                 Said::NotKept | Said::Other => Err(peer.upstream.unusable(format!("status {}", head.status.as_u16()))),
             };
             peer.upstream.finish(session, &connection).await;
@@ -428,24 +458,22 @@ impl Peers {
         let view = self.members.view();
         known.retain(|name, _| view.members().iter().any(|member| member.name == *name));
         let peer = Arc::new(Peer {
-            upstream: Arc::new(Upstream {
-                name: PEER,
-                connector: self.connector.clone(),
-                host: member.host.clone(),
-                addresses: Addresses::of(&member.host, member.port),
-                tls: self.tls,
-                authority: member.name.to_string(),
-                credentials: None,
-                // Before the stall, so that it is known to be no connection, and late enough for a lost packet to be sent again.
-                connect_timeout: self.stall_timeout * 3 / 4,
-                // A watch is over all that may take long.
-                read_timeout: self.longest_wait,
-                metrics: self.metrics.clone(),
-                health: None,
-                requests: Semaphore::new(self.requests),
-                repeaters: Semaphore::new(REPEATERS),
-                ties: Some(Ties { members: self.members.clone(), secrets: self.secrets.clone() }),
-            }),
+            upstream: Upstream::peer(
+                PeerServer {
+                    connector: self.connector.clone(),
+                    host: member.host.clone(),
+                    port: member.port,
+                    authority: member.name.to_string(),
+                    tls: self.tls,
+                    // Before the stall timeout, so that it is known to be no connection, and late enough for a lost packet to be sent again.
+                    connect_timeout: self.stall_timeout * 3 / 4,
+                    // The stall watchdog ends what takes long.
+                    read_timeout: self.longest_wait,
+                    max_requests: self.requests,
+                    trust: Box::new(PeerTrust { members: self.members.clone(), secrets: self.secrets.clone(), name: member.name.clone() }),
+                },
+                self.upstream_metrics.clone(),
+            ),
             permits: Arc::new(Semaphore::new(self.fills)),
             distrusted: Mutex::new(None),
         });
@@ -456,7 +484,7 @@ impl Peers {
 
 impl Watch {
     /// The result of `wait`, unless the peer sends nothing for too long and its own flight does not wait either.
-    pub(super) async fn over<T>(&self, wait: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    pub(crate) async fn over<T>(&self, wait: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
         let peers = &self.peers;
         let (started, half) = (Instant::now(), self.timeout / 2);
         let mut until = started + self.timeout;

@@ -17,8 +17,10 @@
 //!
 //! If the connection is to end instead, pingora shuts it down or drops it, and no such read comes.
 
-use super::{Handed, Upstream};
-use crate::chunks::Chunks;
+use crate::{
+    chunks::Chunks,
+    http::{Handed, Upstream},
+};
 use bytes::{Buf, BytesMut};
 use castier_cache::Fault;
 use pingora::{

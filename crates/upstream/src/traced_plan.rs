@@ -3,7 +3,7 @@
 
 use crate::{trace, via_header};
 use castier_blob::Digest;
-use castier_cache::{Answer, Ask, Asker, Fault, Outcome, Plan, Source, Stat, Step, Then};
+use castier_cache::{Answer, Ask, Asker, Fault, Incoming, Outcome, Plan, Source, Stat, Step, Then};
 use castier_wire::{
     self as wire,
     trace::{Attributes, Trace, Value},
@@ -68,8 +68,8 @@ impl Source for InContext {
         let open = self.source.open(ask).map(move |answer| {
             Ok(match answer? {
                 // A slow peer is asked about while its bytes are read, which is a request too.
-                Answer::Bytes(incoming) => {
-                    Answer::Bytes(incoming.map(|mut bytes| stream::poll_fn(move |cx| context.sync(|| bytes.poll_next_unpin(cx))).boxed()))
+                Answer::Bytes(Incoming { size, mut bytes }) => {
+                    Answer::Bytes(Incoming::new(size, stream::poll_fn(move |cx| context.sync(|| bytes.poll_next_unpin(cx)))))
                 }
                 other => other,
             })

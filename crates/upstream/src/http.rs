@@ -1,20 +1,13 @@
 //! The HTTP client: an origin or a peer as a [`Source`] and a [`Store`]. The only place that sees pingora's connectors.
 
-mod access;
-mod lent;
-mod origin_state;
-mod peers;
-mod probe;
-mod put;
-mod resolver;
-
-pub use access::ca_file;
-pub use lent::Expected;
-pub use origin_state::OriginState;
-pub use peers::{FILLING, FLIGHT, Only, Peers};
-pub use probe::{HttpProbe, peer_options};
-
-use crate::{members::Report, metrics::Metrics, secret::Asked, trace, via_header};
+use crate::{
+    access::{self, ca_file},
+    metrics::Metrics,
+    origin_state::{OriginHealth, OriginState},
+    put::REPEATERS,
+    resolver::Addresses,
+    trace, via_header,
+};
 use async_trait::async_trait;
 use bytes::{Buf, Bytes};
 use castier_blob::Digest;
@@ -27,7 +20,6 @@ use futures::{
     stream,
 };
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use origin_state::OriginHealth;
 use parking_lot::Mutex;
 use pingora::{
     ErrorType, RetryType,
@@ -40,7 +32,6 @@ use pingora::{
     },
     upstreams::peer::{HttpPeer, Peer as _},
 };
-use resolver::Addresses;
 use std::{
     fmt, io,
     net::SocketAddr,
@@ -55,11 +46,11 @@ use tokio::{
 /// Kept-alive connections to one source: as many as there are permits for fills by default.
 const POOL: usize = 256;
 /// Why an answer of a peer does not count.
-const UNPROVED: &str = "without a proof of the cluster's secret; what answers there is no castier of this cluster, or has another secret in cluster.secret_file";
+pub const UNPROVED: &str = "without a proof of the cluster's secret; what answers there is no castier of this cluster, or has another secret in cluster.secret_file";
 /// How long a connection is kept alive without a request.
 const IDLE: Duration = Duration::from_secs(60);
 /// The longest answer beside a blob that is worth reading.
-const MAX_ANSWER: usize = 64 << 10;
+pub(crate) const MAX_ANSWER: usize = 64 << 10;
 
 /// One HTTP server that blobs can be fetched from and stored at: the origin, or a peer.
 pub struct Upstream {
@@ -75,16 +66,59 @@ pub struct Upstream {
     credentials: Option<HeaderValue>,
     connect_timeout: Duration,
     /// Longest silence, not the whole transfer.
-    read_timeout: Duration,
+    pub(crate) read_timeout: Duration,
     metrics: Arc<Metrics>,
     /// How the origin is; none of a peer, whose members know.
     health: Option<OriginHealth>,
     /// `origin.max_requests`, here and at each peer.
     requests: Semaphore,
-    /// [`put::REPEATERS`].
-    repeaters: Semaphore,
-    /// What this node and a peer have in common; none with the origin.
-    ties: Option<peers::Ties>,
+    /// [`REPEATERS`].
+    pub(crate) repeaters: Semaphore,
+    /// Of a peer; none of the origin.
+    trust: Option<Box<dyn Trust>>,
+}
+
+/// What a peer needs that an origin does not: its requests are signed, its answers must be, and it is reported if no connection can be opened.
+pub trait Trust: Send + Sync {
+    /// Signs a request that does not change any more. Each attempt is signed anew.
+    ///
+    /// # Errors
+    /// The request cannot be signed.
+    fn sign(&self, request: &mut RequestHeader) -> Result<Box<dyn Signed>, Fault>;
+
+    /// No connection to the peer can be opened.
+    fn unreachable(&self);
+}
+
+/// A request that was signed.
+pub trait Signed: Send + Sync {
+    /// Whether a node that knows the secret made this answer to this request.
+    fn is_answered(&self, status: StatusCode, headers: &HeaderMap) -> bool;
+}
+
+/// The signature of a request; none where none is needed.
+pub(crate) type Signature = Option<Box<dyn Signed>>;
+
+/// A peer as an HTTP server.
+pub struct PeerServer {
+    /// The connections to all peers.
+    pub connector: Arc<TransportConnector>,
+    /// A host name or an address, without brackets.
+    pub host: String,
+    /// The port of its peer listener.
+    pub port: u16,
+    /// `HOST:PORT`, for `Host` and logs.
+    pub authority: String,
+    /// Whether it speaks TLS.
+    pub tls: bool,
+    /// How long a connection may take to open.
+    pub connect_timeout: Duration,
+    /// The longest silence.
+    pub read_timeout: Duration,
+    /// How many questions and small uploads may be under way.
+    pub max_requests: usize,
+    /// How it is trusted.
+    pub trust: Box<dyn Trust>,
 }
 
 impl Upstream {
@@ -112,9 +146,29 @@ impl Upstream {
             health: Some(OriginHealth::default()),
             metrics,
             requests: Semaphore::new(config.max_requests),
-            repeaters: Semaphore::new(put::REPEATERS),
-            ties: None,
+            repeaters: Semaphore::new(REPEATERS),
+            trust: None,
         }))
+    }
+
+    /// A peer.
+    pub fn peer(server: PeerServer, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
+            name: "peer",
+            connector: server.connector,
+            addresses: Addresses::of(&server.host, server.port),
+            host: server.host,
+            tls: server.tls,
+            authority: server.authority,
+            credentials: None,
+            connect_timeout: server.connect_timeout,
+            read_timeout: server.read_timeout,
+            metrics,
+            health: None,
+            requests: Semaphore::new(server.max_requests),
+            repeaters: Semaphore::new(REPEATERS),
+            trust: Some(server.trust),
+        })
     }
 
     /// This server as a source and a store.
@@ -137,7 +191,11 @@ impl Upstream {
         self.credentials.as_ref()
     }
 
-    fn get_request(&self, digest: &Digest, from: u64) -> Result<RequestHeader, Fault> {
+    /// A GET of a blob from an offset on.
+    ///
+    /// # Errors
+    /// [`Fault::Internal`] if it cannot be written.
+    pub fn get_request(&self, digest: &Digest, from: u64) -> Result<RequestHeader, Fault> {
         let mut request = self.request(Method::GET, &wire::blob_path(digest))?;
         if from > 0 {
             insert(&mut request, header::RANGE, &format!("bytes={from}-"))?;
@@ -145,8 +203,11 @@ impl Upstream {
         Ok(request)
     }
 
-    /// What an answer with bytes brings: those from offset `from`. With `watch`, a stall watchdog for a peer.
-    fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64, watch: Option<peers::Watch>) -> Result<Incoming, Fault> {
+    /// What an answer with bytes brings: those from offset `from`.
+    ///
+    /// # Errors
+    /// The answer is none of the blob.
+    pub fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64) -> Result<Incoming, Fault> {
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         self.must_be_uncoded(&head.headers)?;
         let (size, skip) = match head.status {
@@ -165,7 +226,7 @@ impl Upstream {
             }
             status => return Err(self.unusable(format!("status {}", status.as_u16()))),
         };
-        let transfer = Transfer { upstream: self.clone(), session, peer, skip, watch };
+        let transfer = Transfer { upstream: self.clone(), session, peer, skip };
         Ok(Incoming::new(size, stream::try_unfold(Some(transfer), Transfer::next)))
     }
 
@@ -179,7 +240,7 @@ impl Upstream {
         }
     }
 
-    async fn stat_one(&self, digest: &Digest) -> Result<Stat, Fault> {
+    pub(crate) async fn stat_one(&self, digest: &Digest) -> Result<Stat, Fault> {
         let request = self.request(Method::HEAD, &wire::blob_path(digest))?;
         let (session, peer, _permit) = self.ask(&request, &[]).await?;
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
@@ -205,7 +266,7 @@ impl Upstream {
     }
 
     /// A connection: one that is kept alive, to whichever address, or else a new one.
-    async fn connection(&self) -> Result<Connection, Fault> {
+    pub(crate) async fn connection(&self) -> Result<Connection, Fault> {
         match self.kept_alive().await {
             Some(connection) => Ok(connection),
             None => Box::pin(self.connect()).await,
@@ -213,7 +274,7 @@ impl Upstream {
     }
 
     /// A connection that is kept alive. The source may close it at any time.
-    async fn kept_alive(&self) -> Option<Connection> {
+    pub(crate) async fn kept_alive(&self) -> Option<Connection> {
         for address in self.addresses.known() {
             let peer = self.at(address);
             if let Some(stream) = self.connector.reused_stream(&peer).await {
@@ -227,7 +288,7 @@ impl Upstream {
     ///
     /// # Errors
     /// None does, or the name has never resolved.
-    async fn connect(&self) -> Result<Connection, Fault> {
+    pub(crate) async fn connect(&self) -> Result<Connection, Fault> {
         let begun = Instant::now();
         self.connect_anew().await.inspect_err(|fault| {
             // Not when this node has run out of files: that says nothing of the origin.
@@ -275,19 +336,19 @@ impl Upstream {
 
     /// [`Self::exchange`] with one of `origin.max_requests` permits, which comes with the answer. The wait for it has the limit that the answer has:
     /// to a client both are the same. A fill goes on with a transfer that broke; here nobody does, so there is one repeat.
-    async fn ask(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer, SemaphorePermit<'_>), Fault> {
+    pub(crate) async fn ask(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer, SemaphorePermit<'_>), Fault> {
         let Ok(Ok(permit)) = timeout(self.read_timeout, self.requests.acquire()).await else { return Err(Fault::Busy(Limit::Requests)) };
         let (session, peer) = self.repeat(request, body, 1).await?;
         Ok((session, peer, permit))
     }
 
     /// Sends a request that may be repeated, with a body small enough to be at hand, and reads the head of the answer.
-    async fn exchange(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer), Fault> {
+    pub async fn exchange(&self, request: &RequestHeader, body: &[u8]) -> Result<(HttpSession, HttpPeer), Fault> {
         self.repeat(request, body, 0).await
     }
 
     /// [`Self::exchange`], and as often again as `repeats` says if a connection breaks before the answer.
-    async fn repeat(&self, request: &RequestHeader, body: &[u8], repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
+    pub async fn repeat(&self, request: &RequestHeader, body: &[u8], repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
         let asked = Instant::now();
         let answered = self.try_repeat(request, body, repeats).await;
         self.found(asked, answered.as_ref().map(|(session, _)| session.get_status().unwrap_or_default()));
@@ -301,7 +362,7 @@ impl Upstream {
             let reused = connection.reused;
             let (mut session, peer) = connection.session(self.read_timeout);
             let mut request = request.clone();
-            let asked = self.prove(&mut request)?;
+            let asked = self.sign(&mut request)?;
             let answered = async {
                 session.write_request_header(Box::new(request)).await?;
                 if !body.is_empty() {
@@ -335,8 +396,13 @@ impl Upstream {
         }
     }
 
+    /// So many bytes of a blob came.
+    pub(crate) fn received(&self, bytes: u64) {
+        self.metrics.received(self.name, bytes);
+    }
+
     /// The body of an answer broke off. Whether the origin is well the next request will find.
-    pub fn broke(&self) {
+    pub(crate) fn broke(&self) {
         if let Some(health) = &self.health {
             health.broke();
         }
@@ -349,13 +415,13 @@ impl Upstream {
 
     /// Reads response heads up to the first that is not informational, all of them within `origin.read_timeout`: interim answers and parts
     /// of a head give a source no more time. Not safe to cancel and call again.
-    async fn final_head(&self, session: &mut HttpSession) -> pingora::Result<()> {
+    pub(crate) async fn final_head(&self, session: &mut HttpSession) -> pingora::Result<()> {
         let why = || pingora::Error::explain(ErrorType::ReadTimedout, "no final answer in time");
         timeout(self.read_timeout, read_final(session)).await.unwrap_or_else(|_| Err(why()))
     }
 
     /// Gives a session back to the pool if it can be used again.
-    async fn finish(&self, mut session: HttpSession, peer: &HttpPeer) {
+    pub async fn finish(&self, mut session: HttpSession, peer: &HttpPeer) {
         // A short error body is worth reading to the end for the connection's sake.
         let rest = async {
             let mut read = 0;
@@ -378,11 +444,15 @@ impl Upstream {
     }
 
     /// Gives a connection back to the pool.
-    fn release(&self, stream: Stream, peer: &HttpPeer) {
+    pub(crate) fn release(&self, stream: Stream, peer: &HttpPeer) {
         self.connector.release_stream(stream, peer.reuse_hash(), Some(IDLE));
     }
 
-    fn request(&self, method: Method, path: &str) -> Result<RequestHeader, Fault> {
+    /// A request with what every request to this server has.
+    ///
+    /// # Errors
+    /// [`Fault::Internal`] if it cannot be written.
+    pub fn request(&self, method: Method, path: &str) -> Result<RequestHeader, Fault> {
         let mut request = RequestHeader::build(method, path.as_bytes(), Some(6)).map_err(|error| Fault::Internal(error.to_string()))?;
         insert(&mut request, header::HOST, &self.authority)?;
         insert(&mut request, header::USER_AGENT, concat!("castier/", env!("CARGO_PKG_VERSION")))?;
@@ -397,15 +467,15 @@ impl Upstream {
         Ok(request)
     }
 
-    /// Adds the proof to a request to a peer, which must not change any more. Each attempt has one of its own.
-    fn prove(&self, request: &mut RequestHeader) -> Result<Asked, Fault> {
-        self.ties.as_ref().map_or(Ok(Asked::OPEN), |ties| ties.prove(request))
+    /// Signs a request to a peer. The request must not change any more.
+    pub(crate) fn sign(&self, request: &mut RequestHeader) -> Result<Signature, Fault> {
+        self.trust.as_ref().map(|trust| trust.sign(request)).transpose()
     }
 
     /// An answer of a peer counts only if it proves that it was made to this request by a node that knows the secret.
-    fn must_be_proved(&self, asked: &Asked, session: &HttpSession) -> Result<(), Fault> {
+    pub(crate) fn must_be_proved(&self, asked: &Signature, session: &HttpSession) -> Result<(), Fault> {
         match session.resp_header() {
-            Some(head) if asked.is_answered(head.status, &head.headers) => Ok(()),
+            Some(head) if asked.as_ref().is_none_or(|signed| signed.is_answered(head.status, &head.headers)) => Ok(()),
             Some(head) => Err(self.unusable(format!("status {}, {UNPROVED}", head.status.as_u16()))),
             None => Err(self.unusable("no head")),
         }
@@ -421,13 +491,14 @@ impl Upstream {
             error.etype,
             ConnectError | ConnectNoRoute | ConnectRefused | ConnectTimedout | InvalidCert | TLSHandshakeFailure | TLSHandshakeTimedout
         );
-        if let Some(ties) = self.ties.as_ref().filter(|_| its_doing) {
-            ties.members.report(&self.authority, Report::Unreachable);
+        if let Some(trust) = self.trust.as_ref().filter(|_| its_doing) {
+            trust.unreachable();
         }
         self.fault(error)
     }
 
-    fn unusable(&self, why: impl Into<String>) -> Fault {
+    /// The server answered, but the answer cannot be used.
+    pub fn unusable(&self, why: impl Into<String>) -> Fault {
         Fault::Unusable { source_name: self.name, why: why.into() }
     }
 
@@ -468,7 +539,7 @@ impl Source for HttpStore {
                     Ok(Answer::Absent)
                 }
                 Some(StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) => Err(Fault::Busy(Limit::Origin)),
-                _ => self.0.incoming(session, peer, ask.from, None).map(Answer::Bytes),
+                _ => self.0.incoming(session, peer, ask.from).map(Answer::Bytes),
             }
         }
         .boxed()
@@ -518,20 +589,13 @@ struct Transfer {
     peer: HttpPeer,
     /// Bytes to skip first: the source began at 0 although it was asked for less.
     skip: u64,
-    /// Stall watchdog for peers; `None` for the origin.
-    watch: Option<peers::Watch>,
 }
 
 impl Transfer {
     /// The next bytes, and the rest of the transfer. At the end of the answer the connection goes back to the pool.
     async fn next(transfer: Option<Self>) -> Result<Option<(Bytes, Option<Self>)>, Fault> {
         let Some(mut transfer) = transfer else { return Ok(None) };
-        let watch = transfer.watch.take();
-        let bytes = match &watch {
-            None => transfer.read().await?,
-            Some(watch) => watch.over(transfer.read()).await?,
-        };
-        transfer.watch = watch;
+        let bytes = transfer.read().await?;
         match bytes {
             Some(bytes) => Ok(Some((bytes, Some(transfer)))),
             None => {
@@ -546,7 +610,7 @@ impl Transfer {
         loop {
             let read = self.session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error));
             let Some(mut bytes) = read.inspect_err(|_| self.upstream.broke())? else { return Ok(None) };
-            self.upstream.metrics.received(self.upstream.name, bytes.len() as u64);
+            self.upstream.received(bytes.len() as u64);
             let skip = self.skip.min(bytes.len() as u64);
             self.skip -= skip;
             bytes.advance(usize::try_from(skip).unwrap_or(bytes.len()));
@@ -558,17 +622,17 @@ impl Transfer {
 }
 
 /// A connection to a source.
-struct Connection {
-    stream: Stream,
-    address: SocketAddr,
-    peer: HttpPeer,
+pub(crate) struct Connection {
+    pub(crate) stream: Stream,
+    pub(crate) address: SocketAddr,
+    pub(crate) peer: HttpPeer,
     /// It was kept alive, so the source may be closing it at this moment.
-    reused: bool,
+    pub(crate) reused: bool,
 }
 
 impl Connection {
     /// For one request and its answer, with `limit` as the longest silence.
-    fn session(self, limit: Duration) -> (HttpSession, HttpPeer) {
+    pub(crate) fn session(self, limit: Duration) -> (HttpSession, HttpPeer) {
         let mut session = HttpSession::new(self.stream);
         session.read_timeout = Some(limit);
         session.write_timeout = Some(limit);
@@ -577,10 +641,10 @@ impl Connection {
 }
 
 /// A connection that is made already, for pingora to go on with: it connects to one address only, and may not know which one to try first.
-struct Handed(Mutex<Option<L4Stream>>);
+pub(crate) struct Handed(Mutex<Option<L4Stream>>);
 
 impl Handed {
-    fn over(stream: L4Stream) -> Arc<Self> {
+    pub(crate) fn over(stream: L4Stream) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Some(stream))))
     }
 }
@@ -612,7 +676,7 @@ fn connect_error(error: io::Error) -> Box<pingora::Error> {
 }
 
 /// Reads response heads up to the first that is not informational. Safe to cancel and call again.
-async fn read_final(session: &mut HttpSession) -> pingora::Result<()> {
+pub(crate) async fn read_final(session: &mut HttpSession) -> pingora::Result<()> {
     loop {
         session.read_response().await?;
         if !session.get_status().is_some_and(|status| status.is_informational()) {
@@ -623,7 +687,7 @@ async fn read_final(session: &mut HttpSession) -> pingora::Result<()> {
 
 /// The size of a blob, as the head of a whole answer tells it, if it does. Some servers say 0 where they do not know; of coded bytes the
 /// length is another.
-fn size_of(head: &ResponseHeader, digest: &Digest) -> Option<u64> {
+pub fn size_of(head: &ResponseHeader, digest: &Digest) -> Option<u64> {
     let coded = head.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
     let size = head.headers.get(header::CONTENT_LENGTH).map(HeaderValue::as_bytes)?;
     // The head has been checked: several lengths are equal.
@@ -631,7 +695,11 @@ fn size_of(head: &ResponseHeader, digest: &Digest) -> Option<u64> {
     (!coded && (size > 0 || *digest == Digest::of(b""))).then_some(size)
 }
 
-fn insert(request: &mut RequestHeader, name: header::HeaderName, value: &str) -> Result<(), Fault> {
+/// Sets a header of a request.
+///
+/// # Errors
+/// [`Fault::Internal`] if the value is none of a header.
+pub fn insert(request: &mut RequestHeader, name: header::HeaderName, value: &str) -> Result<(), Fault> {
     request.insert_header(name, value).map_err(|error| Fault::Internal(error.to_string()))
 }
 

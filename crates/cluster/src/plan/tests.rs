@@ -32,10 +32,12 @@ fn cluster(advertise: &str, list: &[&str], peek_for: Span) -> Arc<Peers> {
         probe_timeout: Span::secs(3600),
         ..Cluster::default()
     };
-    let metrics = Arc::new(Metrics::new().unwrap());
+    let metrics = Arc::new(Metrics::new(&Default::default()).unwrap());
     let members = Members::start(&cluster, Arc::new(NoProbe), metrics.clone()).unwrap();
+    let cache_metrics = Arc::new(castier_cache::Metrics::new(&Default::default()).unwrap());
+    let upstream_metrics = Arc::new(castier_upstream::Metrics::new(&Default::default()).unwrap());
     let secrets = Arc::new(Secrets::open(&cluster).unwrap());
-    Peers::new(&Castier { cluster: Some(cluster), ..Castier::default() }, members, secrets, metrics).unwrap()
+    Peers::new(&Castier { cluster: Some(cluster), ..Castier::default() }, members, secrets, cache_metrics, upstream_metrics).unwrap()
 }
 
 /// A digest whose order of members begins so.

@@ -7,7 +7,7 @@
 //!
 //! After the first round, only such copies are left. The second round removes them.
 
-use crate::{members::Member, upstream::Peers};
+use crate::{members::Member, peers::Peers};
 use backon::{ExponentialBuilder, Retryable as _};
 use castier_blob::Digest;
 use castier_cache::Cache;

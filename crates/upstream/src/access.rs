@@ -9,7 +9,7 @@ use std::path::Path;
 use url::Url;
 
 /// The `Authorization` for the user and the password in a URL (RFC 7617); none if it names neither.
-pub(super) fn basic(url: &Url) -> Option<HeaderValue> {
+pub(crate) fn basic(url: &Url) -> Option<HeaderValue> {
     let (user, password) = (url.username(), url.password().unwrap_or_default());
     if user.is_empty() && password.is_empty() {
         return None;
@@ -28,11 +28,11 @@ pub fn ca_file(config: &config::Origin) -> Result<Option<String>, String> {
     if config.ca_file.as_os_str().is_empty() {
         return Ok(None);
     }
-    certificates("origin.ca_file", &config.ca_file)
+    certificates_file("origin.ca_file", &config.ca_file)
 }
 
 /// The path of a file that holds certificates, as pingora takes it.
-pub(super) fn certificates(key: &str, path: &Path) -> Result<Option<String>, String> {
+pub fn certificates_file(key: &str, path: &Path) -> Result<Option<String>, String> {
     pem::certificates(key, path)?;
     pem::path_text(key, path).map(Some)
 }
