@@ -3,10 +3,10 @@
 //! Beside blobs it keeps entries, bytes under a key that the client chose: `entries`, with `action` and `webdav` for what their
 //! clients need.
 //!
-//! The binary `castier-origin` and the embedded origin of `castier` are this very server. An upload goes through the
-//! house as `server` (a connection) → `service` (which request does what) → `intake` (its body) → `store` (temp file,
-//! verified, synced, renamed, synced again) and is answered; a download as `service` → `store` → `reply` (read and hashed
-//! one chunk ahead of the client, the last chunk only if the digest matches).
+//! The binary `castier-origin` and the embedded origin of `castier` are this very server. An upload passes through `server` (a connection) → `service`
+//! (which request does what) → `intake` (its body) → `receive` (batches) → `store` (temp file, verified, synced, renamed, synced again) and is
+//! answered; a download through `service` → `store` → `reply` (read and hashed one chunk ahead of the client, the last chunk only if the digest
+//! matches). `local` does the same for blobs without a connection: castier uses it for its embedded origin.
 //!
 //! What a read promises: a whole blob, however it was asked for, is hashed as it leaves, and is cut before its end if it
 //! rotted. A part of a blob is *not* checked, since a digest of the whole cannot judge it.
@@ -33,14 +33,17 @@ mod admin;
 mod connection_timeouts;
 mod entries;
 mod intake;
+mod local;
 mod metrics;
-
+mod receive;
 mod refused;
 mod reply;
 mod server;
 mod service;
 mod store;
 mod webdav;
+
+pub use local::Local;
 
 /// Entries of the action cache that are validated at once: each is held in memory meanwhile, and so may be a tree that it names.
 const VALIDATIONS: usize = 8;
@@ -188,6 +191,11 @@ impl Origin {
     /// Serves metrics and health on `listener` until `shutdown` is done.
     pub async fn serve_admin(&self, listener: TcpListener, shutdown: impl Future<Output = ()>) {
         server::serve(listener, admin::Admin(Arc::clone(&self.0)), shutdown, Duration::ZERO).await;
+    }
+
+    /// The blobs of this origin for a program that has it in its own process: read from and written to the disk, without HTTP.
+    pub fn local(&self, config: &castier_config::Origin) -> Local {
+        Local::new(Arc::clone(&self.0), config)
     }
 
     /// Blobs and bytes in the store, for the log, as far as they have been counted since the start.

@@ -15,6 +15,7 @@ mod cluster;
 mod cluster_change;
 mod cluster_dns;
 mod config;
+mod contract;
 mod curl;
 mod descriptors;
 mod disk;
