@@ -1,7 +1,7 @@
-//! Whether an entry of the action cache can be used: all blobs that it names are here.
+//! Checks that the store has all blobs that an entry of the action cache names.
 //!
-//! A client that takes an entry whose blobs are gone has a build that fails. One that gets a 404 builds again. Only what is
-//! needed of the Remote Execution API's messages is declared; its protobuf files number the fields.
+//! If a client uses an entry whose blobs are missing, its build fails. If it gets a 404 instead, it runs the action again. Only the needed parts
+//! of the Remote Execution API's messages are declared. The field numbers are those of its protobuf files.
 
 use crate::store::{Fault, Store};
 use castier_blob::Digest;
@@ -20,7 +20,7 @@ struct ActionResult {
     stderr_digest: Option<Named>,
 }
 
-/// An `OutputFile`, or a `FileNode`: they number these fields alike.
+/// An `OutputFile` or a `FileNode`. These fields have the same numbers in both.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 struct File {
     #[prost(message, optional, tag = "2")]
@@ -59,17 +59,17 @@ struct Named {
     size_bytes: i64,
 }
 
-/// Whether all blobs that an entry names are in the store. What is no `ActionResult`, such as an entry of ccache, names none. Trees of
-/// more than `most` bytes are taken on trust. Blocks.
+/// Whether the store has all blobs that an entry names. An entry that is no `ActionResult`, such as one of ccache, names none. Does not look into
+/// trees of more than `most` bytes. Blocks.
 pub(crate) fn is_complete(entry: &[u8], store: &Arc<Store>, most: u64) -> Result<bool, Fault> {
     let Ok(result) = ActionResult::decode(entry) else { return Ok(true) };
     let files = result.output_files.into_iter().filter_map(|file| file.digest);
     let roots = result.output_directories.iter().filter_map(|directory| directory.root_directory_digest.clone());
     let named: Vec<_> = files.chain(roots).chain(result.stdout_digest).chain(result.stderr_digest).collect();
     let trees: Vec<_> = result.output_directories.into_iter().filter_map(|directory| directory.tree_digest).collect();
-    // Protobuf finds fields in much that was never protobuf. Digests that are none tell.
+    // Other formats may happen to decode as protobuf. Then the digests are invalid.
     let Some((named, trees)) = read(&named).zip(read(&trees)) else { return Ok(true) };
-    if !are_here(&named, store)? {
+    if !has_all(&named, store)? {
         return Ok(false);
     }
     for (digest, size) in trees {
@@ -82,7 +82,7 @@ pub(crate) fn is_complete(entry: &[u8], store: &Arc<Store>, most: u64) -> Result
         let files = tree.root.into_iter().chain(tree.children).flat_map(|directory| directory.files);
         let named: Vec<_> = files.filter_map(|file| file.digest).collect();
         if let Some(named) = read(&named)
-            && !are_here(&named, store)?
+            && !has_all(&named, store)?
         {
             return Ok(false);
         }
@@ -90,12 +90,13 @@ pub(crate) fn is_complete(entry: &[u8], store: &Arc<Store>, most: u64) -> Result
     Ok(true)
 }
 
-/// The digests with their sizes; none if one of them is no SHA-256.
+/// The digests with their sizes; `None` if one of them is no SHA-256.
 fn read(named: &[Named]) -> Option<Vec<(Digest, u64)>> {
     named.iter().map(|named| Some((named.hash.parse().ok()?, u64::try_from(named.size_bytes).ok()?))).collect()
 }
 
-fn are_here(blobs: &[(Digest, u64)], store: &Arc<Store>) -> Result<bool, Fault> {
+/// Whether the store has all these blobs, with these sizes.
+fn has_all(blobs: &[(Digest, u64)], store: &Arc<Store>) -> Result<bool, Fault> {
     for (digest, size) in blobs {
         if *digest != Digest::EMPTY && store.open_blob(digest)?.is_none_or(|blob| blob.size() != *size) {
             return Ok(false);

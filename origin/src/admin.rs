@@ -13,7 +13,7 @@ use http_body_util::Full as Whole;
 use hyper::body::Incoming;
 use std::{net::SocketAddr, sync::Arc};
 
-/// Answers operators and their machines.
+/// Answers requests to the admin listener.
 #[derive(Clone)]
 pub(crate) struct Admin(pub(crate) Arc<Shared>);
 

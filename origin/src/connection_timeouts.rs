@@ -1,6 +1,6 @@
-//! Timeouts of a client's connection: the client sends no head in time, sends nothing between requests, or takes nothing of an answer.
+//! Timeouts of a client's connection: for a request head, for the time between requests, and for a client that takes no byte of an answer.
 //!
-//! hyper's own head timeout also runs while a connection is idle. The configuration has a timeout for each, so they are told apart here.
+//! hyper's own head timeout also runs while a connection is idle. The configuration has one timeout for each, so this file does it instead.
 
 use castier_config::OriginLimits;
 use castier_serverkit::stall_timeout::{StallTimeout, Timer};
@@ -19,8 +19,8 @@ use tokio::{
     time::Instant,
 };
 
-/// What a connection is doing, told by whoever answers its requests. While one is being answered, it is not the
-/// connection's business how long that takes or how slowly its body comes.
+/// Counts the requests of a connection. The handler calls `begin` and `end`. Between the two, [`TimedStream`] has no read timeout: the handler
+/// limits how long an answer takes, and how slowly a body arrives.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
     begun: AtomicU32,
@@ -46,15 +46,16 @@ impl Activity {
 pub(crate) struct TimedStream<S> {
     stream: S,
     activity: Arc<Activity>,
-    /// Requests begun when the connection was last read.
+    /// How many requests had begun at the last read.
     seen: u32,
-    /// From the first byte of a request to the end of its head; for the first request, from the beginning of the connection.
+    /// The limit from the first byte of a request to the end of its head. For the first request it counts from the start of the connection.
     head_timeout: Duration,
-    /// Between requests.
+    /// The limit between requests.
     idle_timeout: Duration,
+    /// The deadline of the present wait.
     read_by: Option<Instant>,
     read_timer: Timer,
-    /// Between two bytes that the client takes.
+    /// The limit between two bytes that the client takes.
     write: StallTimeout,
 }
 
@@ -88,7 +89,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for TimedStream<S> {
         if busy {
             return outcome;
         }
-        // The first request has its deadline from the start; a later one from its first byte, before which the connection idles.
+        // The deadline of the first request counts from the start of the connection. That of a later one counts from its first byte; before that,
+        // the connection is idle.
         let waiting_for_first = begun == 0;
         if outcome.is_ready() {
             if buf.filled().len() > filled && !waiting_for_first {

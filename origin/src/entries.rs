@@ -1,4 +1,4 @@
-//! The store of entries: bytes under a key that the client chose, of which the last PUT wins. No HTTP.
+//! The store of entries: bytes under a key that the client chooses. The last PUT wins. No HTTP.
 //!
 //! ```text
 //! <root>/entries/ac/ab/<hash of name>                         an entry of the action cache
@@ -6,14 +6,20 @@
 //! <root>/entries/kv/ab/<hash of collection>/<hash>.collection a marker: this collection has a collection of that name
 //! ```
 //!
-//! Names are hashed, so that they can be of any length and any characters, differ where case differs, and never leave the
-//! directory. The name itself stands in the file, behind the bytes, which is how a collection can be listed.
+//! File names are hashes of names. So a name can have any length and any characters, upper and lower case differ, and no name can leave the
+//! directory. The file has the name itself after the bytes, which makes it possible to list a collection.
 //!
-//! An entry appears under its name by a rename, after its bytes reached the disk, so a reader has all of one version. It is
-//! acknowledged after the rename reached the disk too. A collection is made before anything is put into it, and its marker
-//! before it, so every collection can be reached from the root. Collections are never removed.
+//! A PUT does these steps in order:
 //!
-//! Everything here blocks: call it off the async threads.
+//! 1. Write the bytes and the trailer to a temporary file, and sync it.
+//! 2. Make the collections above the entry, from the root down. For each, make and sync its marker, then its directory. So every collection can
+//!    be reached from the root.
+//! 3. Rename the file to the entry's name. So a reader gets all bytes of one version.
+//! 4. Sync the directory, and acknowledge.
+//!
+//! Collections are never removed.
+//!
+//! All functions block. Call them off the async threads.
 
 use crate::store::{Fault, Reader, TempFile};
 use bytes::Bytes;
@@ -33,15 +39,16 @@ use std::{
 };
 use tempfile::NamedTempFile;
 
-/// Locks, and directories at the first level: one for each value of a byte.
+/// The number of locks, and of directories at the first level: one for each value of a byte.
 const FAN_OUT: usize = 256;
-/// Directories that are remembered as durable: some 4 MiB. Beyond it all are forgotten, and cost a sync or two when they are next used.
+/// How many directories are remembered as durable, in about 4 MiB. When there are more, all are forgotten; each costs a sync or two when it is used
+/// again.
 const MOST_DURABLE: usize = 65_536;
-/// What a file ends with.
+/// The last bytes of a file.
 const MAGIC: [u8; 8] = *b"CASTENT1";
 /// The length of the name, the size, the digest in text, the magic.
 const FIXED: usize = 2 + 8 + Digest::TEXT_LEN + 8;
-/// A trailer is never longer: a name has at most some 2 KiB.
+/// The longest trailer. A name has about 2 KiB at most.
 const LONGEST: u64 = 4096;
 
 /// The entries of a store, owned by this process while it holds the store's lock.
@@ -49,22 +56,22 @@ pub(crate) struct Entries {
     root: PathBuf,
     tmp: PathBuf,
     quarantine: PathBuf,
-    /// By the first byte of a name's hash. A lock orders the renames and removals of the entries there, so that "was it there
-    /// before" is exact; it is never held while bytes are written.
+    /// One lock for each first byte of a name's hash. It serialises renames and removals, so that a PUT knows exactly whether an entry existed. It is
+    /// never held while bytes are written.
     locks: Box<[Mutex<()>]>,
-    /// Directories whose names, and those of all directories above, are known to be on disk. Asked anew in each run: a directory
-    /// that exists may have been made by a run that was killed before it could sync it.
+    /// Directories whose names are durable, together with those of all directories above. Empty at each start: an earlier run may have made a directory
+    /// and been killed before it synced it.
     durable: Mutex<HashSet<Digest>>,
 }
 
-/// What stands behind the bytes of an entry: `name, length of name, size, digest, magic`.
+/// The end of an entry's file, after its bytes: `name, length of name, size, digest, magic`.
 struct Trailer {
     name: String,
     size: u64,
     digest: Digest,
 }
 
-/// An entry opened for reading: one version of it, whatever is put there meanwhile.
+/// One version of an entry, opened for reading. A later PUT does not change it.
 pub(crate) struct Found {
     entries: Arc<Entries>,
     name: Name,
@@ -81,34 +88,34 @@ pub(crate) struct Member {
     pub(crate) modified: SystemTime,
 }
 
-/// What a PUT or a DELETE expects to find: given the digest of what is there.
+/// The condition of a PUT or a DELETE. Its argument is the digest of the current version.
 pub(crate) type Condition = Box<dyn FnOnce(Option<&Digest>) -> bool + Send>;
 
-/// How a PUT ended well.
+/// The result of a PUT.
 pub(crate) enum Put {
-    /// There was nothing under the name.
+    /// There was no entry of this name.
     Created(Digest),
-    /// It took the place of another version.
+    /// It has replaced another version.
     Replaced(Digest),
     /// The condition did not hold, and nothing changed.
     Refused,
 }
 
-/// How a DELETE ended well.
+/// The result of a DELETE.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Delete {
-    /// It is gone.
+    /// The entry was removed.
     Done,
     Absent,
     /// The condition did not hold, and nothing changed.
     Refused,
 }
 
-/// What lies at a path.
+/// The file at a path.
 enum At {
     Nothing,
     File(File, Metadata),
-    /// A directory, a link or another thing that no store put there.
+    /// A directory, a link or another thing that the store never makes.
     Foreign,
 }
 
@@ -116,7 +123,7 @@ impl Entries {
     /// The entries below the store's `root`, whose lock this process holds.
     ///
     /// # Errors
-    /// When directories there cannot be made or synced.
+    /// Directories cannot be made or synced.
     pub(crate) fn open(root: &Path) -> io::Result<Self> {
         let own = root.join("entries");
         for dir in [&own, &own.join("ac"), &own.join("kv")] {
@@ -133,7 +140,7 @@ impl Entries {
         })
     }
 
-    /// Opens an entry; none if there is none of this name.
+    /// Opens an entry; `None` if it does not exist.
     pub(crate) fn find(self: &Arc<Self>, name: &Name) -> Result<Option<Found>, Fault> {
         let (file, metadata) = match look(&self.path(name))? {
             At::Nothing => return Ok(None),
@@ -148,7 +155,7 @@ impl Entries {
         }
     }
 
-    /// Begins a PUT. Dropped before [`Upload::finish`], it leaves nothing behind.
+    /// Begins a PUT. An [`Upload`] that is dropped before [`Upload::finish`] leaves no file.
     pub(crate) fn begin(self: &Arc<Self>, name: Name) -> Result<Upload, Fault> {
         let temp = tempfile::Builder::new().prefix("entry-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(&self.tmp)?;
         Ok(Upload { entries: Arc::clone(self), name, verifier: Verifier::any(TempFile(temp)) })
@@ -174,7 +181,7 @@ impl Entries {
         Ok(Delete::Done)
     }
 
-    /// Whether a collection exists, as a list shows it. The root always does.
+    /// A collection as a list shows it; `None` if it does not exist. The root always exists.
     pub(crate) fn collection(&self, name: &Name) -> Result<Option<Member>, Fault> {
         let modified = match fs::symlink_metadata(self.dir(name)) {
             Ok(metadata) if metadata.is_dir() => metadata.modified()?,
@@ -186,7 +193,7 @@ impl Entries {
         Ok(Some(Member { name: name.clone(), content: None, modified }))
     }
 
-    /// What is in a collection, in no order. What comes or goes meanwhile may be in it or not.
+    /// The members of a collection, in no order. A member that is added or removed meanwhile may be among them or not.
     pub(crate) fn members(self: &Arc<Self>, collection: &Name) -> Result<Members, Fault> {
         let dir = match fs::read_dir(self.dir(collection)) {
             Ok(dir) => Some(dir),
@@ -196,7 +203,7 @@ impl Entries {
         Ok(Members { entries: Arc::clone(self), collection: collection.clone(), dir })
     }
 
-    /// Makes a collection, and those it is in; false if it was there.
+    /// Makes a collection, and those above it. Returns false if it existed.
     pub(crate) fn make_collection(&self, name: &Name) -> Result<bool, Fault> {
         let mut chain = vec![name.clone()];
         while let Some(parent) = chain.last().and_then(Name::parent) {
@@ -209,13 +216,13 @@ impl Entries {
         Ok(new)
     }
 
-    /// Makes a collection whose parent is there and durable.
+    /// Makes a collection whose parent exists and is durable.
     fn make_one(&self, collection: &Name) -> Result<bool, Fault> {
         let id = collection.hash();
         if self.durable.lock().contains(&id) {
             return Ok(false);
         }
-        // The marker comes first: what can be put into a collection must be found from above.
+        // The marker comes first. Otherwise a crash could leave a collection with entries that no list shows.
         if collection.parent().is_some() {
             let marker = self.path(collection);
             if matches!(look(&marker)?, At::Nothing) {
@@ -234,7 +241,7 @@ impl Entries {
         Ok(new)
     }
 
-    /// Makes the directory that an entry goes to.
+    /// Makes the directory of an entry.
     fn make_dir_of(&self, name: &Name) -> Result<(), Fault> {
         if let Some(collection) = name.parent() {
             return self.make_collection(&collection).map(drop);
@@ -258,7 +265,7 @@ impl Entries {
         durable.insert(id);
     }
 
-    /// Gives a synced file its name.
+    /// Renames a synced file to the entry's name, if the condition holds.
     fn place(&self, name: &Name, digest: Digest, mut temp: NamedTempFile, mut condition: Option<Condition>) -> Result<Put, Fault> {
         let path = self.path(name);
         let mut again = true;
@@ -288,7 +295,7 @@ impl Entries {
             };
             match temp.persist(&path) {
                 Ok(_) => break existed,
-                // Somebody removed directories under the running store. All that is remembered of them may be wrong.
+                // Something else removed directories of the store. So forget which ones are durable, and try once more.
                 Err(e) if is_absent(&e.error) && again => {
                     again = false;
                     self.durable.lock().clear();
@@ -301,7 +308,7 @@ impl Entries {
         Ok(if existed { Put::Replaced(digest) } else { Put::Created(digest) })
     }
 
-    /// The digest of the version at a path. Damaged ones have none.
+    /// The digest of the version at a path; `None` if there is none, or if it is damaged.
     fn digest_at(&self, path: &Path) -> Result<Option<Digest>, Fault> {
         Ok(match look(path)? {
             At::File(file, metadata) => Trailer::read(&file, metadata.len())?.map(|trailer| trailer.digest),
@@ -309,8 +316,7 @@ impl Entries {
         })
     }
 
-    /// What was read of an entry is not what was put there. Sets it aside, so that the next GET is a plain 404 and the next PUT
-    /// heals it.
+    /// The fault for a damaged entry. Moves it to the quarantine, so that the next GET gets a 404, and the next PUT stores it again.
     pub(crate) fn rotten(&self, name: &Name, file: Option<&File>) -> Fault {
         let found = self.set_aside(name, file).unwrap_or_else(|error| {
             tracing::error!(entry = %name, %error, "a damaged entry could not be moved to the quarantine; remove it by hand");
@@ -319,7 +325,7 @@ impl Entries {
         Fault::RottenEntry { name: name.to_string(), found }
     }
 
-    /// Moves what lies at an entry's path to the quarantine; false if it is gone, or is no longer what `file` is.
+    /// Moves the file at an entry's path to the quarantine. Returns false if there is none, or if it is no longer the same file as `file`.
     fn set_aside(&self, name: &Name, file: Option<&File>) -> io::Result<bool> {
         let path = self.path(name);
         let _order = self.lock(name);
@@ -333,7 +339,7 @@ impl Entries {
             None => !there.is_file(),
         };
         if same {
-            // A directory cannot take the place of a file, nor the other way round.
+            // A rename cannot replace a directory by a file, or a file by a directory. Hence the two names.
             let kind = if there.is_dir() { "directory" } else { "entry" };
             let to = self.quarantine.join(format!("{kind}-{}", name.hash()));
             if there.is_dir() && to.exists() {
@@ -353,7 +359,7 @@ impl Entries {
     fn path(&self, name: &Name) -> PathBuf {
         let hash = name.hash();
         match name.parent() {
-            // Operators may delete old entries. A marker looks like none.
+            // Operators may delete old entries by their names. The suffix keeps them from deleting markers.
             Some(collection) if name.is_collection() => self.dir(&collection).join(format!("{hash}.collection")),
             Some(collection) => self.dir(&collection).join(hash.to_string()),
             None => self.root.join(format!("ac/{:02x}/{hash}", hash.as_bytes()[0])),
@@ -380,12 +386,12 @@ impl Found {
         Member { name: self.name.clone(), content: Some((self.trailer.size, self.trailer.digest)), modified: self.modified }
     }
 
-    /// Reads the bytes in `range`, which must lie within the entry.
+    /// Reads the bytes in `range`, which must be within the entry.
     pub(crate) fn read(self, range: Range<u64>) -> Reader {
         Reader::of_entry(self.entries, self.name, self.file, self.trailer.digest, self.trailer.size, range)
     }
 
-    /// Reads all of it, and leaves it open.
+    /// Reads all bytes, and keeps the file open.
     pub(crate) fn read_all(&self) -> Result<bytes::Bytes, Fault> {
         let (file, size) = (self.file.try_clone()?, self.trailer.size);
         let mut reader = Reader::of_entry(Arc::clone(&self.entries), self.name.clone(), file, self.trailer.digest, size, 0..size);
@@ -393,7 +399,7 @@ impl Found {
     }
 }
 
-/// A PUT in progress: a file in `tmp/` that vanishes with this value.
+/// A PUT in progress: a file in `tmp/`, which is deleted on drop.
 pub(crate) struct Upload {
     entries: Arc<Entries>,
     name: Name,
@@ -401,7 +407,7 @@ pub(crate) struct Upload {
 }
 
 impl Upload {
-    /// Takes the next bytes.
+    /// Writes the next bytes.
     pub(crate) fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
         Ok(self.verifier.write(bytes)?)
     }
@@ -415,7 +421,7 @@ impl Upload {
     }
 }
 
-/// Goes through a collection.
+/// Iterates over a collection.
 pub(crate) struct Members {
     entries: Arc<Entries>,
     collection: Name,
@@ -423,7 +429,7 @@ pub(crate) struct Members {
 }
 
 impl Members {
-    /// The member that a file stands for; none if it stands for none, or went meanwhile.
+    /// The member that a file represents; `None` if it represents none, or was removed meanwhile.
     fn member(&self, path: &Path) -> io::Result<Option<Member>> {
         let At::File(file, metadata) = look(path)? else { return Ok(None) };
         let Some(trailer) = Trailer::read(&file, metadata.len())? else { return Ok(None) };
@@ -460,7 +466,7 @@ impl Trailer {
         Self { name: name.as_str().to_owned(), size, digest }
     }
 
-    /// Writes it behind the bytes, and sees to it that all of the file is on disk.
+    /// Writes the trailer after the bytes, and syncs the whole file.
     fn append_to(&self, mut file: NamedTempFile) -> Result<NamedTempFile, Fault> {
         let length = u16::try_from(self.name.len()).map_err(|e| Fault::Io(io::Error::other(e)))?;
         let mut tail = self.name.as_bytes().to_vec();
@@ -473,13 +479,13 @@ impl Trailer {
         Ok(file)
     }
 
-    /// Reads it off the end of a file of `len` bytes; none if that is no whole entry.
+    /// Reads the trailer of a file of `len` bytes; `None` if the file is no complete entry.
     fn read(file: &File, len: u64) -> io::Result<Option<Self>> {
         let tail_len = len.min(LONGEST);
         let mut tail = vec![0; usize::try_from(tail_len).unwrap_or_default()];
         match file.read_exact_at(&mut tail, len - tail_len) {
             Ok(()) => Ok(Self::parse(&tail, len)),
-            // It became shorter since it was opened.
+            // The file has been truncated since it was opened.
             Err(e) if e.kind() == ErrorKind::UnexpectedEof => Ok(None),
             Err(e) => Err(e),
         }
@@ -497,7 +503,7 @@ impl Trailer {
     }
 }
 
-/// Opens what lies at a path, if that is a file. Never waits: a FIFO has no reader here.
+/// Opens the file at a path. Does not block on a FIFO.
 fn look(path: &Path) -> io::Result<At> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
@@ -510,7 +516,7 @@ fn look(path: &Path) -> io::Result<At> {
     Ok(if metadata.is_file() { At::File(file, metadata) } else { At::Foreign })
 }
 
-/// Makes a directory; false if it was there.
+/// Makes a directory. Returns false if it existed.
 fn make_dir(dir: &Path) -> io::Result<bool> {
     match fs::create_dir(dir) {
         Ok(()) => Ok(true),
@@ -519,7 +525,7 @@ fn make_dir(dir: &Path) -> io::Result<bool> {
     }
 }
 
-/// Makes renames, creations and removals in a directory outlive a power cut.
+/// Makes renames, creations and removals in a directory durable.
 fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }

@@ -1,4 +1,4 @@
-//! The body of a request, on its way in.
+//! The body of a request.
 
 use bytes::Bytes;
 use castier_serverkit::stall_timeout::StallTimeout;
@@ -14,30 +14,30 @@ use std::{
 };
 use tokio::runtime::Handle;
 
-/// How much of a body that nobody wants is read all the same, and for how long.
+/// The most bytes of an unwanted body that are read, and the longest time for that.
 const DRAIN_BYTES: u64 = 64 << 20;
 const DRAIN_TIME: Duration = Duration::from_secs(10);
 
 /// Why a body ended early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Broken {
-    /// Nothing came for too long.
+    /// The client sent nothing for `limits.idle_timeout`.
     #[error("the client sent nothing for too long")]
     Silent,
-    /// The connection ended, or what came is not HTTP.
+    /// The connection closed, or the framing of the body is invalid.
     #[error("the body broke off")]
     Off,
 }
 
-/// A request's body as a stream of chunks that gives up on a silent client.
+/// A request's body as a stream of chunks, with a timeout between chunks.
 ///
-/// Dropped before its end, it reads on in the background, within bounds: clients that send first and listen later can
-/// then read an early answer, where a closed connection would be reset under them.
+/// If it is dropped before its end, it reads and discards the rest in the background, within [`DRAIN_BYTES`] and [`DRAIN_TIME`]. Many clients
+/// read the answer only after they have sent everything. If the connection were closed earlier, they would get a reset instead.
 pub(crate) struct Intake {
     body: Option<Incoming>,
-    /// The client waits for `100 Continue`, which hyper sends when the body is first asked for.
+    /// The client waits for `100 Continue`, which hyper sends at the first read of the body.
     waits: bool,
-    /// Runs while somebody asks and nothing comes. While nobody asks, silence is not the client's fault.
+    /// Runs only while a read waits. Without a read, the client cannot send.
     silence: StallTimeout,
 }
 
@@ -46,12 +46,12 @@ impl Intake {
         Self { body: Some(body), waits: expects_continue(head.version, &head.headers), silence: StallTimeout::new(silence) }
     }
 
-    /// The length that was declared, if one was.
+    /// `Content-Length`, if the request has one.
     pub(crate) fn declared(&self) -> Option<u64> {
         self.body.as_ref().and_then(|body| body.size_hint().exact())
     }
 
-    /// Whether the client holds the body back until it is asked for it.
+    /// Whether the client waits for `100 Continue` before it sends the body.
     pub(crate) const fn waits(&self) -> bool {
         self.waits
     }
@@ -71,9 +71,9 @@ impl Stream for Intake {
         };
         this.silence.reset();
         match frame {
-            // Trailers say nothing that matters here.
+            // Trailers are ignored.
             Some(Ok(frame)) => Poll::Ready(Some(Ok(frame.into_data().unwrap_or_default()))),
-            // Neither an end nor a broken connection has a rest that could be drained.
+            // After an error or the end there is nothing to drain.
             Some(Err(error)) => {
                 this.body = None;
                 Poll::Ready(Some(Err(error)))
@@ -88,7 +88,7 @@ impl Stream for Intake {
 
 impl Drop for Intake {
     fn drop(&mut self) {
-        // Who waits to be asked has not sent anything, and asking now would make it send in vain.
+        // A client that waits for `100 Continue` has sent nothing. A read now would make it send the body.
         let Some(body) = self.body.take().filter(|body| !self.waits && !body.is_end_stream()) else { return };
         let Ok(runtime) = Handle::try_current() else { return };
         let mut rest = Self { body: Some(body), waits: true, silence: StallTimeout::new(DRAIN_TIME) };
@@ -103,7 +103,7 @@ impl Drop for Intake {
                 }
             };
             tokio::time::timeout(DRAIN_TIME, drain).await.ok();
-            // Without this, dropping the rest would begin to drain it again.
+            // Otherwise the drop of `rest` would start to drain again.
             drop(rest.body.take());
         });
     }

@@ -1,15 +1,14 @@
 //! The simple file origin: a durable content-addressed store over HTTP.
 //!
-//! Beside blobs it keeps entries, bytes under a key that the client chose: `entries`, with `action` and `webdav` for what their
-//! clients need.
+//! It also stores entries, which are bytes under a key that the client chooses: `entries`, with `action` and `webdav` for special clients.
 //!
 //! The binary `castier-origin` and the embedded origin of `castier` are this very server. An upload passes through `server` (a connection) → `service`
 //! (which request does what) → `intake` (its body) → `receive` (batches) → `store` (temp file, verified, synced, renamed, synced again) and is
 //! answered; a download through `service` → `store` → `reply` (read and hashed one chunk ahead of the client, the last chunk only if the digest
 //! matches). `local` does the same for blobs without a connection: castier uses it for its embedded origin.
 //!
-//! What a read promises: a whole blob, however it was asked for, is hashed as it leaves, and is cut before its end if it
-//! rotted. A part of a blob is *not* checked, since a digest of the whole cannot judge it.
+//! Invariant: a read of a whole blob is hashed while it is sent, and cut before its end if it is damaged. A read of a part is *not* checked, since the
+//! digest covers the whole blob.
 
 use arc_swap::ArcSwap;
 use castier_config::{OriginLimits, OriginServer, Proxies};
@@ -45,25 +44,25 @@ mod webdav;
 
 pub use local::Local;
 
-/// Entries of the action cache that are validated at once: each is held in memory meanwhile, and so may be a tree that it names.
+/// How many entries of the action cache are validated at once. Each is in memory meanwhile, together with one tree that it names.
 const VALIDATIONS: usize = 8;
 
-/// What an origin may do, and how much of it.
+/// The options of an origin.
 #[derive(Clone)]
 pub struct Options {
     /// Whether clients may delete blobs.
     pub allow_delete: bool,
-    /// Whether an entry of the action cache that names a missing blob is told to be absent.
+    /// Whether an entry of the action cache gets a 404 if it names a missing blob.
     pub ac_validation: bool,
-    /// What clients may do; can be changed later with [`Origin::set_limits`].
+    /// The limits for clients. [`Origin::set_limits`] changes them later.
     pub limits: OriginLimits,
-    /// Who is believed about the client that a request comes from.
+    /// The proxies whose headers may name the client.
     pub trusted_proxies: Proxies,
-    /// Where spans of sampled requests go, if anywhere.
+    /// Exports the spans of sampled requests.
     pub spans: Option<Spans>,
-    /// How long what is in flight at the end may take to finish.
+    /// How long running requests may take to finish at the shutdown.
     pub grace: Duration,
-    /// What names the root to whoever runs this: the key, and the option if there is one. For errors.
+    /// The configuration key of the root, and its option if there is one. For errors.
     pub root_key: &'static str,
 }
 
@@ -98,7 +97,7 @@ pub(crate) struct Shared {
     spans: Option<Spans>,
     grace: Duration,
     phase: AtomicU8,
-    /// Blobs on their way in or out.
+    /// The number of running uploads and downloads.
     transfers: Arc<AtomicUsize>,
 }
 
@@ -119,7 +118,7 @@ impl Shared {
         self.phase.store(phase as u8, Relaxed);
     }
 
-    /// Logs and counts a fault of the store, as far as it is one of the store's own.
+    /// Logs a fault of the store, and counts damaged blobs.
     fn note(&self, fault: &Fault) {
         match fault {
             Fault::Mismatch(mismatch) => tracing::debug!(%mismatch, "an upload was refused"),
@@ -145,10 +144,10 @@ impl Shared {
 }
 
 impl Origin {
-    /// Takes possession of the directory `root`, which is made if it is missing. Counting what lies there goes on in the background.
+    /// Opens the store in the directory `root`, and makes the directory if it is missing. Counts the blobs in the background.
     ///
     /// # Errors
-    /// When `root` cannot be written to, or another process is using it. The text names `root` and says what to do.
+    /// `root` cannot be written to, or another process uses it. The text names `root` and says what to do.
     pub fn open(root: impl AsRef<Path>, options: Options) -> io::Result<Self> {
         let store = Arc::new(Store::open(root.as_ref(), options.root_key)?);
         let entries = Entries::open(root.as_ref()).map_err(|e| {
@@ -177,8 +176,7 @@ impl Origin {
         })))
     }
 
-    /// Serves clients on `listener` until `shutdown` is done; then accepts no more, and finishes what is in flight within
-    /// [`Options::grace`].
+    /// Serves clients on `listener` until `shutdown` is done. Then accepts no more, and lets running requests finish within [`Options::grace`].
     pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()>) {
         self.0.enter(Phase::Ready);
         let draining = async {
@@ -198,13 +196,13 @@ impl Origin {
         Local::new(Arc::clone(&self.0), config)
     }
 
-    /// Blobs and bytes in the store, for the log, as far as they have been counted since the start.
+    /// The numbers of blobs and bytes counted so far, for the log.
     pub fn figures(&self) -> (i64, i64) {
         let totals = self.0.store.totals();
         (totals.blobs.load(Relaxed).max(0), totals.bytes.load(Relaxed).max(0))
     }
 
-    /// Changes the limits. Those on a connection hold for connections opened from now on.
+    /// Changes the limits. Limits on connections apply to new connections.
     pub fn set_limits(&self, limits: OriginLimits) {
         self.0.limits.store(Arc::new(limits));
     }

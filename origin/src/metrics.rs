@@ -1,11 +1,11 @@
-//! Every series of the origin.
+//! The metrics of the origin.
 
 use crate::store::Totals;
 use castier_serverkit::series::{METHODS, Series, counter, counters, gauge, histograms, method_label, status_label};
 use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge};
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
-/// The methods that have a label of their own: those of entries, too.
+/// The methods that have their own label, including those for entries.
 const LABELLED: [&str; METHODS.len() + 2] = {
     let [get, head, put, post, delete, options, patch] = METHODS;
     [get, head, put, post, delete, options, patch, "PROPFIND", "MKCOL"]
@@ -16,7 +16,7 @@ pub(crate) fn label(method: &str) -> &'static str {
     method_label(method, &LABELLED)
 }
 
-/// Counts what the origin does.
+/// The metrics.
 pub(crate) struct Metrics {
     series: Series,
     requests: IntCounterVec,
@@ -60,9 +60,9 @@ impl Metrics {
         self.corrupt.inc();
     }
 
-    /// Everything, in Prometheus' text format.
+    /// All metrics in Prometheus' text format.
     pub(crate) fn text(&self, totals: &Totals) -> Result<String, prometheus::Error> {
-        // Files that somebody else changes or removes can make the totals wrong, but not negative to a reader.
+        // If something else changes or removes files, the totals may be too low. They are never shown as negative.
         self.blobs.set(totals.blobs.load(Relaxed).max(0));
         self.bytes.set(totals.bytes.load(Relaxed).max(0));
         self.series.text()

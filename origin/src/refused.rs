@@ -1,4 +1,4 @@
-//! Why a request is not answered as it hoped, and how the client is told. The only place that turns faults into statuses.
+//! Refusals of requests, and the answers to them. The only file that maps faults to HTTP statuses.
 
 use crate::{intake::Broken, receive::Failed, store::Fault};
 use castier_blob::Mismatch;
@@ -6,13 +6,13 @@ use castier_serverkit::multipart::FormError;
 use castier_wire::{Problem, entry::Malformed};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
-/// A refusal. Its text is for the log; [`Refused::tell`] is for the client.
+/// A refusal. Its text is for the log; [`Refused::tell`] makes the answer for the client.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refused {
     /// The path has a name below `/cas/` that is no digest.
     #[error("not a digest")]
     NotADigest,
-    /// The path stands where entries are, and names none.
+    /// The path is below `/ac/` or `/kv/`, and names no entry.
     #[error(transparent)]
     NotAnEntry(#[from] Malformed),
     /// There is no entry of this name, and no collection.
@@ -30,19 +30,19 @@ pub(crate) enum Refused {
     /// MKCOL with a body.
     #[error("a collection with a body")]
     CollectionBody,
-    /// MKCOL of what is there.
+    /// MKCOL of a name that exists.
     #[error("the collection exists")]
     CollectionExists,
-    /// There is nothing at this path, whatever the method.
+    /// There is nothing at this path, for any method.
     #[error("no such path")]
     NoSuchPath,
     /// The path is known, and allows only these methods.
     #[error("method not allowed")]
     Method(&'static str),
-    /// The blob is not here.
+    /// The store does not have the blob.
     #[error("absent")]
     Absent,
-    /// The range begins behind the end. The headers say where that is.
+    /// The range begins after the end. The headers contain the size.
     #[error("range not satisfiable")]
     Range(HeaderMap),
     /// The blob is larger than this.
@@ -54,7 +54,7 @@ pub(crate) enum Refused {
     /// The body ended early.
     #[error(transparent)]
     Body(#[from] Broken),
-    /// The store could not do it.
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] Fault),
 }
@@ -135,7 +135,7 @@ impl Refused {
         match self {
             Self::CollectionExists => drop(headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, PUT, DELETE, PROPFIND"))),
             Self::Method(allowed) => drop(headers.insert(header::ALLOW, HeaderValue::from_static(allowed))),
-            // What would still come could not be told from the next request.
+            // The end of this body is unknown, and so is the start of the next request.
             Self::Body(_) => drop(headers.insert(header::CONNECTION, HeaderValue::from_static("close"))),
             _ => {}
         }

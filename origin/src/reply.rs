@@ -1,4 +1,4 @@
-//! The answer to a request, on its way out, and the record that is made of it.
+//! The body of an answer, and the access record of its request.
 
 use crate::{
     Shared,
@@ -27,37 +27,37 @@ use std::{
 };
 use tokio::task::{JoinHandle, spawn_blocking};
 
-/// How much of a blob is read, or gathered before it is written, in one go.
+/// How many bytes of a blob are read or written at once.
 const CHUNK: usize = 256 << 10;
-/// With more blobs than this under way at once, chunks become small, so that a crowd of slow clients costs little memory.
+/// With more transfers than this at once, chunks become small, so that many slow clients cost little memory.
 const CROWD: usize = 512;
 const SMALL_CHUNK: usize = 32 << 10;
 
-/// What a transfer among `transfers` at the same time may hold.
+/// The size of a chunk while there are `transfers` at once.
 pub(crate) const fn chunk_for(transfers: usize) -> usize {
     if transfers > CROWD { SMALL_CHUNK } else { CHUNK }
 }
 
-/// The body was cut, so that the client cannot mistake it for a whole blob. The log knows why.
+/// The body was cut, so that the client cannot take it for a whole blob. The log has the reason.
 #[derive(Debug, thiserror::Error)]
 #[error("the blob was cut")]
 pub(crate) struct Cut;
 
-/// What an answer carries.
+/// The content of an answer.
 pub(crate) enum Content {
-    /// Nothing, or nothing more.
+    /// No bytes, or no more.
     Empty,
-    /// Bytes at hand.
+    /// Bytes in memory.
     Bytes(Bytes),
-    /// A blob or the like, as it is read.
+    /// Bytes that are read while they are sent.
     Blob(Streaming),
 }
 
-/// What an answer too long to be held is made from, a chunk at a time. Blocks.
+/// Reads content that is too long for memory, one chunk at a time. Blocks.
 pub(crate) trait Source: Send + 'static {
     /// The next chunk, of about `most` bytes.
     fn next(&mut self, most: usize) -> Result<Bytes, Fault>;
-    /// Whether everything has been handed out.
+    /// Whether there are no more chunks.
     fn is_done(&self) -> bool;
 }
 
@@ -71,7 +71,7 @@ impl Source for Reader {
     }
 }
 
-/// A blob, an entry or a list being read: at most one chunk ahead of the client.
+/// A blob, an entry or a list that is read while it is sent, at most one chunk ahead of the client.
 pub(crate) struct Streaming {
     next: Next,
     chunk: usize,
@@ -79,16 +79,16 @@ pub(crate) struct Streaming {
 }
 
 enum Next {
-    /// Read, not yet sent; and the reader, which may have more.
+    /// A chunk that was read and not sent yet, and the reader, which may have more.
     Chunk(Bytes, Box<dyn Source>),
     /// A chunk is being read.
     Reading(JoinHandle<(Result<Bytes, Fault>, Box<dyn Source>)>),
-    /// All was sent, or nothing more will be.
+    /// Nothing more is sent: everything was, or an error came.
     End,
 }
 
 impl Streaming {
-    /// Goes on where `reader` is after `first`.
+    /// Sends `first`, then the other chunks of `reader`.
     pub(crate) fn new(first: Bytes, reader: impl Source, chunk: usize, seat: Seat) -> Self {
         Self { next: Next::Chunk(first, Box::new(reader)), chunk, _seat: seat }
     }
@@ -119,7 +119,7 @@ impl Streaming {
     }
 }
 
-/// The body of an answer. Dropped when all of it has been handed to the connection, or when the connection is gone.
+/// The body of an answer. hyper drops it when it has taken all bytes, or when the connection has closed.
 pub(crate) struct Reply {
     pub(crate) content: Content,
     pub(crate) record: Record,
@@ -165,7 +165,7 @@ impl Body for Reply {
         }
     }
 
-    /// Tells hyper the `Content-Length` of bytes at hand. A blob's answer has that header anyway.
+    /// hyper makes `Content-Length` from this for bytes in memory. The answer with a blob has that header already.
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Empty => SizeHint::with_exact(0),
@@ -175,11 +175,11 @@ impl Body for Reply {
     }
 }
 
-/// What is known of a request; logged and counted when it is over, however it ends.
+/// The facts of a request. Its drop, at the end of the request, logs and counts them.
 pub(crate) struct Record {
     shared: Arc<Shared>,
     activity: Arc<Activity>,
-    /// As far as trusted proxies tell.
+    /// The client's address; behind a trusted proxy, the one that the proxy names.
     client: IpAddr,
     trace: Trace,
     method: Method,
@@ -191,19 +191,19 @@ pub(crate) struct Record {
     answered: Option<Duration>,
     /// Why the answer was cut, or failed.
     error: Option<String>,
-    /// None until there is an answer.
+    /// `None` until there is an answer.
     status: Option<StatusCode>,
-    /// Bytes of the body that were handed to the connection.
+    /// Bytes of the body that hyper has taken.
     bytes: u64,
 }
 
 impl Record {
-    pub(crate) fn begin(shared: &Arc<Shared>, activity: Arc<Activity>, peer: SocketAddr, head: &request::Parts) -> Self {
+    pub(crate) fn begin(shared: &Arc<Shared>, activity: Arc<Activity>, address: SocketAddr, head: &request::Parts) -> Self {
         activity.begin();
-        // Only as much of what the client sent is held as is logged.
+        // The record holds only the parts of the client's texts that are logged.
         let agent = access_log::user_agent(&head.headers).map(|agent| beginning(&agent, LOGGED_AGENT).to_owned());
         Self {
-            client: forwarded::client(peer.ip(), &head.headers, |address| shared.trusted_proxies.contains(address)),
+            client: forwarded::client(address.ip(), &head.headers, |address| shared.trusted_proxies.contains(address)),
             trace: access_log::trace_of(&head.headers, shared.spans.as_ref().map(Spans::sample)),
             shared: Arc::clone(shared),
             activity,
@@ -219,12 +219,12 @@ impl Record {
         }
     }
 
-    /// The name of the request.
+    /// The id of the request.
     pub(crate) fn request_id(&self) -> Option<HeaderValue> {
         self.trace.tell_id()
     }
 
-    /// There is an answer; and why it is not the one that was wanted.
+    /// Records the status of the answer, and the error if the request failed.
     pub(crate) fn answer(&mut self, status: StatusCode, error: Option<String>) {
         self.status = Some(status);
         self.answered = Some(self.begun.elapsed());

@@ -30,44 +30,44 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// What hyper gathers before it writes: head and small bodies in one go, and no more of a large one than it must.
+/// hyper's write buffer. Large enough to send a head and a small body in one write.
 const WRITE_BUFFER: usize = 64 << 10;
-/// Connections over the limit that are told so at the same time; any more are just closed.
+/// The most connections over the limit that get a 503 at the same time. Others are closed without an answer.
 const REFUSALS: usize = 128;
-/// How long being told may take.
+/// How long a refused client may take to read its 503.
 const REFUSAL_TIME: Duration = Duration::from_secs(1);
-/// How long to wait before accepting again after a failure: most often there are no file descriptors left.
+/// The pause after a failed `accept`. Most often it fails because no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Answers requests.
 pub(crate) trait Handler: Clone + Send + Sync + 'static {
-    /// What its answers carry.
+    /// The body of its answers.
     type Body: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static;
 
-    /// What happens when there are as many connections as there may be.
+    /// What to do with a connection over the limit.
     const FULL: Full;
 
-    /// How many connections there may be.
+    /// The most connections at once.
     fn max_connections(limits: &OriginLimits) -> usize;
 
-    /// The limits that hold now.
+    /// The current limits.
     fn limits(&self) -> Arc<OriginLimits>;
 
-    /// Answers one request. Whoever answers calls `activity`'s `begin` now, and its `end` when the answer has been sent or given up.
+    /// Answers one request. The handler calls `activity.begin()` first, and `activity.end()` when the answer has been sent or has failed.
     fn answer(
         &self,
         request: Request<Incoming>,
-        peer: SocketAddr,
+        address: SocketAddr,
         activity: Arc<Activity>,
     ) -> impl Future<Output = Response<Self::Body>> + Send;
 }
 
-/// What happens to a connection too many.
+/// What to do with a connection over the limit.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Full {
     /// It gets a 503.
     NewcomersAreRefused,
-    /// The oldest one that asks for nothing is closed for it, so that a health check is answered beside any number of others.
+    /// The oldest connection without a request is closed for it. So a health check is answered even if idle connections use up the limit.
     OldestIdleMakesWay,
 }
 
@@ -88,7 +88,7 @@ impl Drop for Seat {
     }
 }
 
-/// Serves `listener` until `shutdown` is done, then finishes what is in flight, up to `grace`, and cuts the rest.
+/// Serves `listener` until `shutdown` is done. Then lets running requests finish for up to `grace`, and cuts the others.
 pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdown: impl Future<Output = ()>, grace: Duration) {
     let (graceful, cut) = (GracefulShutdown::new(), CancellationToken::new());
     let (open, refusals) = (Arc::default(), Arc::default());
@@ -100,7 +100,7 @@ pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdow
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, peer)) => {
+            Ok((stream, address)) => {
                 let most = H::max_connections(&handler.limits());
                 let (seat, taken) = Seat::take(&open);
                 let is_admitted = match H::FULL {
@@ -109,7 +109,7 @@ pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdow
                 };
                 if is_admitted {
                     let activity = Arc::new(Activity::default());
-                    let task = connection(stream, peer, handler.clone(), graceful.watcher(), cut.clone(), seat, Arc::clone(&activity));
+                    let task = connection(stream, address, handler.clone(), graceful.watcher(), cut.clone(), seat, Arc::clone(&activity));
                     let task = tokio::spawn(task);
                     if H::FULL == Full::OldestIdleMakesWay {
                         admin.add(move || activity.is_busy(), task.abort_handle());
@@ -136,20 +136,20 @@ pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdow
 
 async fn connection(
     stream: TcpStream,
-    peer: SocketAddr,
+    address: SocketAddr,
     handler: impl Handler,
     watcher: Watcher,
     cut: CancellationToken,
     _seat: Seat,
     activity: Arc<Activity>,
 ) {
-    // A connection that cannot be told to send at once is served all the same, if slower.
+    // If this fails, the connection still works, only with more latency.
     stream.set_nodelay(true).ok();
     let limits = handler.limits();
     let stream = TimedStream::new(stream, Arc::clone(&activity), &limits);
     let service = service_fn(move |request| {
         let (handler, activity) = (handler.clone(), Arc::clone(&activity));
-        async move { Ok::<_, Infallible>(handler.answer(request, peer, activity).await) }
+        async move { Ok::<_, Infallible>(handler.answer(request, address, activity).await) }
     });
     let header_bytes = usize::try_from(limits.max_header_bytes.get()).unwrap_or(usize::MAX);
     let serving = http1::Builder::new()
@@ -162,14 +162,14 @@ async fn connection(
         .serve_connection(TokioIo::new(stream), service);
     tokio::select! {
         served = watcher.watch(serving) => if let Err(error) = served {
-            tracing::debug!(%peer, error = &error as &dyn Error, "a connection ended badly");
+            tracing::debug!(peer = %address, error = &error as &dyn Error, "a connection ended badly");
         },
         () = cut.cancelled() => {}
     }
 }
 
-/// Says that there are too many connections, and goes. What the client sends meanwhile is read, since closing over unread
-/// bytes would reset the connection and take the answer with it.
+/// Sends a 503 and closes. Reads the client's bytes until then: if the connection closed with unread bytes, the kernel would reset it, and the client
+/// might lose the answer.
 async fn refuse(mut stream: TcpStream, _seat: Seat) {
     let status = StatusCode::SERVICE_UNAVAILABLE;
     let body = Problem::new(status, "there are too many connections; try again in a second").to_json();
@@ -177,14 +177,14 @@ async fn refuse(mut stream: TcpStream, _seat: Seat) {
         "HTTP/1.1 {status}\r\nContent-Type: application/problem+json\r\nContent-Length: {}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n",
         body.len()
     );
-    let telling = async {
+    let sent = async {
         stream.write_all((head + &body).as_bytes()).await?;
         stream.shutdown().await?;
         while stream.read(&mut [0; 4096]).await? > 0 {}
         Ok::<_, io::Error>(())
     };
-    // A client that does not listen has been told nothing, and is let go all the same.
-    tokio::time::timeout(REFUSAL_TIME, telling).await.ok();
+    // If the client does not read it, the connection closes anyway.
+    tokio::time::timeout(REFUSAL_TIME, sent).await.ok();
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The HTTP service: which request does what to the store.
+//! The HTTP service: maps requests to operations of the store.
 
 use crate::{
     Shared, action,
@@ -48,19 +48,19 @@ impl Handler for Clients {
         self.0.limits.load_full()
     }
 
-    async fn answer(&self, request: Request<Incoming>, peer: SocketAddr, activity: Arc<Activity>) -> Response<Reply> {
+    async fn answer(&self, request: Request<Incoming>, address: SocketAddr, activity: Arc<Activity>) -> Response<Reply> {
         let (head, body) = request.into_parts();
-        let mut record = Record::begin(&self.0, activity, peer, &head);
+        let mut record = Record::begin(&self.0, activity, address, &head);
         let intake = Intake::new(&head, body, self.0.limits.load().idle_timeout.get());
         let mut error = None;
         let (status, headers, content) = self.dispatch(head, intake).await.unwrap_or_else(|refused| {
-            // An absent blob is an answer like any other.
+            // A 404 for an absent blob is no error.
             error = (!matches!(refused, Refused::Absent)).then(|| refused.to_string());
             if let Refused::Store(fault) = &refused {
                 self.0.note(fault);
             }
             let (status, mut headers, body) = refused.tell();
-            // What a client may have to report names its request.
+            // Errors carry the request's id, so that a client can report it.
             headers.extend(record.request_id().map(|id| (X_REQUEST_ID, id)));
             (status, headers, Content::Bytes(body.into()))
         });
@@ -113,7 +113,7 @@ impl Clients {
         let (seat, transfers) = Seat::take(&self.0.transfers);
         let chunk = chunk_for(transfers);
         let (entries, store) = (Arc::clone(&self.0.entries), Arc::clone(&self.0.store));
-        // An entry is read as a whole to be validated, so few are at once.
+        // A permit, since validation holds the whole entry in memory.
         let permit = if validate { Arc::clone(&self.0.validations).acquire_owned().await.ok() } else { None };
         blocking(move || {
             let Some(found) = entries.find(&name)? else { return Err(Refused::NoEntry) };
@@ -168,7 +168,7 @@ impl Clients {
         }
     }
 
-    /// Tells of an entry or a collection. Where both have the name, a path without a slash at its end means the entry.
+    /// Answers a PROPFIND of an entry or a collection. If both have the name, a path without a slash at its end means the entry.
     async fn list(&self, name: Name, headers: &HeaderMap) -> Result<Answer, Refused> {
         let depth = Depth::of(headers).ok_or(Refused::Depth)?;
         let (seat, transfers) = Seat::take(&self.0.transfers);
@@ -290,19 +290,19 @@ impl Clients {
     }
 }
 
-/// The first chunk is read before the head leaves, so that damage in something small is told in so many words. Blocks.
+/// Reads the first chunk before the head is sent. So a client gets an error, not a cut body, if a small file is damaged. Blocks.
 fn stream(mut source: impl Source, chunk: usize, seat: Seat) -> Result<Content, Fault> {
     let first = source.next(chunk)?;
     Ok(if source.is_done() { Content::Bytes(first) } else { Content::Blob(Streaming::new(first, source, chunk, seat)) })
 }
 
-/// Whether the blobs that an entry of the action cache names are here, as far as that can be told. Blocks.
+/// Whether the store has the blobs that an entry of the action cache names. Blocks.
 fn is_usable(found: &Found, store: &Arc<Store>, most: u64) -> Result<bool, Fault> {
-    // It was put there when more was allowed; reading it now would take more memory than is planned for.
+    // An entry over the limit was stored under a higher limit. It counts as usable, since checking it would take more memory than planned.
     Ok(found.size() > most || action::is_complete(&found.read_all()?, store, most)?)
 }
 
-/// What `If-Match` and `If-None-Match` ask of the version that is there before it is replaced or removed (RFC 9110, section 13).
+/// The condition in `If-Match` and `If-None-Match` on the current version, for a PUT or DELETE (RFC 9110, section 13).
 fn condition(headers: &HeaderMap) -> Option<Condition> {
     let mut asked = HeaderMap::new();
     for name in [header::IF_MATCH, header::IF_NONE_MATCH] {
@@ -326,7 +326,7 @@ fn condition(headers: &HeaderMap) -> Option<Condition> {
     }))
 }
 
-/// Runs what blocks off the async threads.
+/// Runs blocking work off the async threads.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Refused> + Send + 'static) -> Result<T, Refused> {
     spawn_blocking(work).await.unwrap_or_else(|stopped| Err(Refused::Store(Fault::Io(stopped.into()))))
 }

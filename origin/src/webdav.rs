@@ -1,6 +1,6 @@
-//! The answer to `PROPFIND`, RFC 4918: what clients such as sccache's ask of a store that they write to.
+//! The answer to `PROPFIND` (RFC 4918). Clients such as sccache send it before they write.
 //!
-//! All properties that there are, are told whatever was asked for: clients look for what they know.
+//! The answer always has all properties, no matter which ones the request names. Clients ignore the others.
 
 use crate::{
     entries::{Member, Members},
@@ -15,18 +15,17 @@ use quick_xml::{
 };
 use std::{io, mem};
 
-/// How far below the named resource a client wants to look. RFC 4918 knows a third depth, infinity, which a store with
-/// millions of entries does not serve.
+/// `Depth`. RFC 4918 has a third value, infinity, which this store refuses: it may have millions of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Depth {
-    /// The resource alone.
+    /// The resource only.
     Itself,
-    /// And what is directly below it.
+    /// The resource and its members.
     Members,
 }
 
 impl Depth {
-    /// None: infinity, which is also what no header means, or nothing sound.
+    /// `None` for infinity, which is also the default without a header, and for an invalid value.
     pub(crate) fn of(headers: &HeaderMap) -> Option<Self> {
         match headers.get("depth")?.as_bytes() {
             b"0" => Some(Self::Itself),
@@ -45,16 +44,16 @@ pub(crate) fn headers() -> HeaderMap {
     headers
 }
 
-/// A `multistatus` document, written as it is read: a collection may have any number of members.
+/// A `multistatus` document. Made in chunks, since a collection may have any number of members.
 pub(crate) struct Listing {
     writer: Writer<Vec<u8>>,
-    /// None: nothing is left to list.
+    /// `None`: all members are listed.
     members: Option<Members>,
     done: bool,
 }
 
 impl Listing {
-    /// The resource that was asked for, and then its members if they are wanted.
+    /// Lists the resource, then its members if there are any to list.
     pub(crate) fn new(resource: &Member, members: Option<Members>) -> Result<Self, Fault> {
         let mut writer = Writer::new(Vec::new());
         writer.write_event(Event::Decl(BytesDecl::new("1.0", Some("utf-8"), None)))?;

@@ -27,7 +27,7 @@ fn source(blob: &Bytes) -> (Arc<dyn Source>, Arc<AtomicU32>, Arc<Semaphore>) {
                     Answer::Bytes(Incoming::new(size, stream::iter([Err(broken)])))
                 }
                 1 => {
-                    gate.acquire().await.unwrap().forget();
+                    gate.acquire().await.map_err(|_| Fault::Internal("the gate is gone".into()))?.forget();
                     Answer::Absent
                 }
                 _ => Answer::Bytes(Incoming::new(size, stream::iter([Ok(blob)]).boxed())),
