@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Brings castier into the cluster: the namespace, the nodes' secret if there is none yet, and an overlay. Then waits until all pods are ready.
+# Installs castier in the cluster: the namespace, the nodes' secret if there is none, and an overlay. Then waits until all pods are ready.
 #
 #   scripts/apply_k8s.sh                 the overlay minikube
-#   scripts/apply_k8s.sh production      another folder of k8s/overlays, or the path of an overlay of yours
+#   scripts/apply_k8s.sh production      another folder of k8s/overlays, or the path of your own overlay
 #
-#   --delete    takes it out of the cluster; the claims with the blobs, the secret and the namespace stay
+#   --delete    removes it from the cluster; the claims with the blobs, the secret and the namespace stay
 #   --diff      shows what would change in the cluster
 #   --dry-run   prints the commands and runs none
 set -euo pipefail
@@ -31,11 +31,11 @@ overlay=${overlay:-minikube}
 need kubectl "https://kubernetes.io/docs/tasks/tools"
 case $action in
   diff)
-    # 1 means that there are differences.
+    # Status 1 means that there are differences.
     run kubectl diff -k "$overlay" || (($? == 1))
     exit 0 ;;
   delete)
-    # Everything but the namespace: with it would go the secret and the claims.
+    # Everything except the namespace, whose deletion would delete the secret and the claims.
     if [[ -n $dry_run ]]; then
       echo "kubectl kustomize $(printf '%q' "$overlay") | kubectl delete --ignore-not-found -f -  # without the Namespace"
     else
@@ -45,13 +45,13 @@ case $action in
 esac
 
 run kubectl apply --server-side -f "$here/k8s/base/namespace.yaml"
-# Once made it stays: new nodes with a new secret would not be let in by the old ones.
+# Created only once: nodes with the old secret would refuse new nodes with another one.
 if [[ -n $dry_run ]] || ! kubectl get secret castier-peer --namespace "$namespace" >/dev/null 2>&1; then
   need openssl "your system's package manager"
   if [[ -n $dry_run ]]; then
     echo "openssl rand -hex 32 | kubectl create secret generic castier-peer --namespace $namespace --from-file=peer=/dev/stdin"
   else
-    # By its standard input: other users of this machine can read a command's arguments.
+    # Through standard input, since other users of this machine can read the arguments of a command.
     openssl rand -hex 32 | kubectl create secret generic castier-peer --namespace "$namespace" --from-file=peer=/dev/stdin
   fi
 fi

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Builds the image and starts everything in compose.yaml: an origin, three nodes behind nginx, Prometheus, Loki, Alloy and Grafana.
 #
-#   scripts/docker_start.sh              builds, starts, waits until all are healthy, and says where to look
-#   scripts/docker_start.sh --stop       stops all of it; the data stays
+#   scripts/docker_start.sh              builds, starts, waits until all are healthy, and prints the addresses
+#   scripts/docker_start.sh --stop       stops everything; the data stays
 #   scripts/docker_start.sh --minikube   only builds the image, inside minikube, as castier:dev
 #
-#   --no-build   takes the image castier:dev as it is
+#   --no-build   uses the existing image castier:dev
 #   --dry-run    prints the commands and runs none
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -30,7 +30,7 @@ revision=$(git -C "$here" rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 if [[ $action == minikube ]]; then
   need minikube "https://minikube.sigs.k8s.io/docs/start"
-  # minikube's own Docker gets the image, so nothing has to be pushed.
+  # Builds in minikube's own Docker, so that no push is needed.
   run minikube image build --tag castier:dev --build-opt "build-arg=REVISION=$revision" "$here"
   say "the image castier:dev is in minikube; go on with scripts/enable_ingress.sh"
   exit 0
@@ -45,7 +45,7 @@ fi
 if [[ -z $dry_run ]]; then
   docker info >/dev/null 2>&1 || fail "docker is installed, but its daemon does not answer; start it, or join the group docker"
 fi
-# The nodes prove to each other with this that they belong together. Made once, and never in git.
+# The cluster's secret. Created once, and never in git.
 secret=$here/castier-data/compose-peer-secret
 if [[ ! -s $secret ]]; then
   if [[ -n $dry_run ]]; then
@@ -53,7 +53,7 @@ if [[ ! -s $secret ]]; then
   else
     need openssl "your system's package manager"
     mkdir -p "$(dirname "$secret")"
-    # Readable by the container's user 65532, to whom the file does not belong.
+    # The container's user 65532 does not own the file, and must be able to read it.
     (umask 022 && openssl rand -hex 32 >"$secret.new" && mv "$secret.new" "$secret")
   fi
 fi

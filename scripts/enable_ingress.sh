@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Puts ingress-nginx into the cluster: minikube's addon where the context is minikube, else the controller's own Helm chart.
+# Installs ingress-nginx in the cluster: on minikube as its addon, otherwise from the controller's Helm chart.
 #
 #   scripts/enable_ingress.sh            installs it and waits until it is ready; a second run changes nothing
 #
 #   --chart-version VERSION   of the Helm chart ingress-nginx (4.13.2)
-#   --helm                    takes the Helm chart on minikube, too
+#   --helm                    uses the Helm chart on minikube too
 #   --dry-run                 prints the commands and runs none
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -24,7 +24,7 @@ while (($#)); do
 done
 
 need kubectl "https://kubernetes.io/docs/tasks/tools"
-# A dry run asks the cluster for its name, too, if it can: what follows depends on it.
+# A dry run also asks for the name of the context, if possible, since the commands depend on it.
 context=$(kubectl config current-context 2>/dev/null || true)
 if [[ -z $context && -z $dry_run ]]; then
   fail "kubectl has no cluster; start one, with minikube start, or choose one with kubectl config use-context"

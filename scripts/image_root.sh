@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Puts together the file system of the container image: the programs, the libraries that they load, and what those read. Nothing else is in
-# the image: no shell, no package manager.
+# Assembles the file system of the container image: the programs, their libraries, and the files that those read. The image has no shell and no
+# package manager.
 #
-#   scripts/image_root.sh BIN DIR      BIN has castier and castier-origin; DIR is made
+#   scripts/image_root.sh BIN DIR      BIN has castier and castier-origin; DIR is created
 #
-#   --sbom FILE   a list of the components (CycloneDX), which goes into the image; may be given more than once
+#   --sbom FILE   a list of components (CycloneDX) for the image; can be repeated
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=scripts/lib.sh
@@ -37,7 +37,7 @@ done
 # For an origin with https.
 install -m 644 /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt" ||
   fail "there are no certificates on this machine; install the package ca-certificates"
-# Names of hosts come from /etc/hosts, then from DNS.
+# Host names are looked up in /etc/hosts, then in DNS.
 echo 'hosts: files dns' >"$root/etc/nsswitch.conf"
 echo 'castier:x:65532:65532::/var/lib/castier:/sbin/nologin' >"$root/etc/passwd"
 echo 'castier:x:65532:' >"$root/etc/group"

@@ -14,7 +14,7 @@ import re
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MANIFEST = os.path.join(HERE, "k8s", "components", "ingress-nginx", "ingress.yaml")
 PREFIX = "nginx.ingress.kubernetes.io/"
-# Annotation: the directive, and what the controller writes behind the value.
+# For each annotation: the directive, and the text that the controller adds after the value.
 DIRECTIVES = {
     "proxy-body-size": ("client_max_body_size", ""),
     "proxy-request-buffering": ("proxy_request_buffering", ""),
@@ -28,8 +28,8 @@ DIRECTIVES = {
     "proxy-next-upstream-tries": ("proxy_next_upstream_tries", ""),
     "proxy-next-upstream-timeout": ("proxy_next_upstream_timeout", ""),
 }
-# The controller's template with its default values, as far as it concerns requests. Its own balancer, in Lua, leaves out pods that are not
-# ready; here nginx leaves out for two seconds a node that refuses a connection.
+# The part of the controller's template that concerns requests, with its default values. The controller's balancer (in Lua) skips pods that are not
+# ready; here nginx skips a node for two seconds after a refused connection.
 TEMPLATE = """\
 worker_processes 2;
 pid DIR/nginx.pid;
@@ -60,7 +60,7 @@ http {
     client_body_buffer_size 8k;
     client_body_timeout 60s;
 
-    # "" keeps connections to the nodes open.
+    # An empty Connection header keeps connections to the nodes open.
     map $http_upgrade $connection_upgrade {
         default upgrade;
         '' '';
@@ -112,7 +112,7 @@ ANNOTATIONS
 
 
 def annotations(text):
-    """Those of the controller, from the manifest's text, in their order: one on each line, as they stand there."""
+    """The controller's annotations in the manifest's text, in their order, one per line."""
     found = re.findall(rf"^\s*{re.escape(PREFIX)}([a-z-]+): (.+?)\s*$", text, re.M)
     if len(found) != text.count(PREFIX):
         raise SystemExit(f"ingress: an annotation in {MANIFEST} is not NAME: VALUE on one line")
@@ -128,7 +128,7 @@ def config(manifest, listen, directory, nodes):
         directive, unit = DIRECTIVES[name]
         lines += [f"            # {PREFIX}{name}: {value}", f"            {directive} {value}{unit};"]
     servers = "\n".join(f"        server {node} max_fails=1 fail_timeout=2s;" for node in nodes)
-    # As root, nginx would give its workers to a user who may not enter the directory.
+    # If nginx runs as root, its workers would run as a user who cannot read the directory.
     user = "user root;\n" if os.geteuid() == 0 else ""
     parts = {"DIR": directory, "USER": user, "SERVERS": servers, "LISTEN": listen, "ANNOTATIONS": "\n".join(lines)}
     return re.sub("|".join(parts), lambda match: parts[match[0]], TEMPLATE)

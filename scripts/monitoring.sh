@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Prometheus and Grafana (kube-prometheus-stack) in the namespace `monitoring`, and has them watch castier.
+# Installs Prometheus and Grafana (kube-prometheus-stack) in the namespace `monitoring`, with castier's monitoring.
 #
 #   scripts/monitoring.sh                    installs or upgrades; a second run changes nothing
 #   scripts/monitoring.sh --write-rule       only writes k8s/components/monitoring/prometheusrule.yaml from grafana/prometheus/*.rules.yaml, and
@@ -37,7 +37,7 @@ metadata:
 spec:
   groups:
 YAML
-  # Every file begins with its one key, `groups:`; comments before it stay behind.
+  # Every file starts with its only key, `groups:`. Comments before it are dropped.
   for file in "$here"/grafana/prometheus/*.rules.yaml; do
     awk 'seen { print (length($0) ? "  " : "") $0 } /^groups:$/ { seen = 1 }' "$file"
   done
@@ -58,7 +58,7 @@ run helm repo add prometheus-community https://prometheus-community.github.io/he
 run helm repo update prometheus-community
 run helm upgrade --install kube-prometheus-stack prometheus-community/kube-prometheus-stack \
   --version "$version" --namespace monitoring --create-namespace --wait --timeout 10m
-# The ServiceMonitors and alerts are of kinds that exist only now. An installation made without the component gets them here.
-# The dashboards are ConfigMaps, which Grafana's sidecar finds by their label.
+# The kinds of the ServiceMonitors and alerts exist only now, so an installation without the component gets them here. The dashboards are ConfigMaps,
+# which Grafana's sidecar finds by their label.
 run kubectl apply --server-side -n "$namespace" -k "$here/k8s/components/monitoring"
 say "Prometheus and Grafana are installed; scripts/port_forward.sh grafana opens them"

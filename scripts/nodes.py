@@ -1,4 +1,4 @@
-"""Programs on this machine's loopback: an origin, nodes that are one cluster, and what runs beside them. For scripts/soak and scripts/demo."""
+"""Runs an origin, a cluster of nodes and other programs on this machine's loopback. For scripts/soak and scripts/demo."""
 
 import argparse
 import os
@@ -14,10 +14,10 @@ import urllib.request
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TARGET = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(HERE, "target")), "release")
 PROGRAMS = ["castier", "castier-origin", "castier-load"]
-# Requests to this machine go straight there. http_proxy does not count.
+# Requests to this machine ignore http_proxy.
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 NAME = os.path.basename(sys.argv[0])
-# What is set for another castier is not meant for these.
+# Variables for another castier must not affect these.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("CASTIER_")}
 
 
@@ -39,12 +39,12 @@ def is_free(port):
 
 
 class Ports:
-    """The ports of a cluster, counted from the first: the cluster's own nine, then ten for each node."""
+    """The ports of a cluster: nine for the cluster, then ten for each node."""
 
     def __init__(self, first, count):
         self.first, self.count = first, count
         self.origin, self.origin_admin = first + 2, first + 3
-        # Public, admin, peer, as scripts/cluster has them.
+        # Public, admin, peer, as in scripts/cluster.
         self.nodes = [(first + 10 * n, first + 10 * n + 2, first + 10 * n + 1) for n in range(1, count + 1)]
 
     def all(self):
@@ -55,14 +55,14 @@ class Ports:
 
     @classmethod
     def find(cls, count):
-        """Below those that the system takes for outgoing connections: one of these could take the port of a node that is down."""
+        """Free ports below those that the system uses for outgoing connections. Otherwise such a connection could take the port of a node that is down."""
         try:
             with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
                 end = int(file.read().split()[0])
         except OSError:
             end = 32768
         bases = list(range(8200, end - 10 * count - 10, 100))
-        # By chance, so that two who look at the same moment rarely find the same.
+        # Random, so that two runs that start at the same moment rarely choose the same.
         random.shuffle(bases)
         for base in bases:
             ports = cls(base, count)
@@ -72,10 +72,10 @@ class Ports:
 
 
 class Server:
-    """A process that is started, killed, stopped and continued; its log goes on over all of that."""
+    """A process that can be started, killed, stopped and continued. All its runs write to one log."""
 
     def __init__(self, name, directory, command, ready, pause=time.sleep, own_session=False):
-        """`ready`: a URL that answers 200 when it is. `pause`: how to wait. `own_session`: Ctrl-C in the terminal does not reach it."""
+        """`ready`: a URL that answers 200 when the process is ready. `pause`: the function to wait with. `own_session`: Ctrl-C in the terminal does not reach it."""
         self.name, self.command, self.ready, self.pause, self.own_session = name, command, ready, pause, own_session
         self.directory = directory
         self.log = open(os.path.join(directory, f"{name}.log"), "ab")
@@ -137,7 +137,7 @@ class Server:
                 self.kill()
 
     def usage(self):
-        """Resident bytes and open files; none while it is gone."""
+        """Resident bytes and open files; None while it does not run."""
         try:
             with open(f"/proc/{self.process.pid}/status") as status:
                 resident = int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) << 10
@@ -147,10 +147,10 @@ class Server:
 
 
 class Cluster:
-    """An origin, and nodes with a disk tier each. Nothing runs until it is entered."""
+    """An origin, and nodes with disk tiers. Entering the context starts them."""
 
     def __init__(self, directory, ports, origin_config="", node_config="", asked_at=None, **server):
-        """`node_config`: more TOML for each node, of sections that are not here. `asked_at`: the origin as the nodes are told, if it is not the origin itself."""
+        """`node_config`: further TOML for each node, of other sections. `asked_at`: the URL that the nodes use as origin, if it is not the origin's own."""
         self.origin_url = f"http://127.0.0.1:{ports.origin}"
         self.origin_admin = f"http://127.0.0.1:{ports.origin_admin}"
         self.store = os.path.join(directory, "origin")
@@ -161,7 +161,7 @@ class Cluster:
         command = [f"{TARGET}/castier-origin", "--config", origin]
         self.origin = Server("origin", directory, command, f"{self.origin_admin}/healthz", **server)
         peers = ", ".join(f'"127.0.0.1:{peer}"' for _, _, peer in ports.nodes)
-        # Without a secret no node would hand uploads over to their owners.
+        # Without a secret, nodes do not send uploads to their owners.
         secret = os.path.join(directory, "secret")
         with open(os.open(secret, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
             file.write(os.urandom(32).hex())

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Opens ways from this machine into the cluster until Ctrl-C: to castier itself, to its admin listener, to the origin, to Grafana or Prometheus.
+# Forwards ports of this machine into the cluster until Ctrl-C: to castier, its admin listener, the origin, Grafana or Prometheus.
 #
 #   scripts/port_forward.sh                       castier on 127.0.0.1:8080 and castier-0's admin listener on 127.0.0.1:8082
 #   scripts/port_forward.sh castier grafana       only these. Known: castier, admin, origin, grafana, prometheus
 #
-#   --pod NAME   whose admin listener (castier-0)
+#   --pod NAME   the pod of the admin listener (castier-0)
 #   --dry-run    prints the commands and runs none
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -26,7 +26,7 @@ done
 
 need kubectl "https://kubernetes.io/docs/tasks/tools"
 pids=()
-# Each by its own id: other forwards on this machine are not ours to end.
+# Kills each process by its id, and no other forwards of this machine.
 stop() {
   trap - EXIT INT TERM
   ((${#pids[@]} == 0)) || kill "${pids[@]}" 2>/dev/null || true
@@ -53,5 +53,5 @@ for what in "${wanted[@]}"; do
   esac
 done
 [[ -z $dry_run ]] || exit 0
-# One that ends by itself ends all: the line of kubectl above says why.
+# If one ends by itself, stop all. kubectl has printed the reason.
 wait -n || fail "a connection into the cluster ended"

@@ -15,7 +15,7 @@ pub struct Log {
     /// Which records are logged: `off`, `error`, `warn`, `info`, `debug` or `trace`, or a list such as `info,access=off`.
     ///
     /// A list has at most one bare level, and items `PART=LEVEL`, without spaces. A part is the last word of a record's `target` (`access`,
-    /// `stats`, `disk`) or a whole target (`castier::flight`; the access records of castier-origin have `castier_origin::access`). The
+    /// `stats`, `disk`) or a whole target (`castier_cache::fill`; the access records of castier-origin have `castier_origin::access`). The
     /// default has starts, stops, what an operator must act on, and one record for each request; `info,access=off` leaves those out. See
     /// [Logs](#logs).
     ///

@@ -169,7 +169,7 @@ impl Args {
             ("--mix", self.mix.is_some()),
         ];
         match given.iter().find(|(_, given)| *given) {
-            Some((flag, _)) => Err(format!("{flag} cannot stand beside --scenario {}, which fixes it", scenario.name())),
+            Some((flag, _)) => Err(format!("{flag} cannot be used with --scenario {}, which fixes it", scenario.name())),
             None => Ok(()),
         }
     }
@@ -259,8 +259,8 @@ mod tests {
             ("--requests 1 --mix put=1 --fill http://127.0.0.1:2", "--fill"),
             ("--requests 1 --mix put=1 --verify bytes", "--verify"),
             ("--requests 1 --threads 0", "--threads"),
-            ("--scenario forms --requests 3", "--requests cannot stand beside --scenario forms"),
-            ("--scenario sangraha-2k --mix get=1", "--mix cannot stand beside --scenario sangraha-2k"),
+            ("--scenario forms --requests 3", "--requests cannot be used with --scenario forms"),
+            ("--scenario sangraha-2k --mix get=1", "--mix cannot be used with --scenario sangraha-2k"),
         ] {
             let error = plan(line).unwrap_err();
             assert!(error.lines().next().is_some_and(|first| first.contains(names)), "{line}: {error}");

@@ -50,7 +50,7 @@ impl<'a> Request<'a> {
 pub(crate) enum Path<'a> {
     /// `/cas/<digest>`.
     Blob(&'a Digest),
-    /// As it stands.
+    /// The path unchanged.
     Plain(&'a str),
 }
 

@@ -2,10 +2,10 @@
 //!
 //! It also stores entries, which are bytes under a key that the client chooses: `entries`, with `action` and `webdav` for special clients.
 //!
-//! The binary `castier-origin` and the embedded origin of `castier` are this very server. An upload goes through the
-//! house as `server` (a connection) → `service` (which request does what) → `intake` (its body) → `store` (temp file,
-//! verified, synced, renamed, synced again) and is answered; a download as `service` → `store` → `reply` (read and hashed
-//! one chunk ahead of the client, the last chunk only if the digest matches).
+//! The binary `castier-origin` and the embedded origin of `castier` are this very server. An upload passes through `server` (a connection) → `service`
+//! (which request does what) → `intake` (its body) → `receive` (batches) → `store` (temp file, verified, synced, renamed, synced again) and is
+//! answered; a download through `service` → `store` → `reply` (read and hashed one chunk ahead of the client, the last chunk only if the digest
+//! matches). `local` does the same for blobs without a connection: castier uses it for its embedded origin.
 //!
 //! Invariant: a read of a whole blob is hashed while it is sent, and cut before its end if it is damaged. A read of a part is *not* checked, since the
 //! digest covers the whole blob.
@@ -32,14 +32,17 @@ mod admin;
 mod connection_timeouts;
 mod entries;
 mod intake;
+mod local;
 mod metrics;
-
+mod receive;
 mod refused;
 mod reply;
 mod server;
 mod service;
 mod store;
 mod webdav;
+
+pub use local::Local;
 
 /// How many entries of the action cache are validated at once. Each is in memory meanwhile, together with one tree that it names.
 const VALIDATIONS: usize = 8;
@@ -186,6 +189,11 @@ impl Origin {
     /// Serves metrics and health on `listener` until `shutdown` is done.
     pub async fn serve_admin(&self, listener: TcpListener, shutdown: impl Future<Output = ()>) {
         server::serve(listener, admin::Admin(Arc::clone(&self.0)), shutdown, Duration::ZERO).await;
+    }
+
+    /// The blobs of this origin for a program that has it in its own process: read from and written to the disk, without HTTP.
+    pub fn local(&self, config: &castier_config::Origin) -> Local {
+        Local::new(Arc::clone(&self.0), config)
     }
 
     /// The numbers of blobs and bytes counted so far, for the log.

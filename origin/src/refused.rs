@@ -1,6 +1,6 @@
 //! Refusals of requests, and the answers to them. The only file that maps faults to HTTP statuses.
 
-use crate::{intake::Broken, store::Fault};
+use crate::{intake::Broken, receive::Failed, store::Fault};
 use castier_blob::Mismatch;
 use castier_serverkit::multipart::FormError;
 use castier_wire::{Problem, entry::Malformed};
@@ -64,6 +64,16 @@ impl From<FormError<Broken>> for Refused {
         match error {
             FormError::Body(broken) => Self::Body(broken),
             other => Self::Form(other.to_string()),
+        }
+    }
+}
+
+impl From<Failed<Self>> for Refused {
+    fn from(failed: Failed<Self>) -> Self {
+        match failed {
+            Failed::Body(refused) => refused,
+            Failed::TooLarge(most) => Self::TooLarge(most),
+            Failed::Store(fault) => Self::Store(fault),
         }
     }
 }

@@ -93,7 +93,8 @@ impl Streaming {
         Self { next: Next::Chunk(first, Box::new(reader)), chunk, _seat: seat }
     }
 
-    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+    /// The next chunk, which may be empty; none at the end.
+    pub(crate) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
         loop {
             match mem::replace(&mut self.next, Next::End) {
                 Next::Chunk(bytes, mut reader) => {

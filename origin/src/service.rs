@@ -3,8 +3,9 @@
 use crate::{
     Shared, action,
     connection_timeouts::Activity,
-    entries::{self, Condition, Delete, Found, Put},
+    entries::{Condition, Delete, Found, Put},
     intake::Intake,
+    receive::{Failed, receive},
     refused::Refused,
     reply::{Content, Record, Reply, Source, Streaming, chunk_for},
     server::{Full, Handler, Seat},
@@ -21,14 +22,11 @@ use castier_wire::{
     entry_head, names_this_blob, select, split_instance,
     trace::X_REQUEST_ID,
 };
-use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use futures::{Stream, TryStreamExt as _};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request};
 use hyper::body::Incoming;
-use std::{mem, net::SocketAddr, ops::Range, sync::Arc};
-use tokio::task::{JoinHandle, spawn_blocking};
-
-/// A batch is written when it has this many pieces, however small: a body that comes byte by byte must not cost more to hold.
-const MOST_PIECES: usize = 256;
+use std::{net::SocketAddr, ops::Range, sync::Arc};
+use tokio::task::spawn_blocking;
 
 /// Status, headers and content of an answer.
 type Answer = (StatusCode, HeaderMap, Content);
@@ -147,13 +145,14 @@ impl Clients {
         }
         let (entries, condition) = (Arc::clone(&self.0.entries), condition(headers));
         let chunks = (&mut intake).map_err(Refused::from);
-        let put = self.receive(move || entries.begin(name), |upload| upload.finish(condition), most, chunks).await;
+        let begin = move || entries.begin(name);
+        let put = receive(&self.0.transfers, begin, |upload| upload.finish(condition), most, None, chunks).await;
         let (status, digest) = match put {
             Ok(Put::Created(digest)) => (StatusCode::CREATED, digest),
             Ok(Put::Replaced(digest)) => (StatusCode::OK, digest),
             Ok(Put::Refused) => return Err(Refused::Condition),
-            Err(Refused::TooLarge(most)) => return Err(Refused::EntryTooLarge(most)),
-            Err(refused) => return Err(refused),
+            Err(Failed::TooLarge(most)) => return Err(Refused::EntryTooLarge(most)),
+            Err(failed) => return Err(failed.into()),
         };
         let mut headers = HeaderMap::new();
         headers.insert(header::ETAG, HeaderValue::try_from(digest.etag()).unwrap_or_else(|_| HeaderValue::from_static("")));
@@ -238,7 +237,7 @@ impl Clients {
         headers.insert(header::LOCATION, location(&digest));
         if intake.waits() {
             let store = Arc::clone(&self.0.store);
-            if blocking(move || Ok(store.holds_durably(&digest)?)).await? {
+            if blocking(move || Ok(store.holds_durably(&digest)?)).await?.is_some() {
                 // The client decides whether it sends the body after all; only a new connection tells that from a request.
                 headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
                 return Ok((StatusCode::OK, headers, Content::Empty));
@@ -278,37 +277,7 @@ impl Clients {
         chunks: impl Stream<Item = Result<Bytes, Refused>> + Unpin,
     ) -> Result<Kept, Refused> {
         let store = Arc::clone(&self.0.store);
-        self.receive(move || store.begin(claimed), Upload::finish, most, chunks).await
-    }
-
-    /// Body → temp file → what `finish` makes of it. Bytes are written a batch at a time, while the next batch comes in.
-    async fn receive<U: Intaken, T: Send + 'static>(
-        &self,
-        begin: impl FnOnce() -> Result<U, Fault> + Send + 'static,
-        finish: impl FnOnce(U) -> Result<T, Fault> + Send + 'static,
-        most: u64,
-        mut chunks: impl Stream<Item = Result<Bytes, Refused>> + Unpin,
-    ) -> Result<T, Refused> {
-        let (_seat, transfers) = Seat::take(&self.0.transfers);
-        let chunk = chunk_for(transfers);
-        let mut work = Work::Claimed(begin);
-        let (mut batch, mut held, mut total) = (Vec::new(), 0, 0);
-        while let Some(bytes) = chunks.next().await {
-            let bytes = bytes?;
-            total += bytes.len() as u64;
-            if total > most {
-                return Err(Refused::TooLarge(most));
-            }
-            held += bytes.len();
-            batch.push(bytes);
-            if held >= chunk || batch.len() >= MOST_PIECES {
-                held = 0;
-                let (batch, before) = (mem::take(&mut batch), work.settle().await?);
-                work = Work::Writing(spawn_blocking(move || before.go_on(&batch)));
-            }
-        }
-        let before = work.settle().await?;
-        blocking(move || Ok(finish(before.go_on(&batch)?)?)).await
+        Ok(receive(&self.0.transfers, move || store.begin(claimed), Upload::finish, most, None, chunks).await?)
     }
 
     async fn delete(&self, digest: Digest) -> Result<Answer, Refused> {
@@ -318,59 +287,6 @@ impl Clients {
         } else {
             Err(Refused::Absent)
         }
-    }
-}
-
-/// What an upload's bytes are written to.
-trait Intaken: Send + 'static {
-    /// Blocks.
-    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault>;
-}
-
-impl Intaken for Upload {
-    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
-        self.write(bytes)
-    }
-}
-
-impl Intaken for entries::Upload {
-    fn write(&mut self, bytes: &Bytes) -> Result<(), Fault> {
-        self.write(bytes)
-    }
-}
-
-/// How far an upload has come.
-enum Work<B, U> {
-    /// Nothing is written yet.
-    Claimed(B),
-    /// A batch is being written.
-    Writing(JoinHandle<Result<U, Fault>>),
-}
-
-/// An upload that nobody is writing to.
-enum Settled<B, U> {
-    Claimed(B),
-    Begun(U),
-}
-
-impl<B, U> Work<B, U> {
-    async fn settle(self) -> Result<Settled<B, U>, Fault> {
-        match self {
-            Self::Claimed(begin) => Ok(Settled::Claimed(begin)),
-            Self::Writing(job) => job.await.unwrap_or_else(|stopped| Err(Fault::Io(stopped.into()))).map(Settled::Begun),
-        }
-    }
-}
-
-impl<B: FnOnce() -> Result<U, Fault>, U: Intaken> Settled<B, U> {
-    /// Blocks.
-    fn go_on(self, batch: &[Bytes]) -> Result<U, Fault> {
-        let mut upload = match self {
-            Self::Claimed(begin) => begin()?,
-            Self::Begun(upload) => upload,
-        };
-        batch.iter().try_for_each(|bytes| upload.write(bytes))?;
-        Ok(upload)
     }
 }
 

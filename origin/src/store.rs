@@ -190,18 +190,16 @@ impl Store {
         Ok(metadata.is_file().then(|| Blob { store: Arc::clone(self), digest: *digest, file, size: metadata.len() }))
     }
 
-    /// Whether a blob is here *and* would outlive a power cut: what an upload that need not be sent is acknowledged with.
+    /// The size of a blob that is here *and* would outlive a power cut: what an upload that need not be sent is acknowledged with.
     /// (It may be visible already while the upload that brought it has still to sync the rename.)
-    pub(crate) fn holds_durably(&self, digest: &Digest) -> Result<bool, Fault> {
+    pub(crate) fn holds_durably(&self, digest: &Digest) -> Result<Option<u64>, Fault> {
         let path = self.path(digest);
-        if size_of(&path)?.is_none() {
-            return Ok(false);
-        }
+        let Some(size) = size_of(&path)? else { return Ok(None) };
         let [a, b, ..] = *digest.as_bytes();
         let dir = self.dir(a, b);
         self.make_durable(&dir, &mut self.shards[usize::from(a)].lock().durable[usize::from(b)])?;
         sync_dir(&dir)?;
-        Ok(true)
+        Ok(Some(size))
     }
 
     /// Begins an upload of the blob `claimed`, or, if none, of any. Dropped before [`Upload::finish`], it leaves nothing behind.

@@ -135,7 +135,8 @@ impl Descriptors {
     }
 }
 
-/// The descriptors of one connection to the origin. An embedded origin needs the other end of the connection and a file too.
+/// The descriptors of one connection to the origin. The server of an embedded origin needs the other end of the connection and a file too. Only relays go
+/// to that server. Blobs are read from and written to its files directly, and need fewer: for them this is an upper bound.
 const fn each(config: &Castier) -> u64 {
     if matches!(config.origin.url, OriginUrl::Embedded(_)) { 3 } else { 1 }
 }

@@ -12,7 +12,7 @@ use castier::{
     peer_access::PeerAccess,
 };
 use castier_blob::Digest;
-use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Tiers};
+use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Store, Tiers};
 use castier_cluster::{ClusterPlan, HttpProbe, Members, Peers, Purge, Secrets};
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
 use castier_origin::Origin;
@@ -23,7 +23,7 @@ use castier_serverkit::{
     signals::{Order, Reading, Signals, sound},
     startup::{self, CommonArgs},
 };
-use castier_upstream::{self as upstream, TracedPlan, Upstream, trace};
+use castier_upstream::{self as upstream, EmbeddedStore, TracedPlan, Upstream, trace};
 use clap::Parser;
 use parking_lot::Mutex;
 use pingora::{
@@ -100,9 +100,13 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let spools = Spools::new(&config, fill_memory, metrics.cache.clone());
     spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
     let origin = Upstream::origin(&origin_url, &config.origin, metrics.upstream.clone())?;
+    let store: Arc<dyn Store> = match &embedded {
+        Some((.., embedded)) => Arc::new(EmbeddedStore::new(Arc::new(embedded.local(&config.origin)), origin.clone())),
+        None => Arc::new(origin.store()),
+    };
     let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
-    let cache = Cache::new(&config, limits.clone(), tiers.clone(), spools, planner(&origin, peers.clone()), metrics.cache.clone());
-    let node = Arc::new(Node { cache: cache.clone(), origin: Arc::new(origin.store()), peers: peers.clone(), metrics: metrics.clone() });
+    let cache = Cache::new(&config, limits.clone(), tiers.clone(), spools, planner(store.clone(), peers.clone()), metrics.cache.clone());
+    let node = Arc::new(Node { cache: cache.clone(), origin: store, peers: peers.clone(), metrics: metrics.clone() });
     let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
     let name = shown(&public);
     let own_name = config.cluster.as_ref().map_or_else(|| name.clone(), |cluster| cluster.advertise.clone());
@@ -233,8 +237,7 @@ fn gauged(value: u64) -> i64 {
 }
 
 /// Plans flights: over the cluster, if there is one, and the origin. Each goes on for the request that starts it.
-fn planner(origin: &Arc<Upstream>, peers: Option<Arc<Peers>>) -> Planner {
-    let origin: Arc<dyn Source> = Arc::new(origin.store());
+fn planner(origin: Arc<dyn Source>, peers: Option<Arc<Peers>>) -> Planner {
     Box::new(move |digest| {
         let plan: Box<dyn castier_cache::Plan> = match &peers {
             Some(peers) => Box::new(ClusterPlan::new(peers.clone(), origin.clone(), *digest)),
@@ -295,7 +298,8 @@ impl Nodes {
 /// The embedded origin: where it listens, where its data is, and itself.
 type Embedded = (SocketAddr, PathBuf, Origin);
 
-/// Starts the real origin server on a loopback port of its own choosing. It is reached over HTTP like any other.
+/// Opens the embedded origin, and starts the real origin server for it on a loopback port of its own choosing. Blobs are read from and written to its
+/// files directly ([`EmbeddedStore`]). All that is relayed (`/ac`, `/kv`, PROPFIND and so on) goes to the server over HTTP, as to any other origin.
 async fn embedded_origin(root: &Path, config: &Castier, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Embedded), String> {
     let grace = config.shutdown.grace.get();
     let root_key = "origin.url (embedded)";

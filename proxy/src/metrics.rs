@@ -21,7 +21,7 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// As it stands in labels.
+    /// The value of the label.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Public => "public",
@@ -46,7 +46,7 @@ pub enum Route {
 }
 
 impl Route {
-    /// As it stands in labels.
+    /// The value of the label.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Blob => "blob",

@@ -1,4 +1,4 @@
-"""The experiments with the disk tier. Caches are on a disk here, in the page cache while they are read, as they are where they are used."""
+"""The experiments with the disk tier. The caches are on a disk, and their files are in the page cache while they are read, as in practice."""
 
 import contextlib
 import os
@@ -18,24 +18,24 @@ DIRECT = "origin directly"
 
 
 class DiskCastier(Castier):
-    """With a disk tier, and a memory that takes none of these blobs, so that each hit is one of the disk."""
+    """castier with a disk tier, and a memory tier too small for these blobs, so that each hit is from the disk."""
 
     more = 'max_blob = "16KiB"\n[disk]\npath = "{d}/cache"\ncapacity = "8GiB"\n'
 
     def series(self, name):
-        """A counter, by what stands between its braces."""
+        """A counter, by its labels."""
         text = servers.get(f"http://127.0.0.1:{self.admin}/metrics").decode()
         return {labels: float(value) for labels, value in re.findall(rf"^{name}(?:\{{([^}}]*)\}})? (\S+)$", text, re.MULTILINE)}
 
     def hits(self):
-        """Gets that the disk answered, and gets that anything else did."""
+        """Gets that the disk answered, and other gets."""
         hits = self.series("castier_hits_total")
         disk = hits.pop('tier="disk"', 0)
         return disk, sum(hits.values()) + self.series("castier_loads_total")[""]
 
 
 def must_hit_the_disk(server, path):
-    """Ends the benchmark unless castier says that this is a hit of its disk tier."""
+    """Ends the benchmark unless castier reports a hit of its disk tier."""
     with servers.NO_PROXY.open(urllib.request.Request(server.url + path)) as answer:
         told = answer.headers["Cache-Status"]
     if told != "castier; hit; detail=disk":
@@ -43,7 +43,7 @@ def must_hit_the_disk(server, path):
 
 
 def disk_hits(bench):
-    """Hits by size, of blobs that are in no memory but the kernel's."""
+    """Hits by size, of blobs that are only in the page cache."""
     with contextlib.ExitStack() as stack:
         origin = stack.enter_context(bench.origin())
         paths = {name: measure.corpus(bench, origin, f"disk-{name}", size, count) for name, (size, count) in HITS.items()}
@@ -93,7 +93,7 @@ def fill(bench):
             download(origin.url + path, SERVER_CPU)
             plan = [DiskCastier, Nginx, None]
             for kind in plan[round % 3 :] + plan[: round % 3]:
-                # What one fill left to be written out should not slow the next one down.
+                # Write out the dirty pages of the last fill, so that they do not slow the next one.
                 os.sync()
                 if kind is None:
                     yield "fill", DIRECT, round, "MB/s", download(origin.url + path, SERVER_CPU)

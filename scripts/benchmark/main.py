@@ -1,4 +1,4 @@
-"""Runs the experiments and writes what came of them. Started by scripts/bench, which sees to the programs."""
+"""Runs the experiments and writes the results. scripts/bench builds the programs and starts this."""
 
 import argparse
 import datetime
@@ -19,7 +19,7 @@ import servers
 EXPERIMENTS = {**measure.EXPERIMENTS, **promises.EXPERIMENTS, "disk": disk.disk_hits, "fill": disk.fill}
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 DOCUMENT = "docs/benchmarks.md"
-# The blobs, the caches and the peers' logs together.
+# The blobs, the caches and the servers' logs together.
 ROOM = 4 << 30
 
 

@@ -20,7 +20,7 @@ CONNECTIONS = 64
 
 
 class Bench:
-    """Where the run keeps its data, and how long it may take."""
+    """The directory of the run's data, and the lengths of the rounds."""
 
     def __init__(self, directory, quick):
         self.directory, self.quick = directory, quick
@@ -57,7 +57,7 @@ def on_disk(bench):
 
 
 def load(*arguments, cpu_list=LOAD_CPU):
-    """A run of castier-load on the load's core. Its word that every byte was right is what the figures rest on."""
+    """Runs castier-load on the load's core. It checks every byte, so the figures are valid only if it succeeds."""
     done = subprocess.run(["taskset", "-c", cpu_list, LOADER, "--json", *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if not done.stdout:
         raise SystemExit(f"bench: castier-load exited with {done.returncode} and no report; its arguments were {arguments}")
@@ -81,7 +81,7 @@ def wrk(server, paths, seconds, connections=CONNECTIONS, **flags):
 
 
 def corpus(bench, origin, name, size, count):
-    """Stores blobs at the origin; the file of their paths."""
+    """Stores blobs at the origin. Returns the file with their paths."""
     rng = random.Random(size)
     digests = [origin.put(rng.randbytes(size)) for _ in range(count)]
     path = os.path.join(bench.directory, f"paths-{name.replace(' ', '')}")
@@ -91,7 +91,7 @@ def corpus(bench, origin, name, size, count):
 
 
 def warm(server, paths):
-    """Brings every blob into the cache, and checks that the server gives out the right bytes."""
+    """Loads every blob into the cache, and checks the bytes."""
     for path in open(paths).read().split():
         for _ in range(2):
             body = servers.get(server.url + path)
@@ -100,7 +100,7 @@ def warm(server, paths):
 
 
 def hits(bench):
-    """Hits by size; a connection for each request; revalidations."""
+    """Hits by size; hits with a connection for each request; revalidations."""
     with contextlib.ExitStack() as stack:
         origin = stack.enter_context(bench.origin())
         paths = {name: corpus(bench, origin, name, size, count) for name, (size, count) in SIZES.items()}
@@ -112,7 +112,7 @@ def hits(bench):
         plan = [(f"hits {name}", file, {}) for name, file in paths.items()]
         plan += [("connection: close", paths["1 KiB"], {"close": True}), ("304", paths["1 KiB"], {"revalidate": True})]
         for round in range(bench.rounds):
-            # Every round begins with another server, so that none always follows the same one.
+            # Each round starts with another server, so that the order varies.
             for server in running[round % 3 :] + running[: round % 3]:
                 for experiment, file, flags in plan:
                     requests, seconds, cpu = wrk(server, file, bench.seconds, **flags)
@@ -124,7 +124,7 @@ def hits(bench):
 
 
 def herd(bench):
-    """Many clients ask for one large cold blob at once. A new server each time, so that its peak memory is of this alone."""
+    """Many clients request one large cold blob at once. With a new server each time, so that its peak memory is that of the herd."""
     herd = bench.herd
     for round in range(herd["rounds"]):
         for kind in PEERS:
@@ -162,7 +162,7 @@ def zipf(bench):
 
 
 def idle(bench):
-    """Connections that asked for one blob and then wait."""
+    """Connections that requested one blob and then wait."""
     count = bench.idle["connections"]
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2 * count + 1000) if hard > 0 else 2 * count + 1000, hard))
@@ -171,7 +171,7 @@ def idle(bench):
             with bench.origin() as origin, bench.peer(kind, origin) as server:
                 digest = origin.put(random.Random(round).randbytes(1024))
                 request = f"GET /cas/{digest} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
-                # One that stays busy first, so that what the first requests allocate is not laid to the connections.
+                # Send some requests first, so that the memory that they allocate does not count for the connections.
                 connections = [ask(server.port, request) for _ in range(CONNECTIONS)]
                 before = server.memory_bytes()
                 connections += [ask(server.port, request) for _ in range(count)]
@@ -206,7 +206,7 @@ def published(bench):
         for scenario in SCENARIOS:
             with on_disk(bench), bench.origin(cpu_list=both) as origin, bench.peer(Castier, origin, cpu_list=both) as server:
                 stats = f"http://127.0.0.1:{server.admin}"
-                # The run over few keys counts the loads of a cold cache, so its corpus goes past the tier.
+                # This run counts the loads of a cold cache, so its corpus is stored directly at the origin.
                 fill = ["--fill", origin.url] if scenario == "data-services" else []
                 report = load("--target", server.url, "--scenario", scenario, "--stats", stats, *fill, "--seed", round, cpu_list=both)
                 took = (report["duration"] + report["wait"]) / 1e9

@@ -1,4 +1,4 @@
-"""A table of the micro-benchmarks that ran last, out of what criterion keeps. Started by `scripts/bench micro`."""
+"""Makes a table of the last micro-benchmarks from criterion's files. Started by `scripts/bench micro`."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def time(nanoseconds):
 
 
 def rate(throughput, nanoseconds):
-    """What `throughput` counts, by the second."""
+    """The unit of `throughput`, per second."""
     (kind, count), = (throughput or {"": 0}).items()
     per_second = count / nanoseconds * 1e9
     return {"Bytes": f"{per_second / 2**20:,.0f} MiB/s", "Elements": f"{per_second:,.0f} readers/s"}.get(kind, "")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# CPU for each GET of 64 KiB: of a hit at the node asked, and of one that it gets from its peer, over both nodes. Needs wrk and built programs.
+# CPU time of a GET of 64 KiB: a local hit, and a transfer from the peer (over both nodes). Needs wrk and built programs.
 #
-# No mirror, and hundreds of blobs asked for in turn, so that each request through the peer is a transfer of its own: with one blob, most requests
-# would join a transfer that is under way, and look cheap. The figures of /stats beside each line show that none did.
+# There is no mirror, and hundreds of blobs are requested in turn, so that each request through the peer is a transfer. With one blob, most
+# requests would join a running transfer, and look cheap. The figures of /stats in each line show that none did.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bin=${CARGO_TARGET_DIR:-target}/release
@@ -63,7 +63,7 @@ for connections in 1 16; do
   for _ in 1 2 3; do
     run "local hit   " "$dir/own" "$connections"
     run "through peer" "$dir/other" "$connections"
-    # What a session costs that a plain hit, in the fast lane, does without.
+    # The cost of a session, which a hit in the fast path does not have.
     run "with session" "$dir/own" "$connections" "Range: bytes=0-"
   done
 done

@@ -19,7 +19,7 @@ CLIENTS = 100
 
 
 class Plan:
-    """How much of it; the full run and the quick one."""
+    """The sizes of the experiments, for the full and the quick run."""
 
     def __init__(self, bench):
         # Memory hardly varies, so this is done once.
@@ -31,7 +31,7 @@ class Plan:
 
 
 def about(bench):
-    """How they are made, for the results."""
+    """The descriptions for the results."""
     plan = Plan(bench)
     return [
         "Start: from running the program until a client has a whole blob of 1 KiB, fetched from the origin; asked for every millisecond. "
@@ -57,7 +57,7 @@ def start(bench):
 
 
 def first_answer(server, digest, blob):
-    """Asks until there is an answer; when it was there."""
+    """Polls until there is an answer. Returns its time."""
     while server.process.poll() is None and time.monotonic() < server.started + 15:
         try:
             if servers.get(f"{server.url}/cas/{digest}") == blob:
@@ -112,7 +112,7 @@ def blobs(server):
 
 
 class Limiter(Nginx):
-    """Passes everything on to the origin, and its answers back at a limited speed. On the load's core."""
+    """A proxy in front of the origin that limits the speed of its answers. Runs on the load's core."""
 
     name, cpu_list = "limiter", LOAD_CPU
 
@@ -138,7 +138,7 @@ http {{
 
 
 def streaming(bench):
-    """One client alone, then many at once, each time with a cold blob, from an origin that is slow."""
+    """One client, then many at once, each time with a cold blob from a slow origin."""
     plan, seconds = Plan(bench), {}
     for round in range(plan.slow_rounds):
         for kind in PEERS[round % 3 :] + PEERS[: round % 3]:

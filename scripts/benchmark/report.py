@@ -1,4 +1,4 @@
-"""What the rows come to: a CSV of every round, Markdown tables of the medians, and plots."""
+"""Writes the results: a CSV of all rounds, Markdown tables of the medians, and plots."""
 
 import csv
 import os
@@ -7,7 +7,7 @@ import statistics
 import matplotlib
 
 matplotlib.use("Agg")
-# Text stays text, and the same figures give the same file.
+# Text stays text in the SVG files, and equal figures give equal files.
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "castier", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -19,7 +19,7 @@ HITS = ("hits 1 KiB", "hits 64 KiB", "hits 1 MiB", "connection: close", "304")
 DISK = ("disk hits 64 KiB", "disk hits 1 MiB", "fill")
 TITLES = {"connection: close": "1 KiB, a connection each", "304": "304 (If-None-Match)", "herd": "herd", "zipf": "Zipf", "idle": "idle"}
 TITLES |= {"fill": "fill, 1 GiB", "full": "full of 1 KiB blobs", "streaming": "slow origin"}
-# Metrics of which more is better; of all others, less is.
+# Metrics for which more is better. For all others less is better.
 MORE = ("requests/s", "hit ratio, %", "blobs kept", "MB/s")
 
 # Published figure, its unit and the metric of ours that answers it. The runs: two of the Sangraha object store, of a message service that names
@@ -34,7 +34,7 @@ PUBLISHED = {
 }
 
 
-# What stands before the table of published runs.
+# The text before the table of published runs.
 PAIR = """The commands want a castier in front of a castier-origin that allows DELETE, both fresh, with their data on a disk, as it was here: an upload is
 answered when it is synced.
 
@@ -64,7 +64,7 @@ class Results:
 
 
 def number(value):
-    """Three digits or so."""
+    """About three digits."""
     if abs(value) >= 100 or float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -85,14 +85,14 @@ def write_csv(results, path):
 
 
 def table(results, experiments, order=ORDER):
-    """One line for each metric; the best median is bold, whoever's it is."""
+    """One line for each metric. The best median is bold."""
     lines = ["| | " + " | ".join(order) + " |", "| --- |" + " ---: |" * len(order)]
     for experiment in experiments:
         for metric in results.metrics(experiment):
             if metric == "busy":
                 continue
             spreads = results.of(experiment, metric)
-            # What has no cache is there to compare with, and in no race.
+            # A server without a cache is only for comparison, and is never bold.
             best = (max if metric in MORE else min)(spreads[name][0] for name in spreads if name in ORDER)
             cells = [cell(spreads[name], number(spreads[name][0]) == number(best)) if name in spreads else "–" for name in order]
             lines.append(f"| {TITLES.get(experiment, experiment)}: {metric} | " + " | ".join(cells) + " |")

@@ -1,4 +1,4 @@
-"""The servers: how each is started, found in /proc, and stopped. Nothing outlives the run, and nothing else is touched."""
+"""Starts the servers, finds them in /proc, and stops them. Nothing stays after the run, and other processes are not touched."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def free_port():
-    """A port that nobody listens on right now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -47,7 +47,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def command(self):
-        """What to run, in the foreground."""
+        """The command that runs it in the foreground."""
         raise NotImplementedError
 
     def __enter__(self):
@@ -106,11 +106,11 @@ class Server:
         return sum(int(fields[11]) + int(fields[12]) for fields in map(stat, self.pids())) / TICK
 
     def memory_bytes(self):
-        """Memory of all the server's processes, what they share counted once."""
+        """Memory of all the server's processes, with shared memory counted once."""
         return sum(kib(f"/proc/{pid}/smaps_rollup", "Pss") for pid in self.pids()) * 1024
 
     def peak_bytes(self):
-        """The most that was resident. Pages of files that the kernel caches for the server are not in it."""
+        """The peak of the resident memory, without the page cache."""
         return sum(kib(f"/proc/{pid}/status", "VmHWM") for pid in self.pids()) * 1024
 
     def version(self):
@@ -118,12 +118,12 @@ class Server:
 
 
 def environment():
-    """Ours, without anything that would configure castier."""
+    """The environment without variables that configure castier."""
     return {name: value for name, value in os.environ.items() if not name.startswith("CASTIER_")}
 
 
 def stat(pid):
-    """The fields of /proc/PID/stat from the state on; the name before it may hold anything."""
+    """The fields of /proc/PID/stat after the process's name, which may have any characters."""
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rsplit(")", 1)[1].split()
 
@@ -138,7 +138,7 @@ def output(*command):
 
 
 class Origin(Server):
-    """What all the others stand in front of. On the load's core: its work is not theirs."""
+    """The origin of all servers. It runs on the load's core, so that its work does not count for them."""
 
     name = "castier-origin"
     cpu_list = LOAD_CPU
@@ -154,19 +154,19 @@ class Origin(Server):
         return [self.program, "--config", config]
 
     def gets(self):
-        """Blobs that it served since it started."""
+        """Blobs that it has served since its start."""
         text = get(f"http://127.0.0.1:{self.admin}/metrics").decode()
         series = re.findall(r"^castier_origin_requests_total\{([^}]*)\} (\S+)$", text, re.MULTILINE)
         return sum(int(float(count)) for labels, count in series if 'method="GET"' in labels and re.search(r'code="20[06]"', labels))
 
     def put(self, blob):
-        """Stores a blob; its digest."""
+        """Stores a blob. Returns its digest."""
         digest = hashlib.sha256(blob).hexdigest()
         NO_PROXY.open(urllib.request.Request(f"{self.url}/cas/{digest}", data=blob, method="PUT"), timeout=30).read()
         return digest
 
     def delete(self, digest):
-        """Takes a blob away again."""
+        """Deletes a blob."""
         NO_PROXY.open(urllib.request.Request(f"{self.url}/cas/{digest}", method="DELETE"), timeout=30).read()
 
 
@@ -195,9 +195,9 @@ class Nginx(Server):
     """proxy_cache with the settings that serve it best here."""
 
     name = "nginx"
-    # Of the keys; room for some hundred thousand.
+    # The size of the key zone: enough for some hundred thousand keys.
     zone = "16m"
-    # Spares the open() of every hit.
+    # Avoids an open() for every hit.
     open_files = "max=100000 inactive=600s"
 
     def command(self):

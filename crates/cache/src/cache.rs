@@ -95,22 +95,26 @@ impl Cache {
         if let Some(hit) = self.peek(digest, asker, &part) {
             return Ok(Some(hit));
         }
-        self.count(digest, asker, None);
         let mut index = DiskIndex::Believe;
-        loop {
+        let joined = loop {
             if let Some(blob) = self.find_on_disk(digest, asker).await {
                 return Ok(Some(Hit::disk(self, blob, asker, part)));
             }
             match self.join(digest, asker, index) {
-                Joined::Memory(bytes, tier) => {
-                    self.hit(tier, asker);
-                    return Ok(Some(Hit::memory(bytes, tier, part)));
-                }
                 // It came since we looked, or the index lists a file that is gone. The next look tells which.
                 Joined::Disk => index = DiskIndex::Ignore,
-                Joined::Absent => return Ok(None),
-                Joined::Flight(reader) => return reader.open(part).await,
+                joined => break joined,
             }
+        };
+        // Only now, with no wait between this and the count of its outcome: a client may leave at every wait, and the ledger must balance.
+        self.count(digest, asker, None);
+        match joined {
+            Joined::Memory(bytes, tier) => {
+                self.hit(tier, asker);
+                Ok(Some(Hit::memory(bytes, tier, part)))
+            }
+            Joined::Disk | Joined::Absent => Ok(None),
+            Joined::Flight(reader) => reader.open(part).await,
         }
     }
 
@@ -125,7 +129,6 @@ impl Cache {
     /// The whole blob, if the disk has it: the fast path for a request that [`Self::peek`] has not answered. Finding nothing is not counted either.
     pub async fn peek_disk(self: &Arc<Self>, digest: &Digest, asker: Asker) -> Option<Hit> {
         let blob = self.find_on_disk(digest, asker).await?;
-        self.count(digest, asker, Some(Tier::Disk));
         Some(Hit::disk(self, blob, asker, |_| Part::Whole))
     }
 
@@ -185,10 +188,10 @@ impl Cache {
         if self.peek(&digest, Asker::Client, |_| Part::Whole).is_some() {
             return;
         }
-        self.count(&digest, Asker::Client, None);
         if self.find_on_disk(&digest, Asker::Client).await.is_some() {
             return;
         }
+        self.count(&digest, Asker::Client, None);
         match self.join(&digest, Asker::Client, DiskIndex::Ignore) {
             Joined::Flight(mut reader) => {
                 if let Err(fault) = reader.finished().await {
@@ -222,8 +225,10 @@ impl Cache {
         hit.map(|hit| hit.reader).ok_or(Fault::Unusable { source_name: "origin", why: "the blob is gone".into() })
     }
 
+    /// Looks onto the disk. Counts the get if the blob is there.
     async fn find_on_disk(self: &Arc<Self>, digest: &Digest, asker: Asker) -> Option<Arc<DiskBlob>> {
         let blob = self.tiers.disk.as_ref()?.find(digest).await?;
+        self.count(digest, asker, Some(Tier::Disk));
         self.hit(Tier::Disk, asker);
         // At two, four, eight … hits the blob is offered to memory, whose admission policy has seen each of these gets.
         if let hits @ 2.. = blob.hit()

@@ -129,7 +129,7 @@ impl Fill {
                     }
                     continue;
                 }
-                Ok(End::Absent) if self.verifier.seen() == 0 => {
+                Ok(End::Absent) if self.verifier.seen() == 0 && self.lost.is_none() => {
                     self.plan.report(Outcome::Absent, bytes);
                     return Ok(Phase::Absent);
                 }
@@ -182,7 +182,6 @@ impl Fill {
         let size = self.announced(step.from, &incoming)?;
         loop {
             if size == Some(self.verifier.seen()) {
-                incoming.end().await;
                 return Ok(End::Whole);
             }
             let chunk = {
@@ -264,6 +263,11 @@ impl Fill {
 
     /// All bytes have come. Keeps the blob if they are the right ones.
     async fn finish(&mut self) -> Result<(), Fault> {
+        if let Some((length, _)) = self.lost.filter(|(length, _)| *length > self.verifier.seen()) {
+            // They were never compared with what readers were given, so they may differ.
+            let why = format!("{} bytes now, and more than {length} the first time", self.verifier.seen());
+            return Err(unusable(SourceKind::Origin, why));
+        }
         let new = new_verifier(&self.cache, &self.flight, UseTier::IfItTakes);
         let verified = std::mem::replace(&mut self.verifier, new).finish().map_err(|mismatch| {
             let from = if self.has_peers_bytes { SourceKind::Peer } else { SourceKind::Origin };

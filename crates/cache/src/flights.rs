@@ -307,7 +307,12 @@ impl Flights {
 
     /// The blob was stored at the origin. An absence that is remembered, or that a flight is about to report, is no longer true.
     pub(crate) fn stored(&self, digest: &Digest) {
-        self.detach_if(digest, |phase| matches!(phase, Phase::Opening | Phase::Absent));
+        // Of a flight without a byte the next source may still say that the blob is absent, and may have said so before the blob was stored.
+        self.detach_if(digest, |state| match state.phase {
+            Phase::Opening | Phase::Absent => true,
+            Phase::Filling => state.spool.length() == 0 && !state.released,
+            Phase::Verified | Phase::Failed(_) => false,
+        });
     }
 
     /// Nothing that is known of the blob counts any more. Requests that read a flight of it may go on.
@@ -315,12 +320,12 @@ impl Flights {
         self.detach_if(digest, |_| true);
     }
 
-    fn detach_if(&self, digest: &Digest, which: impl Fn(&Phase) -> bool) {
+    fn detach_if(&self, digest: &Digest, which: impl Fn(&State) -> bool) {
         let mut map = self.map.lock();
         map.absences.clear(digest);
         let Some(flight) = map.flights.get(digest) else { return };
         let mut state = flight.state.lock();
-        if which(&state.phase) {
+        if which(&state) {
             state.detached = true;
             drop(state);
             map.flights.remove(digest);

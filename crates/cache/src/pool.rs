@@ -44,13 +44,13 @@ pub(crate) fn may_block_here() {
 
 /// Why work was not done, or not in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Undone {
+pub enum PoolError {
     /// Not started: the pool hangs, or its queue is full.
     #[error("the file system does not answer, or is overloaded")]
     Busy,
     /// Not finished within the timeout. It may still finish.
     #[error("the file system does not answer in time")]
-    Late,
+    TimedOut,
     /// The work panicked.
     #[error("the work panicked")]
     Panicked,
@@ -58,11 +58,11 @@ pub enum Undone {
 
 /// A change of a pool's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
+pub enum PoolEvent {
     /// The pool hangs.
     Hangs,
     /// The pool is well again.
-    Well,
+    Recovered,
 }
 
 /// A handle on a pool of threads. Clones share the pool.
@@ -78,7 +78,7 @@ struct Shared {
     /// Wakes one idle thread.
     work: Condvar,
     /// Called once for each change of the state.
-    notify: Box<dyn Fn(Turn) + Send + Sync>,
+    notify: Box<dyn Fn(PoolEvent) + Send + Sync>,
 }
 
 struct PoolState {
@@ -91,7 +91,8 @@ struct PoolState {
     hang: Option<Hang>,
 }
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Work on a thread of the pool. Returns whether it did anything: not if its caller had left before.
+type Job = Box<dyn FnOnce() -> bool + Send>;
 
 #[derive(Clone, Copy)]
 struct Running {
@@ -116,7 +117,7 @@ impl Pool {
         max_threads: usize,
         timeout: Duration,
         cooldown: Duration,
-        notify: impl Fn(Turn) + Send + Sync + 'static,
+        notify: impl Fn(PoolEvent) + Send + Sync + 'static,
     ) -> Self {
         let state = PoolState { jobs: VecDeque::new(), threads: 0, idle: 0, running: Vec::new(), hang: None };
         Self(Arc::new(Shared {
@@ -133,12 +134,12 @@ impl Pool {
     /// Whether the pool accepts work now.
     pub fn is_usable(&self) -> bool {
         let now = Instant::now();
-        let (usable, turn) = {
+        let (usable, event) = {
             let mut state = self.0.state.lock();
-            let turn = self.0.find_late_jobs(&mut state, now);
-            (state.hang.is_none_or(|hang| now >= hang.until) && state.late() < self.0.max_threads, turn)
+            let event = self.0.find_late_jobs(&mut state, now);
+            (state.hang.is_none_or(|hang| now >= hang.until) && state.late() < self.0.max_threads, event)
         };
-        self.0.report(turn);
+        self.0.report(event);
         usable
     }
 
@@ -146,26 +147,28 @@ impl Pool {
     /// the work is dropped too.
     ///
     /// # Errors
-    /// See [`Undone`].
+    /// See [`PoolError`].
     pub fn run<T: Send + 'static, W: FnOnce() -> T + Send + 'static>(
         &self,
         work: W,
-    ) -> impl Future<Output = Result<T, Undone>> + Send + use<T, W> {
+    ) -> impl Future<Output = Result<T, PoolError>> + Send + use<T, W> {
         let (answer, end) = oneshot::channel();
         let begun = self.submit(Box::new(move || {
-            if !answer.is_closed() {
+            let wanted = !answer.is_closed();
+            if wanted {
                 answer.send(work()).ok();
             }
+            wanted
         }));
         let shared = self.0.clone();
         let deadline = tokio::time::Instant::now() + shared.timeout;
         async move {
             begun?;
             match tokio::time::timeout_at(deadline, end).await {
-                Ok(done) => done.map_err(|_| Undone::Panicked),
+                Ok(done) => done.map_err(|_| PoolError::Panicked),
                 Err(_) => {
                     shared.hang();
-                    Err(Undone::Late)
+                    Err(PoolError::TimedOut)
                 }
             }
         }
@@ -174,15 +177,18 @@ impl Pool {
     /// As [`Self::run`], and blocks the calling thread until the work is done.
     ///
     /// # Errors
-    /// See [`Undone`].
-    pub fn run_here<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Undone> {
+    /// See [`PoolError`].
+    pub fn run_here<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, PoolError> {
         let (answer, end) = std::sync::mpsc::sync_channel(1);
-        self.submit(Box::new(move || drop(answer.send(work()))))?;
+        self.submit(Box::new(move || {
+            answer.send(work()).ok();
+            true
+        }))?;
         end.recv_timeout(self.0.timeout).map_err(|error| match error {
-            std::sync::mpsc::RecvTimeoutError::Disconnected => Undone::Panicked,
+            std::sync::mpsc::RecvTimeoutError::Disconnected => PoolError::Panicked,
             std::sync::mpsc::RecvTimeoutError::Timeout => {
                 self.0.hang();
-                Undone::Late
+                PoolError::TimedOut
             }
         })
     }
@@ -191,14 +197,17 @@ impl Pool {
     pub fn watch<T>(&self, work: impl FnOnce() -> T) -> T {
         let slot = self.0.state.lock().begin();
         let done = work();
-        self.0.end(slot);
+        self.0.end(slot, true);
         done
     }
 
     /// Submits work that must happen, even if the pool hangs. The pool never refuses it, and nobody learns of its end.
     pub fn run_detached(&self, work: impl FnOnce() + Send + 'static) {
         let mut state = self.0.state.lock();
-        state.jobs.push_back(Box::new(work));
+        state.jobs.push_back(Box::new(|| {
+            work();
+            true
+        }));
         self.0.wake(&mut state);
     }
 
@@ -210,10 +219,10 @@ impl Pool {
         self.run_detached(move || drop(files));
     }
 
-    fn submit(&self, job: Job) -> Result<(), Undone> {
+    fn submit(&self, job: Job) -> Result<(), PoolError> {
         let now = Instant::now();
         let mut state = self.0.state.lock();
-        let turn = self.0.find_late_jobs(&mut state, now);
+        let event = self.0.find_late_jobs(&mut state, now);
         let cooling_down = state.hang.is_some_and(|hang| now < hang.until);
         let mut refused = cooling_down || state.late() >= self.0.max_threads || state.jobs.len() >= QUEUE;
         if !refused {
@@ -229,8 +238,8 @@ impl Pool {
             }
         }
         drop(state);
-        self.0.report(turn);
-        if refused { Err(Undone::Busy) } else { Ok(()) }
+        self.0.report(event);
+        if refused { Err(PoolError::Busy) } else { Ok(()) }
     }
 }
 
@@ -285,22 +294,22 @@ impl Shared {
             };
             let slot = state.begin();
             drop(state);
-            // The panic hook logs a panic. The caller gets `Undone::Panicked`, since its channel closes without an answer.
-            catch_unwind(AssertUnwindSafe(job)).ok();
-            self.end(slot);
+            // The panic hook logs a panic. The caller gets `PoolError::Panicked`, since its channel closes without an answer.
+            let worked = catch_unwind(AssertUnwindSafe(job)).unwrap_or(true);
+            self.end(slot, worked);
             state = self.state.lock();
         }
     }
 
-    /// Records that a job has ended.
-    fn end(&self, slot: usize) {
+    /// Records that a job has ended. If it `worked`, on the file system, and in time, the file system answers.
+    fn end(&self, slot: usize, worked: bool) {
         let now = Instant::now();
         let recovered = {
             let mut state = self.state.lock();
             let running = state.running[slot].take();
             // A job that started before the hang was noticed does not prove that the file system answers again.
             let proves = |hang: &Hang| {
-                running.is_some_and(|running| running.since >= hang.since && now.duration_since(running.since) < self.timeout)
+                worked && running.is_some_and(|running| running.since >= hang.since && now.duration_since(running.since) < self.timeout)
             };
             let recovered = state.hang.as_ref().is_some_and(proves);
             if recovered {
@@ -308,34 +317,34 @@ impl Shared {
             }
             recovered
         };
-        self.report(recovered.then_some(Turn::Well));
+        self.report(recovered.then_some(PoolEvent::Recovered));
     }
 
     /// A caller has waited for the whole timeout.
     fn hang(&self) {
-        let turn = self.start_hang(&mut self.state.lock(), Instant::now());
-        self.report(turn);
+        let event = self.start_hang(&mut self.state.lock(), Instant::now());
+        self.report(event);
     }
 
     /// Finds late jobs whose callers have left before the timeout. Nobody else would notice that those jobs hang.
-    fn find_late_jobs(&self, state: &mut PoolState, now: Instant) -> Option<Turn> {
+    fn find_late_jobs(&self, state: &mut PoolState, now: Instant) -> Option<PoolEvent> {
         let late = |running: &Running| !running.late && now.duration_since(running.since) > self.timeout;
         if state.running.iter().flatten().any(late) { self.start_hang(state, now) } else { None }
     }
 
     /// Makes the pool hang, or renews the cool-down. Returns the change, if there is one.
-    fn start_hang(&self, state: &mut PoolState, now: Instant) -> Option<Turn> {
+    fn start_hang(&self, state: &mut PoolState, now: Instant) -> Option<PoolEvent> {
         for running in state.running.iter_mut().flatten() {
             running.late |= now.duration_since(running.since) >= self.timeout;
         }
         let since = state.hang.map(|hang| hang.since);
         state.hang = Some(Hang { since: now, until: now + self.cooldown });
-        since.is_none().then_some(Turn::Hangs)
+        since.is_none().then_some(PoolEvent::Hangs)
     }
 
-    fn report(&self, turn: Option<Turn>) {
-        if let Some(turn) = turn {
-            (self.notify)(turn);
+    fn report(&self, event: Option<PoolEvent>) {
+        if let Some(event) = event {
+            (self.notify)(event);
         }
     }
 }
@@ -397,20 +406,20 @@ mod tests {
         mpsc::{Receiver, Sender, channel},
     };
 
-    type Turns = Arc<Mutex<Vec<Turn>>>;
+    type Events = Arc<Mutex<Vec<PoolEvent>>>;
 
     /// A pool; its changes of state; a sender that releases hanging work when dropped, and the receiver that the work waits on.
-    fn pool(most: usize, timeout: u64, cooldown: u64) -> (Pool, Turns, Sender<()>, Arc<Mutex<Receiver<()>>>) {
-        let turns = Arc::new(Mutex::new(Vec::new()));
-        let changes = turns.clone();
+    fn pool(most: usize, timeout: u64, cooldown: u64) -> (Pool, Events, Sender<()>, Arc<Mutex<Receiver<()>>>) {
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let changes = events.clone();
         let (timeout, cooldown) = (Duration::from_millis(timeout), Duration::from_millis(cooldown));
         let (hold, held) = channel();
-        (Pool::new("test", most, timeout, cooldown, move |turn| changes.lock().push(turn)), turns, hold, Arc::new(Mutex::new(held)))
+        (Pool::new("test", most, timeout, cooldown, move |event| changes.lock().push(event)), events, hold, Arc::new(Mutex::new(held)))
     }
 
     #[tokio::test]
     async fn work_is_done_by_few_threads() {
-        let (pool, turns, ..) = pool(3, 60_000, 60_000);
+        let (pool, events, ..) = pool(3, 60_000, 60_000);
         let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let work = (0..500).map(|n| {
             let (now, most) = (now.clone(), most.clone());
@@ -426,35 +435,35 @@ mod tests {
             assert_eq!(work.await, Ok(n));
         }
         assert!((1..=3).contains(&most.load(Ordering::SeqCst)));
-        assert_eq!(pool.run(|| panic!("as it must")).await, Err::<(), _>(Undone::Panicked));
+        assert_eq!(pool.run(|| panic!("as it must")).await, Err::<(), _>(PoolError::Panicked));
         assert_eq!(pool.run(|| 7).await, Ok(7), "a panic costs no thread");
-        assert!(turns.lock().is_empty());
+        assert!(events.lock().is_empty());
     }
 
     #[tokio::test]
     async fn nothing_waits_for_a_hanging_job() {
-        let (pool, turns, hold, held) = pool(2, 50, 200);
+        let (pool, events, hold, held) = pool(2, 50, 200);
         let stuck = held.clone();
         assert_eq!(
             pool.run(move || {
                 stuck.lock().recv().ok();
             })
             .await,
-            Err(Undone::Late)
+            Err(PoolError::TimedOut)
         );
         // Refused at once, for a while.
         let begun = Instant::now();
-        assert_eq!(pool.run(|| ()).await, Err(Undone::Busy));
+        assert_eq!(pool.run(|| ()).await, Err(PoolError::Busy));
         assert!(!pool.is_usable() && begun.elapsed() < Duration::from_millis(50));
         // Then one job is accepted, and the pool is well: the other thread is not stuck.
         while !pool.is_usable() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert_eq!(pool.run(|| 1).await, Ok(1));
-        while turns.lock().len() < 2 {
+        while events.lock().len() < 2 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        assert_eq!(*turns.lock(), [Turn::Hangs, Turn::Well]);
+        assert_eq!(*events.lock(), [PoolEvent::Hangs, PoolEvent::Recovered]);
         assert_eq!(pool.run(|| 2).await, Ok(2), "a stuck job does not count twice");
         // With all threads stuck, the end of the cool-down changes nothing.
         let stuck = held.clone();
@@ -463,11 +472,11 @@ mod tests {
                 stuck.lock().recv().ok();
             })
             .await,
-            Err(Undone::Late)
+            Err(PoolError::TimedOut)
         );
         tokio::time::sleep(Duration::from_millis(250)).await;
         assert!(!pool.is_usable());
-        assert_eq!(pool.run(|| ()).await, Err(Undone::Busy));
+        assert_eq!(pool.run(|| ()).await, Err(PoolError::Busy));
         drop(hold);
         while !pool.is_usable() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -477,7 +486,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_caller_that_leaves_early_does_not_hide_a_hang() {
-        let (pool, turns, _hold, held) = pool(4, 50, 60_000);
+        let (pool, events, _hold, held) = pool(4, 50, 60_000);
         drop(pool.run(move || {
             held.lock().recv().ok();
         }));
@@ -486,7 +495,7 @@ mod tests {
         let begun = pool.0.state.lock().running.iter().flatten().count() > 0;
         tokio::time::sleep(Duration::from_millis(60)).await;
         assert_eq!(pool.is_usable(), !begun);
-        assert_eq!(turns.lock().len(), usize::from(begun));
+        assert_eq!(events.lock().len(), usize::from(begun));
     }
 
     #[tokio::test]

@@ -254,6 +254,7 @@ impl FlightReader {
                 let len = state.spool.length();
                 let limit = match &state.phase {
                     Phase::Failed(fault) => return Err(fault.clone()),
+                    Phase::Absent => return Err(Fault::Internal("a flight that gave bytes ended as absent".into())),
                     Phase::Verified => {
                         let end = self.end.unwrap_or(len);
                         if self.at >= end {
@@ -261,7 +262,7 @@ impl FlightReader {
                         }
                         end
                     }
-                    _ => may_leave(len, self.end),
+                    Phase::Opening | Phase::Filling => may_leave(len, self.end),
                 };
                 limit.checked_sub(self.at).filter(|left| *left > 0).map(|left| state.spool.read(self.at, left))
             };
@@ -304,12 +305,8 @@ impl FlightReader {
         tracing::debug!(%digest, %fault, at = self.at, "the file of a flight cannot be read; the answer goes on from elsewhere");
         // Nobody shall join it any more.
         self.cache.flights.take_out(&self.flight);
-        let (at, end) = (self.at, self.end);
-        let part = |size: Option<u64>| match end.or(size) {
-            Some(end) => Part::Bytes(at..end),
-            None => Part::AfterSize,
-        };
-        let mut reader = self.cache.get_past_disk(&digest, self.asker, part).await?;
+        let end = self.end.unwrap_or_else(|| self.flight.state.lock().spool.length());
+        let mut reader = self.cache.get_past_disk(&digest, self.asker, |_| Part::Bytes(self.at..end)).await?;
         if let Reader::Flight(reader) = &mut reader {
             reader.moved = true;
         }

@@ -5,10 +5,6 @@ use crate::{fault::Fault, upload::Upload};
 use bytes::Bytes;
 use castier_blob::Digest;
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::BoxStream};
-use std::time::Duration;
-
-/// How long a source may take to end an answer whose bytes have all come. Past that its connection is dropped instead of used again.
-const END: Duration = Duration::from_millis(200);
 
 /// What a source is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,11 +61,6 @@ impl Incoming {
                 next => return Ok(next),
             }
         }
-    }
-
-    /// All bytes have come. Reads up to the end of the answer, so that the source can use its connection again.
-    pub async fn end(mut self) {
-        tokio::time::timeout(END, self.next()).await.ok();
     }
 }
 

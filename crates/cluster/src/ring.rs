@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_and_one() {
+    fn no_member_and_one_member() {
         let digest = Digest::of(b"x");
         assert_eq!((Ring::default().owner(&digest), Ring::new([]).order(&digest).count()), (None, 0));
         let alone = Ring::new([("a:1".to_owned(), 0), ("a:1".to_owned(), 3)]);

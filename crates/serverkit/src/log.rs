@@ -27,8 +27,9 @@ mod stderr;
 
 use line::Line;
 
-/// The crates whose targets have parts, as `log.level` names them.
-const CRATES: [&str; 3] = ["castier", "castier_origin", "castier_serverkit"];
+/// The modules whose own modules `log.level` can name by their last word alone.
+const PARENTS: [&str; 7] =
+    ["castier", "castier::handlers", "castier_cache", "castier_cluster", "castier_origin", "castier_serverkit", "castier_upstream"];
 
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +122,8 @@ fn targets(level: &str) -> Result<Targets, ParseError> {
     let named: Targets = level.parse()?;
     let parts = || named.iter().filter(|(part, _)| !part.contains("::"));
     for (part, level) in parts() {
-        all = all.with_targets(CRATES.map(|name| (format!("{name}::{part}"), level)));
+        // `disk` is castier_cache::disk, and `upstream` is castier_upstream.
+        all = all.with_targets(PARENTS.map(|parent| (format!("{parent}::{part}"), level))).with_target(format!("castier_{part}"), level);
     }
     // A whole target is more specific than its last part, so it is added last.
     Ok(all.with_targets(named.iter().filter(|(part, _)| part.contains("::")).map(|(part, level)| (part.to_owned(), level))))
@@ -236,12 +238,17 @@ mod tests {
             ("info", "castier::access", true),
             ("info,access=off", "castier::access", false),
             ("info,access=off", "castier_origin::access", false),
-            ("info,access=off", "castier::disk", true),
+            ("info,access=off", "castier_cache::disk", true),
             ("info,castier_origin::access=off", "castier_origin::access", false),
             ("info,castier_origin::access=off", "castier::access", true),
             ("off,castier_origin::access=info,access=off", "castier_origin::access", true),
             ("warn,access=info", "castier::access", true),
-            ("warn,access=info", "castier::disk", false),
+            ("warn,access=info", "castier_cache::disk", false),
+            ("warn,disk=info", "castier_cache::disk::scan", true),
+            ("warn,relay=info", "castier::handlers::relay", true),
+            ("warn,upstream=info", "castier_upstream::origin_state", true),
+            ("warn,members=info", "castier_cluster::members::dns", true),
+            ("warn,disk=info", "castier_cache::fill", false),
             ("info,stats=off", "stats", false),
             ("info", "pingora_proxy::proxy_common", false),
             ("info,pingora_proxy=info", "pingora_proxy::proxy_common", true),

@@ -398,8 +398,13 @@ impl Upstream {
         }
     }
 
+    /// So many bytes of a blob came.
+    pub(crate) fn received(&self, bytes: u64) {
+        self.metrics.received(self.name, bytes);
+    }
+
     /// Reports that the body of an answer broke off. That counts as an error. It does not show that the origin is down.
-    fn report_broken_body(&self) {
+    pub(crate) fn report_broken_body(&self) {
         if let Some(health) = &self.health {
             health.record_broken_body();
         }
@@ -590,17 +595,18 @@ struct Transfer {
 }
 
 impl Transfer {
-    /// The next bytes, and the rest of the transfer. At the end of the answer, puts the connection into the pool.
+    /// The next bytes, and the rest of the transfer. At the end of the answer, puts the connection into the pool: before it returns the last bytes, since a
+    /// fill that has all bytes asks for no more.
     async fn next(transfer: Option<Self>) -> Result<Option<(Bytes, Option<Self>)>, Fault> {
         let Some(mut transfer) = transfer else { return Ok(None) };
         let bytes = transfer.read().await?;
-        match bytes {
-            Some(bytes) => Ok(Some((bytes, Some(transfer)))),
-            None => {
-                transfer.upstream.finish(transfer.session, &transfer.peer).await;
-                Ok(None)
-            }
-        }
+        let rest = if bytes.is_none() || transfer.session.is_body_done() {
+            transfer.upstream.finish(transfer.session, &transfer.peer).await;
+            None
+        } else {
+            Some(transfer)
+        };
+        Ok(bytes.map(|bytes| (bytes, rest)))
     }
 
     /// The next bytes; `None` at the end of the answer.
@@ -608,7 +614,7 @@ impl Transfer {
         loop {
             let read = self.session.read_body_bytes().await.map_err(|error| self.upstream.fault(&error));
             let Some(mut bytes) = read.inspect_err(|_| self.upstream.report_broken_body())? else { return Ok(None) };
-            self.upstream.metrics.received(self.upstream.name, bytes.len() as u64);
+            self.upstream.received(bytes.len() as u64);
             let skip = self.skip.min(bytes.len() as u64);
             self.skip -= skip;
             bytes.advance(usize::try_from(skip).unwrap_or(bytes.len()));

@@ -2,12 +2,14 @@
 //!
 //! - [`Upstream`]: an HTTP server, the origin or a peer; [`HttpStore`] is the same as a [`Source`](castier_cache::Source) and a
 //!   [`Store`](castier_cache::Store). A connection to it can be lent to pingora's proxy for a relayed request ([`Expected`]).
+//! - [`EmbeddedStore`]: the files of an origin in the same process.
 //! - [`OriginState`]: whether the origin is up.
 //! - [`trace`], [`via_header`], [`TracedPlan`]: headers and spans that connect a client's request with the requests to sources that it causes.
 //! - [`Chunks`]: the framing of chunked bodies.
 
 mod access;
 mod chunks;
+mod embedded;
 mod http;
 mod lent;
 mod metrics;
@@ -20,6 +22,7 @@ pub mod via_header;
 
 pub use access::{ca_file, certificates_file};
 pub use chunks::Chunks;
+pub use embedded::EmbeddedStore;
 pub use http::{HttpStore, PeerServer, Signed, Trust, UNPROVED, Upstream, insert, size_of};
 pub use lent::Expected;
 pub use metrics::Metrics;

@@ -75,7 +75,6 @@ pub fn headers() -> impl Iterator<Item = (HeaderName, HeaderValue)> {
 
 /// A part of a request's work: a request to one source. Makes a span if spans are exported and the request is sampled.
 pub struct Part {
-    begun: Instant,
     trace: Option<Arc<Trace>>,
 }
 
@@ -83,7 +82,7 @@ impl Part {
     /// Begins a part of this request.
     pub fn begin(of: Option<&Arc<Trace>>) -> Self {
         let sampled = if is_exported() { of.filter(|trace| trace.is_sampled()) } else { None };
-        Self { begun: Instant::now(), trace: sampled.map(|trace| Arc::new(trace.part(rand::random()))) }
+        Self { trace: sampled.map(|trace| Arc::new(trace.part(rand::random()))) }
     }
 
     /// The trace for the source, with this part as the parent. `None` if there is no span.
@@ -92,10 +91,10 @@ impl Part {
     }
 
     /// Ends the part, and exports its span. `outcome` returns the error, if there was one, and the attributes.
-    pub fn end(self, name: &str, outcome: impl FnOnce() -> (Option<String>, Attributes)) {
+    pub fn end(self, name: &str, since: Instant, outcome: impl FnOnce() -> (Option<String>, Attributes)) {
         if let Some(trace) = self.trace {
             let (error, attributes) = outcome();
-            export(|| trace.client_span(name.to_owned(), self.begun.elapsed(), error, attributes));
+            export(|| trace.client_span(name.to_owned(), since.elapsed(), error, attributes));
         }
     }
 }

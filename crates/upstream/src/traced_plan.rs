@@ -10,15 +10,27 @@ use castier_wire::{
 };
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use http::HeaderValue;
-use std::sync::Arc;
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 /// Wraps the plan of one flight.
 pub struct TracedPlan {
     plan: Box<dyn Plan>,
     digest: Digest,
     context: Context,
-    /// The current step: its span, the URL of its source, and the label of its source.
-    current: Option<(trace::Part, String, &'static str)>,
+    current: Option<Current>,
+}
+
+/// The current step.
+struct Current {
+    span: trace::Part,
+    /// The URL of its source, and its label.
+    url: String,
+    source: &'static str,
+    /// When the source was asked. A step may wait for a permit before that.
+    asked: Arc<OnceLock<Instant>>,
 }
 
 /// The headers of the client's request that requests to sources repeat.
@@ -40,13 +52,15 @@ impl Plan for TracedPlan {
         let step = self.plan.next(waiting);
         let part = trace::Part::begin(self.context.trace.as_ref());
         let context = Context { trace: part.trace().or_else(|| self.context.trace.clone()), via: self.context.via.clone() };
-        self.current = Some((part, step.source.url().unwrap_or_default(), step.from.as_str()));
-        Step { source: Arc::new(InContext { source: step.source, context }), ..step }
+        let (url, source, asked) = (step.source.url().unwrap_or_default(), step.from.as_str(), Arc::default());
+        self.current = Some(Current { span: part, url, source, asked: Arc::clone(&asked) });
+        Step { source: Arc::new(InContext { source: step.source, context, asked }), ..step }
     }
 
     fn report(&mut self, outcome: Outcome<'_>, bytes: u64) -> Then {
-        if let Some((part, url, source)) = self.current.take() {
-            part.end("GET", || attributes(outcome, &self.digest, &url, source, bytes));
+        if let Some(Current { span, url, source, asked }) = self.current.take() {
+            let asked = asked.get().copied().unwrap_or_else(Instant::now);
+            span.end("GET", asked, || attributes(outcome, &self.digest, &url, source, bytes));
         }
         self.plan.report(outcome, bytes)
     }
@@ -60,10 +74,12 @@ impl Plan for TracedPlan {
 struct InContext {
     source: Arc<dyn Source>,
     context: Context,
+    asked: Arc<OnceLock<Instant>>,
 }
 
 impl Source for InContext {
     fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
+        self.asked.get_or_init(Instant::now);
         let context = self.context.clone();
         let open = self.source.open(ask).map(move |answer| {
             Ok(match answer? {

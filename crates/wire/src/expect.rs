@@ -2,7 +2,7 @@
 
 use http::{HeaderMap, Version, header};
 
-/// Whether the client waits to be asked for the body. Over HTTP/1.0 an expectation means nothing (RFC 9110, section 10.1.1).
+/// Whether the client waits for `100 Continue` before it sends the body. Over HTTP/1.0 an expectation is ignored (RFC 9110, section 10.1.1).
 pub fn expects_continue(version: Version, headers: &HeaderMap) -> bool {
     version >= Version::HTTP_11 && headers.get(header::EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }

@@ -32,7 +32,7 @@ pub struct Trace {
     /// The sender's span, if it sent one.
     parent: Option<u64>,
     /// The span that is sent to a source as its parent: `span`, or a part of it.
-    told: u64,
+    sent_parent: u64,
     flags: u8,
     /// Passed on unchanged.
     state: Option<HeaderValue>,
@@ -71,7 +71,9 @@ impl Trace {
         };
         let span = chance.span.max(1);
         match fields.the_one("traceparent").and_then(|value| parent(value.trim_ascii())) {
-            Some((id, parent, flags)) => Self { id, span, parent: Some(parent), told: span, flags, state: state(fields), request_id },
+            Some((id, parent, flags)) => {
+                Self { id, span, parent: Some(parent), sent_parent: span, flags, state: state(fields), request_id }
+            }
             None => Self::begin(request_id, chance),
         }
     }
@@ -83,12 +85,12 @@ impl Trace {
 
     fn begin(request_id: RequestId, chance: Chance) -> Self {
         let (span, flags) = (chance.span.max(1), RANDOM | if chance.sampled { SAMPLED } else { 0 });
-        Self { id: chance.trace.max(1), span, parent: None, told: span, flags, state: None, request_id }
+        Self { id: chance.trace.max(1), span, parent: None, sent_parent: span, flags, state: None, request_id }
     }
 
     /// The same trace, with a part of this program's span as the parent for sources.
     pub fn part(&self, span: u64) -> Self {
-        Self { told: span.max(1), ..self.clone() }
+        Self { sent_parent: span.max(1), ..self.clone() }
     }
 
     /// Whether the trace is sampled.
@@ -108,7 +110,7 @@ impl Trace {
 
     /// The fields for the next program. `None` means that the field must be removed.
     pub fn tell(&self) -> [(HeaderName, Option<HeaderValue>); 3] {
-        let parent = format!("00-{:032x}-{:016x}-{:02x}", self.id, self.told, self.flags);
+        let parent = format!("00-{:032x}-{:016x}-{:02x}", self.id, self.sent_parent, self.flags);
         [(TRACEPARENT, HeaderValue::try_from(parent).ok()), (TRACESTATE, self.state.clone()), (X_REQUEST_ID, self.tell_id())]
     }
 
@@ -127,7 +129,7 @@ impl Trace {
 
     /// The span of a request to a source. `self` is the [part](Self::part) for it.
     pub fn client_span(&self, name: String, took: Duration, error: Option<String>, attributes: Attributes) -> Span {
-        Span { trace: self.id, id: self.told, parent: Some(self.span), of: Kind::Client, name, took, error, attributes }
+        Span { trace: self.id, id: self.sent_parent, parent: Some(self.span), of: Kind::Client, name, took, error, attributes }
     }
 }
 

@@ -47,8 +47,8 @@ impl<'a> Taker<'a> {
                 self.equal &= at.checked_add(bytes.len()).and_then(|end| expected.get(at..end)) == Some(bytes);
             }
             Check::Keep => {
-                let room = BUFFER - self.kept.len();
-                self.kept.extend_from_slice(&bytes[..bytes.len().min(room)]);
+                let space = BUFFER - self.kept.len();
+                self.kept.extend_from_slice(&bytes[..bytes.len().min(space)]);
             }
         }
         self.received += bytes.len() as u64;

@@ -41,11 +41,11 @@ fn keeps_what_verifies_and_nothing_else() {
     for bytes in [&b""[..], b"x", &[7; 5000]] {
         let digest = Digest::of(bytes);
         assert!(store.open_blob(&digest).unwrap().is_none());
-        assert!(!store.holds_durably(&digest).unwrap());
+        assert!(store.holds_durably(&digest).unwrap().is_none());
         assert!(put(&store, Some(digest), bytes).unwrap().new);
         assert!(!put(&store, None, bytes).unwrap().new);
         assert_eq!(read(&store, &digest, None).unwrap(), bytes);
-        assert!(store.holds_durably(&digest).unwrap());
+        assert!(store.holds_durably(&digest).unwrap().is_some());
         assert_eq!(size_of(&store.path(&digest)).unwrap(), Some(bytes.len() as u64));
     }
     assert_eq!(read(&store, &Digest::of(&[7; 5000]), Some(10..1800)).unwrap(), [7; 1790]);

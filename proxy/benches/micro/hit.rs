@@ -60,7 +60,7 @@ pub(crate) fn memory_get(criterion: &mut Criterion) {
     group.bench_function("miss", |bencher| bencher.iter(|| tier.find(black_box(&absent))));
 }
 
-/// What it costs to remember who asked for what, where few blobs are hot and where none is.
+/// The cost of recording a request for `top` of `/stats`, with few hot blobs and with none.
 pub(crate) fn note(criterion: &mut Criterion) {
     let recent = Recent::default();
     let mut group = criterion.benchmark_group("who asks for what");

@@ -68,7 +68,7 @@ mod tests {
         let addresses: Vec<_> = PAGE.match_indices("http").map(|(at, _)| PAGE[at..].split(['\'', '"']).next().unwrap()).collect();
         assert!(addresses.iter().all(|address| *address == "http://www.w3.org/2000/svg"), "{addresses:?}");
         assert!(!POLICY.contains("unsafe"), "{}", *POLICY);
-        // The hash of nothing would stand for a style or a script that was not found.
+        // The hash of an empty text would mean that the style or the script was not found.
         assert!(!POLICY.contains(&hash("")), "{}", *POLICY);
         assert_eq!(hash("alert(1)"), "sha256-bhHHL3z2vDgxUt0W3dWQOrprscmda2Y5pLsLg4GF+pI=");
     }

@@ -1,4 +1,4 @@
-//! What an absence that is remembered costs.
+//! The memory of remembered absences.
 
 use crate::support::{Blob, Castier, Conn, LyingOrigin, Request, eventually, heavy, metrics};
 

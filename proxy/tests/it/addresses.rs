@@ -1,4 +1,4 @@
-//! Origins with several addresses, and name servers that say nothing.
+//! Origins with several addresses, and name servers that do not answer.
 
 use crate::support::{Blob, Castier, KIB, LyingOrigin, RealOrigin, Request, cluster::in_place_of, get, heavy, light};
 use std::{
@@ -10,7 +10,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-/// A castier that sees these lines as its `/etc/hosts`, and `resolv` as its `/etc/resolv.conf`. None where this process may not do that.
+/// A castier with these lines as its `/etc/hosts`, and `resolv` as its `/etc/resolv.conf`. `None` if this process may not mount.
 async fn start(url: &str, hosts: &str, resolv: &str, config: &str) -> Option<Castier> {
     let dir = TempDir::new().unwrap();
     let write = |name: &str, text: &str| {
@@ -50,14 +50,14 @@ async fn localhost_may_be_the_other_address() {
     }
 }
 
-/// An address that takes no connection and refuses none.
+/// An address that neither accepts nor refuses connections.
 async fn silent() -> (SocketAddr, impl Sized) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let listener = socket.listen(0).unwrap();
     let address = listener.local_addr().unwrap();
     let mut queued = Vec::new();
-    // Until its queue is full.
+    // Fill its queue.
     while let Ok(Ok(stream)) = tokio::time::timeout(Duration::from_millis(500), TcpStream::connect(address)).await {
         queued.push(stream);
         assert!(queued.len() < 100, "the queue has no end");
@@ -72,7 +72,7 @@ async fn a_silent_first_address_costs_its_time_once() {
     let good = TcpListener::bind(("127.0.0.9", silent.port())).await.unwrap();
     let origin = crate::support::RawOrigin::serve(good, |mut stream, head| async move {
         use tokio::io::AsyncWriteExt as _;
-        // Closed each time, so that each miss needs a connection of its own.
+        // Closed each time, so that each miss needs a new connection.
         let status = if head.starts_with("GET /cas/") { "404 Not Found" } else { "200 OK" };
         stream.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes()).await.ok()?;
         None
@@ -118,7 +118,7 @@ async fn a_name_server_that_says_nothing_harms_nobody() {
     };
     let kept = Blob::new(10 * KIB);
     assert_eq!(Request::new("PUT", kept.path()).body(kept.whole()).send(castier.public).await.status, 201);
-    // From here on the name is known to the name server alone.
+    // From here on only the name server knows the name.
     fs::write(castier.dir().join("hosts"), "127.0.0.1 localhost\n").unwrap();
     let until = Instant::now() + Duration::from_secs(10);
     let mut worst = Duration::ZERO;

@@ -1,4 +1,4 @@
-//! The admin interface, the log, and what they tell.
+//! The admin interface and the log.
 
 use crate::support::{Blob, Castier, KIB, LyingOrigin, MIB, Request, assert_ledger, eventually, get, light, metrics, stats};
 
@@ -8,7 +8,7 @@ async fn world(config: &str) -> (LyingOrigin, Castier) {
     (origin, castier)
 }
 
-/// Every series of the contract but those of a cluster, which one node has nothing to say about.
+/// Every series of the contract, except those of a cluster.
 const SERIES: &[(&str, &str)] = &[
     ("castier_http_requests_total", "counter"),
     ("castier_http_request_duration_seconds", "histogram"),
@@ -113,7 +113,7 @@ async fn health_stats_and_the_page() {
     let memory = &told["tiers"]["memory"];
     assert_eq!((memory["blobs"].as_u64(), memory["hits"].as_u64(), memory["evictions"].as_u64()), (Some(1), Some(4), Some(0)), "{told}");
     assert!(memory["bytes"].as_u64() >= Some(blob.size) && memory["capacity"].as_u64() == Some(256 * MIB), "{told}");
-    // What belongs to admin is not for clients.
+    // Admin paths do not exist on the public listener.
     let relayed = Request::get("/stats").send(castier.public).await;
     assert_eq!(relayed.header("x-from"), Some("origin"));
 }
@@ -140,7 +140,7 @@ async fn purge() {
     assert_ledger(&castier).await;
 }
 
-/// What the access record of one request must hold, in either format.
+/// The expected fields of one access record, in either format.
 async fn assert_access_record(castier: &Castier, blob: &Blob, status: &str) {
     let record = eventually("an access record", async || {
         castier.output().lines().find(|line| line.contains(&blob.path()) && line.contains(status)).map(str::to_owned)

@@ -1,4 +1,4 @@
-//! Answers of an origin that take too long, come too early, or are framed so that two readers could differ.
+//! Answers of an origin that are too slow, too early, or framed ambiguously.
 
 use crate::support::{Blob, Castier, Conn, KIB, LyingOrigin, RawOrigin, Request, get, light, within};
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use tokio::{
 
 const QUICK: &str = "origin.read_timeout = \"1500ms\"\norigin.retries = 0";
 
-/// Reads so much of a body.
+/// Reads a number of bytes of a body.
 async fn read(stream: &mut TcpStream, most: usize) {
     let (mut part, mut read) = (vec![0; 64 << 10], 0);
     while read < most {
@@ -20,7 +20,7 @@ async fn read(stream: &mut TcpStream, most: usize) {
     }
 }
 
-/// An origin that says `first`, and then `again` every 100 ms without end.
+/// An origin that sends `first`, and then `again` every 100 ms for ever.
 async fn endless(first: &'static str, again: &'static str) -> RawOrigin {
     RawOrigin::serve(TcpListener::bind("127.0.0.1:0").await.unwrap(), move |mut stream, _| async move {
         stream.write_all(first.as_bytes()).await.ok()?;
@@ -99,7 +99,7 @@ async fn an_early_refusal_ends_an_upload_of_a_blob() {
     conn.reply("PUT").await.assert_problem(507);
 }
 
-/// What a relay of this answer comes to, and what of the next request on the same connection.
+/// Relays this answer. Returns the client's result, and that of the next request on the same connection.
 async fn relayed(answer: &'static str) -> (crate::support::Reply, RawOrigin, Castier) {
     let origin = RawOrigin::start(move |_| answer.as_bytes().to_vec()).await;
     let castier = Castier::start(&origin.url(), QUICK).await;
@@ -194,7 +194,7 @@ async fn relays_and_blobs_share_connections() {
     })
     .await;
     let castier = Castier::start(&origin.url(), QUICK).await;
-    // What castier asks at the start.
+    // castier's request at the start.
     crate::support::eventually("the first question", async || (!origin.heads().is_empty()).then_some(())).await;
     let before = origin.connections();
     for n in 1..=10 {
@@ -220,7 +220,7 @@ async fn large_uploads_use_connections_again() {
         let blob = Blob::new(300 * KIB);
         assert_eq!(Request::new("PUT", blob.path()).body(blob.whole()).send(castier.public).await.status, 201);
     }
-    // pingora's pool loses one now and then.
+    // pingora's pool sometimes loses one.
     assert!(origin.connections() <= 8, "{} connections for 10 uploads, one after the other", origin.connections());
 }
 

@@ -1,6 +1,6 @@
-//! Real Bazel, ccache and sccache against castier alone: what one build stores, the next one takes from the cache.
+//! Real Bazel, ccache and sccache with castier: the second build uses the results of the first one.
 //!
-//! `scripts/test` installs these programs where it can. Where one is missing its test says so on standard error, and passes.
+//! `scripts/test` installs these programs if it can. If one is missing, its test prints that on standard error, and passes.
 
 use crate::support::{Castier, heavy, metrics};
 use std::{
@@ -13,11 +13,10 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// A build takes seconds. This turns a hang into a failure.
+/// The deadline of a build, which normally takes seconds.
 const BUILD_SECONDS: &str = "300";
 
-/// The program, if it works here. Otherwise says on standard error that the test is skipped: not with `eprintln`, which the test
-/// harness hides.
+/// The program, if it works here. If not, prints on standard error that the test is skipped, without `eprintln`, which the test harness hides.
 fn tool(name: &str, version: &[&str]) -> Option<PathBuf> {
     let works = Command::new(name).args(version).output().is_ok_and(|output| output.status.success());
     if !works {
@@ -26,7 +25,7 @@ fn tool(name: &str, version: &[&str]) -> Option<PathBuf> {
     works.then(|| name.into())
 }
 
-/// A program in a directory, with nothing of this machine's settings for it.
+/// A program in a directory, without this machine's settings for it.
 struct Run(Command);
 
 impl Run {
@@ -52,7 +51,7 @@ impl Run {
         self
     }
 
-    /// Runs it to its end, off the async threads. Gives what it said on both its outputs.
+    /// Runs it to its end, off the async threads. Returns both its outputs.
     async fn ok(self) -> String {
         let Self(mut command) = self;
         let Output { status, stdout, stderr } = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
@@ -62,7 +61,7 @@ impl Run {
     }
 }
 
-/// castier as it starts without any configuration, but on free ports: with its embedded origin.
+/// castier with its embedded origin and default configuration, on free ports.
 async fn castier_alone() -> Castier {
     Castier::start("embedded:./origin", "").await
 }
@@ -141,7 +140,7 @@ async fn ccache_in_every_layout() {
     }
 }
 
-/// sccache's server, told to stop when the test ends, however it ends.
+/// sccache's server. Stopped on drop.
 struct StopServer(PathBuf, String);
 
 impl Drop for StopServer {
@@ -169,7 +168,7 @@ async fn sccache_over_webdav() {
     let compile = ["cc", "-c", "a.c", "-o", "a.o"];
     run(&compile).ok().await;
     let object = fs::read(dir.path().join("a.o")).unwrap();
-    // It writes to the cache behind the compiler's back, and says in its statistics when it has.
+    // It writes to the cache in the background. Its statistics show when that is done.
     crate::support::eventually("sccache has written", async || {
         let stats: serde_json::Value = serde_json::from_str(&run(&["--show-stats", "--stats-format=json"]).ok().await).unwrap();
         (stats["stats"]["cache_writes"].as_u64()? + stats["stats"]["cache_write_errors"].as_u64()? > 0).then_some(())

@@ -1,4 +1,4 @@
-//! Lies put together at random: whatever the origin says, nobody is given a whole blob that is wrong, and the books balance.
+//! Random combinations of the origin's faults: no client ever gets a complete wrong blob, and the ledger balances.
 
 use crate::support::{Blob, Castier, Download, KIB, Lie, LyingOrigin, MIB, Random, Request, assert_ledger, get, lie::RangeManner, light};
 

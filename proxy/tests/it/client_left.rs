@@ -1,9 +1,9 @@
-//! A client that has left is noticed, even behind requests that it had sent ahead.
+//! castier notices that a client has left, even if the client had sent further requests ahead.
 
 use crate::support::{Castier, Conn, Gate, KIB, Lie, LyingOrigin, MuteOrigin, Request, eventually, light, metrics};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
-/// How a client goes.
+/// How a client leaves.
 #[derive(Clone, Copy, Debug)]
 enum Leave {
     Fin,
@@ -17,7 +17,7 @@ async fn leave(mut stream: TcpStream, how: Leave) {
     }
 }
 
-/// Requests that fill so many bytes.
+/// Requests of this many bytes in total.
 fn requests(first: &str, bytes: usize) -> Vec<u8> {
     let request = format!("GET {first} HTTP/1.1\r\nHost: castier.test\r\n\r\n");
     let next = b"GET /next HTTP/1.1\r\nHost: castier.test\r\n\r\n";

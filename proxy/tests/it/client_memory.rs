@@ -1,4 +1,4 @@
-//! What clients make castier hold is within `limits.client_memory`, and a node that is sized by docs/operations.md is not killed.
+//! The memory that clients can use is within `limits.client_memory`, and the kernel does not kill a node that is sized by docs/operations.md.
 
 use crate::support::{Castier, Conn, MIB, MemoryGroup, MuteOrigin, Request, eventually, get, heavy, light, metrics, process::config_text};
 use castier::memory_plan;
@@ -33,7 +33,7 @@ async fn start_in(group: &MemoryGroup, origin: &str, config: &str) -> Castier {
     Castier::run(command, dir).await
 }
 
-/// So many clients send these bytes, one after the other. castier may answer, or close; it may not go away.
+/// Many clients send these bytes, one after the other. castier may answer or close connections; it must not end.
 async fn attack(castier: &Castier, clients: usize, bytes: &[u8]) -> Vec<TcpStream> {
     let mut open = Vec::new();
     for n in 0..clients {
@@ -53,7 +53,7 @@ async fn healthy(castier: &Castier) {
     assert_eq!(reply.status, 200, "a health check is answered whatever clients do");
 }
 
-/// The attack leaves castier alive, with its health checks answered, and as before once it is over.
+/// During the attack castier answers health checks. After it castier works as before.
 async fn survives(bytes: &[u8], clients: usize) {
     let _turn = heavy().await;
     let Some(group) = MemoryGroup::new(LIMIT) else { return };
@@ -62,7 +62,7 @@ async fn survives(bytes: &[u8], clients: usize) {
     get(castier.public, &origin.blob).await.assert_is(&origin.blob);
     let open = attack(&castier, clients, bytes).await;
     healthy(&castier).await;
-    // A hit costs nothing that the attack could have used up.
+    // A hit needs nothing that the attack could exhaust.
     let mut hit = Conn::open(castier.public).await;
     hit.ask(&Request::get(origin.blob.path())).await.assert_is(&origin.blob);
     let shed = metrics(&castier).await.sum("castier_shed_requests_total", &[("reason", "client_memory")]);
@@ -124,7 +124,7 @@ async fn a_shed_request_is_told_so() {
     eventually("room again", async || (get(castier.public, &origin.blob).await.status == 200).then_some(())).await;
 }
 
-/// What one of each kind costs stays below what the plan counts for it.
+/// The cost of one request of each kind is below the plan's value.
 #[tokio::test]
 async fn the_measured_costs_hold() {
     let _turn = heavy().await;
@@ -171,7 +171,7 @@ async fn the_measured_costs_hold() {
         assert!(each <= memory_plan::CONNECTION + cost, "{what} costs {each} bytes, and {} are planned", memory_plan::CONNECTION + cost);
         drop(held);
     }
-    // The formula in the handbook is this one.
+    // docs/operations.md has the same values.
     let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md")).unwrap();
     for (what, bytes) in [
         ("the program", memory_plan::BASE),

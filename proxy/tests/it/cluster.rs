@@ -1,4 +1,4 @@
-//! Many nodes as one cache: one load for each blob, whoever is asked and whatever happens to the nodes.
+//! Many nodes as one cache: one load for each blob, for any node that is asked, and while nodes fail.
 
 use crate::support::{
     Blob, Cluster, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger,
@@ -13,14 +13,14 @@ use std::{
 };
 use tokio::task::JoinSet;
 
-/// Books of every node balance.
+/// The ledger of every node balances.
 async fn assert_ledgers(cluster: &Cluster) {
     for node in &cluster.nodes {
         assert_ledger(node.castier()).await;
     }
 }
 
-/// 10,000 clients of 20 blobs at three nodes, and an origin that answers nobody before all of them wait.
+/// 10,000 clients of 20 blobs at three nodes. The origin answers only when all of them wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_clients_cost_one_load_for_each_blob() {
     const CLIENTS: usize = 10_000;
@@ -57,7 +57,7 @@ async fn ten_thousand_clients_cost_one_load_for_each_blob() {
     assert_eq!(cluster.sum("castier_peer_errors_total", &[]).await, 0);
 }
 
-/// Large with TEST_FULL set; else of a size that any machine can take in its stride.
+/// A large size with TEST_FULL, otherwise a moderate one.
 fn large() -> u64 {
     if std::env::var_os("TEST_FULL").is_some() { 500 * MIB } else { 64 * MIB }
 }
@@ -72,7 +72,7 @@ fn owned_by(origin: &LyingOrigin, cluster: &Cluster, node: usize) -> Blob {
     }
 }
 
-/// Something happens to the owner when 30 clients at the two other nodes have had half of a large blob.
+/// Disturbs the owner when 30 clients at the two other nodes have half of a large blob.
 async fn owner_fails(what: impl AsyncFnOnce(&mut Node)) {
     const CLIENTS: u64 = 30;
     let origin = LyingOrigin::start().await;
@@ -91,7 +91,7 @@ async fn owner_fails(what: impl AsyncFnOnce(&mut Node)) {
     assert_eq!((clients.len() as u64, origin.gets(&blob)), (CLIENTS, 1));
     let started = Instant::now();
     what(&mut cluster.nodes[order[0]]).await;
-    // The origin still holds the owner's load; who goes on without the owner gets another.
+    // The origin still holds the owner's load. Nodes that go on without the owner need another one.
     let all = async {
         while let Some(client) = clients.join_next().await {
             client.unwrap().assert_is(&blob);
@@ -108,7 +108,7 @@ async fn owner_fails(what: impl AsyncFnOnce(&mut Node)) {
     }
     for node in [order[1], order[2]].map(|index| &cluster.nodes[index]) {
         assert_ledger(node.castier()).await;
-        // Once it is known to be gone, nobody tries the owner.
+        // Once the owner is known to be down, no node asks it.
         wait_for_peers(node, 1, 1).await;
         let other = owned_by(&origin, &cluster, order[0]);
         let errors = node.metrics().await.total("castier_peer_errors_total");
@@ -131,7 +131,7 @@ async fn an_owner_that_stops_midway_is_not_missed() {
     owner_fails(async |owner| owner.signal(Signal::STOP)).await;
 }
 
-/// Everybody's favourite: whoever is asked soon has it, and its owner has no more to do than the others.
+/// A hot blob: soon every node has it, and its owner has no more load than the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_blob_that_everyone_wants_is_everywhere() {
     const CLIENTS: usize = 30;
@@ -176,7 +176,7 @@ async fn a_blob_that_everyone_wants_is_everywhere() {
     assert_ledgers(&cluster).await;
 }
 
-/// Each node believes in another cluster, and all of them have clients.
+/// Each node has a different list of members, and all of them have clients.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nodes_that_disagree_on_the_members_serve_all_the_same() {
     const BLOBS: usize = 60;
@@ -208,7 +208,7 @@ async fn nodes_that_disagree_on_the_members_serve_all_the_same() {
     assert_ledgers(&cluster).await;
 }
 
-/// What one node stores, deletes or purges is so on all of them.
+/// A blob that is stored, deleted or purged at one node is so on all nodes.
 #[tokio::test]
 async fn writes_deletes_and_purges_are_everywhere() {
     let _turn = light().await;
@@ -249,13 +249,13 @@ async fn writes_deletes_and_purges_are_everywhere() {
         assert_eq!(origin.requests("DELETE", &blob).len(), 1);
     }
     assert_ledgers(&cluster).await;
-    // Who does not answer is named.
+    // The answer names the nodes that did not answer.
     let gone = cluster.nodes[2].name.clone();
     cluster.nodes[2].kill().await;
     let told = Request::new("POST", format!("/purge/{}", Blob::new(5).digest)).send(cluster.nodes[0].castier().admin).await;
     let told: serde_json::Value = serde_json::from_slice(&told.body).unwrap();
     assert_eq!((told["failed"].clone(), told["purged"].as_array().unwrap().len()), (serde_json::json!([gone]), 2), "{told}");
-    // Writes go on without their owner.
+    // Uploads work without the owner.
     cluster.nodes.truncate(2);
     for _ in 0..8 {
         let blob = Blob::new(100 * KIB);

@@ -1,4 +1,4 @@
-//! Nodes that come, go, and lose sight of each other, under load: no request fails for it, and the origin hardly notices.
+//! Nodes join, leave, and lose their connections under load: no request fails, and the origin sees few more loads.
 
 use crate::support::{
     Blob, Cluster, Download, KIB, LyingOrigin, MIB, Random, assert_ledger,
@@ -21,7 +21,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-/// Clients that ask nodes as a load balancer lets them: any that is in the rotation, for any of the blobs.
+/// Clients behind a load balancer: each request goes to a random node in the rotation, for a random blob.
 struct Load {
     rotation: Arc<Vec<Place>>,
     stop: Arc<AtomicBool>,
@@ -33,7 +33,7 @@ struct Load {
 struct Place {
     node: SocketAddr,
     open: AtomicBool,
-    /// Requests that it is at.
+    /// Running requests.
     busy: AtomicUsize,
 }
 
@@ -85,7 +85,7 @@ impl Load {
         self.rotation[index].open.store(true, Ordering::SeqCst);
     }
 
-    /// Lets so many more gets pass.
+    /// Waits for a number of further gets.
     async fn run(&self, more: u64) {
         let until = self.gets() + more;
         let enough = async {
@@ -96,7 +96,7 @@ impl Load {
         within(Duration::from_secs(120), "the load", enough).await;
     }
 
-    /// Ends it, and fails if a request did.
+    /// Stops the clients. Panics if a request has failed.
     async fn end(mut self) {
         self.stop.store(true, Ordering::SeqCst);
         while let Some(client) = self.clients.join_next().await {
@@ -105,7 +105,7 @@ impl Load {
     }
 }
 
-/// Without mirrors, which would hide whatever the nodes get wrong.
+/// Without mirrors, which would hide wrong behaviour.
 fn config() -> String {
     format!("log.level = \"castier=info,castier::access=warn\"\ncluster.mirror_share = 0\n{DISK}")
 }
@@ -114,7 +114,7 @@ fn gets_at(origin: &LyingOrigin) -> u64 {
     origin.seen().iter().filter(|seen| seen.method == "GET").count() as u64
 }
 
-/// Blobs of several sizes that all nodes have seen.
+/// Blobs of several sizes, requested from all nodes.
 async fn warm(origin: &LyingOrigin, cluster: &Cluster) -> Vec<Blob> {
     let blobs: Vec<Blob> = (0..60).map(|at| origin.blob(if at % 10 == 0 { 2 * MIB } else { 20 * KIB + at })).collect();
     for blob in &blobs {
@@ -201,7 +201,7 @@ async fn a_fourth_node_comes_and_goes() {
     }
 }
 
-/// The only way to a node's peer listener. Closed, it swallows all: who waits for an answer waits, as behind a broken switch.
+/// A bridge to a node's peer listener. While closed, it drops all bytes without closing connections, like a broken switch.
 struct Bridge {
     address: SocketAddr,
     open: watch::Sender<bool>,
@@ -245,7 +245,7 @@ impl Bridge {
     }
 }
 
-/// Passes bytes on, while the bridge is open.
+/// Forwards bytes while the bridge is open.
 async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, gate: &watch::Sender<bool>) {
     let mut part = [0; 64 << 10];
     let mut open = gate.subscribe();
@@ -273,13 +273,13 @@ async fn a_partition_is_served_on_both_sides_and_heals_by_itself() {
     let blobs = warm(&origin, &cluster).await;
     let load = Load::start(&cluster.nodes.iter().collect::<Vec<_>>(), 3, &blobs);
     load.run(500).await;
-    // First one node is out of sight of the others, then each is alone.
+    // First one node is cut off from the others, then each node is alone.
     for out_of_sight in [&[2][..], &[0, 1, 2]] {
         let started = Instant::now();
         for index in out_of_sight {
             bridges[*index].set_open(false);
         }
-        // What is asked for before anyone has noticed waits for its own time-out, and not for that of others.
+        // Requests before the failure is noticed wait for their own timeout, and not for that of others.
         let cold: Vec<Blob> = (0..30).map(|_| origin.blob(10 * KIB)).collect();
         let mut clients = JoinSet::new();
         for blob in &cold {

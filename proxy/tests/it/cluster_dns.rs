@@ -1,4 +1,4 @@
-//! Clusters whose members come from a name server: a real one, over UDP, that is asked by real resolvers.
+//! Clusters with `cluster.dns`: a real name server over UDP, and real resolvers.
 
 use crate::support::{
     Blob, Cluster, KIB, LyingOrigin,
@@ -20,15 +20,15 @@ use std::{
 use tempfile::TempDir;
 use tokio::{net::UdpSocket, task::JoinHandle};
 
-/// What the name server says of every name.
+/// The name server's answers.
 #[derive(Clone, Default)]
 pub(super) enum Zone {
-    /// Nothing at all.
+    /// No answer.
     #[default]
     Silent,
-    /// That it cannot tell.
+    /// SERVFAIL.
     Fails,
-    /// These records, as far as they are of that name and kind; an empty answer otherwise.
+    /// The records that match the name and kind; an empty answer if there are none.
     Has(Vec<(&'static str, RData)>),
 }
 
@@ -47,7 +47,7 @@ impl Drop for NameServer {
 }
 
 impl NameServer {
-    /// None where this process may not listen on the port that resolvers ask, or lead them there.
+    /// `None` if this process may not listen on port 53, or may not mount the resolvers' file.
     async fn start() -> Option<Self> {
         let (address, dir) = (own_address(), TempDir::new().unwrap());
         let resolv_conf = dir.path().join("resolv.conf");
@@ -67,7 +67,7 @@ impl NameServer {
         *self.zone.lock().unwrap() = zone;
     }
 
-    /// Lets all nodes ask what there is now.
+    /// Waits until all nodes have looked up the current records.
     async fn is_asked(&self) {
         let until = self.asked.load(Ordering::SeqCst) + 12;
         eventually("the name server is asked", async || (self.asked.load(Ordering::SeqCst) >= until).then_some(())).await;
@@ -95,7 +95,7 @@ async fn serve(socket: UdpSocket, zone: Arc<Mutex<Zone>>, asked: Arc<AtomicUsize
     }
 }
 
-/// A name server, an origin, what it holds, and so many nodes without mirrors that have not been started yet.
+/// A name server, an origin, its blobs, and nodes without mirrors that are not started yet.
 pub(super) async fn world(size: usize) -> Option<(NameServer, LyingOrigin, Vec<Blob>, Cluster)> {
     let Some(server) = NameServer::start().await else {
         println!("skipped: only root may serve names to a process of its own");
@@ -111,7 +111,7 @@ fn addresses(nodes: &[Node]) -> Zone {
     Zone::Has(nodes.iter().map(|node| ("peers.castier.test.", RData::A(node.address.into()))).collect())
 }
 
-/// Every blob from every node: the right bytes, and this many loads in all.
+/// Gets every blob from every node. Checks the bytes, and the number of loads in total.
 pub(super) async fn everybody_has(nodes: &[Node], origin: &LyingOrigin, blobs: &[Blob], loads: std::ops::RangeInclusive<usize>) {
     for node in nodes {
         for blob in blobs {
@@ -135,7 +135,7 @@ async fn members_come_and_go_with_the_addresses_of_a_name() {
     cluster.wait_until_whole().await;
     everybody_has(&cluster.nodes, &origin, &blobs, 40..=40).await;
 
-    // Whatever goes wrong with the name server, the cluster stays as it is, and says so once.
+    // If the name server fails in any way, the members stay, and the node logs it once.
     let changes = cluster.sum("castier_cluster_changes_total", &[]).await;
     for trouble in [Zone::Fails, Zone::Has(vec![]), Zone::Silent] {
         server.says(trouble);
@@ -153,7 +153,7 @@ async fn members_come_and_go_with_the_addresses_of_a_name() {
     cluster.start_all().await;
     cluster.wait_until_whole().await;
     assert!(cluster.nodes[0].castier().output().contains("cluster.dns answers again"));
-    // What the fourth owns now it has had from those that owned it before.
+    // The fourth node gets the blobs that it owns now from their former owners.
     everybody_has(&cluster.nodes, &origin, &blobs, 40..=40).await;
 
     let mut first = cluster.nodes.remove(0);

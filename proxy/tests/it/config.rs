@@ -1,6 +1,6 @@
-//! Arguments, configuration, and what castier says when it cannot run.
+//! Arguments, configuration, and the messages when castier cannot run.
 
-use crate::support::{Blob, Castier, Request, get, light, process::config_text};
+use crate::support::{Blob, Castier, Request, eventually, get, light, process::config_text};
 use std::{
     fs,
     process::{Command, Output},
@@ -115,7 +115,7 @@ fn the_environment_goes_before_the_file() {
     assert!(code == 2 && (out + &err).contains("CASTIER_MEMORY__CAPASITY"), "{err}");
 }
 
-/// One line, exit code 1, and the name of what is in the way.
+/// One line with the name of the obstacle, and exit code 1.
 #[track_caller]
 fn assert_cannot_run((code, out, err): (i32, String, String), name: &str) {
     assert_eq!(code, 1, "{out}{err}");
@@ -181,6 +181,55 @@ async fn the_embedded_origin_keeps_what_it_has() {
     let castier = Castier::start(&url, "").await;
     get(castier.public, &blob).await.assert_is(&blob);
     Request::get("/elsewhere").send(castier.public).await.assert_problem(404);
+}
+
+/// Its server gets what is relayed, and its figures stand in `/stats` as those of any origin.
+#[tokio::test]
+async fn the_embedded_origin_reads_blobs_without_http() {
+    let _turn = light().await;
+    let castier = Castier::start("embedded:./origin", "").await;
+    let put = async |blob: &Blob| Request::new("PUT", blob.path()).body(blob.whole()).send(castier.public).await.status;
+    let purge = async |blob: &Blob| Request::new("POST", format!("/purge/{}", blob.digest)).send(castier.admin).await;
+    for blob in [Blob::new(1000), Blob::new(3_000_000)] {
+        let before = origin_stats(&castier).await;
+        assert_eq!(put(&blob).await, 201);
+        purge(&blob).await;
+        let reply = get(castier.public, &blob).await;
+        reply.assert_is(&blob);
+        assert_eq!(reply.cache_status(), "castier; fwd=uri-miss; stored; detail=origin");
+        let now = origin_stats(&castier).await;
+        assert_eq!((now.0 - before.0, now.1 - before.1, now.2 - before.2), (2, 0, blob.size), "requests, errors, bytes");
+
+        // The last byte rots. A small blob is not there; a large one has begun to leave when it is noticed.
+        purge(&blob).await;
+        let name = blob.digest.to_string();
+        let file = castier.dir().join("origin").join(&name[..2]).join(&name[2..4]).join(&name);
+        let mut rotten = blob.whole();
+        *rotten.last_mut().unwrap() ^= 1;
+        fs::write(&file, rotten).unwrap();
+        let reply = get(castier.public, &blob).await;
+        assert!(reply.status == 404 || !reply.complete, "{}", reply.status);
+        assert!(!file.exists() && castier.dir().join("origin/quarantine").join(&name).exists());
+        assert!(origin_stats(&castier).await.1 > before.1, "an error of the origin");
+        assert_eq!(put(&blob).await, 201, "the upload heals it");
+        get(castier.public, &blob).await.assert_is(&blob);
+    }
+    let blob = Blob::new(1000);
+    Request::new("DELETE", blob.path()).send(castier.public).await.assert_problem(405);
+    Request::get("/kv/none").send(castier.public).await.assert_problem(404);
+    let records = eventually("the record of what was relayed", async || {
+        let output = castier.output();
+        let own: Vec<_> = output.lines().filter(|line| line.contains("target=castier_origin::access")).map(str::to_owned).collect();
+        (!own.is_empty()).then_some(own)
+    });
+    assert!(matches!(&records.await[..], [one] if one.contains("/kv/none")), "{}", castier.output());
+}
+
+/// Requests to the origin, its errors, and bytes from it.
+async fn origin_stats(castier: &Castier) -> (u64, u64, u64) {
+    let stats: serde_json::Value = serde_json::from_slice(&Request::get("/stats").send(castier.admin).await.body).unwrap();
+    let figure = |name: &str| stats["origin"][name].as_u64().unwrap();
+    (figure("requests"), figure("errors"), figure("bytes"))
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use crate::support::{Blob, Castier, LyingOrigin, MIB, RealOrigin, assert_ledger,
 use std::process::Command;
 use tempfile::TempDir;
 
-/// Runs curl off the async threads; gives its standard output.
+/// Runs curl off the async threads. Returns its standard output.
 async fn curl(arguments: &[&str]) -> Vec<u8> {
     let mut command = Command::new("curl");
     command.args(["--silent", "--show-error", "--max-time", "50", "--noproxy", "*"]).args(arguments);

@@ -1,4 +1,4 @@
-//! Descriptors are shared out by kind, so that none of them can starve another.
+//! Each use of descriptors has its own share, so that none can starve another.
 
 use crate::support::{Castier, MuteOrigin, RealOrigin, Request, eventually, get, heavy, metrics, process::config_text};
 use std::{fs, net::SocketAddr, path::Path, process::Command, time::Duration};
@@ -8,7 +8,7 @@ use tokio::{
     net::TcpStream,
 };
 
-/// castier with so many descriptors.
+/// castier with this limit of descriptors.
 async fn with_files(files: u32, origin: &str, config: &str) -> Castier {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join("castier.toml"), config_text(origin, config)).unwrap();
@@ -27,7 +27,7 @@ async fn clients(to: SocketAddr, how_many: usize, bytes: &[u8]) -> Vec<TcpStream
     open
 }
 
-/// The beginning of what a new client is told, or nothing if it is told nothing at once.
+/// The beginning of the answer to a new client; empty if there is no answer at once.
 async fn told(to: SocketAddr, path: &str) -> Option<String> {
     let asking = async {
         let mut stream = TcpStream::connect(to).await.ok()?;
@@ -66,7 +66,7 @@ async fn relays_leave_some_for_others() {
     eventually("relays as before", async || told(castier.public, "/drip").await.filter(|answer| answer.ends_with("200")).map(drop)).await;
 }
 
-/// Half heads on one listener do not keep the other from answering, nor health checks from being answered on this one.
+/// Incomplete heads on one listener do not block the other listener, and not the health checks on this one.
 async fn half_heads_on(admin: SocketAddr, descriptors: impl AsyncFn() -> usize, public_answers: impl AsyncFn() -> bool) {
     let before = descriptors().await;
     let open = clients(admin, 4100, b"GET /healthz HTTP/1.1\r\nHost: castier.test\r\nX: ").await;

@@ -1,4 +1,4 @@
-//! The disk tier: what it keeps, what it forgets, and what a restart finds.
+//! The disk tier: keeping, forgetting, and restarts.
 
 use crate::support::{
     Blob, Cache, Castier, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_hit, assert_ledger,
@@ -76,7 +76,7 @@ async fn a_restart_finds_everything() {
     }
 }
 
-/// Also while a request holds on to everything until it is cut.
+/// The end waits for the write-behind queue, even while a stalled request runs until it is cut.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_end_waits_for_what_waits_to_be_written() {
     let _turn = light().await;
@@ -164,7 +164,7 @@ async fn uploads_are_kept_and_forgotten() {
     assert_eq!(Request::new("POST", format!("/purge/{}", purged.digest)).send(castier.admin).await.status, 200);
     assert_eq!(Request::new("DELETE", deleted.path()).send(castier.public).await.status, 204);
     assert!(!cache.file(&purged).exists() && !cache.file(&deleted).exists() && cache.file(&chunked).exists());
-    // What is forgotten stays so.
+    // A forgotten blob stays forgotten.
     castier.signal(Signal::KILL);
     castier.exit().await;
     let castier = Castier::start(&origin.url(), &config).await;
@@ -202,7 +202,7 @@ async fn one_directory_one_castier() {
     assert_hit(&castier, &blob).await;
 }
 
-/// Gets `blobs` over a few connections, as far as `until` allows; gives how many, all of them right.
+/// Gets `blobs` over a few connections, while `until` allows it. Checks them, and returns their number.
 async fn get_all(castier: &Castier, blobs: &Arc<Vec<Blob>>, until: Instant, cache_status: &'static str) -> usize {
     let (next, mut clients) = (Arc::new(AtomicUsize::new(0)), JoinSet::new());
     for _ in 0..16 {

@@ -1,4 +1,4 @@
-//! kill -9 in the middle of fills and evictions: what is found afterwards is whole, and the books are right.
+//! kill -9 during fills and evictions: afterwards the files are complete, and the index agrees with them.
 
 use crate::support::{
     Blob, Cache, Castier, Conn, Download, KIB, LyingOrigin, Random, assert_ledger,
@@ -16,7 +16,7 @@ use std::{
 use tokio::task::JoinSet;
 
 const CAPACITY: u64 = 8 << 20;
-/// What file systems hand out at once.
+/// The allocation unit of file systems.
 const DISK_BLOCK: u64 = 4096;
 
 /// Clients that get blobs at random until `stop`.
@@ -53,7 +53,7 @@ impl Load {
     }
 }
 
-/// Waits until the files are what the index says they are; gives them.
+/// Waits until the files agree with the index. Returns them.
 async fn files_agree(castier: &Castier, cache: &Cache) -> Vec<Kept> {
     let (files, told) = eventually("as many files as the index has blobs", async || {
         let files = cache.files();

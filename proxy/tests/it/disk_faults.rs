@@ -1,4 +1,4 @@
-//! What disks do: bits rot, space runs out, files vanish, descriptors run out. Clients notice nothing of it, or a clear refusal.
+//! Faults of disks: flipped bits, no space, missing files, no descriptors. Clients notice nothing, or get a clear refusal.
 
 use crate::support::{
     Blob, Cache, Castier, Conn, Download, KIB, LyingOrigin, MIB, Random, Request, assert_hit, assert_ledger,
@@ -21,7 +21,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 
-/// Flips one bit of a file; false if the file is not there any more.
+/// Flips one bit of a file. Returns false if the file does not exist any more.
 fn flip(path: &Path, bit: u64) -> bool {
     let Ok(file) = File::options().read(true).write(true).open(path) else { return false };
     let mut byte = [0];
@@ -89,7 +89,7 @@ async fn a_damaged_file_is_set_aside_and_the_answer_goes_on() {
     kept(&castier, 3).await;
     castier.signal(Signal::KILL);
     castier.exit().await;
-    // A block in the middle rots, a file loses its end, and one its name.
+    // One file has a damaged block, one loses its end, and one is deleted.
     assert!(flip(&cache.file(&blobs[0]), 8 * 7 * MIB + 3));
     File::options().write(true).open(cache.file(&blobs[1])).unwrap().set_len(MIB).unwrap();
     fs::remove_file(cache.file(&blobs[2])).unwrap();
@@ -132,7 +132,7 @@ async fn the_scrub_finds_what_nobody_asks_for() {
     assert_ledger(&castier).await;
 }
 
-/// A file system of 64 MiB. Unmounted when dropped.
+/// A file system of 64 MiB. Unmounted on drop.
 struct Tmpfs(TempDir);
 
 impl Tmpfs {
@@ -181,7 +181,7 @@ async fn a_full_disk_fails_no_request() {
     assert!(books.sum("castier_disk_write_errors_total", &[("reason", "full")]) > 0, "{}", books.text);
     assert!(of_disk(&books, "castier_hits_total") > 0 && of_disk(&books, "castier_tier_blobs") > 0, "{}", books.text);
     assert!((50 * MIB..64 * MIB).contains(&of_disk(&books, "castier_tier_capacity_bytes")), "the file system's size bounds the tier");
-    // What is kept is served, from there.
+    // Blobs on disk are served from there.
     let held: Vec<_> =
         blobs.iter().filter(|blob| path.join(&blob.digest.to_string()[..2]).join(blob.digest.to_string()).exists()).collect();
     assert!(!held.is_empty());
@@ -192,7 +192,7 @@ async fn a_full_disk_fails_no_request() {
     assert_eq!(books.corrupt("disk"), 0);
 }
 
-/// A directory that cannot be written to. Ends when dropped.
+/// A directory that is mounted read-only until drop.
 struct ReadOnly(PathBuf);
 
 impl ReadOnly {
@@ -226,7 +226,7 @@ async fn a_disk_that_turns_read_only_fails_no_request() {
         println!("skipped: only root may make a file system read-only");
         return;
     };
-    // Through memory and behind, and through a file.
+    // Through the write-behind queue, and through a file.
     for size in [10 * KIB, 300 * KIB, 9 * MIB] {
         let blob = origin.blob(size);
         get(castier.public, &blob).await.assert_is(&blob);
@@ -247,7 +247,7 @@ async fn a_disk_that_turns_read_only_fails_no_request() {
     assert_eq!((books.corrupt("disk"), cache.count("quarantine")), (0, 0));
 }
 
-/// What a client got that may have been turned away: 200, or a clear 503. One that is served stays.
+/// The answer to a client that may be refused: 200, or a clear 503. The connection of a served client stays open.
 async fn ask(castier: &Castier, blob: &Blob, crowd: &mut Vec<Conn>) -> u16 {
     let mut conn = Conn::open(castier.public).await;
     let reply = conn.ask(&Request::get(blob.path())).await;
@@ -278,7 +278,7 @@ async fn descriptors_run_out() {
     kept(&castier, 10).await;
     let (mut crowd, mut seen) = (Vec::new(), Vec::new());
     for n in 0..100 {
-        // Half of them want what is kept, half what must be fetched.
+        // Half of them request blobs on disk, half request blobs that must be loaded.
         let blob = if n % 2 == 0 { blobs[n % 10].clone() } else { origin.blob(100 * KIB) };
         seen.push(ask(&castier, &blob, &mut crowd).await);
     }

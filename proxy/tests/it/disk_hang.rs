@@ -1,4 +1,4 @@
-//! A disk that neither answers nor fails. It costs a wait, and never a request.
+//! A disk that hangs costs a wait, and never a request.
 
 use crate::support::{
     Blob, Castier, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_hit, assert_ledger, disk::kept, eventually, get,
@@ -15,7 +15,7 @@ use std::{
 };
 use tokio::task::JoinSet;
 
-/// A tier on a file system that can hang, waited for only shortly.
+/// A tier on a file system that can hang, with a short timeout.
 fn config(fs: &HangingFs) -> String {
     format!(
         "disk.path = {:?}\ndisk.capacity = \"1GiB\"\ndisk.scrub_rate = 0\nmemory.max_blob = \"64KiB\"\ndisk.timeout = \"500ms\"\n\
@@ -24,7 +24,7 @@ fn config(fs: &HangingFs) -> String {
     )
 }
 
-/// Far less than what any of the programs would wait for by itself.
+/// Much less than the programs' own timeouts.
 const SOON: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -67,7 +67,7 @@ async fn a_disk_that_hangs_costs_no_request() {
     assert!(errors("timeout").await > 0);
     let told = castier.output().matches("does not answer").count();
     assert!((1..=4).contains(&told), "told {told} times:\n{}", castier.output());
-    // It is known to hang: nobody waits for it now.
+    // The hang is known: no request waits for the disk now.
     let upload = Blob::new(20 * MIB);
     let put = within(SOON, "an upload", Request::new("PUT", upload.path()).body(upload.whole()).send(castier.public)).await;
     assert_eq!(put.status, 201);
@@ -75,7 +75,7 @@ async fn a_disk_that_hangs_costs_no_request() {
     assert_eq!(purge.status, 200);
     assert_eq!(Request::get("/healthz").send(castier.admin).await.status, 200);
     hang.end();
-    // Well again by itself, and what was kept is there.
+    // The tier recovers by itself, with its blobs.
     eventually("a hit of the disk", async || {
         let reply = get(castier.public, &blobs[0]).await;
         reply.assert_is(&blobs[0]);
@@ -98,7 +98,7 @@ async fn a_disk_that_hangs_costs_no_request() {
     assert_hit(&castier, &blobs[1]).await;
 }
 
-/// Uploads wait for the origin alone, also before anybody knows that the disk hangs.
+/// Uploads wait for the origin only, even before the hang is noticed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn uploads_do_not_wait_for_the_disk() {
     let _turn = light().await;
@@ -150,7 +150,7 @@ async fn the_start_and_the_end_do_not_wait_for_a_disk_that_hangs() {
     assert!(said.contains("disk.path") && said.contains("does not answer") && start.elapsed() < SOON, "{said}");
 }
 
-/// Blobs that pass through `fill.spool_dir` get a clear refusal; hits and small blobs notice nothing.
+/// Blobs that need `fill.spool_dir` get a clear refusal. Hits and small blobs are not affected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_spool_directory_that_hangs_harms_no_hit() {
     let _turn = light().await;
@@ -182,7 +182,7 @@ async fn a_spool_directory_that_hangs_harms_no_hit() {
     eventually("large blobs pass again", async || (get(castier.public, &origin.blob(2 * MIB)).await.status == 200).then_some(())).await;
 }
 
-/// The file that a blob passes through hangs in the middle, with readers that have some of it, most of it, and nothing.
+/// The spool file of a blob hangs in the middle, with readers that have some, most or none of its bytes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_hangs_under_a_flight_cuts_nobody() {
     let _turn = light().await;
@@ -201,7 +201,7 @@ async fn a_disk_that_hangs_under_a_flight_cuts_nobody() {
         .collect();
     eventually("two have what there is", async || (fast.received.load(Ordering::Relaxed) > 11 * MIB).then_some(())).await;
     eventually("one has little", async || (slow.received.load(Ordering::Relaxed) > 0).then_some(())).await;
-    // What the file does not have yet is in memory, and what the page cache has is read from there: nothing hangs in either.
+    // Bytes that are not written yet are in memory, and written bytes are read from the page cache: both work.
     let files = castier.files(&fs.path());
     eventually("the file has the beginning", async || files.iter().any(|file| file.metadata().unwrap().len() >= 5 * MIB).then_some(()))
         .await;

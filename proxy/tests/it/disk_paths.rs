@@ -1,4 +1,4 @@
-//! What stands in the way of files: pipes, directories, permissions, limits, and another castier. Each costs what it concerns.
+//! Obstacles to files: pipes, directories, permissions, limits, and another castier. Each affects only the blobs concerned.
 
 use crate::support::{
     Blob, Cache, Castier, Download, KIB, LyingOrigin, MIB, Request, assert_hit, assert_ledger,
@@ -16,7 +16,7 @@ fn pipe(path: &Path) {
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }
 
-/// Runs castier behind a command that changes what it may do.
+/// Runs castier through a command that changes its rights or limits.
 async fn start_under(command: &[&str], origin: &str, config: &str) -> Castier {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("castier.toml");
@@ -26,7 +26,7 @@ async fn start_under(command: &[&str], origin: &str, config: &str) -> Castier {
     Castier::run(under, dir).await
 }
 
-/// Nobody writes into the pipe, so whoever opens it as a file waits for ever.
+/// Nobody writes into the pipe, so opening it as a file would block for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pipe_at_a_blobs_path_is_no_blob() {
     let _turn = light().await;
@@ -42,7 +42,7 @@ async fn a_pipe_at_a_blobs_path_is_no_blob() {
     castier.exit().await;
     let castier = Castier::start(&origin.url(), &config).await;
     scanned(&castier).await;
-    // Known to the index, and no files any more.
+    // They are in the index, and are not files any more.
     fs::remove_file(cache.file(&piped)).unwrap();
     pipe(&cache.file(&piped));
     fs::remove_file(cache.file(&linked)).unwrap();
@@ -58,7 +58,7 @@ async fn a_pipe_at_a_blobs_path_is_no_blob() {
         }
     })
     .await;
-    // New files have taken their places.
+    // New files have replaced them.
     for blob in [&piped, &linked, &sound] {
         eventually("it is kept", async || fs::symlink_metadata(cache.file(blob)).is_ok_and(|there| there.is_file()).then_some(())).await;
         assert_hit(&castier, blob).await;
@@ -67,7 +67,7 @@ async fn a_pipe_at_a_blobs_path_is_no_blob() {
     assert_ledger(&castier).await;
 }
 
-/// Blobs until one belongs into the directory of another.
+/// Makes blobs until two belong into the same directory.
 fn neighbour(origin: &LyingOrigin, of: &Blob, size: u64) -> Blob {
     loop {
         let blob = Blob::new(size);
@@ -85,7 +85,7 @@ async fn what_belongs_to_one_path_costs_that_path() {
     let config = cache.config("1GiB", "disk.cooldown = \"1h\"");
     let castier = Castier::start(&origin.url(), &config).await;
     scanned(&castier).await;
-    // A full directory where a blob belongs: it is set aside, and the blob kept.
+    // A directory with the name of a blob: it is moved to the quarantine, and the blob is kept.
     let blocked = origin.blob(200 * KIB);
     fs::create_dir(cache.file(&blocked)).unwrap();
     fs::write(cache.file(&blocked).join("somebody's"), "data").unwrap();
@@ -94,7 +94,7 @@ async fn what_belongs_to_one_path_costs_that_path() {
     assert_hit(&castier, &blocked).await;
     let aside = cache.root().join("quarantine").join(format!("{}.directory-0", blocked.digest));
     assert_eq!(fs::read_to_string(aside.join("somebody's")).unwrap(), "data");
-    // A file where a directory of the tier belongs: nothing in there can be kept, all else can.
+    // A file with the name of a subdirectory: only blobs of that subdirectory cannot be kept.
     let lost = loop {
         let blob = origin.blob(100 * KIB);
         if blob.digest.as_bytes()[0] != blocked.digest.as_bytes()[0] {
@@ -120,7 +120,7 @@ async fn what_belongs_to_one_path_costs_that_path() {
     assert_ledger(&castier).await;
 }
 
-/// root may write anywhere, so castier runs without that right here.
+/// root can write anywhere, so castier runs without that right here.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_directory_that_may_not_be_written_to() {
     let _turn = light().await;
@@ -186,7 +186,7 @@ async fn skipped_writes_are_counted_whatever_the_size() {
     }
     let mut skipped = 0;
     for n in 0..4 {
-        // The first one finds out.
+        // The first one notices it.
         let blob = origin.blob(200 * KIB + n);
         get(castier.public, &blob).await.assert_is(&blob);
         let upload = Blob::new(300 * KIB);
@@ -197,7 +197,7 @@ async fn skipped_writes_are_counted_whatever_the_size() {
     assert!(skipped >= 6, "{skipped}");
 }
 
-/// Whoever has the directory when it is deleted goes on with it, unless another has come meanwhile.
+/// If the directory of a running castier is deleted, it goes on, unless another one has taken the directory by then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_directory_that_is_deleted_under_a_running_castier() {
     let _turn = light().await;
@@ -209,7 +209,7 @@ async fn a_directory_that_is_deleted_under_a_running_castier() {
     get(first.public, &before).await.assert_is(&before);
     kept(&first, 1).await;
     fs::remove_dir_all(&root).unwrap();
-    // What was lost is had anew, and new blobs are kept.
+    // Lost blobs are loaded again, and new blobs are kept.
     for blob in [origin.blob(300 * KIB), before.clone()] {
         get(first.public, &blob).await.assert_is(&blob);
     }
@@ -224,7 +224,7 @@ async fn a_directory_that_is_deleted_under_a_running_castier() {
         command.arg("--config").arg(path);
     });
     assert_eq!(refused.status.code(), Some(1));
-    // Deleted again, and taken by another before the first one notices.
+    // Deleted again, and another one takes it before the first one notices.
     fs::remove_dir_all(&root).unwrap();
     let second = Castier::start(&origin.url(), &config).await;
     let theirs = origin.blob(400 * KIB);
@@ -236,7 +236,7 @@ async fn a_directory_that_is_deleted_under_a_running_castier() {
         assert!(!there(&blob), "the first one writes into the second one's directory");
     }
     eventually("the first one says so", async || first.output().contains("another process has taken its place").then_some(())).await;
-    // Nor does it delete what is not its own.
+    // It does not delete the other one's files.
     assert_eq!(Request::new("POST", format!("/purge/{}", theirs.digest)).send(first.admin).await.status, 200);
     assert!(there(&theirs));
     assert_hit(&second, &theirs).await;

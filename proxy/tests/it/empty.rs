@@ -1,4 +1,4 @@
-//! The empty blob: whoever knows its name has its bytes, so it is there whatever the origin says.
+//! The empty blob always exists, for any answer of the origin.
 
 use crate::support::{Blob, Castier, LyingOrigin, Request, assert_ledger, get, light};
 

@@ -1,4 +1,4 @@
-//! Entries and instances through castier: what is relayed, and what is a blob by another name.
+//! Entries and instances through castier: relayed paths, and other paths of blobs.
 
 use crate::support::{Blob, Castier, Gate, KIB, Lie, LyingOrigin, Request, assert_ledger, eventually, light, metrics};
 use castier_blob::Digest;
@@ -60,7 +60,7 @@ async fn a_blob_of_an_instance_is_the_blob() {
         let to = castier.public;
         tokio::spawn(async move { request.send(to).await })
     };
-    // Three names, one load.
+    // Three paths, one load.
     let replies: Vec<_> = paths.iter().map(|path| ask(path, None)).collect();
     eventually("the flight is joined", async || (metrics(&castier).await.total("castier_gets_total") == 3).then_some(())).await;
     hold.open();
@@ -87,7 +87,7 @@ async fn a_blob_of_an_instance_is_the_blob() {
     Request::new("PUT", &path).body(b"something else".to_vec()).send(castier.public).await.assert_problem(422);
     assert_eq!(Request::new("DELETE", &path).send(castier.public).await.status, 204);
     assert_eq!(Request::get(new.path()).send(castier.public).await.status, 404);
-    // What only looks like it is the origin's business.
+    // Similar paths are relayed to the origin.
     for path in ["/a/b/cas/", "/v2/cas/", "/kv/cas/", "/team/cas/x"] {
         let reply = Request::get(format!("{path}{}", blob.digest)).send(castier.public).await;
         assert_eq!(reply.cache_status(), "castier; fwd=bypass", "{path}");

@@ -1,8 +1,8 @@
-//! What stays in a full tier: what is asked for again, whatever its size, and not what only passes.
+//! A full tier keeps blobs of any size that are requested again, and not blobs that are requested once.
 
 use crate::support::{Blob, Cache, Castier, KIB, LyingOrigin, MIB, assert_ledger, get, light};
 
-/// A tier of 32 MiB is full of small blobs, each of which was asked for twice. Then a large one is asked for 30 times in a row.
+/// A tier of 32 MiB is full of small blobs with two gets each. Then a large blob is requested 30 times in a row.
 async fn a_large_blob_in_a_row(config: &str, hit: &str) {
     let _turn = light().await;
     let origin = LyingOrigin::start().await;
@@ -19,7 +19,7 @@ async fn a_large_blob_in_a_row(config: &str, hit: &str) {
         for _ in 0..30 {
             let reply = get(castier.public, &large).await;
             reply.assert_is(&large);
-            // A flight has sent its last byte a moment before it leaves the map; who asks in that moment joins it.
+            // A flight sends its last byte a moment before it leaves the map. A request in that moment joins it.
             hits += usize::from(reply.cache_status() == hit || reply.cache_status().contains("collapsed"));
         }
         let loads = origin.gets(&large);

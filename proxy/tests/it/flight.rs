@@ -1,4 +1,4 @@
-//! One flight, watched closely: who may join it, what they get and when, and what becomes of it when they leave.
+//! One flight in detail: joining, the order of bytes, and readers that leave.
 
 use crate::support::{
     Cache, Castier, Conn, Download, Gate, HELD_BACK, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get, light, metrics,
@@ -41,8 +41,7 @@ async fn a_late_comer_to_a_spool_without_a_window() {
     late_comer("memory.max_blob = \"64KiB\"\nfill.memory = \"100KiB\"\nverify.buffer_up_to = \"100KiB\"", "").await;
 }
 
-/// All that came is there to be read at once, wherever the spool has it: in memory, in its file, or in the part of a batch that waits to
-/// be written.
+/// All received bytes can be read at once, from memory, from the spool's file, or from a batch that is not written yet.
 async fn late_comer(config: &str, stored: &str) {
     let _turn = light().await;
     let (origin, castier) = world(config).await;
@@ -72,7 +71,7 @@ async fn the_end_is_held_back_until_the_digest_matches() {
     let (origin, castier) = world("").await;
     let gate = Gate::new();
     let size = 3 * MIB;
-    // All bytes but one are there: nobody can know yet whether they are right.
+    // All bytes but one have arrived, so the blob cannot be verified yet.
     let blob = origin.blob_with(size, [Lie::honest().stall(size - 1, &gate)]);
     let whole = Download::default();
     let client = spawn(&whole, &blob, &castier);
@@ -112,7 +111,7 @@ async fn small_blobs_are_verified_before_the_first_byte() {
 #[tokio::test]
 async fn slow_is_not_silent() {
     let _turn = light().await;
-    // Far longer in all than any silence that would be too long.
+    // In total much longer than the longest allowed silence.
     let (origin, castier) = world("origin.read_timeout = \"500ms\"").await;
     let blob = origin.blob_with(2 * MIB, [Lie::honest().throttle(MIB)]);
     let start = Instant::now();
@@ -204,7 +203,7 @@ async fn many_at_once_on_many_blobs() {
     for (blob, client) in clients {
         client.await.unwrap().assert_is(&blob);
     }
-    // Two requests can pass each other between the look-up and the flight; still nobody loads twice.
+    // Two requests can overtake each other between the look-up and the flight. There must be only one load all the same.
     for blob in &blobs {
         assert_eq!(origin.gets(blob), 1);
     }
@@ -215,7 +214,7 @@ async fn many_at_once_on_many_blobs() {
 async fn a_blob_that_no_tier_keeps_is_shared_while_somebody_reads_it() {
     let _turn = light().await;
     let (origin, castier) = world("memory.max_blob = \"1MiB\"").await;
-    // More than the kernel takes on a reader's behalf.
+    // More than the socket buffers of a reader.
     let blob = origin.blob(40 * MIB);
     let mut slow = Conn::narrow(castier.public).await;
     slow.send(&Request::get(blob.path()).bytes()).await;

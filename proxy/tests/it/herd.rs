@@ -1,4 +1,4 @@
-//! However many come at once, the origin sees one load: in calm, when clients leave, and when the origin breaks off.
+//! For any number of concurrent clients the origin sees one load: normally, when clients leave, and when the origin breaks off.
 
 use crate::support::{
     Blob, Castier, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Random, RealOrigin, Request, assert_ledger, client::Outcome,
@@ -13,13 +13,13 @@ use tokio::task::JoinSet;
 /// Clients of the one large blob.
 const HERD: usize = 1000;
 const LARGE: u64 = 20 * MIB;
-/// Clients of the other blobs, and how many of those there are.
+/// The number of clients of the other blobs, and the number of those blobs.
 const OTHERS: usize = 200;
 const OTHER_BLOBS: usize = 20;
 /// Room for the large blob in memory.
 const KEEPS_LARGE: &str = "memory.max_blob = \"32MiB\"\nmemory.capacity = \"256MiB\"";
 
-/// Clients that upload, and what each stores.
+/// The number of clients that upload, and the size of an upload.
 const WRITERS: usize = 2000;
 const WRITES: usize = 3;
 
@@ -31,11 +31,11 @@ enum Trouble {
     OriginResetsTwice,
 }
 
-/// A client that is under way.
+/// A running client.
 struct Client {
-    /// Which blob it asked for: 0 is the large one.
+    /// The index of its blob; 0 is the large one.
     blob: usize,
-    /// Whether it was to hang up before the end.
+    /// Whether it leaves before the end.
     leaves: bool,
     outcome: Outcome,
 }
@@ -45,12 +45,12 @@ struct Herd {
     castier: Castier,
     /// The large one, then the others.
     blobs: Vec<Blob>,
-    /// Where the origin waits before it answers anyone.
+    /// The gate before the origin's first answer.
     start: Gate,
-    /// Where the origin waits in the middle of the large blob.
+    /// The gate in the middle of the large blob.
     middle: Gate,
     clients: JoinSet<Client>,
-    /// How many clients of the large blob have got bytes.
+    /// The number of clients of the large blob that have bytes.
     started: Arc<std::sync::atomic::AtomicU64>,
 }
 
@@ -80,7 +80,7 @@ impl Herd {
         self.clients.spawn(async move { Client { blob, leaves: hang_up_after.is_some(), outcome: download.of(&wanted, from).await } });
     }
 
-    /// Brings everybody to the barrier: the leader of the large blob first, the others in any order.
+    /// Starts all clients and waits until they are at the barrier: the leader of the large blob first, the others in any order.
     async fn gather(&mut self, trouble: Trouble) {
         let mut random = Random::seeded();
         self.client(0, (trouble == Trouble::LeaderLeaves).then_some(MIB));
@@ -100,7 +100,7 @@ impl Herd {
         assert_eq!(self.clients.len(), HERD + OTHERS, "nobody got an answer before the origin gave one");
     }
 
-    /// Lets the origin go, first to the middle and then to the end, and checks what every client got.
+    /// Opens the gates, first to the middle and then to the end, and checks every client's result.
     async fn release(&mut self, trouble: Trouble) {
         self.start.open();
         eventually("the origin is in the middle of the large blob", async || (self.middle.arrived() == 1).then_some(())).await;
@@ -137,7 +137,7 @@ impl Herd {
         }
     }
 
-    /// What the origin saw, and what the books say.
+    /// Checks the origin's requests, and the ledger.
     async fn settle(&self, trouble: Trouble) {
         let resumes = if trouble == Trouble::OriginResetsTwice { 2 } else { 0 };
         let seen = self.origin.requests("GET", &self.blobs[0]);
@@ -163,7 +163,7 @@ async fn herd(config: &str, trouble: Trouble) -> Herd {
     herd
 }
 
-/// Everything was kept: another round costs the origin nothing.
+/// Everything was kept, so another round causes no loads.
 async fn assert_kept(herd: &Herd) {
     assert_eq!(metrics(&herd.castier).await.kept(), herd.blobs.len() as u64);
     for blob in &herd.blobs {
@@ -175,7 +175,7 @@ async fn assert_kept(herd: &Herd) {
 }
 
 impl Herd {
-    /// The origin saw nothing new, and the books still balance.
+    /// Checks that the origin saw no new requests, and that the ledger balances.
     async fn settle_again(&self) {
         for blob in &self.blobs[1..] {
             assert_eq!(self.origin.gets(blob), 1);

@@ -1,4 +1,4 @@
-//! The request table of the contract, as clients see it; on castier, and where both promise the same, on the origin too.
+//! The request table of the contract, for castier and, where it is the same, for the origin.
 
 use crate::support::{Blob, Castier, Conn, KIB, Lie, LyingOrigin, MIB, RealOrigin, Reply, Request, assert_ledger, get, light};
 use std::net::SocketAddr;
@@ -55,7 +55,7 @@ async fn headers_of_a_blob() {
     assert_blob_headers(&cold, &blob, 10);
 }
 
-/// One row: headers of the request; status, `Content-Range` and the part of the body that must come.
+/// One row: headers of the request; expected status, `Content-Range` and part of the body.
 type Row = (&'static [(&'static str, &'static str)], u16, Option<&'static str>, (u64, u64));
 
 /// For a blob of 100 bytes. `TAG` stands for its validator, `OTHER` for another's.
@@ -128,7 +128,7 @@ async fn conditions_and_ranges() {
 async fn a_client_that_has_it_needs_no_look_up() {
     let _turn = light().await;
     let (origin, castier) = world("").await;
-    // Not even known to the origin: the address is the content.
+    // Even if the origin does not have the blob: the digest names the content.
     let blob = Blob::new(10);
     for method in ["GET", "HEAD"] {
         let request = Request::new(method, blob.path()).header("If-None-Match", format!("\"{}\"", blob.digest));
@@ -254,7 +254,7 @@ async fn expect_100_continue() {
     assert!(interim.first.contains(" 100 "), "{interim:?}");
     conn.send(&blob.whole()).await;
     assert_eq!(conn.reply("PUT").await.status, 201);
-    // Being called for has not cost the connection.
+    // After 100 Continue the connection stays open.
     conn.ask(&Request::get(blob.path())).await.assert_is(&blob);
     // A body that means nothing is called for as well, and over HTTP/1.0 none is.
     conn.send(&Request::get(blob.path()).header("Expect", "100-continue").body("abc").head_bytes()).await;
@@ -291,7 +291,7 @@ async fn absolute_form() {
         ask("/cas/abc").send(castier.public).await.assert_problem(400);
     }
     assert_eq!(origin.gets(&blob), 1);
-    // Nobody's open proxy: whatever host is named, it is the origin that is asked.
+    // castier is not an open proxy: it asks the origin for any named host.
     let reply = Request::get("http://other.test/some/path?q=1").header("Host", "other.test").send(castier.public).await;
     let text = String::from_utf8(reply.body).unwrap();
     assert!(text.starts_with("GET /some/path?q=1 HTTP/1.1\n"), "an origin is asked in origin-form: {text}");

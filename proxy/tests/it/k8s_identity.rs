@@ -1,4 +1,4 @@
-//! A node of a StatefulSet gets a new address with every restart. Its name stays, and so do its digests and its disk.
+//! A node of a StatefulSet gets a new address with every restart, and keeps its name, its digests and its disk.
 
 use crate::{
     cluster_dns::{Zone, everybody_has, world},
@@ -19,7 +19,7 @@ const PODS: [&str; 3] = [
     "castier-2.castier-peers.cas.svc.cluster.local.",
 ];
 
-/// What CoreDNS says of these pods: one SRV record each, all with the weight 100 / n, and an address for each name.
+/// CoreDNS's records of these pods: one SRV record each, all with the weight 100 / n, and an address for each name.
 fn pods<'a>(nodes: impl IntoIterator<Item = (&'static str, &'a Node)>) -> Zone {
     let nodes: Vec<_> = nodes.into_iter().collect();
     let weight = u16::try_from(100 / nodes.len()).unwrap();
@@ -28,7 +28,7 @@ fn pods<'a>(nodes: impl IntoIterator<Item = (&'static str, &'a Node)>) -> Zone {
     Zone::Has(records.collect())
 }
 
-/// Every member's share of all digests, as the node tells it.
+/// Every member's share of all digests, from the node's `/stats`.
 async fn shares(node: &Node) -> Vec<(String, String)> {
     let told = stats(node.castier()).await;
     let text = |member: &Value, key: &str| member[key].to_string();

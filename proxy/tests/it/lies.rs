@@ -1,4 +1,4 @@
-//! Every lie of the origin: what the client saw, what the cache kept, what the counters say.
+//! Every fault of the origin: the client's result, the content of the tiers, and the counters.
 
 use crate::support::{
     Blob, Castier, Conn, DEADLINE, Download, Gate, HELD_BACK, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get,
@@ -16,7 +16,7 @@ async fn world() -> (LyingOrigin, Castier) {
     (origin, castier)
 }
 
-/// The origin has come to its senses: castier gives the right bytes, and nothing of the lie was kept.
+/// After the fault castier gives the right bytes, and has kept nothing wrong.
 async fn assert_recovers(origin: &LyingOrigin, castier: &Castier, blob: &Blob) {
     let before = origin.gets(blob);
     origin.always(blob, Lie::honest());

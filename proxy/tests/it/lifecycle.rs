@@ -1,4 +1,4 @@
-//! Signals: ending in order, and reading the configuration anew.
+//! Signals: the orderly end, and reading the configuration again.
 
 use crate::support::{
     Blob, Castier, Conn, Download, Gate, Lie, LyingOrigin, MIB, Request, client::Outcome, eventually, get, light, process::config_text,

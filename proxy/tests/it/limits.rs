@@ -1,4 +1,4 @@
-//! Past a limit there is a clear answer, and below it there is service.
+//! Requests over a limit get a clear answer, and others are served.
 
 use crate::support::{
     Blob, Castier, Conn, Gate, KIB, Lie, LyingOrigin, MIB, Reply, Request, assert_ledger, eventually, get, light, metrics,

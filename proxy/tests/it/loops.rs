@@ -1,4 +1,4 @@
-//! Requests that come back to the node that sent them, and chains of castiers, in which they do not.
+//! Loops, in which requests come back to the node that sent them, and chains of castiers without loops.
 
 use crate::support::{Blob, Castier, KIB, LyingOrigin, Reply, Request, get, light};
 use std::time::{Duration, Instant};

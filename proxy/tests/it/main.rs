@@ -1,6 +1,6 @@
-//! Black-box tests of `castier`: real processes and real sockets, with an origin behind them that lies, stalls and dies as told.
+//! Black-box tests of `castier`: real processes and real sockets, in front of an origin that sends wrong bytes, stalls and ends on request.
 //!
-//! They need both programs: `cargo test` of the whole workspace builds them, as does `cargo build --release`.
+//! They need both programs: build them with `cargo test` of the whole workspace, or with `cargo build --release`.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
 
 mod absences;
@@ -15,6 +15,7 @@ mod cluster;
 mod cluster_change;
 mod cluster_dns;
 mod config;
+mod contract;
 mod curl;
 mod descriptors;
 mod disk;

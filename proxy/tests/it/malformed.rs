@@ -1,4 +1,4 @@
-//! Bad input: a clear answer, no crash, nothing leaked, and nothing of it reaches the origin.
+//! Malformed input: a clear answer, no crash, no leak, and nothing reaches the origin.
 
 use crate::support::{Castier, Conn, LyingOrigin, MIB, Random, Reply, Request, assert_ledger, eventually, get, light, metrics, within};
 use std::time::{Duration, Instant};
@@ -9,14 +9,14 @@ async fn world(config: &str) -> (LyingOrigin, Castier) {
     (origin, castier)
 }
 
-/// The answer to these very bytes.
+/// The answer to these bytes.
 async fn raw(castier: &Castier, bytes: &[u8]) -> Reply {
     let mut conn = Conn::open(castier.public).await;
     conn.send(bytes).await;
     conn.reply("GET").await
 }
 
-/// Castier still works, and gave back whatever the test made it open.
+/// castier still works, and has closed everything that the test made it open.
 async fn assert_unharmed(origin: &LyingOrigin, castier: &Castier, descriptors: usize) {
     let blob = origin.blob(1000);
     get(castier.public, &blob).await.assert_is(&blob);

@@ -1,4 +1,4 @@
-//! Bounded memory: what passes through, who reads slowly, and what is kept.
+//! Bounded memory: transfers, slow readers, and the memory tier.
 
 use crate::support::{
     Blob, Castier, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get, heavy, light, metrics, within,
@@ -49,8 +49,8 @@ async fn two_gib_to_twenty_clients() {
     eventually("what passed through is let go", async || (castier.descriptors() <= descriptors + 4).then_some(())).await;
 }
 
-/// 300 readers of `blob` at 1 kB/s have got a few kB each, one in a hurry all of it once the origin may go past `gate`; gives how many
-/// bytes castier's memory grew by meanwhile.
+/// 300 readers of `blob` at 1 kB/s get a few kB each. Then `gate` opens, and one fast reader gets everything. Returns by how many bytes castier's
+/// memory grew.
 async fn three_hundred_slow_readers(castier: &Castier, blob: &Blob, gate: &Gate) -> u64 {
     get(castier.public, &Blob::new(1)).await.assert_problem(404);
     let before = castier.memory("VmRSS");

@@ -1,7 +1,7 @@
-//! nginx in front, configured as the Ingress of `k8s/components/ingress-nginx` configures it, changes nothing: a real one, with the
-//! configuration that `scripts/ingress.py` makes of the annotations.
+//! A real nginx in front of castier changes nothing. `scripts/ingress.py` makes its configuration from the annotations of the Ingress in
+//! `k8s/components/ingress-nginx`.
 //!
-//! `scripts/setup-tests` installs nginx. Without it these tests say `SKIPPED`.
+//! `scripts/setup-tests` installs nginx. Without it these tests print `SKIPPED`.
 
 use crate::support::{
     Blob, Castier, Conn, DEADLINE, Download, Gate, KIB, Lie, LyingOrigin, MIB, RealOrigin, Reply, Request, cluster::own_address,
@@ -22,12 +22,12 @@ use std::{
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
 
-/// By how much all of nginx's processes together may grow: buffers, and nothing of a blob.
+/// The allowed growth of all nginx processes together: buffers, but no blob.
 const NGINX_MEMORY: u64 = 24 * MIB;
-/// Of castier, for one large blob: the program, its buffers, and a window.
+/// The allowed memory of castier for one large blob: the program, its buffers, and a window.
 const CASTIER_MEMORY: u64 = 100 * MIB;
 
-/// A running nginx. Ended when dropped.
+/// A running nginx. Stopped on drop.
 struct Nginx {
     child: Child,
     dir: TempDir,
@@ -37,7 +37,7 @@ struct Nginx {
 }
 
 impl Nginx {
-    /// In front of these. None, after saying so, if there is none on this machine.
+    /// Starts nginx in front of these. Prints a line and returns `None` if this machine has no nginx.
     async fn start(nodes: &[SocketAddr]) -> Option<Self> {
         Self::start_with(nodes, |conf| conf).await
     }
@@ -97,7 +97,7 @@ impl Nginx {
         self.processes().into_iter().map(peak).sum()
     }
 
-    /// Files that it has put bytes of requests or answers into: in its directories, or without a name.
+    /// The files with bytes of requests or answers: in its directories, or without a name.
     fn temporary(&self) -> Vec<PathBuf> {
         let folders = ["client-body", "proxy"].map(|name| self.dir.path().join(name));
         let named = folders.iter().flat_map(|folder| fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()));

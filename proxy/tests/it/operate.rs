@@ -1,4 +1,4 @@
-//! What an operator meets: signals, records, labels, and a start that says what it must.
+//! The operator's view: signals, log records, labels, and the messages at the start.
 
 use crate::support::{
     Castier, Download, Gate, Lie, LyingOrigin, MIB, Request, client::Outcome, eventually, get, light, log, metrics, process::config_text,
@@ -18,7 +18,7 @@ async fn world(config: &str) -> (LyingOrigin, Castier) {
     (origin, castier)
 }
 
-/// A client in the middle of a blob whose origin never goes on.
+/// A client in the middle of a blob whose origin stalls for ever.
 async fn stuck(origin: &LyingOrigin, castier: &Castier) -> JoinHandle<Outcome> {
     let blob = origin.blob_with(4 * MIB, [Lie::honest().stall(2 * MIB, &Gate::new())]);
     let download = Download::default();
@@ -81,7 +81,7 @@ async fn a_config_that_is_a_pipe_holds_up_nobody() {
     assert_eq!(castier.exit().await.code(), Some(0));
 }
 
-/// The access records of a path, by their names.
+/// The access records of a path.
 fn records(castier: &Castier, path: &str) -> Vec<log::Record> {
     log::text(&castier.output()).into_iter().filter(|record| record.get("path").is_some_and(|own| own == path)).collect()
 }

@@ -1,4 +1,4 @@
-//! Spans at a collector: which come, how they hang together, and what a bad collector costs.
+//! Spans at a collector: which are sent, how they are related, and the cost of a bad collector.
 
 use crate::support::{Blob, Castier, Cluster, RealOrigin, Request, eventually, get, light, metrics};
 use opentelemetry_proto::tonic::{
@@ -22,16 +22,16 @@ use tokio::{
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 
-/// What a collector says to a batch.
+/// The collector's answer to a batch.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Say {
     Take,
     Status(u16),
-    /// Nothing at all.
+    /// No answer.
     Hang,
 }
 
-/// A span, and what its batch says of who made it.
+/// A span, and the resource of its batch.
 #[derive(Clone, Debug)]
 struct Seen {
     service: BTreeMap<String, String>,
@@ -69,13 +69,13 @@ fn texts(attributes: &[KeyValue]) -> BTreeMap<String, String> {
     attributes.iter().map(|attribute| (attribute.key.clone(), text(attribute))).collect()
 }
 
-/// A collector that does as it is told.
+/// A scripted collector.
 #[derive(Clone)]
 struct Collector {
     address: SocketAddr,
     say: Arc<Mutex<Say>>,
     taken: Arc<Mutex<Vec<Seen>>>,
-    /// All batches that came, accepted or not.
+    /// All received batches, accepted or not.
     asked: Arc<Mutex<usize>>,
 }
 
@@ -97,7 +97,7 @@ impl Collector {
         collector
     }
 
-    /// One batch; none at the end of the connection.
+    /// One batch; `None` at the end of the connection.
     async fn answer(&self, stream: &mut BufReader<TcpStream>) -> Option<()> {
         let (mut first, mut length) = (String::new(), 0);
         loop {
@@ -141,7 +141,7 @@ impl Collector {
         format!("otlp.endpoint = \"http://{}\"\n{more}", self.address)
     }
 
-    /// The spans of a trace that were taken.
+    /// The accepted spans of a trace.
     fn of(&self, trace: &str) -> Vec<Seen> {
         self.taken.lock().iter().filter(|seen| hex(&seen.span.trace_id) == trace).cloned().collect()
     }

@@ -1,9 +1,9 @@
-//! The origin is away: what is kept flows on, what is not is refused quickly, and its return needs no restart.
+//! The origin is down: blobs in the tiers are served, other requests are refused quickly, and no restart is needed afterwards.
 
 use crate::support::{Blob, Castier, KIB, LyingOrigin, MIB, Random, RealOrigin, Request, assert_ledger, eventually, get, light, stats};
 use std::time::{Duration, Instant};
 
-/// Generous for what retries may wait between them.
+/// A generous limit for the pauses between retries.
 const BACKOFF: Duration = Duration::from_secs(3);
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! The status page in a real browser, in front of a real cluster under traffic. `page/drive.mjs` looks; this changes the world.
+//! The status page in a real browser, for a real cluster under load. `page/drive.mjs` checks the page; this file changes the cluster.
 
 use crate::support::{Blob, Castier, Cluster, Conn, KIB, LyingOrigin, Request, light};
 use std::{
@@ -15,10 +15,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Longer than the browser waits for any step, so that its own words are the failure. All steps together take some 40 seconds.
+/// Longer than the browser's own timeouts, so that its message is the failure. All steps together take some 40 seconds.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// The browser, and the folder of the packages that drive it. None, after saying so past the test's own capture, if they are not here.
+/// The browser, and the folder of its driver. If they are missing, prints a line and returns `None`.
 fn browser() -> Option<(PathBuf, PathBuf)> {
     let path = env::var_os("PATH").unwrap_or_default();
     let names = ["chromium", "chromium-browser", "google-chrome"];
@@ -32,7 +32,7 @@ fn browser() -> Option<(PathBuf, PathBuf)> {
     found
 }
 
-/// A client that asks a node for what it keeps and, each fifth time, for a blob that does not exist, so that the origin has to be asked.
+/// A client that requests blobs in the tiers and, each fifth time, an absent blob, so that castier asks the origin.
 fn traffic(node: SocketAddr, kept: Vec<Blob>) -> JoinHandle<()> {
     tokio::spawn(async move {
         for (turn, blob) in kept.iter().cycle().enumerate() {

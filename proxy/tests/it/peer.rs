@@ -1,4 +1,4 @@
-//! The peer listener: who is let in, what it answers, and that nothing goes further from there than the origin.
+//! The peer listener: authentication, answers, and no requests to further nodes.
 
 use crate::support::{
     Blob, Cluster, Conn, Gate, KIB, Lie, LyingOrigin, Reply, Request, assert_ledger,
@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 
 const HEADER: &str = "Castier-Proof";
 
-/// So many nodes that have the secret.
+/// Starts nodes with the secret.
 async fn cluster(size: usize, origin: &LyingOrigin, config: &str) -> Cluster {
     Cluster::with_secret(size, &origin.url(), config).await
 }
@@ -25,7 +25,7 @@ fn kept_only(method: &'static str, blob: &Blob) -> Request {
     signed(method, blob.path()).header("Cache-Control", "no-transform, Only-If-Cached")
 }
 
-/// How many requests at the peer listener had this code.
+/// The number of requests at the peer listener with this code.
 async fn answered(node: &Node, code: &str) -> u64 {
     node.metrics().await.sum("castier_http_requests_total", &[("listener", "peer"), ("code", code)])
 }
@@ -142,7 +142,7 @@ async fn nothing_goes_further_than_the_origin() {
         request.send(cluster.nodes[0].peer()).await.assert_problem(404);
     }
     assert!(origin.seen().iter().all(|seen| seen.digest.is_some()), "something was relayed: {:?}", origin.seen());
-    // Whoever the owner is, the node that is asked asks the origin.
+    // For any owner, the requested node asks the origin.
     for _ in 0..8 {
         let blob = origin.blob(1000);
         for (asked, node) in cluster.nodes.iter().enumerate() {

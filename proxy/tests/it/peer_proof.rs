@@ -1,4 +1,4 @@
-//! Who is a peer: a node that proves with every answer that it knows the secret, which never travels.
+//! Proofs between nodes: a peer proves with every answer that it knows the secret.
 
 use crate::support::{
     Blob, Cluster, DEADLINE, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger,
@@ -23,12 +23,12 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-/// An HTTP server that knows nothing of castier and says that all is well: `200` to what reads, `201` to what writes.
+/// An HTTP server that is not castier and answers everything with success: `200` to reads, `201` to writes.
 struct Impostor {
     addr: SocketAddr,
     /// The head of every request.
     heads: Arc<Mutex<Vec<String>>>,
-    /// No answer to `/healthz`, so that nobody finds out by a probe.
+    /// Does not answer `/healthz`, so that probes do not detect it.
     accepting: JoinHandle<()>,
 }
 
@@ -39,7 +39,7 @@ impl Drop for Impostor {
 }
 
 impl Impostor {
-    /// What it answers to a HEAD or a GET is `body`.
+    /// Answers a HEAD or a GET with `body`.
     async fn start(body: &'static str, answers_probes: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
@@ -130,7 +130,7 @@ async fn another_server_at_a_peers_address_is_no_peer() {
     assert_ledger(node.castier()).await;
 }
 
-/// The same before any probe has found out: the requests themselves do.
+/// The same before a probe has detected it: the requests detect it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_an_impostor_says_is_not_believed_while_it_counts_as_up() {
     let _turn = light().await;
@@ -156,7 +156,7 @@ async fn what_an_impostor_says_is_not_believed_while_it_counts_as_up() {
     }
 }
 
-/// Memory cannot hold a copy of the upload, so what a false peer has swallowed would be lost.
+/// Memory cannot hold a copy of the upload, so bytes that are sent to a false peer would be lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_upload_too_large_to_repeat_goes_to_no_impostor() {
     let _turn = light().await;
@@ -170,7 +170,7 @@ async fn an_upload_too_large_to_repeat_goes_to_no_impostor() {
     eventually("the failure is counted", async || (node.metrics().await.total("castier_peer_errors_total") > 0).then_some(())).await;
 }
 
-/// A node with a secret, and a peer that knows it and can be told to give another proof than the one that is due.
+/// A node with a secret, and a peer with the secret that can send wrong proofs.
 async fn beside_a_peer(origin: &LyingOrigin) -> (LyingOrigin, Node, Ring) {
     let peer = LyingOrigin::with_secret(SECRET).await;
     let mut node = Node::new(&origin.url(), "cluster.peek_for = \"0s\"");
@@ -229,7 +229,7 @@ async fn an_answer_to_another_request_is_no_answer() {
     assert_ledger(node.castier()).await;
 }
 
-/// A purge that is meant for one node and arrives at another is not confirmed there.
+/// A node does not confirm a purge that is meant for another node.
 #[tokio::test]
 async fn a_purge_is_confirmed_by_the_node_it_names() {
     let _turn = light().await;
@@ -243,7 +243,7 @@ async fn a_purge_is_confirmed_by_the_node_it_names() {
     }
 }
 
-/// One secret replaces the other on every node while clients store and read.
+/// The secret is changed on every node while clients store and read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn secrets_rotate_under_load() {
     let _turn = light().await;

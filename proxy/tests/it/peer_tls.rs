@@ -1,4 +1,4 @@
-//! Mutual TLS between nodes: who has no certificate of the cluster's is nobody.
+//! Mutual TLS between nodes: clients without a certificate of the cluster are refused.
 
 use crate::support::{Blob, Castier, Cluster, LyingOrigin, Request, assert_ledger, cluster::Node, get, light};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd};
@@ -66,7 +66,7 @@ pub(crate) async fn cluster(authority: &Authority, origin: &LyingOrigin, config:
     cluster
 }
 
-/// GET of a path at the peer listener as curl does it; its status, 0 without an answer.
+/// Gets a path at the peer listener with curl. Returns the status, or 0 without an answer.
 fn curl(node: &Node, path: &str, authority: &Authority, certified: Option<(PathBuf, PathBuf)>) -> String {
     let mut command = Command::new("curl");
     command.args(["-s", "-m", "20", "-o", "/dev/null", "-w", "%{http_code}", "--cacert"]).arg(authority.file());
@@ -108,7 +108,7 @@ async fn nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in() {
     assert_eq!(curl(node, "/healthz", &authority, None), "000", "no certificate");
     assert_eq!(curl(node, "/healthz", &authority, Some(stranger.certify("127.0.0.1", other.path()))), "000", "somebody else's");
     assert_eq!(curl(node, "/healthz", &stranger, Some(authority.certify("127.0.0.1", dir.path()))), "000", "the node is known by its own");
-    // Who says nothing, and who speaks plain HTTP, is not kept long.
+    // Connections without bytes, and with plain HTTP, are closed soon.
     let mut silent = TcpStream::connect(node.peer()).await.unwrap();
     assert_eq!(silent.read(&mut [0; 100]).await.unwrap_or(0), 0, "limits.header_timeout ends it");
     assert_eq!(Request::get("/healthz").send(node.peer()).await.status, 0);

@@ -7,7 +7,7 @@ use crate::{
 use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
-/// The other end takes no byte any more, so it does not take the last one either, which would say that this is the end.
+/// The other end reads no more bytes, so it does not read the message that closes the TLS connection either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_that_takes_nothing_is_let_go() {
     let _turn = light().await;

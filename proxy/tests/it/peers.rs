@@ -1,5 +1,5 @@
-//! The other nodes as sources: what a node makes of a peer that is sound, lies, falls silent or is gone. The peer is the scripted origin
-//! in another role, so the node is the only castier here, unless nodes have to disagree with each other.
+//! Peers as sources: a node with a peer that is healthy, sends wrong bytes, stalls or is down. The peer is the scripted origin in another role,
+//! so the node is the only real castier, except in tests of nodes that disagree.
 
 mod answers;
 mod course;
@@ -21,7 +21,7 @@ const LARGE: u64 = 4 * MIB;
 /// `cluster.stall_timeout` here.
 const STALL: Duration = Duration::from_millis(1200);
 
-/// An origin, a scripted peer, and a node that knows both.
+/// An origin, a scripted peer, and a node with both as sources.
 struct World {
     origin: LyingOrigin,
     peer: LyingOrigin,
@@ -38,7 +38,7 @@ impl World {
         Self::around(LyingOrigin::start().await, config, false).await
     }
 
-    /// With a secret that both know, so that the peer can prove what it says.
+    /// With a shared secret, so that the peer can prove its answers.
     async fn with_secret(config: &str) -> Self {
         Self::around(LyingOrigin::with_secret(SECRET).await, config, true).await
     }
@@ -56,7 +56,7 @@ impl World {
         Self { origin, peer, node, ring: Ring::new(names.map(|name| (name, 1))) }
     }
 
-    /// A new blob that the node or else the peer owns, and nobody holds.
+    /// A new blob that the node or the peer owns, and that no source has.
     fn blob_of(&self, node: bool, size: u64) -> Blob {
         loop {
             let blob = Blob::new(size);
@@ -67,7 +67,7 @@ impl World {
         }
     }
 
-    /// A new blob that the peer owns, and the peer and the origin hold.
+    /// A new blob that the peer owns, and that the peer and the origin have.
     fn blob(&self, size: u64) -> Blob {
         let blob = self.blob_of(false, size);
         self.origin.add(&blob);
@@ -75,7 +75,7 @@ impl World {
         blob
     }
 
-    /// A new blob that the node owns, and the peer and the origin hold.
+    /// A new blob that the node owns, and that the peer and the origin have.
     fn own_blob(&self, size: u64) -> Blob {
         let blob = self.blob_of(true, size);
         self.origin.add(&blob);
@@ -87,7 +87,7 @@ impl World {
         self.node.metrics().await.total("castier_peer_errors_total")
     }
 
-    /// Waits until the peer counts as up, whatever has been said about it before.
+    /// Waits until the peer counts as up.
     async fn peer_is_up(&self) {
         eventually("the peer is up", async || {
             (self.node.metrics().await.sum("castier_cluster_peers", &[("state", "up")]) == 1).then_some(())
@@ -96,12 +96,12 @@ impl World {
     }
 }
 
-/// How flights ended whose last source this was: ok, absent, error.
+/// The results of flights with this last source: ok, absent, error.
 fn loads(books: &Metrics, source: &str) -> [u64; 3] {
     ["ok", "absent", "error"].map(|result| books.sum("castier_source_loads_total", &[("source", source), ("result", result)]))
 }
 
-/// How many blobs memory and the mirror keep.
+/// The number of blobs in memory and in the mirror.
 fn kept(books: &Metrics) -> [u64; 2] {
     ["memory", "mirror"].map(|tier| books.sum("castier_tier_blobs", &[("tier", tier)]))
 }

@@ -1,4 +1,4 @@
-//! What has been acknowledged is so on every node, for requests that start after the acknowledgement.
+//! After an acknowledgement, every node answers new requests accordingly.
 
 use crate::support::{
     Blob, Castier, Cluster, Conn, Gate, KIB, Lie, LyingOrigin, Request, assert_ledger, client::Reply, cluster::Node, eventually, get, light,
@@ -15,12 +15,12 @@ fn spawn(request: Request, to: SocketAddr) -> JoinHandle<Reply> {
     tokio::spawn(async move { request.send(to).await })
 }
 
-/// Gets that this node has begun with so far.
+/// The number of gets that this node has started.
 async fn gets(node: &Node) -> u64 {
     node.metrics().await.total("castier_gets_total")
 }
 
-/// A third node has a flight of an absent blob on its way while another node acknowledges an upload of it.
+/// A third node has a running flight of an absent blob while another node acknowledges its upload.
 #[tokio::test]
 async fn a_flight_from_before_an_upload_answers_no_get_from_after_it() {
     let _turn = light().await;
@@ -38,7 +38,7 @@ async fn a_flight_from_before_an_upload_answers_no_get_from_after_it() {
         let stored = if method == "PUT" { put(&blob) } else { Request::new("POST", "/cas").body(blob.whole()) };
         let status = stored.send(writer.public()).await.status;
         assert!((200..300).contains(&status), "{status}");
-        // From here on nobody may be told that it is absent.
+        // From here on no node may answer that it is absent.
         let before = [gets(owner).await, gets(third).await];
         let late = [owner, third].map(|node| spawn(Request::get(blob.path()), node.public()));
         for (node, before) in [owner, third].into_iter().zip(before) {
@@ -55,7 +55,7 @@ async fn a_flight_from_before_an_upload_answers_no_get_from_after_it() {
     }
 }
 
-/// The owner remembers an absence, cannot take the upload, and lives.
+/// The owner remembers an absence, and is up, but cannot take the upload.
 #[tokio::test]
 async fn an_owner_that_could_not_take_an_upload_forgets_the_absence() {
     let _turn = light().await;
@@ -91,7 +91,7 @@ async fn an_owner_that_could_not_take_an_upload_forgets_the_absence() {
     get(third.public(), &blob).await.assert_is(&blob);
 }
 
-/// A node that asked the origin instead of the owner remembers what it heard there.
+/// A node that asked the origin instead of the owner remembers the absence.
 #[tokio::test]
 async fn a_stand_in_forgets_the_absence_too() {
     let _turn = light().await;

@@ -1,4 +1,4 @@
-//! Everything that is not CAS goes to the origin and back, unchanged and uncached, as it comes.
+//! Everything outside `/cas` is relayed to the origin and back, unchanged, uncached and streaming.
 
 use crate::support::{Castier, Conn, LyingOrigin, MIB, Request, eventually, get, light, metrics};
 
@@ -13,7 +13,7 @@ async fn world() -> (LyingOrigin, Castier) {
     (origin, castier)
 }
 
-/// An origin that says these very bytes to whatever it is asked.
+/// An origin that answers every request with these bytes.
 async fn saying(answer: &'static [u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());

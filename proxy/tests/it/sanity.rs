@@ -1,4 +1,4 @@
-//! The scripted origin and the raw client do what the other tests take for granted.
+//! Tests of the scripted origin and the raw client.
 
 use crate::support::{Blob, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, eventually, get, lie::RangeManner, light};
 use castier_blob::Digest;

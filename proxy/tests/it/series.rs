@@ -1,5 +1,6 @@
-//! Every series of both programs, and the event that moves it: a table for each, held against `/metrics` and the manual both ways. A small cluster with a
-//! disk tier goes through all the events. So a series without an event fails here, and so does one that its event no longer moves.
+//! Every series of both programs, with the event that changes it. Each program has a table, which is compared with `/metrics` and with
+//! docs/operations.md in both directions. A small cluster with a disk tier goes through all events. So the test fails for a series without an event,
+//! and for a series that its event does not change.
 
 use crate::support::{
     Blob, Castier, Cluster, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, RealOrigin, Request,
@@ -22,7 +23,7 @@ use tokio::{
     net::TcpListener,
 };
 
-/// A series: its name, type and labels; and the events that move it, each with what then stands in its labels.
+/// A series: its name, type and labels; and the events that change it, each with the values of its labels.
 type Series = (&'static str, &'static str, &'static [&'static str], &'static [(&'static str, &'static str)]);
 
 // The events, as they come.
@@ -50,7 +51,7 @@ const LEFT: &str = "a member that leaves";
 const STORED: &str = "an upload to the origin";
 const ROTTED: &str = "a file of the origin that rotted";
 
-/// What moves each of the results that a request for a blob can have.
+/// The event for each result of a request for a blob.
 const BY_RESULT: &[(&str, &str)] = &[
     (MISS, r#"result="miss""#),
     (HIT, r#"result="hit""#),
@@ -172,7 +173,7 @@ const SERIES: &[Series] = &[
     ("process_virtual_memory_bytes", "gauge", &[], &[(START, "")]),
 ];
 
-/// Series that need what this cluster does not have, and the tests that move them.
+/// Series that this cluster cannot change, and the tests that change them.
 const ELSEWHERE_TESTED: &[(&str, &str)] = &[
     ("castier_memory_limit_bytes", "client_memory, a_plan_that_does_not_fit_is_told: a control group with a limit"),
     (
@@ -202,16 +203,16 @@ const ORIGIN_SERIES: &[Series] = &[
 const BUCKETS: &[&str] =
     &["0.001", "0.0025", "0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "120", "+Inf"];
 
-/// The nodes, and what the events did to their series.
+/// The nodes, and the changes of their series.
 struct World {
     origin: LyingOrigin,
     cluster: Cluster,
-    /// What each node said before the event.
+    /// The series of each node before the event.
     before: Vec<BTreeMap<String, f64>>,
-    /// The event that is going on.
+    /// The current event.
     event: &'static str,
     since: Instant,
-    /// By event: the series that it moved, with their labels.
+    /// The series that each event changed, with their labels.
     moved: BTreeMap<&'static str, BTreeSet<String>>,
 }
 
@@ -226,7 +227,7 @@ fn is_of(series: &str, name: &str, labels: &str) -> bool {
     (own == name || family.is_some()) && labels.split(',').all(|label| rest.contains(label))
 }
 
-/// What the table says of an event, and is not among what has `moved`.
+/// The changes that the table expects for an event, and that are not in `moved`.
 fn missing(table: &[Series], event: &str, moved: &BTreeSet<String>) -> Vec<String> {
     let all = table.iter().flat_map(|(name, .., events)| events.iter().map(move |(event, labels)| (*name, *event, *labels)));
     let due = all.filter(|(_, its, _)| *its == event);
@@ -263,7 +264,7 @@ impl World {
         }
     }
 
-    /// Takes note of what has moved since the event began.
+    /// Records the changes since the start of the event.
     async fn look(&mut self) {
         let moved = self.moved.entry(self.event).or_default();
         for (node, before) in self.cluster.nodes.iter().zip(&self.before) {
@@ -276,12 +277,12 @@ impl World {
         }
     }
 
-    /// What the table says of the event that is going on, and has not happened.
+    /// The changes that the table expects for the current event, and that have not happened.
     fn missing(&self) -> Vec<String> {
         missing(SERIES, self.event, &self.moved[self.event])
     }
 
-    /// Waits until the event has moved all that the table says, and begins the next.
+    /// Waits until the event has caused all expected changes, and starts the next one.
     async fn then(&mut self, next: &'static str) {
         let start = Instant::now();
         loop {
@@ -312,7 +313,7 @@ fn flip(path: &Path) {
     file.write_all_at(&[byte[0] ^ 1], 100).unwrap();
 }
 
-/// A Loki that refuses every batch for good.
+/// A Loki that refuses every batch with a 4xx.
 async fn refusing_loki() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -330,7 +331,7 @@ async fn refusing_loki() -> String {
     url
 }
 
-/// The rows of a table of the manual: name, type, labels.
+/// The rows of a table in docs/operations.md: name, type, labels.
 fn documented(section: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let manual = fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs/operations.md")).unwrap();
     let section = manual.split(&format!("\n## {section}\n")).nth(1).unwrap().split("\n#").next().unwrap();
@@ -499,14 +500,14 @@ async fn every_series_moves() {
     assert_table(SERIES, "Metrics of castier", &all, &world.moved.keys().copied().collect());
 }
 
-/// A blob of node 0 that nobody has.
+/// An absent blob that node 0 owns.
 fn absent(world: &World) -> Blob {
     let blob = world.blob(0, 10);
     world.origin.forget(&blob);
     blob
 }
 
-/// The table is what `/metrics` has, and what the manual says; and each series in it has an event that came.
+/// The table agrees with `/metrics` and with docs/operations.md, and each of its series was changed by an event.
 fn assert_table(table: &[Series], section: &str, all: &Metrics, came: &BTreeSet<&str>) {
     let is_here = |name: &str| ELSEWHERE_TESTED.iter().all(|(other, _)| *other != name);
     let types = all.text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));

@@ -1,4 +1,4 @@
-//! Clients that are slow to send or to take hold what they really hold, and keep nobody else's blobs out of memory.
+//! Slow clients use only the memory that they need, and do not keep blobs of others out of memory.
 
 use crate::support::{
     Blob, Castier, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_ledger, eventually, get, heavy, light, metrics,
@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 const MISS: &str = "castier; fwd=uri-miss; stored; detail=origin";
 const HIT: &str = "castier; hit; detail=memory";
 
-/// Begins to upload a blob of `size` bytes, and sends enough of it that the origin hears of it.
+/// Starts to upload a blob of `size` bytes, and sends enough that castier starts the upload to the origin.
 async fn slow_upload(castier: &Castier, size: u64) -> Conn {
     let blob = Blob::new(size);
     let mut conn = Conn::open(castier.public).await;
@@ -18,7 +18,7 @@ async fn slow_upload(castier: &Castier, size: u64) -> Conn {
     conn
 }
 
-/// Asks for a blob and takes no more than the head and what fits into the buffers between.
+/// Requests a blob, and reads only the head and what fits into the socket buffers.
 async fn slow_reader(castier: &Castier, blob: &Blob) -> Conn {
     let mut conn = Conn::narrow(castier.public).await;
     conn.send(&Request::get(blob.path()).bytes()).await;
@@ -30,7 +30,7 @@ async fn all_landed(castier: &Castier) {
     eventually("all flights have landed", async || (metrics(castier).await.total("castier_flights_in_progress") == 0).then_some(())).await;
 }
 
-/// New blobs are loaded once, said to be stored, and then hits.
+/// New blobs are loaded once, reported as stored, and then hits.
 async fn assert_keeps_new_blobs(castier: &Castier, origin: &LyingOrigin) {
     for size in [KIB, 900 * KIB, 2 * MIB, 7 * MIB] {
         let blob = origin.blob(size);
@@ -73,8 +73,7 @@ async fn slow_readers_of_verified_blobs_keep_nobody_out() {
     assert_ledger(&castier).await;
 }
 
-/// What the tier has evicted and slow clients still read counts in `fill.memory`. When that is used up, blobs pass through, and memory
-/// stays as it is.
+/// Evicted blobs that slow clients still read count in `fill.memory`. When that is exhausted, blobs pass through, and memory does not grow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_slow_readers_hold_is_bounded() {
     let _turn = heavy().await;

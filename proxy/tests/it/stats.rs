@@ -1,4 +1,4 @@
-//! `/stats`: what the status page reads.
+//! `/stats`, the data of the status page.
 
 use crate::support::{
     Blob, Castier, Cluster, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request,

@@ -1,4 +1,4 @@
-//! Where the system gives too few threads, castier says so and ends.
+//! If the system gives too few threads, castier ends with a message.
 
 use crate::support::Castier;
 use std::process::Command;

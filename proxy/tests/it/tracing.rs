@@ -1,4 +1,4 @@
-//! Which request is which, and whose it is: in the records of every program that works for it, and on the way between them.
+//! The ids and the client of a request, in the records of every program that works for it, and in the messages between them.
 
 use crate::support::{
     Blob, Castier, Cluster, Conn, Gate, LyingOrigin, RealOrigin, Request, eventually, get, light,
@@ -10,7 +10,7 @@ const ID: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00";
 const JSON: &str = "log.format = \"json\"";
 
-/// The records of a request, once there are so many.
+/// Waits for a number of records of a request.
 async fn records(many: usize, output: impl Fn() -> String, wanted: impl Fn(&Record) -> bool) -> Vec<Record> {
     eventually("the records", async || {
         let found: Vec<_> = log::json(&output()).into_iter().filter(&wanted).collect();
@@ -190,7 +190,7 @@ async fn the_client_behind_trusted_proxies() {
     }
 }
 
-/// What no log may be torn apart by.
+/// Text that must not break a log line.
 const EVIL: [&[u8]; 7] = [
     b"quotes \" and ' and \\ and \\\"",
     b"level=error msg=\"all is lost\" status=200",

@@ -1,4 +1,4 @@
-//! What is written through castier: acknowledged when the origin has it, known to the cache at once, never believed unchecked.
+//! Uploads through castier: acknowledged when the origin has the blob, in the tiers at once, and always verified.
 
 use crate::support::{
     Blob, Castier, Cluster, Conn, Gate, KIB, Lie, LyingOrigin, MIB, RealOrigin, Request, assert_ledger, eventually, get, light, metrics,

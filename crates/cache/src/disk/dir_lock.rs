@@ -1,4 +1,4 @@
-//! Makes sure that only one process uses the directory. Between [`DirLock::holds`] and what follows, another process may still take the directory. The
+//! Makes sure that only one process uses the directory. Another process may still take the directory right after [`DirLock::still_held`]. The
 //! worst result is one valid blob too many or too few in the cache.
 
 use castier_directory_lock::{DirectoryLock, Held, Lost, Unavailable};

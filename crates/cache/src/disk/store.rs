@@ -19,7 +19,7 @@ use super::{
 use crate::{
     eviction::{Index, Shape},
     metrics::{DiskError, DiskOp, Metrics, Skip},
-    pool::{Pool, Turn, Undone},
+    pool::{Pool, PoolError, PoolEvent},
     tier::TierStats,
     via::Tier,
 };
@@ -164,17 +164,17 @@ impl Store {
         let pool = |name: &'static str, operation: &'static str, cause: Degraded, max_threads: usize| {
             let (root, state) = (root.clone(), state.clone());
             let (timeout, cooldown) = (config.timeout.get(), config.cooldown.get());
-            let log = move |turn| match turn {
-                Turn::Hangs => tracing::warn!(
+            let log = move |event| match event {
+                PoolEvent::Hangs => tracing::warn!(
                     path = %root.display(), ?timeout, ?cooldown,
                     "the disk tier's file system does not answer; for disk.cooldown no {operation} are tried, and clients get their blobs from \
                      elsewhere. Look at the kernel's log and at the device or server that it is mounted from"
                 ),
-                Turn::Well => tracing::info!(path = %root.display(), "the disk tier's file system answers again"),
+                PoolEvent::Recovered => tracing::info!(path = %root.display(), "the disk tier's file system answers again"),
             };
-            Pool::new(name, max_threads, timeout, cooldown, move |turn| {
-                state.set(cause, turn == Turn::Hangs);
-                log(turn);
+            Pool::new(name, max_threads, timeout, cooldown, move |event| {
+                state.set(cause, event == PoolEvent::Hangs);
+                log(event);
             })
         };
         let threads = config.threads;
@@ -226,13 +226,13 @@ impl Store {
     }
 
     /// Counts work that a pool refused or did not finish.
-    pub(super) fn pool_failed(&self, op: DiskOp, error: Undone) {
+    pub(super) fn pool_failed(&self, op: DiskOp, error: PoolError) {
         self.metrics.disk_error(
             op,
             match error {
-                Undone::Busy => DiskError::Busy,
-                Undone::Late => DiskError::Timeout,
-                Undone::Panicked => DiskError::Other,
+                PoolError::Busy => DiskError::Busy,
+                PoolError::TimedOut => DiskError::Timeout,
+                PoolError::Panicked => DiskError::Other,
             },
         );
     }
@@ -362,7 +362,7 @@ impl Store {
     /// After a rename to `path` failed with `error`: removes the obstacle. Returns whether the rename should be tried again.
     fn make_way(&self, path: &Path, error: &io::Error) -> bool {
         match errors::kind(error) {
-            // A rename cannot replace a directory. It may be somebody's, so it is moved and not deleted.
+            // A rename cannot replace a directory. It may have other data, so it is moved and not deleted.
             DiskError::Path if fs::symlink_metadata(path).is_ok_and(|there| there.is_dir()) => {
                 let aside = (0..100).map(|n| self.root.join(QUARANTINE).join(format!("{}.directory-{n}", file_name(path))));
                 let moved = aside.filter(|aside| fs::symlink_metadata(aside).is_err()).find(|aside| fs::rename(path, aside).is_ok());

@@ -4,7 +4,7 @@ use crate::{
     buffer::Buffer,
     fault::{Fault, Limit, ran_out_of_files},
     metrics::{DiskError, DiskOp, Metrics},
-    pool::{Pool, SharedFile, Turn, Undone},
+    pool::{Pool, PoolError, PoolEvent, SharedFile},
 };
 use bytes::Bytes;
 use castier_config as config;
@@ -28,13 +28,13 @@ impl SpoolFiles {
         let timeout = config.spool_timeout.get();
         let pool = Pool::new("spool", config.spool_threads, timeout, timeout, {
             let dir = dir.clone();
-            move |turn| match turn {
-                Turn::Hangs => tracing::warn!(
+            move |event| match event {
+                PoolEvent::Hangs => tracing::warn!(
                     path = %dir.display(), ?timeout,
                     "the file system of fill.spool_dir does not answer: blobs that must pass through it get 503, and it is tried again after \
                      fill.spool_timeout. Look at the kernel's log and at what it is mounted from"
                 ),
-                Turn::Well => tracing::info!(path = %dir.display(), "the file system of fill.spool_dir answers again"),
+                PoolEvent::Recovered => tracing::info!(path = %dir.display(), "the file system of fill.spool_dir answers again"),
             }
         });
         Self { dir, pool, metrics }
@@ -46,7 +46,7 @@ impl SpoolFiles {
     /// The file could not be made.
     pub fn check(&self) -> io::Result<()> {
         let dir = self.dir.clone();
-        self.pool.run_here(move || tempfile::tempfile_in(dir).map(drop)).unwrap_or_else(|undone| Err(io::Error::other(undone)))
+        self.pool.run_here(move || tempfile::tempfile_in(dir).map(drop)).unwrap_or_else(|error| Err(io::Error::other(error)))
     }
 
     /// The directory of the files.
@@ -133,12 +133,12 @@ impl SpoolFiles {
         self.outcome(read.await)
     }
 
-    fn outcome<T>(&self, done: Result<io::Result<T>, Undone>) -> Result<T, Fault> {
+    fn outcome<T>(&self, done: Result<io::Result<T>, PoolError>) -> Result<T, Fault> {
         outcome(&self.metrics, done)
     }
 }
 
-fn outcome<T>(metrics: &Metrics, done: Result<io::Result<T>, Undone>) -> Result<T, Fault> {
+fn outcome<T>(metrics: &Metrics, done: Result<io::Result<T>, PoolError>) -> Result<T, Fault> {
     let (kind, fault) = match done {
         Ok(Ok(done)) => return Ok(done),
         Ok(Err(error)) => match error.kind() {
@@ -153,9 +153,9 @@ fn outcome<T>(metrics: &Metrics, done: Result<io::Result<T>, Undone>) -> Result<
             _ if ran_out_of_files(&error) => (DiskError::Files, Fault::Busy(Limit::Files)),
             _ => (DiskError::Other, Fault::Internal(format!("spool file: {error}"))),
         },
-        Err(Undone::Busy) => (DiskError::Busy, Fault::Busy(Limit::Spool)),
-        Err(Undone::Late) => (DiskError::Timeout, Fault::Busy(Limit::Spool)),
-        Err(Undone::Panicked) => (DiskError::Other, Fault::Internal("spool file: the work on it panicked".into())),
+        Err(PoolError::Busy) => (DiskError::Busy, Fault::Busy(Limit::Spool)),
+        Err(PoolError::TimedOut) => (DiskError::Timeout, Fault::Busy(Limit::Spool)),
+        Err(PoolError::Panicked) => (DiskError::Other, Fault::Internal("spool file: the work on it panicked".into())),
     };
     metrics.disk_error(DiskOp::Spool, kind);
     Err(fault)

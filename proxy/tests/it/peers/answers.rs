@@ -1,18 +1,17 @@
-//! Answers of a peer that could end a flight instead of moving it on. Each of these leaves the flight to the next source:
+//! Answers of a peer that must not end a flight. After each of these the flight continues with the next source:
 //!
-//! | answer | why it moves on |
+//! | answer | why it continues |
 //! | --- | --- |
-//! | sound, without a byte; with fewer or more than the blob has | the digest is not the blob's, and a peer gave what there is: the peer is at fault |
-//! | a size that differs from the origin's | the origin's answer does not fit to it, and a peer's announcement is behind that |
-//! | `206` or `304` that nobody asked for, `416`, a coding, another range | unusable, by the peer's doing |
-//! | `404`, `410` without a proof, or in the middle of a blob | no absence |
-//! | `5xx` with an explanation | it is well and cannot help |
-//! | no proof | no castier: see `peer_proof.rs` |
-//! | cut, reset, silent, garbage | see `faults.rs` |
-//! | none, since all permits towards it are taken | it is busy; so is a peer's 503 |
+//! | a correct head, with no bytes, or with fewer or more bytes than the blob | the digest does not match, and the bytes are from the peer: the peer is at fault |
+//! | a size that differs from the origin's | the size is the peer's announcement |
+//! | `206` or `304` that was not requested, `416`, a coding, another range | unusable, and the peer is at fault |
+//! | `404`, `410` without a proof, or in the middle of a blob | not an absence |
+//! | `5xx` with an explanation | the peer is healthy and cannot help |
+//! | no proof | not castier: see `peer_proof.rs` |
+//! | cut, reset, no answer, garbage | see `faults.rs` |
+//! | none, since all permits for it are in use | the peer is busy; the same for a peer's 503 |
 //!
-//! Only wrong bytes of which some have left already end a flight, and cut its answers: see
-//! `faults::wrong_bytes_that_have_begun_to_leave_are_cut`.
+//! Only wrong bytes that were partly sent to clients end a flight and cut its answers: see `faults::wrong_bytes_that_have_begun_to_leave_are_cut`.
 
 use super::{LARGE, SMALL, World, loads};
 use crate::support::{Blob, Gate, Lie, LyingOrigin, assert_ledger, client::Reply, cluster::Node, eventually, get, lie::RangeManner, light};
@@ -82,7 +81,7 @@ async fn no_status_of_a_peer_ends_a_flight() {
     assert_eq!((books.corrupt("origin"), books.corrupt("peer")), (0, 0));
 }
 
-/// The owner and the next in order, and a node that comes after both.
+/// The owner, the next peer in order, and a node after both.
 struct Two {
     origin: LyingOrigin,
     peers: [LyingOrigin; 2],
@@ -100,7 +99,7 @@ impl Two {
         Self { origin, peers, node, ring: Ring::new(names.map(|name| (name, 1))) }
     }
 
-    /// A blob that all hold, which the first peer owns and the second comes after; or the other way round.
+    /// A blob that all have. The first peer owns it and the second is next, or the other way round.
     fn blob(&self, first: usize, size: u64) -> Blob {
         let names = [&self.peers[first], &self.peers[1 - first]].map(|peer| peer.addr.to_string());
         let begins =
@@ -110,7 +109,7 @@ impl Two {
         blob
     }
 
-    /// Takes the one permit towards this peer, until the gate opens.
+    /// Takes the only permit for this peer until the gate opens.
     async fn fill_up(&self, peer: usize, gate: &Gate) -> JoinHandle<Reply> {
         let blob = self.blob(peer, SMALL);
         let before = gate.arrived();

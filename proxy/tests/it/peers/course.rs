@@ -1,4 +1,4 @@
-//! Whom a flight asks: the owner, what the next in order keeps, the origin; and that no two flights ever wait for each other.
+//! The order of a flight's sources: the owner, the tiers of the next peer in order, the origin. No two flights ever wait for each other.
 
 use super::{LARGE, SMALL, World, kept, loads};
 use crate::support::{
@@ -17,7 +17,7 @@ async fn who_is_asked_by_a_peer_goes_to_the_origin() {
     let _turn = light().await;
     let world = World::new().await;
     let gate = Gate::new();
-    // Under way to the peer, which holds it back: before the head, and in the middle.
+    // The flight reads from the peer, which holds it back: before the head, and in the middle.
     for (round, lie) in (1..).zip([Lie::honest().hold(&gate), Lie::honest().stall(LARGE / 2, &gate)]) {
         let blob = world.blob(LARGE);
         world.peer.filling(&blob, true);
@@ -34,7 +34,7 @@ async fn who_is_asked_by_a_peer_goes_to_the_origin() {
         let again = get(world.node.public(), &blob).await;
         assert_eq!(again.cache_status(), "castier; hit; detail=memory", "it is this node's own now");
     }
-    // What is asked for by a peer from the start never goes to another.
+    // A flight that a peer's request started never asks another node.
     let blob = world.blob(SMALL);
     get(world.node.peer(), &blob).await.assert_is(&blob);
     assert_eq!((world.peer.gets(&blob), world.origin.gets(&blob)), (0, 1));
@@ -56,7 +56,7 @@ async fn after_a_change_the_next_in_order_is_asked_for_what_it_keeps() {
     assert_eq!((seen.len(), seen[0].head.header("cache-control")), (1, Some("only-if-cached")));
     assert_eq!(get(world.node.public(), &blob).await.cache_status(), "castier; hit; detail=memory");
     assert_eq!(world.origin.gets(&blob), 0);
-    // It has it not.
+    // The peer does not have it.
     let blob = world.own_blob(SMALL);
     world.peer.next(&blob, [Lie::honest().castiers(504)]);
     assert_eq!(get(world.node.public(), &blob).await.cache_status(), "castier; fwd=uri-miss; stored; detail=origin");
@@ -114,7 +114,7 @@ async fn a_purge_takes_the_mirror_along() {
     get(world.node.public(), &blob).await.assert_is(&blob);
     assert_eq!(Request::new("POST", format!("/purge/{}", blob.digest)).send(world.node.castier().admin).await.status, 200);
     assert_eq!(get(world.node.public(), &blob).await.cache_status(), "castier; fwd=uri-miss; stored; detail=peer");
-    // What is on its way when it is purged is not kept either.
+    // A blob that is purged while it is being loaded is not kept.
     let (gate, blob) = (Gate::new(), world.blob(SMALL));
     world.peer.next(&blob, [Lie::honest().hold(&gate)]);
     world.peer.filling(&blob, true);
@@ -137,7 +137,7 @@ async fn head_asks_the_owner_and_then_the_origin() {
     assert_eq!(reply.header("content-length"), Some(SMALL.to_string().as_str()));
     let asked = |blob: &Blob| (world.peer.requests("HEAD", blob).len(), world.origin.requests("HEAD", blob).len());
     assert_eq!(asked(&blob), (1, 0));
-    // Anything but the origin's word is no answer.
+    // Only the origin's answer counts.
     for (lie, status, at_origin) in [
         (Lie::honest().castiers(404), 404, 0),
         (Lie::honest().status(404), 200, 1),
@@ -155,7 +155,7 @@ async fn head_asks_the_owner_and_then_the_origin() {
     assert_eq!(books.total("castier_gets_total"), 0);
 }
 
-/// Starts nodes each of which believes what `list` says of it: the names of its members, by index.
+/// Starts nodes with different lists of members: `list` has the members of each node, by index.
 async fn disagreeing<const N: usize>(origin: &LyingOrigin, config: &str, list: [&[usize]; N]) -> Cluster {
     let mut cluster = Cluster { nodes: (0..N).map(|_| Node::new(&origin.url(), config)).collect() };
     let names = cluster.names();
@@ -170,7 +170,7 @@ async fn from_clients(cluster: &Cluster) -> u64 {
     cluster.sum("castier_gets_total", &[]).await - cluster.sum("castier_gets_from_peers_total", &[]).await
 }
 
-/// Every node is asked for every blob by many, while the origin is held; then it is let go. Gives the origin's GETs for each blob.
+/// Many clients request every blob from every node while the origin is held. Then the origin is released. Returns the origin's GETs for each blob.
 async fn stampede(origin: &LyingOrigin, cluster: &Cluster, blobs: usize, each: usize, size: u64) -> Vec<usize> {
     let gate = Gate::new();
     let blobs: Vec<_> = (0..blobs).map(|_| origin.blob(size)).collect();

@@ -1,4 +1,4 @@
-//! Every lie of a peer: the right bytes reach the client all the same, from the origin, and the counters tell.
+//! Every fault of a peer: the client gets the right bytes from the origin all the same, and the counters show the fault.
 
 use super::{LARGE, SMALL, STALL, World, kept, loads};
 use crate::support::{
@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a stall may cost beside itself, on a busy machine.
+/// The allowed delay beside a stall, on a busy machine.
 const SLACK: Duration = Duration::from_secs(3);
 
 #[tokio::test]
@@ -41,7 +41,7 @@ async fn a_sound_peer() {
     assert!(world.peer.seen().iter().all(|seen| seen.head.header("cache-control").is_none()));
 }
 
-/// The peer does this once: the bytes come from the origin, the peer is counted as having failed, and nothing of it stays.
+/// The peer does this once. The bytes come from the origin, a failure of the peer is counted, and no other effect remains.
 async fn overcome(world: &World, size: u64, lie: Lie, what: &str) -> Duration {
     world.peer_is_up().await;
     let blob = world.blob(size);

@@ -1,4 +1,4 @@
-//! Blobs of any size that nobody ever holds whole.
+//! Blobs of any size, generated on the fly and never held in memory as a whole.
 
 use super::{KIB, Random};
 use castier_blob::{Digest, Verifier};
@@ -8,21 +8,21 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-/// The period of a blob's bytes. Prime, so that no misplaced block of a round size goes unnoticed, and small enough to stay in
-/// a processor's cache while a thousand clients compare against it.
+/// The period of a blob's bytes. It is prime, so that a misplaced block of a round size is detected. It is small, so that it stays in the
+/// processor's cache while a thousand clients compare against it.
 const PERIOD: usize = 262_147;
 
-/// A blob whose every byte is known by its offset.
+/// A blob in which each byte follows from its offset.
 #[derive(Clone)]
 pub(crate) struct Blob {
     pub(crate) digest: Digest,
     pub(crate) size: u64,
-    /// The first bytes, which repeat.
+    /// The pattern that repeats.
     pattern: Arc<[u8]>,
 }
 
 impl Blob {
-    /// A blob like no other in this process.
+    /// A blob that differs from all others in this process.
     pub(crate) fn new(size: u64) -> Self {
         static SERIAL: AtomicU64 = AtomicU64::new(1);
         let mut random = Random(SERIAL.fetch_add(1, Ordering::Relaxed) << 32);
@@ -34,7 +34,7 @@ impl Blob {
         Self::of_pattern(pattern.into(), size)
     }
 
-    /// A blob of just these bytes.
+    /// A blob with these bytes.
     pub(crate) fn of(bytes: &[u8]) -> Self {
         let pattern = if bytes.is_empty() { &[0] } else { bytes };
         Self::of_pattern(pattern.into(), bytes.len() as u64)
@@ -57,14 +57,14 @@ impl Blob {
         blob_path(&self.digest)
     }
 
-    /// Bytes from `at` on, at most up to `end`; fewer where the pattern starts anew, never none.
+    /// Bytes from `at`, at most up to `end`. Stops at the end of the pattern, and returns at least one byte.
     pub(crate) fn slice(&self, at: u64, end: u64) -> &[u8] {
         let from = (at % self.pattern.len() as u64) as usize;
         let left = usize::try_from(end.min(self.size) - at).unwrap();
         &self.pattern[from..self.pattern.len().min(from + left)]
     }
 
-    /// The bytes `from..end`, in one piece: for blobs that fit a test.
+    /// The bytes `from..end`, in one piece, for small blobs.
     pub(crate) fn bytes(&self, from: u64, end: u64) -> Vec<u8> {
         assert!(end - from <= 64 * 1024 * KIB, "this would hold too much");
         let mut bytes = Vec::new();
@@ -78,7 +78,7 @@ impl Blob {
         self.bytes(0, self.size)
     }
 
-    /// Whether `bytes` are what stands at `at`.
+    /// Whether `bytes` are the blob's bytes at `at`.
     pub(crate) fn is_at(&self, mut at: u64, mut bytes: &[u8]) -> bool {
         while !bytes.is_empty() {
             if at >= self.size {

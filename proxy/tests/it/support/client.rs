@@ -1,4 +1,4 @@
-//! A client that hides nothing: what came, how much of it, and whether it was all.
+//! An HTTP client that shows everything: the bytes, their number, and whether the body was complete.
 
 use super::{
     Blob, DEADLINE, proof,
@@ -16,18 +16,18 @@ use std::{
 };
 use tokio::net::TcpSocket;
 
-/// An answer, read to its end.
+/// An answer, read completely.
 #[derive(Debug, Default)]
 pub(crate) struct Reply {
     /// 0 if the connection ended without an answer.
     pub(crate) status: u16,
     pub(crate) head: Head,
     pub(crate) body: Vec<u8>,
-    /// Whether a client would take the body for the whole of it.
+    /// Whether a client would see the body as complete.
     pub(crate) complete: bool,
-    /// How long the status line took.
+    /// The time to the status line.
     pub(crate) head_after: Duration,
-    /// How long the first byte of the body took.
+    /// The time to the first byte of the body.
     pub(crate) first_byte_after: Option<Duration>,
 }
 
@@ -40,7 +40,7 @@ impl Reply {
         self.header("cache-status").unwrap_or("")
     }
 
-    /// All of `blob`, and nothing else.
+    /// Asserts that the body is exactly `blob`.
     #[track_caller]
     pub(crate) fn assert_is(&self, blob: &Blob) {
         assert_eq!(self.status, 200, "{}: {}", self.head.first, String::from_utf8_lossy(&self.body[..self.body.len().min(500)]));
@@ -49,7 +49,7 @@ impl Reply {
         assert!(blob.is_at(0, &self.body), "wrong bytes");
     }
 
-    /// The answer is a problem as RFC 9457 describes it, of this status, and tells nothing about the inside. Gives its detail.
+    /// Asserts that the answer is a problem (RFC 9457) of this status without internal details. Returns its `detail`.
     #[track_caller]
     pub(crate) fn assert_problem(&self, status: u16) -> String {
         let text = String::from_utf8_lossy(&self.body);
@@ -69,7 +69,7 @@ impl Reply {
     }
 }
 
-/// A request in the making.
+/// A request to send.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     method: &'static str,
@@ -77,7 +77,7 @@ pub(crate) struct Request {
     version: &'static str,
     headers: Vec<(String, String)>,
     body: Vec<u8>,
-    /// As a node that has this secret.
+    /// The secret to prove the request with.
     secret: Option<String>,
 }
 
@@ -99,19 +99,19 @@ impl Request {
         self
     }
 
-    /// As a node that knows this secret would ask: the proof covers the request as it is sent.
+    /// Proves the request with this secret, as a node does. The proof covers the request as it is sent.
     pub(crate) fn proved(self, secret: &str) -> Self {
         Self { secret: Some(secret.to_owned()), ..self }
     }
 
-    /// With a body of known length.
+    /// Adds a body of known length.
     pub(crate) fn body(self, body: impl Into<Vec<u8>>) -> Self {
         let body = body.into();
         let length = body.len().to_string();
         Self { body, ..self }.header("Content-Length", length)
     }
 
-    /// With a body of unknown length, in chunks of this size.
+    /// Adds a body of unknown length, in chunks of this size.
     pub(crate) fn chunks(mut self, body: &[u8], size: usize) -> Self {
         for chunk in body.chunks(size) {
             self.body.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
@@ -141,7 +141,7 @@ impl Request {
         [self.head_bytes(), self.body.clone()].concat()
     }
 
-    /// Sends it on a connection of its own and reads the answer.
+    /// Sends it on a new connection and reads the answer.
     pub(crate) async fn send(&self, to: SocketAddr) -> Reply {
         let alone = if self.version == "HTTP/1.0" { self.clone() } else { self.clone().header("Connection", "close") };
         let mut conn = Conn::open(to).await;
@@ -149,7 +149,7 @@ impl Request {
     }
 }
 
-/// GET of a blob on a connection of its own.
+/// Gets a blob on a new connection.
 pub(crate) async fn get(from: SocketAddr, blob: &Blob) -> Reply {
     Request::get(blob.path()).send(from).await
 }
@@ -164,20 +164,20 @@ impl Conn {
         Self::try_open(to).await.unwrap()
     }
 
-    /// To a server that may be gone.
+    /// Connects to a server that may be down.
     pub(crate) async fn try_open(to: SocketAddr) -> io::Result<Self> {
         let stream = within(DEADLINE, "connect", TcpSocket::new_v4().unwrap().connect(to)).await?;
         Ok(Self { wire: Wire::new(stream) })
     }
 
-    /// A connection whose client end takes in no more than a few kilobytes unread.
+    /// A connection with a receive buffer of a few kilobytes.
     pub(crate) async fn narrow(to: SocketAddr) -> Self {
         let socket = TcpSocket::new_v4().unwrap();
         socket.set_recv_buffer_size(4096).unwrap();
         Self { wire: Wire::new(within(DEADLINE, "connect", socket.connect(to)).await.unwrap()) }
     }
 
-    /// Sends bytes as they are. The other side may have had enough: then its answer says why.
+    /// Sends raw bytes. If the server stops reading, its answer has the reason.
     pub(crate) async fn send(&mut self, bytes: &[u8]) -> bool {
         within(DEADLINE, "sending", self.wire.write(bytes)).await.is_ok()
     }
@@ -187,7 +187,7 @@ impl Conn {
         self.reply(request.method).await
     }
 
-    /// The head of the next answer, interim ones included; none if there is no more.
+    /// The head of the next answer, interim ones included; `None` at the end of the connection.
     pub(crate) async fn head(&mut self) -> Option<Head> {
         within(DEADLINE, "an answer", self.wire.head()).await.unwrap_or(None)
     }
@@ -219,7 +219,7 @@ impl Conn {
         }
     }
 
-    /// Whether the other side has closed, or does so within the deadline; anything it still sends is an error.
+    /// Whether the server closes the connection within the deadline. Further bytes are an error.
     pub(crate) async fn closed(&mut self) -> bool {
         matches!(within(DEADLINE, "the connection's end", self.wire.head()).await, Ok(None) | Err(_))
     }
@@ -237,29 +237,29 @@ fn framing(method: &str, head: &Head) -> Framing {
     }
 }
 
-/// A GET of a blob that keeps nothing, checks everything, and may be slow or impatient.
+/// A GET of a blob that checks every byte and stores none. It can be slow, or leave early.
 #[derive(Clone, Default)]
 pub(crate) struct Download {
-    /// Hang up when this many bytes have come.
+    /// Close the connection after this many bytes.
     pub(crate) hang_up_after: Option<u64>,
-    /// Take no more than this many bytes at a time, and pause this long after each.
+    /// Read at most this many bytes at a time, and pause this long after each.
     pub(crate) slowly: Option<(usize, Duration)>,
-    /// Counts those that have got their first byte.
+    /// Counts the downloads that have their first byte.
     pub(crate) started: Arc<AtomicU64>,
-    /// How much has come so far.
+    /// The bytes received so far.
     pub(crate) received: Arc<AtomicU64>,
 }
 
-/// What became of a [`Download`].
+/// The result of a [`Download`].
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) status: u16,
     pub(crate) cache_status: String,
-    /// Bytes that came.
+    /// The bytes received.
     pub(crate) received: u64,
-    /// The first offset whose byte was not the blob's.
+    /// The offset of the first wrong byte.
     pub(crate) wrong_at: Option<u64>,
-    /// Whether a client would take it for the whole blob.
+    /// Whether a client would see it as the complete blob.
     pub(crate) complete: bool,
 }
 
@@ -270,7 +270,7 @@ impl Outcome {
         assert!(right, "not the {} bytes: {self:?}", blob.size);
     }
 
-    /// Whatever came, no client takes it for the blob.
+    /// Asserts that no client would see it as the complete blob.
     #[track_caller]
     pub(crate) fn assert_no_whole_lie(&self, blob: &Blob) {
         let whole = self.status == 200 && self.complete;
@@ -284,11 +284,11 @@ impl Download {
         self.over(conn, blob).await
     }
 
-    /// The same over a connection that is there already.
+    /// The same on an existing connection.
     pub(crate) async fn over(&self, mut conn: Conn, blob: &Blob) -> Outcome {
         let mut outcome = Outcome { status: 0, cache_status: String::new(), received: 0, wrong_at: None, complete: false };
         conn.send(&Request::get(blob.path()).header("Connection", "close").bytes()).await;
-        // No deadline here: the caller's covers the whole of it, and may hold the origin for long.
+        // No deadline here: the caller has one for the whole download, and may hold the origin for long.
         let Ok(Some(head)) = conn.wire.head().await else { return outcome };
         outcome.status = status_of(&head);
         outcome.cache_status = head.header("cache-status").unwrap_or("").to_owned();
@@ -296,7 +296,7 @@ impl Download {
         outcome
     }
 
-    /// True if the body came to its end.
+    /// Whether the body was complete.
     async fn body(&self, conn: &mut Conn, mut framing: Framing, blob: &Blob, outcome: &mut Outcome) -> io::Result<bool> {
         let most = self.slowly.map_or(usize::MAX, |(most, _)| most);
         while let Some(piece) = conn.wire.piece(&mut framing, most).await? {

@@ -1,5 +1,4 @@
-//! Several castiers that are one cluster: real processes on loopback addresses of their own, which can be killed, stopped and
-//! started again at the same place.
+//! Clusters of real processes, each on its own loopback address. Nodes can be killed, stopped, and started again at the same address.
 
 use super::{
     Blob, Castier, eventually,
@@ -17,19 +16,19 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// What nodes with a secret share.
+/// The secret of nodes with a secret.
 pub(crate) const SECRET: &str = "the-secret-of-this-cluster";
 
 const PUBLIC: u16 = 8080;
 const PEER: u16 = 8081;
 const ADMIN: u16 = 8082;
 
-/// An address in 127.0.0.0/8 that nobody else has, so that a node that is away finds its ports free when it comes back.
+/// An unused address in 127.0.0.0/8, so that the ports of a stopped node stay free until it starts again.
 pub(crate) fn own_address() -> Ipv4Addr {
     static SERIAL: AtomicU32 = AtomicU32::new(0);
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-    // 14 bits of the process, 9 of the node's, which are more than there are nodes in a run: a test may take long, and keeps its addresses.
-    // Neither 127.0.0.x nor the broadcast address.
+    // 14 bits from the process, 9 from the node: more than the nodes of one run, since a long test keeps its addresses. Never 127.0.0.x, and
+    // never the broadcast address.
     let host = ((std::process::id() & 0x3fff) << 9 | (serial & 0x1ff)) + (1 << 16);
     Ipv4Addr::from((127 << 24) | host)
 }
@@ -40,11 +39,11 @@ pub(crate) struct Node {
     /// Its name on the ring.
     pub(crate) name: String,
     origin: String,
-    /// Its lines of TOML beside the addresses, the origin and the members.
+    /// Further lines of TOML.
     config: String,
-    /// What stands in for `/etc/resolv.conf`, where the node and nobody else sees it.
+    /// A file that replaces `/etc/resolv.conf` for this node only.
     resolv_conf: Option<PathBuf>,
-    /// Its config file and its disk tier.
+    /// The directory of its config file and its disk tier.
     dir: TempDir,
     castier: Option<Castier>,
 }
@@ -64,13 +63,13 @@ impl Node {
         }
     }
 
-    /// With lines of TOML of its own beside those that all have.
+    /// Adds lines of TOML for this node.
     pub(crate) fn add_config(&mut self, more: &str) {
         self.config += "\n";
         self.config += more;
     }
 
-    /// With a secret that it shares with its peers.
+    /// Adds the shared secret.
     pub(crate) fn add_secret(&mut self, secret: &str) {
         let file = self.path("secret");
         fs::write(&file, secret).unwrap();
@@ -78,17 +77,17 @@ impl Node {
         self.add_config(&format!("cluster.secret_file = {file:?}"));
     }
 
-    /// Where its files are.
+    /// The directory of its files.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// Writes its config file: these are the members now.
+    /// Writes its config file with these members.
     pub(crate) fn configure(&self, members: &[String]) {
         self.write_config(&format!("cluster.peers = {members:?}"));
     }
 
-    /// Writes its config file: the members are what the name server says that `/etc/resolv.conf`, as of the next start, leads to.
+    /// Writes its config file with `cluster.dns`, for the name server in this `/etc/resolv.conf`. Takes effect at the next start.
     pub(crate) fn configure_by_dns(&mut self, name: &str, resolv_conf: PathBuf) {
         self.resolv_conf = Some(resolv_conf);
         self.write_config(&format!("cluster.dns = \"{name}\"\ncluster.refresh = \"100ms\""));
@@ -123,7 +122,7 @@ impl Node {
         self.castier.as_ref().expect("the node runs")
     }
 
-    /// Its process, if it runs.
+    /// Its process. Panics if it does not run.
     pub(crate) fn running(&self) -> Option<&Castier> {
         self.castier.as_ref()
     }
@@ -147,13 +146,13 @@ impl Node {
         castier.exit().await;
     }
 
-    /// Told to end, and waits until it has, in order.
+    /// Sends SIGTERM and waits until it has ended with 0.
     pub(crate) async fn terminate(&mut self) {
         self.signal(Signal::TERM);
         self.ended().await;
     }
 
-    /// Waits until it has ended in order.
+    /// Waits until it has ended with 0.
     pub(crate) async fn ended(&mut self) {
         let mut castier = self.castier.take().expect("the node runs");
         assert_eq!(castier.exit().await.code(), Some(0), "{}", castier.output());
@@ -164,7 +163,7 @@ impl Node {
     }
 }
 
-/// Runs a command, whose name is still to be added, that sees `file` where everybody else sees `path`. Only root may.
+/// A command, without its program, that runs with `file` mounted over `path`. Needs root.
 pub(crate) fn in_place_of(file: &Path, path: &str) -> Command {
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "private", "sh", "-c", "mount --bind \"$0\" \"$1\" && shift && exec \"$@\""]);
@@ -172,16 +171,16 @@ pub(crate) fn in_place_of(file: &Path, path: &str) -> Command {
     command
 }
 
-/// A cluster whose nodes agree on who they are, unless told otherwise.
+/// A cluster. By default all nodes have the same list of members.
 pub(crate) struct Cluster {
     pub(crate) nodes: Vec<Node>,
 }
 
-/// A disk tier of the node's own.
+/// TOML for a disk tier.
 pub(crate) const DISK: &str = "disk.path = \"$DISK\"\ndisk.capacity = \"1GiB\"\ndisk.scrub_rate = 0";
 
 impl Cluster {
-    /// So many nodes in front of `origin`, all of them up and known to each other.
+    /// Starts `count` nodes in front of `origin`, and waits until they see each other.
     pub(crate) async fn start(size: usize, origin: &str, config: &str) -> Self {
         let mut cluster = Self { nodes: (0..size).map(|_| Node::new(origin, config)).collect() };
         cluster.configure();
@@ -190,7 +189,7 @@ impl Cluster {
         cluster
     }
 
-    /// As [`Self::start`], with a secret that all nodes share.
+    /// As [`Self::start`], with a shared secret.
     pub(crate) async fn with_secret(size: usize, origin: &str, config: &str) -> Self {
         let mut cluster = Self { nodes: (0..size).map(|_| Node::new(origin, config)).collect() };
         cluster.nodes.iter_mut().for_each(|node| node.add_secret(SECRET));
@@ -200,7 +199,7 @@ impl Cluster {
         cluster
     }
 
-    /// Starts whoever does not run, side by side.
+    /// Starts all nodes that do not run, in parallel.
     pub(crate) async fn start_all(&mut self) {
         futures::future::join_all(self.nodes.iter_mut().filter(|node| node.castier.is_none()).map(Node::start)).await;
     }
@@ -209,38 +208,38 @@ impl Cluster {
         self.nodes.iter().map(|node| node.name.clone()).collect()
     }
 
-    /// Everybody's list is all of the nodes.
+    /// Writes all nodes into every node's list.
     pub(crate) fn configure(&self) {
         for node in &self.nodes {
             node.configure(&self.names());
         }
     }
 
-    /// Waits until each node that runs says that all the others are up.
+    /// Waits until each running node sees all others as up.
     pub(crate) async fn wait_until_whole(&self) {
         self.wait_for_peers(self.nodes.len() as u64 - 1, 0).await;
     }
 
-    /// Waits until each node that runs counts so many peers that are up and down.
+    /// Waits until each running node sees this many peers up and down.
     pub(crate) async fn wait_for_peers(&self, up: u64, down: u64) {
         for node in self.nodes.iter().filter(|node| node.castier.is_some()) {
             wait_for_peers(node, up, down).await;
         }
     }
 
-    /// Who owns the blob while all nodes are up.
+    /// The owner of the blob when all nodes are up.
     pub(crate) fn owner(&self, blob: &Blob) -> usize {
         self.order(blob)[0]
     }
 
-    /// The nodes in the order in which they are asked for the blob.
+    /// The nodes in the blob's fail-over order.
     pub(crate) fn order(&self, blob: &Blob) -> Vec<usize> {
         let ring = Ring::new(self.names().into_iter().map(|name| (name, 1)));
         let index = |name: &String| self.nodes.iter().position(|node| node.name == *name).unwrap();
         ring.order(&blob.digest).map(|at| index(&ring.names()[at])).collect()
     }
 
-    /// A series summed over all nodes that run.
+    /// The sum of a metric over all running nodes.
     pub(crate) async fn sum(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
         let mut sum = 0;
         for node in self.nodes.iter().filter(|node| node.castier.is_some()) {
@@ -250,7 +249,7 @@ impl Cluster {
     }
 }
 
-/// Waits until the node counts so many peers that are up and down.
+/// Waits until the node sees this many peers up and down.
 pub(crate) async fn wait_for_peers(node: &Node, up: u64, down: u64) {
     let what = format!("{} counts {up} peers up and {down} down", node.name);
     eventually(&what, async || {

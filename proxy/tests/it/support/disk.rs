@@ -1,4 +1,4 @@
-//! The disk tier's directory, as an operator sees it.
+//! The disk tier's directory.
 
 use super::{Blob, Castier, MIB, Reply, Request, eventually, metrics, stats::Metrics};
 use castier_blob::Digest;
@@ -9,19 +9,19 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// A directory for a disk tier, which outlives the castier that uses it.
+/// A directory for a disk tier. It stays when castier ends.
 pub(crate) struct Cache {
     dir: TempDir,
 }
 
-/// A kept file.
+/// A file of the tier.
 #[derive(Clone, Debug)]
 pub(crate) struct Kept {
     pub(crate) digest: Digest,
     pub(crate) path: PathBuf,
     /// Its length.
     pub(crate) len: u64,
-    /// What it takes on the disk, in bytes.
+    /// Its bytes on the disk, as `du` counts.
     pub(crate) taken: u64,
 }
 
@@ -34,13 +34,13 @@ impl Cache {
         self.dir.path()
     }
 
-    /// The tier's configuration, in which memory keeps next to nothing; no scrub, so that only gets look at files.
+    /// The tier's configuration, with a tiny memory tier, and without the scrub, so that only gets read files.
     pub(crate) fn config(&self, capacity: &str, more: &str) -> String {
         let path = self.root();
         format!("disk.path = {path:?}\ndisk.capacity = \"{capacity}\"\ndisk.scrub_rate = 0\nmemory.max_blob = \"64KiB\"\n{more}")
     }
 
-    /// Finished files, in no order. One that goes meanwhile is left out.
+    /// All finished files, in any order. Skips files that are deleted in the meantime.
     pub(crate) fn files(&self) -> Vec<Kept> {
         let shelves = fs::read_dir(self.root()).unwrap().flatten().filter(|shelf| shelf.file_name().len() == 2);
         let entries = shelves.flat_map(|shelf| fs::read_dir(shelf.path()).unwrap().flatten());
@@ -57,29 +57,29 @@ impl Cache {
         self.root().join(&name[..2]).join(name)
     }
 
-    /// How many entries the directory `name` has.
+    /// The number of entries in the directory `name`.
     pub(crate) fn count(&self, name: &str) -> usize {
         fs::read_dir(self.root().join(name)).unwrap().count()
     }
 }
 
-/// What `/metrics` says of the disk tier.
+/// A metric of the disk tier.
 pub(crate) fn of_disk(metrics: &Metrics, name: &str) -> u64 {
     metrics.sum(name, &[("tier", "disk")])
 }
 
-/// Waits until the disk tier keeps this many blobs.
+/// Waits until the disk tier has this many blobs.
 pub(crate) async fn kept(castier: &Castier, blobs: u64) {
     let what = format!("{blobs} blobs on disk");
     eventually(&what, async || (of_disk(&metrics(castier).await, "castier_tier_blobs") == blobs).then_some(())).await;
 }
 
-/// Waits until the index knows every file.
+/// Waits until the scan is complete.
 pub(crate) async fn scanned(castier: &Castier) {
     eventually("the scan", async || (metrics(castier).await.total("castier_disk_scan_progress_ratio") == 1).then_some(())).await;
 }
 
-/// The whole blob, and a part of it across a checksummed block's border, both from disk.
+/// Gets the whole blob, and a range across the border of two blocks. Both must come from disk.
 pub(crate) async fn assert_hit(castier: &Castier, blob: &Blob) {
     let reply = super::get(castier.public, blob).await;
     reply.assert_is(blob);

@@ -1,4 +1,4 @@
-//! A control group with a limit on memory.
+//! A control group with a memory limit.
 
 use std::{
     fs, io,
@@ -7,14 +7,14 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-/// A group of version 1 or 2; gone when dropped, which is after the processes in it.
+/// A group of version 1 or 2. Dropping it removes it; drop its processes before.
 pub(crate) struct MemoryGroup {
     path: PathBuf,
     version: u8,
 }
 
 impl MemoryGroup {
-    /// A new group that may hold so many bytes. None, and a line that says so, where this machine has none to give.
+    /// Creates a group with a limit in bytes. If this machine does not allow it, prints a line and returns `None`.
     pub(crate) fn new(limit: u64) -> Option<Self> {
         static SERIAL: AtomicUsize = AtomicUsize::new(0);
         let name = format!("castier-test-{}-{}", std::process::id(), SERIAL.fetch_add(1, Ordering::Relaxed));
@@ -32,14 +32,14 @@ impl MemoryGroup {
         made.inspect_err(|error| eprintln!("SKIPPED: no control group for memory can be made here: {error}")).ok()
     }
 
-    /// A command that runs `program` in the group. What it is given as arguments goes to the program.
+    /// A command that runs `program` in the group. Its arguments go to the program.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new("sh");
         command.args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec \"$@\""]).arg(&self.path).arg(program);
         command
     }
 
-    /// The most that it has held.
+    /// The peak of its memory, in bytes.
     pub(crate) fn peak(&self) -> u64 {
         let file = if self.version == 1 { "memory.max_usage_in_bytes" } else { "memory.peak" };
         fs::read_to_string(self.path.join(file)).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)

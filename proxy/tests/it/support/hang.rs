@@ -1,28 +1,34 @@
-//! A file system that stops answering: a mirror of a directory through FUSE, whose server can be stopped.
+//! A file system that can stop answering: a FUSE mirror of a directory, whose server can be stopped.
 
 use super::eventually;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    fs::minor,
+    process::{Pid, Signal, kill_process},
+};
 use std::{
     fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 use tempfile::TempDir;
 
-/// Unmounted when dropped, whether or not it answers.
+/// The mirror. Dropping it unmounts, even if it does not answer.
 pub(crate) struct HangingFs {
     server: Child,
     dir: TempDir,
+    /// The kernel's number for the connection to the server.
+    connection: u32,
 }
 
 impl HangingFs {
-    /// None where it cannot be had, which is said aloud: it takes root, `/dev/fuse` and bindfs.
+    /// Mounts the mirror. Without root, `/dev/fuse` or bindfs it prints a line and returns `None`.
     pub(crate) async fn mount() -> Option<Self> {
         let dir = TempDir::new().unwrap();
         for name in ["behind", "mount"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
-        // No caches, so that each call is a question to the server.
+        // No caches, so that each call goes to the server.
         let options = "entry_timeout=0,attr_timeout=0,negative_timeout=0";
         let mut command = Command::new("bindfs");
         command.args(["-f", "-o", options]).arg(dir.path().join("behind")).arg(dir.path().join("mount"));
@@ -31,7 +37,7 @@ impl HangingFs {
             println!("SKIPPED: bindfs is not installed (apt-get install bindfs), so nothing here can hang");
             return None;
         };
-        let mut mounted = Self { server, dir };
+        let mut mounted = Self { server, dir, connection: 0 };
         let there = eventually("the mount, or its failure", async || {
             let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
             if mounts.contains(mounted.path().to_str().unwrap()) {
@@ -44,6 +50,7 @@ impl HangingFs {
             println!("SKIPPED: nothing can be mounted through FUSE here");
             return None;
         }
+        mounted.connection = minor(fs::metadata(mounted.path()).unwrap().dev());
         Some(mounted)
     }
 
@@ -51,30 +58,46 @@ impl HangingFs {
         self.dir.path().join("mount")
     }
 
-    /// The same directory, which answers always.
+    /// The mirrored directory, which always answers.
     pub(crate) fn behind(&self) -> &Path {
         Box::leak(self.dir.path().join("behind").into_boxed_path())
     }
 
-    /// From now on nothing is answered, until what this returns is dropped. Call it after `Castier::start`, so that it is dropped
-    /// before castier: a process with a call in a file system that hangs cannot be killed, so the end of a failed test would wait
-    /// for it for ever.
+    /// Stops all answers until the result is dropped. Call it after `Castier::start`, so that the result is dropped before castier: a process in
+    /// a call to a hanging file system cannot be killed, so a failed test would never end.
+    ///
+    /// The server is stopped while it works on no request. The kernel lets a process end that waits for its request to be read, but not one whose
+    /// request the server has read already.
     pub(crate) async fn hang(&self) -> Hang {
         let server = Pid::from_child(&self.server);
-        kill_process(server, Signal::STOP).unwrap();
-        let hang = Hang(server);
-        // The signal takes a moment to reach each thread, and a thread that it has not reached still answers.
-        eventually("each thread's stop", async || {
-            let threads = fs::read_dir(format!("/proc/{}/task", server.as_raw_nonzero())).unwrap();
-            let stopped = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
-            threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap()).all(stopped).then_some(())
+        eventually("a stop between two requests", async || {
+            kill_process(server, Signal::STOP).unwrap();
+            let hang = Hang(server);
+            // It takes a moment until the signal has stopped every thread of the server.
+            eventually("each thread's stop", async || {
+                let threads = fs::read_dir(format!("/proc/{}/task", server.as_raw_nonzero())).unwrap();
+                let stopped = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
+                threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap()).all(stopped).then_some(())
+            })
+            .await;
+            (self.unanswered() == 0).then_some(hang)
         })
-        .await;
-        hang
+        .await
+    }
+
+    /// How many requests have no answer yet; 0 where the kernel does not tell.
+    fn unanswered(&self) -> u64 {
+        let control = self.dir.path().join("control");
+        if !control.exists() {
+            fs::create_dir(&control).unwrap();
+            Command::new("mount").args(["-t", "fusectl", "none"]).arg(&control).output().ok();
+        }
+        let waiting = control.join(self.connection.to_string()).join("waiting");
+        fs::read_to_string(waiting).map_or(0, |count| count.trim().parse().unwrap())
     }
 }
 
-/// As long as it is there, nothing is answered.
+/// While this exists, the file system does not answer.
 pub(crate) struct Hang(Pid);
 
 impl Hang {
@@ -89,9 +112,11 @@ impl Drop for Hang {
 
 impl Drop for HangingFs {
     fn drop(&mut self) {
-        // The kernel answers in the server's place once that is gone.
+        // When the server is gone, the kernel answers with errors.
         self.server.kill().ok();
         self.server.wait().ok();
-        Command::new("umount").arg("-l").arg(self.path()).output().ok();
+        for mounted in [self.path(), self.dir.path().join("control")] {
+            Command::new("umount").arg("-l").arg(mounted).output().ok();
+        }
     }
 }

@@ -1,6 +1,6 @@
-//! How an origin may answer one GET other than it should.
+//! Faults of an origin's answer to one GET.
 //!
-//! All offsets are the blob's own, whatever range was asked for.
+//! All offsets are offsets in the blob, for any requested range.
 
 use std::sync::{
     Arc,
@@ -8,11 +8,11 @@ use std::sync::{
 };
 use tokio::sync::watch;
 
-/// Holds back whoever comes to it until it is opened.
+/// Blocks tasks until it is opened.
 #[derive(Clone, Debug)]
 pub(crate) struct Gate {
     open: Arc<watch::Sender<bool>>,
-    /// How many have come to it so far.
+    /// How many tasks have reached it.
     arrived: Arc<AtomicUsize>,
 }
 
@@ -31,20 +31,20 @@ impl Gate {
 
     pub(crate) async fn pass(&self) {
         self.arrived.fetch_add(1, Ordering::SeqCst);
-        // An error means that nobody is left who could open it, and `self` is.
+        // An error would mean that the sender is dropped, but `self` owns it.
         let _ = self.open.subscribe().wait_for(|open| *open).await;
     }
 }
 
-/// What the origin does to a `Range` header.
+/// How the origin handles a `Range` header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RangeManner {
     Honour,
     /// 200 with the whole blob, as RFC 9110 allows.
     Ignore,
-    /// 200 with the part alone, as if it were the whole.
+    /// 200 with only the range, as if it were the whole blob.
     PartAs200,
-    /// 206 that says so truthfully, but starts this much later than asked.
+    /// 206 with correct headers, but it starts this much later than requested.
     Shift(u64),
 }
 
@@ -55,7 +55,7 @@ pub(crate) enum Break {
     Reset,
 }
 
-/// How fast the body goes.
+/// The speed of the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
     Full,
@@ -63,38 +63,38 @@ pub(crate) enum Pace {
     BytesPerSecond(u64),
 }
 
-/// One answer. Starts honest; each method adds one lie, and lies combine.
+/// One answer. It is correct by default; each method adds one fault, and faults combine.
 #[derive(Clone, Debug)]
 pub(crate) struct Lie {
-    /// Wait here before a byte is sent.
+    /// Wait at this gate before the first byte.
     pub(crate) hold: Option<Gate>,
-    /// This status, and no blob.
+    /// Answer with this status and without the blob.
     pub(crate) status: Option<u16>,
-    /// With these lines in its head.
+    /// Further header lines.
     pub(crate) lines: &'static str,
-    /// Something that is not HTTP.
+    /// Answer with something that is not HTTP.
     pub(crate) garbage: bool,
-    /// The lowest bit of the byte here is wrong.
+    /// Flip the lowest bit of the byte at this offset.
     pub(crate) flip: Option<u64>,
-    /// Break off when this offset is reached.
+    /// Break off at this offset.
     pub(crate) broken: Option<(u64, Break)>,
     /// Stop at this offset until the gate opens.
     pub(crate) stall: Option<(u64, Gate)>,
-    /// Bytes that follow the blob.
+    /// Further bytes after the blob.
     pub(crate) extra: u64,
-    /// `Content-Length` says this.
+    /// The `Content-Length` to send.
     pub(crate) claimed: Option<u64>,
     pub(crate) range: RangeManner,
     pub(crate) pace: Pace,
-    /// No `Content-Length`.
+    /// Send no `Content-Length`.
     pub(crate) chunked: bool,
-    /// Close after the answer: said beforehand, or not.
+    /// Close the connection after the answer, announced or not.
     pub(crate) close: Option<bool>,
-    /// A sound answer without a single byte.
+    /// A correct head, and no byte of the body.
     pub(crate) nothing: bool,
-    /// An upload is stored, and its answer waits here.
+    /// Store an upload at once, and wait at this gate before the answer.
     pub(crate) hold_answer: Option<Gate>,
-    /// As a peer: the answer carries no proof, or this one.
+    /// As a peer: send this instead of the proof; nothing if it is empty.
     pub(crate) proof: Option<String>,
 }
 
@@ -128,7 +128,7 @@ impl Lie {
         Self { status: Some(status), ..self }
     }
 
-    /// A status as a castier gives it, and not some other server.
+    /// A status in the form of castier's own errors.
     pub(crate) fn castiers(self, status: u16) -> Self {
         let lines = if status == 404 {
             "Cache-Status: castier; fwd=uri-miss; detail=origin\r\n"
@@ -186,22 +186,22 @@ impl Lie {
         Self { close: Some(true), ..self }
     }
 
-    /// Closes a connection that it promised to keep.
+    /// Closes the connection without announcing it.
     pub(crate) fn close_unannounced(self) -> Self {
         Self { close: Some(false), ..self }
     }
 
-    /// No byte of the blob, in an answer that is otherwise sound.
+    /// Sends a correct head, and no byte of the blob.
     pub(crate) fn nothing(self) -> Self {
         Self { nothing: true, ..self }
     }
 
-    /// Stores an upload at once, and says so when the gate opens.
+    /// Stores an upload at once, and answers when the gate opens.
     pub(crate) fn hold_answer(self, gate: &Gate) -> Self {
         Self { hold_answer: Some(gate.clone()), ..self }
     }
 
-    /// As a peer: with this instead of the proof; nothing if it is empty.
+    /// As a peer: sends this instead of the proof; nothing if it is empty.
     pub(crate) fn proof(self, proof: impl Into<String>) -> Self {
         Self { proof: Some(proof.into()), ..self }
     }

@@ -1,11 +1,11 @@
-//! What programs write: every line is a record, in one of two formats.
+//! Parses the programs' logs: every line is a record, in one of two formats.
 
 use std::collections::BTreeMap;
 
-/// A record by its names, every value as text.
+/// The fields of a record, with their values as text.
 pub(crate) type Record = BTreeMap<String, String>;
 
-/// Every line of a text log; a line that is no logfmt fails the test.
+/// The records of a text log. Panics on a line that is not logfmt.
 pub(crate) fn text(output: &str) -> Vec<Record> {
     let read = |line| {
         let pairs = logfmt(line).unwrap_or_else(|| panic!("no logfmt: {line:?}"));
@@ -17,7 +17,7 @@ pub(crate) fn text(output: &str) -> Vec<Record> {
     lines(output).map(read).inspect(has_the_usual).collect()
 }
 
-/// Every line of a JSON log; a line that is no object of plain values fails the test.
+/// The records of a JSON log. Panics on a line that is not an object of plain values.
 pub(crate) fn json(output: &str) -> Vec<Record> {
     let read = |line| {
         let object: serde_json::Map<String, serde_json::Value> =
@@ -37,7 +37,7 @@ pub(crate) fn read(format: &str, output: &str) -> Vec<Record> {
     if format == "json" { json(output) } else { text(output) }
 }
 
-/// Lines as a collector has them: a line feed ends one, and nothing else does. The last may not be whole yet.
+/// Lines as a log collector sees them: only a line feed ends a line. The last line may be incomplete.
 fn lines(output: &str) -> impl Iterator<Item = &str> {
     let whole = output.rfind('\n').map_or(0, |end| end + 1);
     output[..whole].split('\n').filter(|line| !line.is_empty())
@@ -49,7 +49,7 @@ fn has_the_usual(record: &Record) {
     }
 }
 
-/// The names and values of a line of logfmt; none if it is not one.
+/// The fields of a line of logfmt; `None` if it is malformed.
 pub(crate) fn logfmt(line: &str) -> Option<Vec<(String, String)>> {
     let (mut pairs, mut rest) = (Vec::new(), line);
     while !rest.is_empty() {

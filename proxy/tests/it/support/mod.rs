@@ -1,4 +1,4 @@
-//! What every test stands on: a scripted origin, a raw client, real processes, the books.
+//! Helpers of all tests: a scripted origin, a raw client, real processes, the ledger.
 
 pub(crate) mod blob;
 pub(crate) mod client;
@@ -36,30 +36,30 @@ use std::{
 };
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// The longest that anything may take unless a test says otherwise. Generous: it turns a hang into a failure, and measures nothing.
+/// The default deadline. It is generous: it turns a hang into a failure, and does not measure speed.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 
 pub(crate) const KIB: u64 = 1024;
 pub(crate) const MIB: u64 = 1024 * KIB;
-/// What castier holds back of every streamed response until the whole blob has verified.
+/// The bytes that castier holds back from every streamed response until the blob is verified.
 pub(crate) const HELD_BACK: u64 = 64 * KIB;
 
 static TURN: RwLock<()> = RwLock::const_new(());
 
-/// A test's turn. A test that keeps it too long ends the whole run: the tests behind it would wait for it for ever.
+/// The right to run a test. A test that holds it for too long ends the whole run, since other tests would wait for it for ever.
 pub(crate) struct Turn<T> {
     _turn: T,
     _alarm: mpsc::Sender<()>,
 }
 
-/// The longest turn: several times what the longest test takes on two busy cores.
+/// The longest time to hold it: several times the longest test on two busy cores.
 const LONGEST_TURN: Duration = Duration::from_secs(900);
 
 impl<T> Turn<T> {
     fn new(turn: T) -> Self {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
-            // A failure is told at once, also where the test does not come to its end, which is when the harness would tell it.
+            // Report a failure at once: the harness reports it only when the test ends, which it may never do.
             let usual = std::panic::take_hook();
             std::panic::set_hook(Box::new(move |panic| {
                 uncaptured(&format!("{:?}: {panic}\n", thread::current().name()));
@@ -78,22 +78,22 @@ impl<T> Turn<T> {
     }
 }
 
-/// Past the harness, which keeps what a test prints until the test has ended.
+/// Prints directly, since the harness holds back a test's output until the test has ended.
 fn uncaptured(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-/// A test that may run beside others.
+/// For a test that can run in parallel with others.
 pub(crate) async fn light() -> Turn<RwLockReadGuard<'static, ()>> {
     Turn::new(TURN.read().await)
 }
 
-/// A test that needs the machine for itself: many clients or many bytes.
+/// For a test that must run alone: many clients or many bytes.
 pub(crate) async fn heavy() -> Turn<RwLockWriteGuard<'static, ()>> {
     Turn::new(TURN.write().await)
 }
 
-/// Asks until there is an answer.
+/// Polls until there is a value. Panics after the deadline.
 pub(crate) async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
@@ -105,16 +105,16 @@ pub(crate) async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Op
     }
 }
 
-/// A future that must end.
+/// Awaits a future. Panics after the deadline.
 pub(crate) async fn within<T>(limit: Duration, what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(limit, future).await.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"))
 }
 
-/// Small, seeded and good enough to choose tests with (SplitMix64).
+/// A small random generator with a seed (SplitMix64).
 pub(crate) struct Random(u64);
 
 impl Random {
-    /// A seed from the environment replays a run; otherwise the clock picks one. Either is printed, and shown when the test fails.
+    /// Takes the seed from the environment to repeat a run, else from the clock. Prints it.
     pub(crate) fn seeded() -> Self {
         let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
         let seed = std::env::var("TEST_SEED").ok().map_or_else(clock, |text| text.parse().expect("TEST_SEED is a number"));
@@ -130,12 +130,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Another one, which goes its own way.
+    /// An independent generator.
     pub(crate) fn fork(&mut self) -> Self {
         Self(self.next())
     }
 
-    /// A number below `end`.
+    /// A random number below `end`.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }

@@ -1,4 +1,4 @@
-//! An origin that has one blob, and answers everything else with silence or a drip. Cheap enough for thousands of connections.
+//! An origin with one blob. It answers everything else not at all, or slowly. Cheap enough for thousands of connections.
 
 use super::Blob;
 use std::{
@@ -14,13 +14,13 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// The digest of the empty blob, as far as it need be told from others.
+/// The start of the digest of the empty blob, enough to recognise it.
 const EMPTY: &str = "/cas/e3b0c44298fc1c149afbf4c8";
 
 pub(crate) struct MuteOrigin {
     pub(crate) url: String,
     pub(crate) blob: Blob,
-    /// Requests that wait, or drip.
+    /// Requests that are waiting.
     waiting: Arc<AtomicUsize>,
     accepting: JoinHandle<()>,
 }
@@ -49,13 +49,13 @@ impl MuteOrigin {
         Self { url, blob, waiting, accepting }
     }
 
-    /// How many requests wait for more than there is.
+    /// The number of waiting requests.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }
 }
 
-/// Counts a request for as long as it waits.
+/// Counts a waiting request until it is dropped.
 struct Waiting<'a>(&'a AtomicUsize);
 
 impl<'a> Waiting<'a> {
@@ -84,7 +84,7 @@ async fn serve(mut stream: TcpStream, blob: &Blob, count: &AtomicUsize) -> std::
             let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", blob.size);
             stream.write_all(&[answer.as_bytes(), &blob.whole()].concat()).await?;
         } else if head.contains(EMPTY) {
-            // As castier asks at its start whether the origin is there.
+            // castier's request at its start.
             stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n").await?;
         } else if head.contains("/drip") {
             let _waiting = Waiting::begin(count);
@@ -104,7 +104,7 @@ async fn serve(mut stream: TcpStream, blob: &Blob, count: &AtomicUsize) -> std::
             }
         } else {
             let _waiting = Waiting::begin(count);
-            // No answer, until castier has had enough.
+            // No answer until castier closes the connection.
             while stream.read(&mut [0; 4096]).await? > 0 {}
             return Ok(());
         }

@@ -1,4 +1,4 @@
-//! A content-addressed origin that does as it is told: holds, lies, breaks off, and remembers what it was asked.
+//! A scripted content-addressed origin: it waits, sends wrong answers and breaks off on request, and records its requests.
 
 use super::{
     Blob,
@@ -32,20 +32,20 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    /// The `Range` it asked for.
+    /// Its `Range`.
     pub(crate) fn range(&self) -> Option<&str> {
         self.head.header("range")
     }
 }
 
-/// A blob and how to answer for it.
+/// A blob and the answers for it.
 struct Held {
     blob: Blob,
-    /// What to do with the next GETs, in order.
+    /// The answers to the next GETs, in order.
     next: VecDeque<Lie>,
-    /// What to do with those after them.
+    /// The answer to all GETs after them.
     then: Lie,
-    /// Body bytes written, by all answers together.
+    /// Body bytes sent in all answers.
     sent: u64,
     /// Answers that castier broke off.
     abandoned: usize,
@@ -54,20 +54,20 @@ struct Held {
 #[derive(Default)]
 struct State {
     held: HashMap<Digest, Held>,
-    /// What to do with the next uploads, in order; honest afterwards.
+    /// The answers to the next uploads, in order; correct afterwards.
     uploads: VecDeque<Lie>,
-    /// As a peer: flights of these are on their way.
+    /// As a peer: the blobs with running flights.
     filling: HashSet<Digest>,
-    /// No answer to anything until this opens.
+    /// No answers until this opens.
     frozen: Option<Gate>,
     seen: Vec<Seen>,
-    /// As a peer: what it proves its answers with.
+    /// As a peer: the secret to prove answers with.
     secrets: Option<Arc<Secrets>>,
     /// The last proof that it gave.
     proof: String,
 }
 
-/// The origin. Gone when dropped.
+/// The origin. Dropping it closes everything.
 pub(crate) struct LyingOrigin {
     pub(crate) addr: SocketAddr,
     state: Arc<Mutex<State>>,
@@ -89,7 +89,7 @@ impl LyingOrigin {
         Self { addr, accepting: tokio::spawn(accept(listener, Arc::clone(&state))), state }
     }
 
-    /// In the role of a peer that knows this secret.
+    /// Acts as a peer with this secret.
     pub(crate) async fn with_secret(secret: &str) -> Self {
         let peer = Self::start().await;
         peer.state.lock().secrets = Some(Arc::new(proof::secrets(secret)));
@@ -107,7 +107,7 @@ impl LyingOrigin {
         let _ = (&mut self.accepting).await;
     }
 
-    /// Is there again, at the same address.
+    /// Listens again, at the same address.
     pub(crate) async fn up(&mut self) {
         let listener = TcpListener::bind(self.addr).await.unwrap();
         self.accepting = tokio::spawn(accept(listener, Arc::clone(&self.state)));
@@ -117,7 +117,7 @@ impl LyingOrigin {
         format!("http://{}", self.addr)
     }
 
-    /// Holds `blob`, and answers for it honestly.
+    /// Adds `blob`, with correct answers.
     pub(crate) fn add(&self, blob: &Blob) {
         self.state
             .lock()
@@ -125,46 +125,46 @@ impl LyingOrigin {
             .insert(blob.digest, Held { blob: blob.clone(), next: VecDeque::new(), then: Lie::honest(), sent: 0, abandoned: 0 });
     }
 
-    /// A new blob that the origin holds.
+    /// Adds a new blob.
     pub(crate) fn blob(&self, size: u64) -> Blob {
         let blob = Blob::new(size);
         self.add(&blob);
         blob
     }
 
-    /// A new blob, and what to do with the GETs for it: these first, honest afterwards.
+    /// Adds a new blob, with these answers to its first GETs; correct afterwards.
     pub(crate) fn blob_with<const N: usize>(&self, size: u64, lies: [Lie; N]) -> Blob {
         let blob = self.blob(size);
         self.next(&blob, lies);
         blob
     }
 
-    /// What to do with the next GETs for `blob`.
+    /// Sets the answers to the next GETs for `blob`.
     pub(crate) fn next<const N: usize>(&self, blob: &Blob, lies: [Lie; N]) {
         self.held(blob, |held| held.next.extend(lies));
     }
 
-    /// What to do with every GET for `blob` that [`Self::next`] does not speak of.
+    /// Sets the answer to all GETs for `blob` after those of [`Self::next`].
     pub(crate) fn always(&self, blob: &Blob, lie: Lie) {
         self.held(blob, |held| held.then = lie);
     }
 
-    /// What to do with the next PUT or POST.
+    /// Sets the answer to the next PUT or POST.
     pub(crate) fn next_upload(&self, lie: Lie) {
         self.state.lock().uploads.push_back(lie);
     }
 
-    /// Nothing is to be done with uploads any more but what is right.
+    /// Answers all further uploads correctly.
     pub(crate) fn honest_uploads(&self) {
         self.state.lock().uploads.clear();
     }
 
-    /// Takes requests, and answers none before `gate` opens: like a process that has been stopped.
+    /// Accepts requests, and answers none until `gate` opens, like a stopped process.
     pub(crate) fn freeze(&self, gate: &Gate) {
         self.state.lock().frozen = Some(gate.clone());
     }
 
-    /// Tells other nodes that a flight of `blob` is on its way, or no longer does.
+    /// Sets whether it reports a running flight of `blob` to other nodes.
     pub(crate) fn filling(&self, blob: &Blob, filling: bool) {
         let mut state = self.state.lock();
         if filling {
@@ -186,7 +186,7 @@ impl LyingOrigin {
         self.state.lock().seen.clone()
     }
 
-    /// Requests for `blob` with this method, whatever became of them.
+    /// The number of requests for `blob` with this method.
     pub(crate) fn requests(&self, method: &str, blob: &Blob) -> Vec<Seen> {
         self.state.lock().seen.iter().filter(|seen| seen.method == method && seen.digest == Some(blob.digest)).cloned().collect()
     }
@@ -195,12 +195,12 @@ impl LyingOrigin {
         self.requests("GET", blob).len()
     }
 
-    /// Body bytes of `blob` that were written so far.
+    /// The body bytes of `blob` that were sent so far.
     pub(crate) fn sent(&self, blob: &Blob) -> u64 {
         self.held(blob, |held| held.sent)
     }
 
-    /// Answers for `blob` that castier broke off.
+    /// The number of answers for `blob` that castier broke off.
     pub(crate) fn abandoned(&self, blob: &Blob) -> usize {
         self.held(blob, |held| held.abandoned)
     }
@@ -225,19 +225,19 @@ async fn accept(listener: TcpListener, state: Arc<Mutex<State>>) {
 struct Connection {
     wire: Wire,
     state: Arc<Mutex<State>>,
-    /// What the present answer is proved with.
+    /// The proof for the current answer.
     asked: Option<Asked>,
-    /// What it is to have instead of a proof.
+    /// What to send instead of a proof.
     forged: Option<String>,
 }
 
-/// Whether the connection goes on after an answer.
+/// Whether the connection stays open after an answer.
 type Keep = bool;
 
 impl Connection {
     async fn serve(mut self) {
         while let Ok(Some(head)) = self.wire.head().await {
-            // What an answer runs into is castier's to judge.
+            // An error while sending is what castier caused or must handle.
             if !matches!(self.answer(head).await, Ok(true)) {
                 return;
             }
@@ -276,7 +276,7 @@ impl Connection {
         }
     }
 
-    /// An answer's head, and what may stand behind it.
+    /// Sends the head of an answer, and the bytes after it.
     async fn head(&mut self, answer: &str) -> io::Result<()> {
         let answer = match (&self.asked, &self.forged) {
             (Some(asked), None) => {
@@ -305,7 +305,7 @@ impl Connection {
     async fn upload(&mut self, claimed: Option<Digest>, head: &Head) -> io::Result<Keep> {
         if head.header("expect").is_some() {
             if claimed.is_some_and(|claimed| self.state.lock().held.contains_key(&claimed)) {
-                // The body stays where it is, and so the connection ends here.
+                // The request's body is not read, so the connection must end.
                 self.status(200).await?;
                 return Ok(false);
             }
@@ -345,10 +345,10 @@ impl Connection {
         Ok(true)
     }
 
-    /// Anything that is not CAS: the request's body as it comes, or without one the request's head.
+    /// A request outside `/cas`: answers with the request's body, or without one with the request's head.
     async fn echo(&mut self, method: &str, head: &Head) -> io::Result<Keep> {
         let hop = "Connection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\n";
-        // As a peer that is asked how it is.
+        // A health check of a peer.
         let node = if head.first.starts_with("GET /healthz ") { "Castier-Node: scripted\r\n" } else { "" };
         self.head(&format!("HTTP/1.1 200 OK\r\n{hop}{node}X-From: origin\r\nTransfer-Encoding: chunked\r\n\r\n")).await?;
         let mut framing = head.framing(Framing::Length(0));
@@ -371,7 +371,7 @@ impl Connection {
 
     async fn blob(&mut self, method: &str, digest: Digest, range: Option<&str>) -> io::Result<Keep> {
         let found = self.state.lock().held.get_mut(&digest).map(|held| {
-            // A HEAD is always honest, and uses up no lie that was meant for a GET.
+            // A HEAD is always answered correctly, and does not use up a fault for a GET.
             let lie = if method == "HEAD" { None } else { held.next.pop_front() };
             (held.blob.clone(), lie.unwrap_or_else(|| held.then.clone()))
         });
@@ -426,17 +426,17 @@ impl Connection {
     }
 }
 
-/// `bytes=a-` or `bytes=a-b`, the only ranges that a resume has a use for.
+/// Parses `bytes=a-` or `bytes=a-b`, the only ranges that a resume needs.
 fn parse_range(range: &str, size: u64) -> Option<(u64, u64)> {
     let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
     let last = if last.is_empty() { u64::MAX } else { last.parse().ok()? };
     Some((first.parse().ok()?, last.min(size.saturating_sub(1))))
 }
 
-/// A body on its way.
+/// A body that is being sent.
 struct Body<'a> {
     blob: Blob,
-    /// The offset that follows the last byte.
+    /// The offset after the last byte.
     end: u64,
     lie: Lie,
     wire: &'a mut Wire,
@@ -464,7 +464,7 @@ impl Body<'_> {
         Ok(self.lie.close.is_none() && !claimed_more)
     }
 
-    /// False if the lie was to break off.
+    /// Returns false if the fault was to break off.
     async fn pieces(&mut self, mut at: u64) -> io::Result<bool> {
         loop {
             let mut until = self.end;
@@ -520,7 +520,7 @@ impl Body<'_> {
         self.wire.write(&[format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat()).await
     }
 
-    /// Waits, but not for someone who has hung up.
+    /// Waits, unless the client disconnects.
     async fn gone_or(&mut self, wait: impl Future<Output = ()>) -> io::Result<()> {
         let mut byte = [0];
         tokio::select! {
@@ -533,7 +533,7 @@ impl Body<'_> {
     }
 }
 
-/// Makes closing the connection a reset: what is still on its way is dropped.
+/// Makes the close of the connection a reset, which drops unsent bytes.
 pub(crate) fn reset(stream: &TcpStream) {
     stream.set_zero_linger().unwrap();
 }

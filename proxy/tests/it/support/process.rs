@@ -1,4 +1,4 @@
-//! Real processes on ports of the system's choosing.
+//! Real processes, on free ports.
 
 use super::{DEADLINE, Request, eventually};
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
@@ -12,7 +12,7 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// The file descriptors that a thousand clients need, in this process and, by inheritance, in castier.
+/// Raises the limit of file descriptors for a thousand clients, in this process and the castier that inherits it.
 fn raise_limits() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -22,7 +22,7 @@ fn raise_limits() {
     });
 }
 
-/// A process in a directory of its own, with its output in files there. Killed when dropped.
+/// A process in its own directory, with its output in files there. Killed on drop.
 struct Process {
     child: Child,
     dir: TempDir,
@@ -41,13 +41,13 @@ impl Process {
         ["stdout", "stderr"].map(|name| fs::read_to_string(self.dir.path().join(name)).unwrap_or_default()).join("\n")
     }
 
-    /// The address of a listener, as the process names it on its standard output behind `prefix`.
+    /// The address of a listener, from the process's standard output after `prefix`.
     async fn listener(&mut self, prefix: &str) -> SocketAddr {
         eventually(&format!("a line {prefix:?}"), async || {
             if let Some(status) = self.child.try_wait().unwrap() {
                 panic!("ended with {status} instead of listening");
             }
-            // The last one, since a process that was restarted in the same directory says it again.
+            // The last one, since a process that was restarted in the same directory prints it again.
             let output = fs::read_to_string(self.dir.path().join("stdout")).unwrap();
             let behind = output.lines().rev().find_map(|line| line.split(prefix).nth(1))?;
             output.ends_with('\n').then(|| behind.split([' ', '"']).next()?.parse().ok())?
@@ -88,7 +88,7 @@ pub(crate) struct Castier {
 }
 
 impl Castier {
-    /// In front of `origin`, with these further lines of TOML (dotted keys, so that any order will do). Ready when it is here.
+    /// Starts castier in front of `origin`, with further lines of TOML (with dotted keys, in any order). Waits until it is ready.
     pub(crate) async fn start(origin: &str, config: &str) -> Self {
         Self::start_with(origin, config, &[]).await
     }
@@ -102,7 +102,7 @@ impl Castier {
         Self::run(command, dir).await
     }
 
-    /// Any command line; it must lead to a running castier.
+    /// Starts castier with any command line.
     pub(crate) async fn run(command: Command, dir: TempDir) -> Self {
         let mut process = Process::spawn(command, dir);
         let public = process.listener("listening public ").await;
@@ -115,13 +115,13 @@ impl Castier {
         env!("CARGO_BIN_EXE_castier")
     }
 
-    /// Runs it to its end: for what does not serve.
+    /// Runs it to its end, for command lines that do not serve.
     pub(crate) fn once(configure: impl FnOnce(&mut Command, &Path)) -> Output {
         let dir = TempDir::new().unwrap();
         let mut command = Command::new(Self::program());
         command.current_dir(dir.path()).stdin(Stdio::null());
         configure(&mut command, dir.path());
-        // An endless run must fail the test rather than hang it.
+        // A process that does not end must fail the test, and not hang it.
         let mut bounded = Command::new("timeout");
         bounded.arg(DEADLINE.as_secs().to_string()).arg(command.get_program()).args(command.get_args()).current_dir(dir.path());
         for (name, value) in command.get_envs() {
@@ -149,24 +149,24 @@ impl Castier {
         self.process.exit().await
     }
 
-    /// Everything it has written to standard output and standard error so far.
+    /// Its standard output and standard error so far.
     pub(crate) fn output(&self) -> String {
         self.process.output()
     }
 
-    /// A figure from the kernel's account of the process, in bytes: `VmRSS` now, `VmHWM` at its peak.
+    /// A field of `/proc/PID/status` in bytes: `VmRSS` is the current memory, `VmHWM` the peak.
     pub(crate) fn memory(&self, figure: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(figure)?.strip_prefix(':')).expect("a line of /proc/*/status");
         line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
     }
 
-    /// How many file descriptors it has open.
+    /// The number of its open file descriptors.
     pub(crate) fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.process.child.id())).unwrap().count()
     }
 
-    /// The files below `dir` that it has open, those without a name included.
+    /// Its open files below `dir`, including those without a name.
     pub(crate) fn files(&self, dir: &Path) -> Vec<File> {
         let open = fs::read_dir(format!("/proc/{}/fd", self.process.child.id())).unwrap().flatten().map(|fd| fd.path());
         let below = open.filter(|fd| fs::read_link(fd).is_ok_and(|path| path.starts_with(dir)));
@@ -179,28 +179,28 @@ pub(crate) fn config_text(origin: &str, more: &str) -> String {
     format!("listen.public = \"127.0.0.1:0\"\nlisten.admin = \"127.0.0.1:0\"\norigin.url = \"{origin}\"\n{more}\n")
 }
 
-/// The real origin: a durable store that can be killed and started again on the same files and the same port.
+/// The real origin. It can be killed, and started again with the same files and port.
 pub(crate) struct RealOrigin {
     process: Process,
-    /// Its configuration beside its addresses and its root.
+    /// Further configuration.
     env: Vec<(String, String)>,
-    /// The store's files. Outlives the process.
+    /// The directory of the store. It stays when the process ends.
     root: TempDir,
     pub(crate) addr: SocketAddr,
 }
 
-/// The real origin, of which a test looks at the process alone.
+/// The real origin, for tests of its process.
 pub(crate) struct BareOrigin(Process);
 
 impl BareOrigin {
-    /// How many file descriptors it has open.
+    /// The number of its open file descriptors.
     pub(crate) fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.0.child.id())).unwrap().count()
     }
 }
 
 impl RealOrigin {
-    /// By any command line; with where its clients and its operators connect.
+    /// Starts it with any command line. Returns its public and admin addresses too.
     pub(crate) async fn bare(command: Command) -> (BareOrigin, SocketAddr, SocketAddr) {
         let mut process = Process::spawn(command, TempDir::new().unwrap());
         let public = process.listener("listening public ").await;
@@ -212,7 +212,7 @@ impl RealOrigin {
         Self::start_with(&[]).await
     }
 
-    /// With this configuration, as variables of the environment.
+    /// Starts it with a configuration in environment variables.
     pub(crate) async fn start_with(env: &[(&str, &str)]) -> Self {
         let root = TempDir::new().unwrap();
         let env: Vec<_> = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
@@ -220,7 +220,7 @@ impl RealOrigin {
         Self { process, env, root, addr }
     }
 
-    /// Everything it has written so far.
+    /// Its output so far.
     pub(crate) fn output(&self) -> String {
         self.process.output()
     }
@@ -238,7 +238,7 @@ impl RealOrigin {
         format!("http://{}", self.addr)
     }
 
-    /// Bytes of uploads that are still on their way.
+    /// The bytes of uploads in progress.
     pub(crate) fn unfinished(&self) -> u64 {
         let files = fs::read_dir(self.root.path().join("tmp")).unwrap();
         files.filter_map(|file| file.unwrap().metadata().ok()).map(|file| file.len()).sum()
@@ -250,7 +250,7 @@ impl RealOrigin {
         self.process.exit().await;
     }
 
-    /// Told to end, and waits until it has.
+    /// Sends SIGTERM, and waits until it has ended.
     pub(crate) async fn terminate(&mut self) -> ExitStatus {
         self.process.signal(Signal::TERM);
         self.process.exit().await

@@ -1,4 +1,4 @@
-//! The tests' own side of the proofs between nodes.
+//! The tests' own implementation of the proofs between nodes.
 
 use super::wire::Head;
 use castier_cluster::{ASKED, Asked, PROOF, Secrets, Twice};
@@ -6,20 +6,20 @@ use castier_config::Cluster;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use std::fs;
 
-/// As a node has them that has this text in its file.
+/// The secrets of a node with this text in its file.
 pub(crate) fn secrets(text: &str) -> Secrets {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), text).unwrap();
     Secrets::open(&Cluster { secret_file: file.path().to_owned(), ..Cluster::default() }).unwrap()
 }
 
-/// The line that proves a request with these headers.
+/// The header line that proves a request with these headers.
 pub(crate) fn line(secret: &str, method: &str, target: &str, headers: &[(String, String)]) -> String {
     let (proof, _) = secrets(secret).ask(method, target.split('?').next().unwrap(), &map(headers));
     format!("{PROOF}: {}\r\n", proof.unwrap().to_str().unwrap())
 }
 
-/// What a request that arrived so is answered with; none if it proves nothing.
+/// Checks the proof of a request. Returns the state to prove the answer with; `None` if the proof is not valid.
 pub(crate) fn admitted(secrets: &Secrets, head: &Head) -> Option<Asked> {
     let mut words = head.first.split(' ');
     let (method, target) = (words.next()?, words.next()?);
@@ -33,7 +33,7 @@ pub(crate) fn admitted(secrets: &Secrets, head: &Head) -> Option<Asked> {
     secrets.admit(head.header(PROOF.as_str()).map(str::as_bytes), method, target, fields)
 }
 
-/// An answer's head, and what may stand behind it, with its proof; and the proof.
+/// Adds the proof to the head of an answer. Returns the answer and the proof.
 pub(crate) fn proved(asked: &Asked, answer: &str) -> (String, String) {
     let (first, rest) = answer.split_once("\r\n").unwrap();
     let status: u16 = first.split(' ').nth(1).unwrap().parse().unwrap();

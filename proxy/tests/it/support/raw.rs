@@ -1,4 +1,4 @@
-//! An origin that says exactly these bytes.
+//! An origin that sends given bytes.
 
 use parking_lot::Mutex;
 use std::{net::SocketAddr, sync::Arc};
@@ -8,7 +8,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Answers each request head with what it is told to, byte for byte, and then reads the next one. Bodies are the teller's business.
+/// Answers each request head with given bytes, and then reads the next head. It does not handle bodies.
 pub(crate) struct RawOrigin {
     pub(crate) addr: SocketAddr,
     seen: Arc<Mutex<Seen>>,
@@ -28,7 +28,7 @@ impl Drop for RawOrigin {
 }
 
 impl RawOrigin {
-    /// `tell` has each head and says what to answer.
+    /// `tell` gets each head, and returns the answer.
     pub(crate) async fn start(tell: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static) -> Self {
         let tell = Arc::new(tell);
         Self::serve(TcpListener::bind("127.0.0.1:0").await.unwrap(), move |mut stream, head| {
@@ -40,7 +40,7 @@ impl RawOrigin {
         })
     }
 
-    /// `answer` has the connection behind each head, and gives it back if it goes on.
+    /// `answer` gets the connection after each head, and returns it if it stays open.
     pub(crate) fn serve<F, A>(listener: TcpListener, answer: F) -> Self
     where
         F: Fn(TcpStream, String) -> A + Send + Sync + 'static,
@@ -81,7 +81,7 @@ impl RawOrigin {
         self.seen.lock().connections
     }
 
-    /// The heads of all requests, as they came.
+    /// The heads of all requests, in order.
     pub(crate) fn heads(&self) -> Vec<String> {
         self.seen.lock().heads.clone()
     }

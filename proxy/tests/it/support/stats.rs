@@ -1,4 +1,4 @@
-//! The books: what castier counts, and that it adds up.
+//! The ledger: castier's counters, and the check of its equations.
 
 use super::{Castier, Request, eventually};
 use std::{net::SocketAddr, time::Duration};
@@ -6,13 +6,13 @@ use std::{net::SocketAddr, time::Duration};
 /// One reading of `/metrics`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Metrics {
-    /// Series with their labels as they stand there, and their values.
+    /// All series with their labels, and their values.
     series: Vec<(String, f64)>,
     pub(crate) text: String,
 }
 
 impl Metrics {
-    /// The sum over all series of this name whose labels contain all of these; 0 if there are none.
+    /// The sum over all series of this name with these labels; 0 if there are none.
     pub(crate) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
         let fits = |series: &str| {
             let (own, rest) = series.split_once('{').unwrap_or((series, ""));
@@ -25,7 +25,7 @@ impl Metrics {
         self.sum(name, &[])
     }
 
-    /// How transfers from the origin ended: ok, absent, error.
+    /// The results of loads from the origin: ok, absent, error.
     pub(crate) fn source_loads(&self) -> [u64; 3] {
         ["ok", "absent", "error"].map(|result| self.sum("castier_source_loads_total", &[("source", "origin"), ("result", result)]))
     }
@@ -38,7 +38,7 @@ impl Metrics {
         self.sum("castier_source_resumes_total", &[("source", "origin")])
     }
 
-    /// Blobs that memory keeps.
+    /// The number of blobs in memory.
     pub(crate) fn kept(&self) -> u64 {
         self.sum("castier_tier_blobs", &[("tier", "memory")])
     }
@@ -52,7 +52,7 @@ impl Metrics {
         self.series.iter().map(|(series, _)| series.as_str())
     }
 
-    /// The figures that a request or a flight changes.
+    /// The series that a request or a flight changes.
     fn moving(&self) -> Vec<(String, f64)> {
         let moving =
             ["castier_gets", "castier_hits", "castier_loads", "castier_flight", "castier_collapsed", "castier_source", "castier_http"];
@@ -64,7 +64,7 @@ pub(crate) async fn metrics(castier: &Castier) -> Metrics {
     metrics_at(castier.admin).await
 }
 
-/// Of the program whose admin listener that is.
+/// The metrics of the program with this admin listener.
 pub(crate) async fn metrics_at(admin: SocketAddr) -> Metrics {
     let reply = Request::get("/metrics").send(admin).await;
     assert_eq!(reply.status, 200);
@@ -83,7 +83,7 @@ pub(crate) async fn stats(castier: &Castier) -> serde_json::Value {
     serde_json::from_slice(&reply.body).unwrap()
 }
 
-/// Waits until no flight is under way and nothing moves any more.
+/// Waits until no flight is in progress and no counter changes any more.
 pub(crate) async fn quiet(castier: &Castier) -> Metrics {
     eventually("a quiet moment", async || {
         let before = metrics(castier).await;
@@ -95,7 +95,7 @@ pub(crate) async fn quiet(castier: &Castier) -> Metrics {
     .await
 }
 
-/// The equations of the contract, and that `/stats` tells the same story. Gives the figures.
+/// Checks the equations of the ledger, and that `/stats` agrees. Returns the figures.
 pub(crate) async fn assert_ledger(castier: &Castier) -> Metrics {
     let now = quiet(castier).await;
     let [gets, hits, loads, flights, collapsed] =

@@ -1,4 +1,4 @@
-//! HTTP/1.1 as it stands on the wire, for both ends: nothing is smoothed over, so that a test sees what was sent.
+//! Raw HTTP/1.1 for clients and servers, so that a test sees exactly the sent bytes.
 
 use std::io;
 use tokio::{
@@ -6,16 +6,16 @@ use tokio::{
     net::TcpStream,
 };
 
-/// A connection and what was read from it too early.
+/// A connection, and the bytes that were read ahead.
 pub(crate) struct Wire {
     pub(crate) stream: TcpStream,
-    /// Read but not yet asked for: `buffer[start..end]`.
+    /// The bytes read ahead are `buffer[start..end]`.
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
 }
 
-/// The first line and the headers of a message; names in lower case.
+/// The first line and the headers of a message. Names are in lower case.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Head {
     pub(crate) first: String,
@@ -27,7 +27,7 @@ impl Head {
         self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
-    /// How the body is framed; `otherwise` where the headers do not say.
+    /// The framing of the body; `otherwise` if the headers do not define it.
     pub(crate) fn framing(&self, otherwise: Framing) -> Framing {
         if self.header("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked")) {
             return Framing::Chunked { left: None };
@@ -36,15 +36,15 @@ impl Head {
     }
 }
 
-/// How much of a body is still to come.
+/// The rest of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Framing {
     Length(u64),
-    /// `left` of the current chunk; none before the first.
+    /// `left` bytes of the current chunk; `None` before the first one.
     Chunked {
         left: Option<u64>,
     },
-    /// Until the other side closes.
+    /// Until the connection closes.
     Close,
 }
 
@@ -58,7 +58,7 @@ impl Wire {
         self.stream.write_all(bytes).await
     }
 
-    /// Waits until there is something in the buffer; false at the end of the stream.
+    /// Waits until there are bytes in the buffer. Returns false at the end of the stream.
     async fn fill(&mut self, most: usize) -> io::Result<bool> {
         if self.start < self.end {
             return Ok(true);
@@ -68,7 +68,7 @@ impl Wire {
         Ok(self.end > 0)
     }
 
-    /// A line without its end.
+    /// A line without its line end.
     async fn line(&mut self) -> io::Result<String> {
         let mut line = Vec::new();
         loop {
@@ -87,7 +87,7 @@ impl Wire {
         }
     }
 
-    /// The next message's head; none at a clean end of the connection.
+    /// The head of the next message; `None` at a clean end of the connection.
     pub(crate) async fn head(&mut self) -> io::Result<Option<Head>> {
         if !self.fill(usize::MAX).await? {
             return Ok(None);
@@ -100,7 +100,7 @@ impl Wire {
         }
     }
 
-    /// The next piece of a body, at most `most` bytes of it; none when it is complete. A body that breaks off is an error.
+    /// The next piece of a body, at most `most` bytes; `None` when it is complete. A body that breaks off is an error.
     pub(crate) async fn piece(&mut self, framing: &mut Framing, most: usize) -> io::Result<Option<&[u8]>> {
         let left = match framing {
             Framing::Length(left) => *left,

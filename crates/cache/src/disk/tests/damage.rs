@@ -33,9 +33,9 @@ async fn a_flipped_bit_is_damage_and_never_a_wrong_byte() {
         }
         assert!(tier.find(&blob.digest()).await.is_none() && tier.knows(&blob.digest()).is_none() && !path.exists(), "offset {at}");
         // A file whose trailer has no magic bytes counts as unfinished: it is deleted, and not counted as damaged.
-        let rot = !(file_len - 12..file_len - 4).contains(&at);
-        found += u64::from(rot);
-        assert_eq!(tier.metrics.corrupt_count("disk"), corrupt + u64::from(rot), "offset {at}");
+        let damaged = !(file_len - 12..file_len - 4).contains(&at);
+        found += u64::from(damaged);
+        assert_eq!(tier.metrics.corrupt_count("disk"), corrupt + u64::from(damaged), "offset {at}");
         // The blob can be kept again.
         tier.keep_now(blob.clone()).await;
         assert_eq!(tier.whole(&blob).await.as_deref(), Some(&blob.content()[..]));
@@ -162,8 +162,8 @@ async fn the_scrub_reports_damage_and_keeps_its_rate() {
     tier.close();
     let started = Instant::now();
     tier.open();
-    let told = tokio::time::timeout(Duration::from_secs(20), tier.damaged.as_mut().unwrap().recv()).await;
-    assert_eq!(told, Ok(Some(blob.digest())));
+    let reported = tokio::time::timeout(Duration::from_secs(20), tier.damaged.as_mut().unwrap().recv()).await;
+    assert_eq!(reported, Ok(Some(blob.digest())));
     assert!(started.elapsed() >= Duration::from_millis(400));
     // Closing interrupts a scrub that would take five more minutes.
     tier.keep(3_000_000, 2).await;

@@ -34,7 +34,7 @@ async fn a_full_queue_skips() {
     until("the queue is written", || tier.behind.used.load(Ordering::Relaxed) == 0).await;
     assert_eq!(tier.stats(0).blobs, 9);
     tier.keep_later(blobs[11].clone());
-    until("there is room again", || tier.knows(&blobs[11].digest()).is_some()).await;
+    until("there is space again", || tier.knows(&blobs[11].digest()).is_some()).await;
     tier.keep_later(blob(100_000, 99));
     assert_eq!(skips(&tier, Skip::Queue), 4, "a blob larger than the queue is not kept");
 }
