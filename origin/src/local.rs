@@ -1,16 +1,16 @@
 //! The blobs of an origin in the same process, as a [`Source`] and a [`Store`]: the disk without HTTP. Everything that blocks runs on blocking threads.
 //!
-//! What it says is what the HTTP service says: the empty blob is there even if nobody stored it, a whole blob is hashed as it is read and ends with an
-//! error if it rotted, and a rotten blob is set aside, so that the next request finds it absent.
+//! Behaves as the HTTP service does. The empty blob exists even if it was never stored. A whole blob is hashed while it is read, and ends with an error
+//! if it is damaged. A damaged blob is moved to the quarantine, so that the next request finds it absent.
 //!
-//! Every wait for the disk ends after `origin.read_timeout`. The blocking thread itself stays with a disk that hangs, so at most `origin.max_requests`
+//! Every wait for the disk ends after `origin.read_timeout`. If the disk hangs, the blocking thread stays blocked. So at most `origin.max_requests`
 //! short requests run at once, as at an origin behind HTTP.
 
 use crate::{
     Shared,
     receive::{Failed, finished, receive},
     reply::{Streaming, chunk_for},
-    server::Seat,
+    server::Slot,
     store::{self, Blob, Upload as Temporary},
 };
 use bytes::Bytes;
@@ -25,10 +25,10 @@ use tokio::{
     time::timeout,
 };
 
-/// As in labels.
+/// The name of the source in labels and faults.
 const NAME: &str = "origin";
 
-/// A client that waits to be asked for its upload is asked after this long at the latest, even if the disk has not yet told whether the blob is stored.
+/// How long a client that waits for `100 Continue` waits for the disk at most. Then it gets the 100, even if it is unknown whether the blob is stored.
 const EXPECTED: Duration = Duration::from_secs(1);
 
 /// The blobs of an [`Origin`](crate::Origin), for the program that has it in its own process.
@@ -36,7 +36,7 @@ pub struct Local {
     shared: Arc<Shared>,
     /// `origin.read_timeout`.
     limit: Duration,
-    /// `origin.max_requests`, for all but reads and uploads that are streamed: others limit these.
+    /// `origin.max_requests` permits, for all requests except reads and streamed uploads, which have other limits.
     requests: Semaphore,
 }
 
@@ -66,12 +66,12 @@ impl Local {
     }
 
     async fn open_from(&self, digest: Digest, from: u64) -> Result<Answer, Fault> {
-        let (store, (seat, transfers)) = (Arc::clone(&self.shared.store), Seat::take(&self.shared.transfers));
+        let (store, (slot, transfers)) = (Arc::clone(&self.shared.store), Slot::take(&self.shared.transfers));
         let chunk = chunk_for(transfers);
         let opened = self.blocking(move || {
             let blob = store.open_blob(&digest)?;
             let Some(size) = size(blob.as_ref(), &digest) else { return Ok(None) };
-            // The first chunk is read now, so that damage in something small is an error at once.
+            // Read the first chunk now, so that damage in a small blob is an error before the answer begins.
             let first = match blob.filter(|_| from == 0 || from < size) {
                 Some(blob) => {
                     let mut reader = blob.read(from..size);
@@ -84,10 +84,10 @@ impl Local {
         Ok(match opened.await? {
             None => Answer::Absent,
             Some((size, Some((first, reader)))) => {
-                Answer::Bytes(Incoming::new(Some(size), self.bytes(Streaming::new(first, reader, chunk, seat))))
+                Answer::Bytes(Incoming::new(Some(size), self.bytes(Streaming::new(first, reader, chunk, slot))))
             }
             Some((size, None)) if from > 0 => return Err(unusable(format!("offset {from} of {size} bytes"))),
-            // The empty blob, which nobody has stored.
+            // The empty blob, which was never stored.
             Some((size, None)) => Answer::Bytes(Incoming::new(Some(size), stream::empty())),
         })
     }
@@ -101,7 +101,7 @@ impl Local {
                 Poll::Ready(chunk) => chunk.map(|chunk| {
                     chunk.map_err(|fault| {
                         shared.note(&fault);
-                        // The transfer has begun, so it breaks.
+                        // The transfer has begun, so this is a broken transfer.
                         Fault::Unreachable { source_name: NAME, why: fault.to_string() }
                     })
                 }),
@@ -117,7 +117,7 @@ impl Local {
             return Err(Fault::OriginRefusesSize);
         }
         let _permit = if upload.whole().is_some() { Some(self.permit().await?) } else { None };
-        // The last bytes come only if all of them match.
+        // The upload gives the last bytes only if all bytes match the digest.
         let chunks = stream::try_unfold(Some(upload), async |upload| {
             let Some(upload) = upload else { return Ok(None) };
             Ok(Some(match upload.next().await? {
@@ -187,7 +187,7 @@ impl Store for Local {
     }
 }
 
-/// The size of what was found under a digest, if there is such a blob: the empty one is always there.
+/// The size of a blob; `None` if it does not exist. The empty blob always exists.
 fn size(blob: Option<&Blob>, digest: &Digest) -> Option<u64> {
     blob.map(Blob::size).or((*digest == Digest::EMPTY).then_some(0))
 }

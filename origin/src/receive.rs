@@ -1,9 +1,9 @@
-//! Bytes that come in, on their way to the disk: a batch is written while the next one comes.
+//! Writes the bytes of an upload to the disk in batches. One batch is written while the next one arrives.
 
 use crate::{
     entries,
     reply::chunk_for,
-    server::Seat,
+    server::Slot,
     store::{self, Fault},
 };
 use bytes::Bytes;
@@ -19,17 +19,17 @@ use tokio::{
     time::timeout,
 };
 
-/// A batch is written when it has this many pieces, however small: a body that comes byte by byte must not cost more to hold.
+/// A batch is written when it has this many pieces, even if they are small. It limits the memory for a body that arrives byte by byte.
 const MOST_PIECES: usize = 256;
 
-/// Why what came is not stored.
+/// Why an upload was not stored.
 #[derive(Debug)]
 pub(crate) enum Failed<E> {
     /// The bytes ended early.
     Body(E),
     /// There were more bytes than this.
     TooLarge(u64),
-    /// The store could not do it.
+    /// The store failed.
     Store(Fault),
 }
 
@@ -39,7 +39,8 @@ impl<E> From<Fault> for Failed<E> {
     }
 }
 
-/// Chunks → temp file → what `finish` makes of it. `most`: the bytes that may come. `limit`: how long the disk may take for one batch, if that is limited.
+/// Writes the chunks to a temporary file, and calls `finish` with it. `most` is the most bytes. `limit` is how long the disk may take for one batch;
+/// `None` for no limit.
 pub(crate) async fn receive<U: Intaken, T: Send + 'static, E>(
     transfers: &Arc<AtomicUsize>,
     begin: impl FnOnce() -> Result<U, Fault> + Send + 'static,
@@ -48,7 +49,7 @@ pub(crate) async fn receive<U: Intaken, T: Send + 'static, E>(
     limit: Option<Duration>,
     mut chunks: impl Stream<Item = Result<Bytes, E>> + Unpin,
 ) -> Result<T, Failed<E>> {
-    let (_seat, transfers) = Seat::take(transfers);
+    let (_slot, transfers) = Slot::take(transfers);
     let chunk = chunk_for(transfers);
     let mut work = Work::Claimed(begin);
     let (mut batch, mut held, mut total) = (Vec::new(), 0, 0);
@@ -70,7 +71,7 @@ pub(crate) async fn receive<U: Intaken, T: Send + 'static, E>(
     Ok(finished(limit, spawn_blocking(move || finish(before.go_on(&batch)?))).await?)
 }
 
-/// Waits for work that blocks. With a limit, the wait ends when it has passed; the work itself goes on to its end.
+/// Waits for blocking work. With a limit, the wait ends then; the work itself continues to its end.
 pub(crate) async fn finished<T>(limit: Option<Duration>, job: JoinHandle<Result<T, Fault>>) -> Result<T, Fault> {
     let done = match limit {
         Some(limit) => {
@@ -82,7 +83,7 @@ pub(crate) async fn finished<T>(limit: Option<Duration>, job: JoinHandle<Result<
     done.unwrap_or_else(|stopped| Err(Fault::Io(stopped.into())))
 }
 
-/// What an upload's bytes are written to.
+/// The destination of an upload's bytes.
 pub(crate) trait Intaken: Send + 'static {
     /// Blocks.
     fn write(&mut self, bytes: &Bytes) -> Result<(), Fault>;
@@ -100,7 +101,7 @@ impl Intaken for entries::Upload {
     }
 }
 
-/// How far an upload has come.
+/// The state of an upload.
 enum Work<B, U> {
     /// Nothing is written yet.
     Claimed(B),
@@ -108,7 +109,7 @@ enum Work<B, U> {
     Writing(JoinHandle<Result<U, Fault>>),
 }
 
-/// An upload that nobody is writing to.
+/// An upload while no batch is written.
 enum Settled<B, U> {
     Claimed(B),
     Begun(U),

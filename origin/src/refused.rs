@@ -6,7 +6,7 @@ use castier_serverkit::multipart::FormError;
 use castier_wire::{Problem, entry::Malformed};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
-/// A refusal. Its text is for the log; [`Refused::tell`] makes the answer for the client.
+/// A refusal. Its text is for the log; [`Refused::to_answer`] makes the answer for the client.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refused {
     /// The path has a name below `/cas/` that is no digest.
@@ -79,8 +79,8 @@ impl From<Failed<Self>> for Refused {
 }
 
 impl Refused {
-    /// The answer: status, headers, body. Nothing in it comes from the system or tells where files are.
-    pub(crate) fn tell(&self) -> (StatusCode, HeaderMap, String) {
+    /// The answer: status, headers, body. It contains no text of the system and no paths of files.
+    pub(crate) fn to_answer(&self) -> (StatusCode, HeaderMap, String) {
         use StatusCode as S;
         let ours = "the store has a fault of its own, which its log describes; try again later";
         let (status, detail) = match self {

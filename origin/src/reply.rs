@@ -4,7 +4,7 @@ use crate::{
     Shared,
     connection_timeouts::Activity,
     metrics::label,
-    server::Seat,
+    server::Slot,
     store::{Fault, Reader},
 };
 use bytes::Bytes;
@@ -75,7 +75,7 @@ impl Source for Reader {
 pub(crate) struct Streaming {
     next: Next,
     chunk: usize,
-    _seat: Seat,
+    _slot: Slot,
 }
 
 enum Next {
@@ -89,11 +89,11 @@ enum Next {
 
 impl Streaming {
     /// Sends `first`, then the other chunks of `reader`.
-    pub(crate) fn new(first: Bytes, reader: impl Source, chunk: usize, seat: Seat) -> Self {
-        Self { next: Next::Chunk(first, Box::new(reader)), chunk, _seat: seat }
+    pub(crate) fn new(first: Bytes, reader: impl Source, chunk: usize, slot: Slot) -> Self {
+        Self { next: Next::Chunk(first, Box::new(reader)), chunk, _slot: slot }
     }
 
-    /// The next chunk, which may be empty; none at the end.
+    /// The next chunk, which may be empty; `None` at the end.
     pub(crate) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
         loop {
             match mem::replace(&mut self.next, Next::End) {
@@ -221,7 +221,7 @@ impl Record {
 
     /// The id of the request.
     pub(crate) fn request_id(&self) -> Option<HeaderValue> {
-        self.trace.tell_id()
+        self.trace.id_header()
     }
 
     /// Records the status of the answer, and the error if the request failed.

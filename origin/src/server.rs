@@ -71,18 +71,18 @@ pub(crate) enum Full {
     OldestIdleMakesWay,
 }
 
-/// A place among a limited number; given back when dropped.
-pub(crate) struct Seat(Arc<AtomicUsize>);
+/// Counts one connection or transfer until it is dropped.
+pub(crate) struct Slot(Arc<AtomicUsize>);
 
-impl Seat {
-    /// Takes one, and says how many are taken now.
+impl Slot {
+    /// Takes a slot. Also returns how many are taken now.
     pub(crate) fn take(taken: &Arc<AtomicUsize>) -> (Self, usize) {
         let now = taken.fetch_add(1, Relaxed) + 1;
         (Self(Arc::clone(taken)), now)
     }
 }
 
-impl Drop for Seat {
+impl Drop for Slot {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
     }
@@ -102,22 +102,22 @@ pub(crate) async fn serve<H: Handler>(listener: TcpListener, handler: H, shutdow
         match accepted {
             Ok((stream, address)) => {
                 let most = H::max_connections(&handler.limits());
-                let (seat, taken) = Seat::take(&open);
+                let (slot, taken) = Slot::take(&open);
                 let is_admitted = match H::FULL {
                     Full::NewcomersAreRefused => taken <= most,
                     Full::OldestIdleMakesWay => admin.admit(most),
                 };
                 if is_admitted {
                     let activity = Arc::new(Activity::default());
-                    let task = connection(stream, address, handler.clone(), graceful.watcher(), cut.clone(), seat, Arc::clone(&activity));
+                    let task = connection(stream, address, handler.clone(), graceful.watcher(), cut.clone(), slot, Arc::clone(&activity));
                     let task = tokio::spawn(task);
                     if H::FULL == Full::OldestIdleMakesWay {
                         admin.add(move || activity.is_busy(), task.abort_handle());
                     }
                 } else {
-                    let (seat, taken) = Seat::take(&refusals);
+                    let (slot, taken) = Slot::take(&refusals);
                     if taken <= REFUSALS {
-                        tokio::spawn(refuse(stream, seat));
+                        tokio::spawn(refuse(stream, slot));
                     }
                 }
             }
@@ -140,7 +140,7 @@ async fn connection(
     handler: impl Handler,
     watcher: Watcher,
     cut: CancellationToken,
-    _seat: Seat,
+    _slot: Slot,
     activity: Arc<Activity>,
 ) {
     // If this fails, the connection still works, only with more latency.
@@ -170,7 +170,7 @@ async fn connection(
 
 /// Sends a 503 and closes. Reads the client's bytes until then: if the connection closed with unread bytes, the kernel would reset it, and the client
 /// might lose the answer.
-async fn refuse(mut stream: TcpStream, _seat: Seat) {
+async fn refuse(mut stream: TcpStream, _slot: Slot) {
     let status = StatusCode::SERVICE_UNAVAILABLE;
     let body = Problem::new(status, "there are too many connections; try again in a second").to_json();
     let head = format!(
@@ -215,7 +215,7 @@ mod tests {
         }
     }
 
-    /// One thread accepts all that wait before any task that was aborted runs again and gives its seat back.
+    /// One thread accepts all that wait before any task that was aborted runs again and gives its slot back.
     #[tokio::test]
     async fn a_health_check_behind_many_half_heads_is_answered() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

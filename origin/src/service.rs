@@ -8,7 +8,7 @@ use crate::{
     receive::{Failed, receive},
     refused::Refused,
     reply::{Content, Record, Reply, Source, Streaming, chunk_for},
-    server::{Full, Handler, Seat},
+    server::{Full, Handler, Slot},
     store::{Blob, Fault, Kept, Store, Upload},
     webdav::{self, Depth, Listing},
 };
@@ -59,7 +59,7 @@ impl Handler for Clients {
             if let Refused::Store(fault) = &refused {
                 self.0.note(fault);
             }
-            let (status, mut headers, body) = refused.tell();
+            let (status, mut headers, body) = refused.to_answer();
             // Errors carry the request's id, so that a client can report it.
             headers.extend(record.request_id().map(|id| (X_REQUEST_ID, id)));
             (status, headers, Content::Bytes(body.into()))
@@ -110,7 +110,7 @@ impl Clients {
 
     async fn get_entry(&self, name: Name, head: request::Parts, validate: bool) -> Result<Answer, Refused> {
         let most = self.0.limits.load().max_entry.get();
-        let (seat, transfers) = Seat::take(&self.0.transfers);
+        let (slot, transfers) = Slot::take(&self.0.transfers);
         let chunk = chunk_for(transfers);
         let (entries, store) = (Arc::clone(&self.0.entries), Arc::clone(&self.0.store));
         // A permit, since validation holds the whole entry in memory.
@@ -133,7 +133,7 @@ impl Clients {
             if head.method != Method::GET || selection == Selection::NotModified {
                 return Ok((status, headers, Content::Empty));
             }
-            Ok((status, headers, stream(found.read(range), chunk, seat)?))
+            Ok((status, headers, stream(found.read(range), chunk, slot)?))
         })
         .await
     }
@@ -171,7 +171,7 @@ impl Clients {
     /// Answers a PROPFIND of an entry or a collection. If both have the name, a path without a slash at its end means the entry.
     async fn list(&self, name: Name, headers: &HeaderMap) -> Result<Answer, Refused> {
         let depth = Depth::of(headers).ok_or(Refused::Depth)?;
-        let (seat, transfers) = Seat::take(&self.0.transfers);
+        let (slot, transfers) = Slot::take(&self.0.transfers);
         let (chunk, entries) = (chunk_for(transfers), Arc::clone(&self.0.entries));
         blocking(move || {
             let entry = if name.is_collection() { None } else { entries.find(&name)? };
@@ -184,7 +184,7 @@ impl Clients {
                     Listing::new(&collection, members)?
                 }
             };
-            Ok((StatusCode::MULTI_STATUS, webdav::headers(), stream(listing, chunk, seat)?))
+            Ok((StatusCode::MULTI_STATUS, webdav::headers(), stream(listing, chunk, slot)?))
         })
         .await
     }
@@ -206,7 +206,7 @@ impl Clients {
             let (status, headers) = blob_head(&digest, None, Selection::NotModified);
             return Ok((status, headers, Content::Empty));
         }
-        let (store, (seat, transfers)) = (Arc::clone(&self.0.store), Seat::take(&self.0.transfers));
+        let (store, (slot, transfers)) = (Arc::clone(&self.0.store), Slot::take(&self.0.transfers));
         let chunk = chunk_for(transfers);
         blocking(move || {
             let is_get = head.method == Method::GET;
@@ -221,7 +221,7 @@ impl Clients {
                 Selection::Unsatisfiable => return Err(Refused::Range(headers)),
             };
             match blob.filter(|_| is_get && selection != Selection::NotModified) {
-                Some(blob) => Ok((status, headers, stream(blob.read(range), chunk, seat)?)),
+                Some(blob) => Ok((status, headers, stream(blob.read(range), chunk, slot)?)),
                 None => Ok((status, headers, Content::Empty)),
             }
         })
@@ -256,7 +256,7 @@ impl Clients {
         }
         let kept = match multipart::boundary(headers).map_err(|error| Refused::Form(error.to_string()))? {
             Some(boundary) => {
-                // What comes after the file is not looked at. `receive_blob` limits the file's size.
+                // Fields after the file are ignored. `receive_blob` limits the file's size.
                 let file = multipart::first_file(intake, boundary, u64::MAX).map_err(Refused::from);
                 self.receive_blob(None, most, file).await?
             }
@@ -291,9 +291,9 @@ impl Clients {
 }
 
 /// Reads the first chunk before the head is sent. So a client gets an error, not a cut body, if a small file is damaged. Blocks.
-fn stream(mut source: impl Source, chunk: usize, seat: Seat) -> Result<Content, Fault> {
+fn stream(mut source: impl Source, chunk: usize, slot: Slot) -> Result<Content, Fault> {
     let first = source.next(chunk)?;
-    Ok(if source.is_done() { Content::Bytes(first) } else { Content::Blob(Streaming::new(first, source, chunk, seat)) })
+    Ok(if source.is_done() { Content::Bytes(first) } else { Content::Blob(Streaming::new(first, source, chunk, slot)) })
 }
 
 /// Whether the store has the blobs that an entry of the action cache names. Blocks.

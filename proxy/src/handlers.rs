@@ -1,4 +1,4 @@
-//! What is answered to a request. Handlers see neither pingora nor sockets: a [`Request`] comes in, a [`Reply`] goes out.
+//! The handlers: they turn a [`Request`] into a [`Reply`], and see neither pingora nor sockets.
 
 mod blob;
 pub mod peer;
@@ -18,7 +18,7 @@ pub struct Request<'a> {
     pub method: &'a Method,
     /// The version of HTTP that the client speaks.
     pub version: Version,
-    /// What the path names.
+    /// The resource that the path names.
     pub target: Target<'a>,
     /// The path.
     pub path: &'a str,
@@ -32,21 +32,21 @@ pub struct Handlers {
     asks: Asks,
 }
 
-/// Who asks at a listener, and what only they can do.
+/// Who sends requests to a listener, and the parts that only their requests need.
 pub enum Asks {
-    /// Clients. What a client deletes is purged from every node.
+    /// Clients. A DELETE purges the blob from every node.
     Clients(Arc<Purge>),
-    /// Other nodes of the cluster. Nothing that they ask for is asked of another peer.
+    /// Peers. Their requests are never sent to another peer.
     Peers {
         /// The cluster.
         members: Arc<Members>,
-        /// This node is about to leave, and should not be asked any more.
+        /// This node is about to leave, and should get no more requests.
         leaving: Arc<AtomicBool>,
     },
 }
 
 impl Handlers {
-    /// Handlers over this node.
+    /// The handlers of one listener of this node.
     pub const fn new(node: Arc<Node>, asks: Asks) -> Self {
         Self { node, asks }
     }
@@ -56,7 +56,7 @@ impl Handlers {
         &self.node.cache
     }
 
-    /// Who asks here.
+    /// Who sends requests to this listener.
     pub(crate) const fn asker(&self) -> Asker {
         match self.asks {
             Asks::Clients(_) => Asker::Client,
@@ -64,7 +64,7 @@ impl Handlers {
         }
     }
 
-    /// Whether the body of the request is a blob to be stored. A peer hands over only uploads that have a name.
+    /// Whether the body of the request is a blob to be stored. Peers upload only by PUT.
     pub fn is_upload(&self, request: &Request<'_>) -> bool {
         match (request.target, &self.asks) {
             (Target::Blob(_), _) => *request.method == Method::PUT,
@@ -84,10 +84,10 @@ impl Handlers {
         }
     }
 
-    /// The reply to a request that is no upload. Its body means nothing.
+    /// The reply to a request that is no upload. Its body has no meaning.
     ///
     /// # Errors
-    /// What kept the request from its answer.
+    /// The request failed.
     pub async fn answer(&self, request: &Request<'_>) -> Result<Reply, Fault> {
         match (request.target, &self.asks) {
             (Target::Blob(digest), _) if *request.method == Method::GET => self.get(request, &digest).await,

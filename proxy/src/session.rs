@@ -153,7 +153,7 @@ impl Front {
         let first_byte = Some(started.elapsed());
         // Errors carry the request's id, so that a client can report it. The heads of blobs do not: they must not vary, since caches keep them.
         if reply.status.as_u16() >= 400 && matches!(self.audience, Audience::Clients(_)) {
-            reply.headers.extend(trace.tell_id().map(|id| (X_REQUEST_ID, id)));
+            reply.headers.extend(trace.id_header().map(|id| (X_REQUEST_ID, id)));
         }
         reply.prove(arrived.asked);
         let (code, mut served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());

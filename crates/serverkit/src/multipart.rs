@@ -30,7 +30,7 @@ pub enum FormError<E> {
     #[error("a field of the form is too long")]
     FieldTooLong,
     /// The fields before the file are longer than [`OVERHEAD`].
-    #[error("what stands before the file is too long")]
+    #[error("the fields before the file are too long")]
     FileTooLate,
     /// No part has a file name.
     #[error("none of its parts is a file")]
@@ -149,7 +149,7 @@ mod tests {
     #[error("gone")]
     struct Gone;
 
-    /// The file in a form that comes in chunks of so many bytes.
+    /// The file in a form that arrives in chunks of this many bytes.
     async fn file(form: &str, chunk: usize, most: u64) -> Result<String, FormError<Gone>> {
         let chunks: Vec<_> = form.as_bytes().chunks(chunk).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
         read(stream::iter(chunks), most).await

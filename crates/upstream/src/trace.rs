@@ -69,7 +69,7 @@ pub fn sync_along<T>(trace: Option<Arc<Trace>>, work: impl FnOnce() -> T) -> T {
 
 /// The headers that carry this task's trace to a source.
 pub fn headers() -> impl Iterator<Item = (HeaderName, HeaderValue)> {
-    let headers = CURRENT.try_with(|trace| trace.as_ref().map(|trace| trace.tell())).ok().flatten();
+    let headers = CURRENT.try_with(|trace| trace.as_ref().map(|trace| trace.headers())).ok().flatten();
     headers.into_iter().flatten().filter_map(|(name, value)| Some((name, value?)))
 }
 

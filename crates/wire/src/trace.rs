@@ -109,13 +109,13 @@ impl Trace {
     }
 
     /// The fields for the next program. `None` means that the field must be removed.
-    pub fn tell(&self) -> [(HeaderName, Option<HeaderValue>); 3] {
+    pub fn headers(&self) -> [(HeaderName, Option<HeaderValue>); 3] {
         let parent = format!("00-{:032x}-{:016x}-{:02x}", self.id, self.sent_parent, self.flags);
-        [(TRACEPARENT, HeaderValue::try_from(parent).ok()), (TRACESTATE, self.state.clone()), (X_REQUEST_ID, self.tell_id())]
+        [(TRACEPARENT, HeaderValue::try_from(parent).ok()), (TRACESTATE, self.state.clone()), (X_REQUEST_ID, self.id_header())]
     }
 
     /// The id of the request as a header value.
-    pub fn tell_id(&self) -> Option<HeaderValue> {
+    pub fn id_header(&self) -> Option<HeaderValue> {
         match &self.request_id {
             RequestId::Kept(id) => Some(id.clone()),
             RequestId::Made(id) => HeaderValue::try_from(format!("{id:032x}")).ok(),
@@ -258,7 +258,7 @@ mod tests {
     }
 
     fn map(trace: &Trace) -> HeaderMap {
-        trace.tell().into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+        trace.headers().into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
 
     #[test]

@@ -227,7 +227,7 @@ impl ProxyHttp for Rules {
         if let Some(length) = one_length(&request.headers) {
             request.insert_header(header::CONTENT_LENGTH, length)?;
         }
-        for (name, value) in ctx.known.iter().flat_map(|known| known.trace.tell()) {
+        for (name, value) in ctx.known.iter().flat_map(|known| known.trace.headers()) {
             match value {
                 Some(value) => request.insert_header(name, value)?,
                 None => drop(request.remove_header(&name)),
@@ -326,7 +326,7 @@ impl ProxyHttp for Rules {
                 _ => Reply::fault(&fault),
             }
         };
-        reply.headers.extend(ctx.known.as_ref().and_then(|known| known.trace.tell_id()).map(|id| (X_REQUEST_ID, id)));
+        reply.headers.extend(ctx.known.as_ref().and_then(|known| known.trace.id_header()).map(|id| (X_REQUEST_ID, id)));
         session.set_keepalive(None);
         let error_code = reply.status.as_u16();
         if let Err(error) = connection::write(session.as_downstream_mut(), reply).await {
