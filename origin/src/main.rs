@@ -119,7 +119,7 @@ fn within(limits: &OriginLimits, granted: u64) -> OriginLimits {
     }
 }
 
-/// Says so if fewer clients are let in than configured.
+/// Says so if fewer clients are admitted than configured.
 fn tell_files(limits: &OriginLimits, granted: u64) {
     let possible = within(limits, granted);
     if possible != *limits {
