@@ -1,13 +1,9 @@
 //! A file system that can stop answering: a FUSE mirror of a directory, whose server can be stopped.
 
 use super::eventually;
-use rustix::{
-    fs::minor,
-    process::{Pid, Signal, kill_process},
-};
+use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs,
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -17,8 +13,6 @@ use tempfile::TempDir;
 pub(crate) struct HangingFs {
     server: Child,
     dir: TempDir,
-    /// The kernel's number for the connection to the server.
-    connection: u32,
 }
 
 impl HangingFs {
@@ -37,7 +31,7 @@ impl HangingFs {
             println!("SKIPPED: bindfs is not installed (apt-get install bindfs), so nothing here can hang");
             return None;
         };
-        let mut mounted = Self { server, dir, connection: 0 };
+        let mut mounted = Self { server, dir };
         let there = eventually("the mount, or its failure", async || {
             let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
             if mounts.contains(mounted.path().to_str().unwrap()) {
@@ -50,7 +44,6 @@ impl HangingFs {
             println!("SKIPPED: nothing can be mounted through FUSE here");
             return None;
         }
-        mounted.connection = minor(fs::metadata(mounted.path()).unwrap().dev());
         Some(mounted)
     }
 
@@ -65,35 +58,18 @@ impl HangingFs {
 
     /// Stops all answers until the result is dropped. Call it after `Castier::start`, so that the result is dropped before castier: a process in
     /// a call to a hanging file system cannot be killed, so a failed test would never end.
-    ///
-    /// The server is stopped while it works on no request. The kernel lets a process end that waits for its request to be read, but not one whose
-    /// request the server has read already.
     pub(crate) async fn hang(&self) -> Hang {
         let server = Pid::from_child(&self.server);
-        eventually("a stop between two requests", async || {
-            kill_process(server, Signal::STOP).unwrap();
-            let hang = Hang(server);
-            // It takes a moment until the signal has stopped every thread of the server.
-            eventually("each thread's stop", async || {
-                let threads = fs::read_dir(format!("/proc/{}/task", server.as_raw_nonzero())).unwrap();
-                let stopped = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
-                threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap()).all(stopped).then_some(())
-            })
-            .await;
-            (self.unanswered() == 0).then_some(hang)
+        kill_process(server, Signal::STOP).unwrap();
+        let hang = Hang(server);
+        // It takes a moment until the signal has stopped every thread of the server.
+        eventually("each thread's stop", async || {
+            let threads = fs::read_dir(format!("/proc/{}/task", server.as_raw_nonzero())).unwrap();
+            let stopped = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
+            threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap()).all(stopped).then_some(())
         })
-        .await
-    }
-
-    /// How many requests have no answer yet; 0 where the kernel does not tell.
-    fn unanswered(&self) -> u64 {
-        let control = self.dir.path().join("control");
-        if !control.exists() {
-            fs::create_dir(&control).unwrap();
-            Command::new("mount").args(["-t", "fusectl", "none"]).arg(&control).output().ok();
-        }
-        let waiting = control.join(self.connection.to_string()).join("waiting");
-        fs::read_to_string(waiting).map_or(0, |count| count.trim().parse().unwrap())
+        .await;
+        hang
     }
 }
 
@@ -115,8 +91,6 @@ impl Drop for HangingFs {
         // When the server is gone, the kernel answers with errors.
         self.server.kill().ok();
         self.server.wait().ok();
-        for mounted in [self.path(), self.dir.path().join("control")] {
-            Command::new("umount").arg("-l").arg(mounted).output().ok();
-        }
+        Command::new("umount").arg("-l").arg(self.path()).output().ok();
     }
 }
