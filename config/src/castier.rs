@@ -78,8 +78,8 @@ impl Default for Listen {
 pub struct Origin {
     /// Where the origin is: `embedded:DIRECTORY`, `http://HOST:PORT` or `https://HOST:PORT`, without a path.
     ///
-    /// `embedded:DIRECTORY` runs the real origin server in this process, on a free loopback port. It is the default, so that castier works
-    /// without any configuration. The URL must not lead to castier itself. castier looks the name up in `/etc/hosts` and at the name servers
+    /// `embedded:DIRECTORY` runs the origin in this process. castier calls it directly for blobs, and relays everything else to its HTTP
+    /// server on a free loopback port. It is the default, so that castier works without any configuration. The URL must not lead to castier itself. castier looks the name up in `/etc/hosts` and at the name servers
     /// in `/etc/resolv.conf`, in the background, at most every 5 s. If that fails, the last addresses stay in use. For basic authentication
     /// write `http://USER:PASSWORD@HOST` (percent-encoded). castier then sends them to the origin, except with a relayed request that has an
     /// `Authorization` of its own. Logs and `--print-config` mask them.
@@ -97,7 +97,7 @@ pub struct Origin {
     pub connect_timeout: Span,
     /// How long the origin may be silent. The whole transfer may take longer.
     ///
-    /// It is also the longest time from the end of a request to the whole head of its final answer, whatever interim answers come. Disks
+    /// It is also the longest time from the end of a request to the whole head of its final answer; interim answers do not extend it. Disks
     /// that spin up and stores that page answer within the default.
     ///
     /// - Type: duration over 0
@@ -181,7 +181,7 @@ pub struct Disk {
     pub capacity: Size,
     /// Which blobs stay when the disk is full, as `memory.policy` has it.
     ///
-    /// With `tiny-lfu` castier keeps a blob over a sixteenth of `disk.capacity` only if there is room, or from its second get on. A restart
+    /// With `tiny-lfu` castier keeps a blob over a sixteenth of `disk.capacity` only if it evicts nothing, or from its second get on. A restart
     /// loses what the policy knew of frequency, and no blobs.
     pub policy: Policy,
     /// How many bytes may wait in memory to be written to disk. Beyond it castier does not keep blobs on disk.
@@ -207,7 +207,7 @@ pub struct Disk {
     pub quarantine: Size,
     /// How long the tier keeps no new blobs after its file system failed to write, and does nothing after it failed to answer.
     ///
-    /// With the default castier does not ask a full disk with every blob, and soon uses one that has room again.
+    /// With the default castier does not ask a full disk with every blob, and soon uses one that has free space again.
     ///
     /// - Type: duration over 0
     pub cooldown: Span,

@@ -26,7 +26,7 @@ use toml::{Table, Value};
 
 /// The columns that a comment in an example file may take.
 const WIDTH: usize = 140;
-/// Where the comment behind a value begins, if the value leaves room.
+/// Where the comment behind a value begins, if the value is short enough.
 const BEHIND: usize = 44;
 
 /// Structs by their names.
@@ -304,7 +304,7 @@ fn generated_files_are_up_to_date() {
 
 // ---- whether what is shown is true ----
 
-/// The keys that are wrong in this file, whatever machine it is for.
+/// The keys that are wrong in this file on every machine.
 fn problems<C: Config>(text: &str, env: &[(String, String)]) -> Vec<String> {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();

@@ -135,7 +135,7 @@ impl Refused {
         match self {
             Self::CollectionExists => drop(headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, PUT, DELETE, PROPFIND"))),
             Self::Method(allowed) => drop(headers.insert(header::ALLOW, HeaderValue::from_static(allowed))),
-            // The end of this body is unknown, and so is the start of the next request.
+            // The end of this body is unknown, so the start of the next request is unknown too.
             Self::Body(_) => drop(headers.insert(header::CONNECTION, HeaderValue::from_static("close"))),
             _ => {}
         }

@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/lock            held exclusively: one process per root
 //! <root>/ab/cd/abcd…     a blob, under its whole digest
-//! <root>/tmp/            uploads in progress; whatever is left here by a crash is removed at the next start
+//! <root>/tmp/            uploads in progress; the next start removes what a crash left here
 //! <root>/quarantine/     blobs whose bytes rotted, and directories that stood at a blob's path
 //! ```
 //!
@@ -72,7 +72,7 @@ pub(crate) enum Fault {
 impl From<io::Error> for Fault {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            // The last is a limit on the size of files, most often of this process: there is no room for this one.
+            // The last is a limit on the size of files, most often of this process: this file does not fit.
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Self::Full(error),
             _ => Self::Io(error),
         }

@@ -12,7 +12,7 @@ use std::{fs, path::Path};
 pub const BASE: u64 = 32 << 20;
 /// An idle connection, and its socket in the kernel.
 pub const CONNECTION: u64 = 8 << 10;
-/// A kept-alive connection to an origin or a peer. With an embedded origin: both of its ends.
+/// A kept-alive connection to an origin or a peer. To an embedded origin, which gets relayed requests only, both ends are here.
 const UPSTREAM: u64 = 24 << 10;
 /// A fill: its task, the connection that it reads from, and bytes that are not in its spool yet.
 pub const FILL: u64 = 160 << 10;

@@ -143,7 +143,7 @@ impl Front {
             Err(fault) => {
                 match fault {
                     Fault::Busy(limit) => self.metrics.shed(limit),
-                    // The end of such a body is unknown, and so is the start of the next request.
+                    // The end of such a body is unknown, so the start of the next request is unknown too.
                     Fault::BadRequest(_) | Fault::ClientSilent | Fault::TooLarge { .. } => session.set_keepalive(None),
                     _ => {}
                 }

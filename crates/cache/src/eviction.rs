@@ -8,7 +8,7 @@
 //!    is evicted.
 //!
 //! This has three effects:
-//! - A blob that is requested again and again is kept from its first get on, whatever its size, since the window takes every blob.
+//! - A blob that is requested again and again is kept from its first get on, at any size, since the window takes every blob.
 //! - A single pass over many cold blobs goes through the window, and leaves main unchanged.
 //! - A large blob is admitted if it is hot enough for its size. Counts go up to 255; see [`frequency`].
 //!

@@ -59,7 +59,7 @@ pub enum Fault {
     /// A limit of the tier is reached; worth trying again.
     #[error("over a limit: {0}")]
     Busy(Limit),
-    /// The origin has no room for the upload.
+    /// The origin has no space for the upload.
     #[error("the origin is full")]
     OriginFull,
     /// The origin does not do this (DELETE, most often).

@@ -6,7 +6,7 @@
 //! - A fill runs in a task of its own ([`Fill`]). A client that leaves ends nobody else's transfer; a panic fails the flight instead of stranding it.
 //! - Unverified bytes leave only as the front of a response that cannot complete: the last [`HOLD_BACK`] bytes of every response wait until the whole
 //!   blob has verified.
-//! - No two flights wait for each other, on whatever nodes they are: see [`Plan::next`].
+//! - No two flights wait for each other, on one node or on two: see [`Plan::next`].
 //!
 //! [`Plan::next`]: crate::plan::Plan::next
 
@@ -36,8 +36,8 @@ use tokio::sync::{Notify, watch};
 /// How much of the end of every response waits for the digest.
 pub const HOLD_BACK: u64 = 64 << 10;
 
-/// Who asks. What a peer asks for is answered from the tiers, a flight or the origin, and never by asking another peer, whatever the two nodes believe
-/// about the ring.
+/// Who asks. What a peer asks for is answered from the tiers, a flight or the origin, and never by asking another peer: two nodes with different rings
+/// would otherwise ask each other in a circle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asker {
     /// A client, at the public listener; or this node itself.

@@ -55,7 +55,7 @@ pub enum Next {
 pub enum CopyTo {
     /// All of them.
     Tiers,
-    /// Memory, as far as `fill.memory` has room. Another node will keep the blob; but the client sends its bytes only once, and that node may fail.
+    /// Memory, as far as `fill.memory` has free bytes. Another node will keep the blob; but the client sends its bytes only once, and that node may fail.
     Memory,
 }
 
@@ -219,7 +219,7 @@ impl Cache {
     }
 }
 
-/// A copy of an upload, given up as soon as no tier has room for it.
+/// A copy of an upload, given up as soon as it fits into no tier.
 enum Copy {
     Memory(Target, Vec<u8>, Lease),
     Disk(DiskCopy),
@@ -257,7 +257,7 @@ impl Copied {
 }
 
 impl Copy {
-    /// All that came, once more; none if it is not in memory, or that has no room for it.
+    /// All that came, once more; none if it is not in memory, or if `fill.memory` is used up.
     fn again(&mut self) -> Option<Bytes> {
         let Self::Memory(_, bytes, lease) = self else { return None };
         lease.cover(2 * bytes.len() as u64).then(|| Bytes::copy_from_slice(bytes))

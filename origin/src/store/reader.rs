@@ -16,7 +16,7 @@ enum Owner {
 /// Reads part or all of a blob or an entry, front to back.
 ///
 /// Invariant: when all of it is read, the last chunk is handed out only if the digest matches. A part cannot be judged
-/// by a digest of the whole, so parts are handed out as they lie on disk; whoever put them together knows the digest.
+/// by a digest of the whole, so parts are handed out as they lie on disk; the client that put them together knows the digest.
 pub(crate) struct Reader {
     owner: Owner,
     file: File,

@@ -1,4 +1,4 @@
-//! The empty blob: whoever knows its name has its bytes, so it is there even if nobody stored it.
+//! The empty blob: its name alone tells its bytes, so it is there even if nobody stored it.
 
 use crate::support::*;
 use castier_blob::Digest;

@@ -88,7 +88,7 @@ fn tier(origin: SocketAddr) -> (Arc<Cache>, Arc<Memory>) {
     (Cache::new(&config, limits, tiers, spools, planner, metrics.cache.clone()), memory)
 }
 
-/// Answers whatever is asked with the blob, and counts how often.
+/// Answers every request with the blob, and counts how often.
 fn origin(blob: Arc<[u8]>, loads: Arc<AtomicU64>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();

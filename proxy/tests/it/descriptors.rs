@@ -60,7 +60,7 @@ async fn relays_leave_some_for_others() {
             + shed.sum("castier_shed_requests_total", &[("reason", "connections")])
             > 0
     );
-    // With some of them gone, there is room again.
+    // With some of them gone, new ones can be opened again.
     open.truncate(100);
     eventually("service as before", async || (get(castier.public, &origin.blob).await.status == 200).then_some(())).await;
     eventually("relays as before", async || told(castier.public, "/drip").await.filter(|answer| answer.ends_with("200")).map(drop)).await;

@@ -168,7 +168,7 @@ async fn more_flights_than_memory_for_them() {
         let (blob, from) = (blob.clone(), castier.public);
         clients.spawn(async move { (n, Download::default().of(&blob, from).await) });
     }
-    // 48 MiB of fills with room for 4: the others pass through files.
+    // 48 MiB of fills with memory for 4: the others pass through files.
     eventually("all are in the middle", async || (gate.arrived() == 32).then_some(())).await;
     gate.open();
     while let Some(client) = clients.join_next().await {

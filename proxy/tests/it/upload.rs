@@ -298,7 +298,7 @@ async fn kill_9_of_the_origin_among_fifty_puts() {
             }
         }
     }
-    // The same digests can be stored now, whatever was left of them.
+    // The same digests can be stored now, though parts of them may be left.
     for blob in &blobs {
         assert!(matches!(put(blob).send(castier.public).await.status, 200 | 201));
         assert_eq!(Digest::of(&get(origin.addr, blob).await.body), blob.digest);

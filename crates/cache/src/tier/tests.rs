@@ -233,7 +233,7 @@ async fn stays_within_its_capacity<T: Tier + 'static>(make: fn(u64) -> Bench<T>)
     assert!(bench.tier.find(&blob(5_000, 0).digest()).await.is_none());
 }
 
-/// Keeps, finds and forgets the same few blobs from many tasks, with room for half of them: nobody ever reads a wrong byte.
+/// Keeps, finds and forgets the same few blobs from many tasks, in a tier that holds half of them: nobody ever reads a wrong byte.
 async fn survives_everything_at_once<T: Tier + 'static>(make: fn(u64) -> Bench<T>) {
     let bench = make(300_000);
     let blobs: Arc<Vec<_>> = Arc::new((0..8).map(|seed| blob(60_000 + 4_000 * seed as usize, seed)).collect());
