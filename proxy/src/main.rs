@@ -49,11 +49,11 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Rotten blobs that may wait to be fetched anew; the rest is fetched when somebody asks.
+/// How many rotten blobs may wait to be loaded again. Those beyond it are loaded at their next get.
 const REFETCHES: usize = 1024;
 /// This program's name, in records and in Loki.
 const PROGRAM: &str = "castier";
-/// How long the blobs that wait to be written may hold up the end.
+/// How long the end waits for the disk tier's write-behind queue.
 const FLUSH: Duration = Duration::from_secs(10);
 
 #[global_allocator]
@@ -74,136 +74,42 @@ fn main() -> ExitCode {
     startup::main(PROGRAM, &common, || common.load(config::environment()), |config| run(&common, config))
 }
 
-/// Starts everything, and ends when told to. An error is one line that names what could not be had.
+/// Starts everything, reloads the config at each SIGHUP, and ends at SIGTERM or SIGINT.
+///
+/// # Errors
+/// One line that names the key or the resource that is at fault.
 async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let log = log::init(&config.log, PROGRAM).map_err(|error| error.to_string())?;
     let mut signals = Signals::new()?;
-    let public = bind("listen.public", &config.listen.public).await?;
-    let peer = match &config.cluster {
-        Some(cluster) => Some(bind_peer(&config.listen.peer, cluster).await?),
-        None => None,
-    };
-    let admin_listener = bind("listen.admin", &config.listen.admin).await?;
+    let sockets = Sockets::bind(&config).await?;
     let (stop_origin, origin_stopped) = watch::channel(false);
     let (origin_url, embedded) = match &config.origin.url {
         OriginUrl::Remote(url) => (url.clone(), None),
-        OriginUrl::Embedded(root) => embedded_origin(root, &config, origin_stopped).await.map(|(url, embedded)| (url, Some(embedded)))?,
+        OriginUrl::Embedded(root) => Embedded::start(root, &config, origin_stopped).await.map(|(url, embedded)| (url, Some(embedded)))?,
     };
-
-    let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
-    let shares = Shares::of(open_files::raise_limit(), &config);
-    let limits = Arc::new(ArcSwap::from_pointee(shares.within(&config.limits)));
-    let nodes = Nodes::of(&config, &metrics)?;
-    let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
-    let fill_memory = Budget::new(config.fill.memory.get());
-    let tiers = Tiers::open(&config, shares.open_files, &fill_memory, &metrics.cache, tell_rotten).map_err(|error| error.to_string())?;
-    let spools = Spools::new(&config, fill_memory, metrics.cache.clone());
-    spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
-    let origin = Upstream::origin(&origin_url, &config.origin, metrics.upstream.clone())?;
-    let store: Arc<dyn Store> = match &embedded {
-        Some((.., embedded)) => Arc::new(EmbeddedStore::new(Arc::new(embedded.local(&config.origin)), origin.clone())),
-        None => Arc::new(origin.store()),
-    };
-    let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
-    let cache = Cache::new(&config, limits.clone(), tiers.clone(), spools, planner(store.clone(), peers.clone()), metrics.cache.clone());
-    let node = Arc::new(Node { cache: cache.clone(), origin: store, peers: peers.clone(), metrics: metrics.clone() });
-    let relay = Relay::new(origin.clone(), metrics.clone(), upstream::ca_file(&config.origin)?);
-    let name = shown(&public);
-    let own_name = config.cluster.as_ref().map_or_else(|| name.clone(), |cluster| cluster.advertise.clone());
-    let instance = config.cluster.as_ref().map_or_else(|| log::instance(&public), |cluster| cluster.advertise.clone());
+    let (parts, rotten) = Parts::new(&config, &sockets, &origin_url, embedded.as_ref())?;
+    let instance = config.cluster.as_ref().map_or_else(|| log::instance(&sockets.public), |cluster| cluster.advertise.clone());
     log.name_instance(instance.clone());
     let exporter = otlp::start(&config.otlp, PROGRAM, instance)?.map(|(spans, exporter)| {
         trace::export_to(spans.sample(), move |span| spans.send(span));
         exporter
     });
-    let purge = Purge::new(cache.clone(), peers, own_name);
-    let members = nodes.as_ref().map(|nodes| nodes.members.clone());
-    let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone()));
-    let client_memory = Budget::new(config.limits.client_memory.get());
-    let descriptors = Descriptors::new(shares);
-    let front = |asks, audience| {
-        let (handlers, proxies) = (Handlers::new(node.clone(), asks), config.log.trusted_proxies.clone());
-        Front::new(handlers, audience, limits.clone(), proxies, client_memory.clone(), descriptors.clone(), metrics.clone())
-    };
-
-    log.say(&format!("listening public {name}"));
-    log.say(&format!("listening admin {}", shown(&admin_listener)));
-    if let Some(peer) = &peer {
-        log.say(&format!("listening peer {}", shown(peer)));
-    }
-    if let Some((address, root, _)) = &embedded {
-        log.say(&format!("listening origin {address} (embedded, {})", root.display()));
-    }
-    log.say(&format!("try: curl -F file=@README.md http://{name}/cas"));
-
-    let admin_server = tokio::spawn(admin::serve(admin_listener, admin::router(admin.clone()), limits.clone()));
-    // Peers first: a node that asks them is one that they can ask.
-    let peer = match (peer, &nodes) {
-        (Some(listener), Some(nodes)) => {
-            let asks = Asks::Peers { members: nodes.members.clone(), leaving: nodes.leaving.clone() };
-            let audience = Audience::Peers(nodes.access(&config, &metrics)?);
-            Some(Listening::open("peer", front(asks, audience), listener)?)
-        }
-        _ => None,
-    };
-    let public = Listening::open("public", front(Asks::Clients(purge), Audience::Clients(relay)), public)?;
-    tokio::spawn(refetch(cache, rotten));
-    tokio::spawn(log_stats(admin.clone(), config.log.stats_interval.get()));
-    tokio::spawn(keep_history(admin.clone()));
-    // The embedded one is here.
-    if embedded.is_none() {
-        tokio::spawn(ask_origin(origin, config.origin.url.to_string()));
-    }
-    if let Some(nodes) = &nodes {
+    sockets.announce(&log, embedded.as_ref());
+    let listeners = parts.listen(&config, sockets)?;
+    parts.start_background_tasks(&config, rotten);
+    if let Some(nodes) = &parts.nodes {
         nodes.wait_for_members().await;
     }
-    admin.enter(Phase::Ready);
-    shares.tell(&config);
-    tell_plan(&config, &limits.load(), &metrics);
-    metrics.cache.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
+    parts.admin.enter(Phase::Ready);
+    parts.shares.tell(&config);
+    report_memory_plan(&config, &parts.limits.load(), &parts.metrics);
+    parts.metrics.cache.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
-    let secrets = nodes.as_ref().map(|nodes| nodes.secrets.clone());
-    let args = args.clone();
-    let mut reading = Reading::new(move || {
-        let loaded = args.load::<Castier>(config::environment());
-        // With a config that is refused nothing changes.
-        let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
-        (loaded, secrets)
-    });
-    let mut live = Live {
-        config,
-        limits: limits.clone(),
-        metrics: metrics.clone(),
-        client_memory,
-        shares,
-        embedded: embedded.map(|(.., origin)| origin),
-        nodes,
-        log,
-    };
-    while let Order::Reload((loaded, secrets)) = signals.next(&mut reading).await {
-        if let Some(new) = sound(loaded) {
-            live.reload(new, secrets);
-        }
-    }
+    let mut live = Live { config, parts, embedded: embedded.map(|embedded| embedded.origin), log };
+    live.reload_until_told_to_end(args, &mut signals).await;
 
-    admin.enter(Phase::Draining);
-    let Live { config, nodes, log, .. } = live;
-    let ending = async {
-        drain(&config, &metrics, nodes.as_ref(), public, peer).await;
-        if let Some(disk) = tiers.disk
-            && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
-        {
-            tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
-        }
-        stop_origin.send_replace(true);
-        admin_server.abort();
-        tracing::info!("bye");
-        if let Some(exporter) = exporter {
-            exporter.close().await;
-        }
-        log.close().await;
-    };
+    let ending = end(live, listeners, stop_origin, exporter);
     tokio::select! {
         () = ending => {}
         () = signals.end() => tracing::warn!("told to end once more: what is in flight is cut, and blobs that wait to be written are not kept"),
@@ -211,7 +117,148 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     Ok(())
 }
 
-/// The peer listener. The config has refused what can be told from the text; a name is what it resolves to.
+/// The listening sockets. They are bound before anything else, so that a busy port is an error of one line.
+struct Sockets {
+    public: TcpListener,
+    /// `None` without a cluster.
+    peer: Option<TcpListener>,
+    admin: TcpListener,
+}
+
+impl Sockets {
+    async fn bind(config: &Castier) -> Result<Self, String> {
+        let public = bind("listen.public", &config.listen.public).await?;
+        let peer = match &config.cluster {
+            Some(cluster) => Some(bind_peer(&config.listen.peer, cluster).await?),
+            None => None,
+        };
+        Ok(Self { public, peer, admin: bind("listen.admin", &config.listen.admin).await? })
+    }
+
+    /// Prints the addresses, for the person who started the program.
+    fn announce(&self, log: &Guard, embedded: Option<&Embedded>) {
+        let public = shown(&self.public);
+        log.say(&format!("listening public {public}"));
+        log.say(&format!("listening admin {}", shown(&self.admin)));
+        if let Some(peer) = &self.peer {
+            log.say(&format!("listening peer {}", shown(peer)));
+        }
+        if let Some(embedded) = embedded {
+            log.say(&format!("listening origin {} (embedded, {})", embedded.address, embedded.root.display()));
+        }
+        log.say(&format!("try: curl -F file=@README.md http://{public}/cas"));
+    }
+}
+
+/// The parts of a running castier.
+struct Parts {
+    metrics: Arc<Metrics>,
+    limits: Arc<ArcSwap<Limits>>,
+    shares: Shares,
+    descriptors: Arc<Descriptors>,
+    client_memory: Arc<Budget>,
+    /// `None` without a cluster.
+    nodes: Option<Nodes>,
+    tiers: Tiers,
+    origin: Arc<Upstream>,
+    node: Arc<Node>,
+    purge: Arc<Purge>,
+    admin: Arc<Admin>,
+}
+
+impl Parts {
+    /// Also returns the digests of blobs that the scrub found rotten.
+    fn new(
+        config: &Castier,
+        sockets: &Sockets,
+        origin_url: &url::Url,
+        embedded: Option<&Embedded>,
+    ) -> Result<(Self, mpsc::Receiver<Digest>), String> {
+        let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
+        let shares = Shares::of(open_files::raise_limit(), config);
+        let limits = Arc::new(ArcSwap::from_pointee(shares.within(&config.limits)));
+        let nodes = Nodes::of(config, &metrics)?;
+        let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
+        let fill_memory = Budget::new(config.fill.memory.get());
+        let tiers = Tiers::open(config, shares.open_files, &fill_memory, &metrics.cache, tell_rotten).map_err(|error| error.to_string())?;
+        let spools = Spools::new(config, fill_memory, metrics.cache.clone());
+        spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
+        let origin = Upstream::origin(origin_url, &config.origin, metrics.upstream.clone())?;
+        let store: Arc<dyn Store> = match embedded {
+            Some(embedded) => Arc::new(EmbeddedStore::new(Arc::new(embedded.origin.local(&config.origin)), origin.clone())),
+            None => Arc::new(origin.store()),
+        };
+        let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
+        let cache = Cache::new(config, limits.clone(), tiers.clone(), spools, planner(store.clone(), peers.clone()), metrics.cache.clone());
+        let node = Arc::new(Node { cache: cache.clone(), origin: store, peers: peers.clone(), metrics: metrics.clone() });
+        let own_name = config.cluster.as_ref().map_or_else(|| shown(&sockets.public), |cluster| cluster.advertise.clone());
+        let purge = Purge::new(cache, peers, own_name);
+        let members = nodes.as_ref().map(|nodes| nodes.members.clone());
+        let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone()));
+        let (descriptors, client_memory) = (Descriptors::new(shares), Budget::new(config.limits.client_memory.get()));
+        Ok((Self { metrics, limits, shares, descriptors, client_memory, nodes, tiers, origin, node, purge, admin }, rotten))
+    }
+
+    /// Accepts connections at every socket.
+    fn listen(&self, config: &Castier, sockets: Sockets) -> Result<Listeners, String> {
+        let front = |asks, audience| {
+            let (handlers, proxies) = (Handlers::new(self.node.clone(), asks), config.log.trusted_proxies.clone());
+            let (limits, client_memory) = (self.limits.clone(), self.client_memory.clone());
+            Front::new(handlers, audience, limits, proxies, client_memory, self.descriptors.clone(), self.metrics.clone())
+        };
+        let relay = Relay::new(self.origin.clone(), self.metrics.clone(), upstream::ca_file(&config.origin)?);
+        let admin = tokio::spawn(admin::serve(sockets.admin, admin::router(self.admin.clone()), self.limits.clone()));
+        // The peer listener opens before this node sends requests to peers, because they may send it some at once.
+        let peer = match (sockets.peer, &self.nodes) {
+            (Some(socket), Some(nodes)) => {
+                let asks = Asks::Peers { members: nodes.members.clone(), leaving: nodes.leaving.clone() };
+                let audience = Audience::Peers(nodes.access(config, &self.metrics)?);
+                Some(Listening::open("peer", front(asks, audience), socket)?)
+            }
+            _ => None,
+        };
+        let public = Listening::open("public", front(Asks::Clients(self.purge.clone()), Audience::Clients(relay)), sockets.public)?;
+        Ok(Listeners { public, peer, admin })
+    }
+
+    fn start_background_tasks(&self, config: &Castier, rotten: mpsc::Receiver<Digest>) {
+        tokio::spawn(refetch(self.node.cache.clone(), rotten));
+        tokio::spawn(log_stats(self.admin.clone(), config.log.stats_interval.get()));
+        tokio::spawn(keep_history(self.admin.clone()));
+        if let OriginUrl::Remote(_) = config.origin.url {
+            tokio::spawn(ask_origin(self.origin.clone(), config.origin.url.to_string()));
+        }
+    }
+}
+
+/// What accepts connections.
+struct Listeners {
+    public: Listening,
+    /// `None` without a cluster.
+    peer: Option<Listening>,
+    admin: JoinHandle<()>,
+}
+
+/// Ends castier: clients and peers first, then the writes to disk, then the embedded origin, the admin listener, spans and logs.
+async fn end(live: Live, listeners: Listeners, stop_origin: watch::Sender<bool>, exporter: Option<otlp::Exporter>) {
+    let Live { config, parts, log, .. } = live;
+    parts.admin.enter(Phase::Draining);
+    drain(&config, &parts.metrics, parts.nodes.as_ref(), listeners.public, listeners.peer).await;
+    if let Some(disk) = parts.tiers.disk
+        && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
+    {
+        tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
+    }
+    stop_origin.send_replace(true);
+    listeners.admin.abort();
+    tracing::info!("bye");
+    if let Some(exporter) = exporter {
+        exporter.close().await;
+    }
+    log.close().await;
+}
+
+/// Binds the peer listener, and refuses an address that is not on the loopback without a secret. The config check cannot: it resolves no names.
 async fn bind_peer(address: &str, cluster: &Cluster) -> Result<TcpListener, String> {
     let listener = bind("listen.peer", address).await?;
     let outside = listener.local_addr().is_ok_and(|bound| !bound.ip().is_loopback());
@@ -224,19 +271,19 @@ async fn bind_peer(address: &str, cluster: &Cluster) -> Result<TcpListener, Stri
     Ok(listener)
 }
 
-/// Tells what may be held in memory, and whether it fits: to the log and in the series.
-fn tell_plan(config: &Castier, limits: &Limits, metrics: &Metrics) {
+/// Reports how much memory castier may need, and whether that fits: in the log and as metrics.
+fn report_memory_plan(config: &Castier, limits: &Limits, metrics: &Metrics) {
     memory_plan::tell(config, limits);
     metrics.memory_planned.set(gauged(memory_plan::memory(config, limits)));
     metrics.memory_limit.set(memory_plan::memory_limit().map_or(0, gauged));
 }
 
-/// As a gauge takes it.
+/// The value of a gauge.
 fn gauged(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// Plans flights: over the cluster, if there is one, and the origin. Each goes on for the request that starts it.
+/// Plans which sources a flight asks: peers, if there is a cluster, and the origin. The spans of a flight belong to the request that started it.
 fn planner(origin: Arc<dyn Source>, peers: Option<Arc<Peers>>) -> Planner {
     Box::new(move |digest| {
         let plan: Box<dyn castier_cache::Plan> = match &peers {
@@ -247,20 +294,20 @@ fn planner(origin: Arc<dyn Source>, peers: Option<Arc<Peers>>) -> Planner {
     })
 }
 
-/// How long the first look-up of `cluster.dns` may keep a node from being ready: without members it serves too, but asks the origin for all.
+/// How long a node waits for the first look-up of `cluster.dns` before it is ready. Without members it serves too, and loads every blob from the origin.
 const FIRST_MEMBERS: Duration = Duration::from_secs(5);
 
-/// What a node that is not alone has beside the rest.
+/// The parts that only a node of a cluster has.
 struct Nodes {
     members: Arc<Members>,
     secrets: Arc<Secrets>,
     peers: Arc<Peers>,
-    /// This node is about to go, and says so when it is asked how it is.
+    /// This node is about to end. Health checks by peers fail from now on.
     leaving: Arc<AtomicBool>,
 }
 
 impl Nodes {
-    /// The other nodes, if there are any.
+    /// `None` without a cluster.
     fn of(config: &Castier, metrics: &Arc<Metrics>) -> Result<Option<Self>, String> {
         let Some(cluster) = &config.cluster else { return Ok(None) };
         let secrets = Arc::new(Secrets::open(cluster)?);
@@ -286,7 +333,7 @@ impl Nodes {
         }
     }
 
-    /// Lets the others find out that this node is going: by their next probe, and the one right behind it.
+    /// Waits until the other nodes know that this node ends: their next health check tells them.
     async fn take_leave(&self, cluster: &Cluster) {
         self.leaving.store(true, Ordering::Relaxed);
         if self.members.view().members().iter().any(|member| member.up && !member.itself) {
@@ -295,29 +342,35 @@ impl Nodes {
     }
 }
 
-/// The embedded origin: where it listens, where its data is, and itself.
-type Embedded = (SocketAddr, PathBuf, Origin);
+/// The origin that runs in this process.
+struct Embedded {
+    address: SocketAddr,
+    root: PathBuf,
+    origin: Origin,
+}
 
-/// Opens the embedded origin, and starts the real origin server for it on a loopback port of its own choosing. Blobs are read from and written to its
-/// files directly ([`EmbeddedStore`]). All that is relayed (`/ac`, `/kv`, PROPFIND and so on) goes to the server over HTTP, as to any other origin.
-async fn embedded_origin(root: &Path, config: &Castier, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Embedded), String> {
-    let grace = config.shutdown.grace.get();
-    let root_key = "origin.url (embedded)";
-    let (allow_delete, ac_validation) = (config.allow_delete, config.ac_validation);
-    // castier itself is the proxy in front of it, and names its clients as it was told of them.
-    let mut trusted_proxies = config.log.trusted_proxies.clone();
-    trusted_proxies.0.extend("127.0.0.1".parse::<config::Network>());
-    let limits = (&config.limits).into();
-    let options = castier_origin::Options { allow_delete, ac_validation, limits, trusted_proxies, spans: None, grace, root_key };
-    let origin = Origin::open(root, options).map_err(|error| error.to_string())?;
-    let listener = bind("origin.url (embedded)", "127.0.0.1:0").await?;
-    let address = listener.local_addr().map_err(|error| error.to_string())?;
-    let url = format!("http://{address}").parse().map_err(|error| format!("origin.url: {error}"))?;
-    let server = origin.clone();
-    tokio::spawn(
-        async move { server.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await },
-    );
-    Ok((url, (address, root.to_owned(), origin)))
+impl Embedded {
+    /// Opens the directory, and starts the origin's HTTP server on a free loopback port. Blobs are read and written without it ([`EmbeddedStore`]). It
+    /// answers relayed requests (`/ac`, `/kv`, PROPFIND and so on), as any other origin does. Also returns the server's URL.
+    async fn start(root: &Path, config: &Castier, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Self), String> {
+        let grace = config.shutdown.grace.get();
+        let root_key = "origin.url (embedded)";
+        let (allow_delete, ac_validation) = (config.allow_delete, config.ac_validation);
+        // castier is a proxy in front of it, so its `Forwarded` header names the client.
+        let mut trusted_proxies = config.log.trusted_proxies.clone();
+        trusted_proxies.0.extend("127.0.0.1".parse::<config::Network>());
+        let limits = (&config.limits).into();
+        let options = castier_origin::Options { allow_delete, ac_validation, limits, trusted_proxies, spans: None, grace, root_key };
+        let origin = Origin::open(root, options).map_err(|error| error.to_string())?;
+        let listener = bind(root_key, "127.0.0.1:0").await?;
+        let address = listener.local_addr().map_err(|error| error.to_string())?;
+        let url = format!("http://{address}").parse().map_err(|error| format!("origin.url: {error}"))?;
+        let server = origin.clone();
+        tokio::spawn(async move {
+            server.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await
+        });
+        Ok((url, Self { address, root: root.to_owned(), origin }))
+    }
 }
 
 /// A listener that accepts.
@@ -327,28 +380,28 @@ struct Listening {
 }
 
 impl Listening {
-    /// On pingora's accept loop, over a socket that is bound already (so that a busy port is one line, not a panic).
+    /// Runs pingora's accept loop over a bound socket. pingora's own bind panics if the port is busy.
     fn open(name: &str, front: Front, listener: TcpListener) -> Result<Self, String> {
         let address = shown(&listener);
         let socket = listener.into_std().map_err(|error| error.to_string())?;
         let mut fds = Fds::new();
         fds.add(address.clone(), socket.into_raw_fd());
         let mut service = Service::new(name.to_owned(), front);
-        // Reads go straight into the gate's buffer and writes are whole already: buffers between would only cost memory.
+        // castier reads into its own buffer and writes whole responses, so buffers in between would only cost memory.
         service.add_listener(ListenerConfig::tcp(address).l4_buffer(L4BufferSettings::unbuffered()));
         let (drain, draining) = watch::channel(false);
         let accepting = tokio::spawn(async move { service.start_service(Some(Arc::new(Mutex::new(fds))), draining, 1).await });
         Ok(Self { drain, accepting })
     }
 
-    /// Accepts no more; connections end with the request that they are at.
+    /// Accepts no more connections. Each open one ends after its current request.
     async fn close(self) {
         self.drain.send_replace(true);
         self.accepting.await.ok();
     }
 }
 
-/// Ends in order: no clients any more, then no peers, and what is in flight to its end, all of it within `shutdown.grace`.
+/// Accepts no more clients, then no more peers, and waits for running requests; all of it within `shutdown.grace`.
 async fn drain(config: &Castier, metrics: &Metrics, nodes: Option<&Nodes>, public: Listening, peer: Option<Listening>) {
     let open = || metrics.connections.get() + metrics.peer_connections.get();
     tracing::info!(connections = open(), grace = %config.shutdown.grace, "draining");
@@ -369,7 +422,7 @@ async fn drain(config: &Castier, metrics: &Metrics, nodes: Option<&Nodes>, publi
     }
 }
 
-/// Fetches anew what rotted on disk with nobody asking for it, one blob after the other: none of it is urgent.
+/// Loads the blobs again that the scrub found rotten, one after the other: no client waits for them.
 async fn refetch(cache: Arc<Cache>, mut rotten: mpsc::Receiver<Digest>) {
     while let Some(digest) = rotten.recv().await {
         cache.refetch(digest).await;
@@ -386,7 +439,7 @@ async fn log_stats(admin: Arc<Admin>, every: Duration) {
     }
 }
 
-/// Ends a step of the history again and again.
+/// Adds a step to the history of the status page at each [`admin::STEP`].
 async fn keep_history(admin: Arc<Admin>) {
     let mut steps = tokio::time::interval(admin::STEP);
     steps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -396,7 +449,7 @@ async fn keep_history(admin: Arc<Admin>) {
     }
 }
 
-/// How often an origin that is down is asked whether it is back, beside every miss: with hits alone nobody would notice.
+/// How often castier asks an origin that is down whether it is up again. Misses ask it too, but there may be hits only.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// Asks the origin once at the start. If it is down, `upstream` logs that. If it answers, but not as a store of blobs, that is logged here.
@@ -414,27 +467,38 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
     loop {
         tokio::time::sleep(ASK_AGAIN).await;
         if origin.origin_state().is_some_and(|state| !state.up) {
-            // What it answers is noted where it is asked.
+            // `Upstream` notes the outcome.
             origin.store().stat(&[Digest::EMPTY]).await.ok();
         }
     }
 }
 
-/// What a SIGHUP can change.
+/// A running castier, and the config in force. SIGHUP changes it.
 struct Live {
-    /// As it is in force.
     config: Castier,
-    limits: Arc<ArcSwap<Limits>>,
-    metrics: Arc<Metrics>,
-    client_memory: Arc<Budget>,
-    shares: Shares,
+    parts: Parts,
     embedded: Option<Origin>,
-    nodes: Option<Nodes>,
     log: Guard,
 }
 
 impl Live {
-    /// Takes over what was read: limits, log level and members change at once, as the secrets have, the rest is named in a warning.
+    /// Reloads the config at each SIGHUP. Returns at SIGTERM or SIGINT.
+    async fn reload_until_told_to_end(&mut self, args: &CommonArgs, signals: &mut Signals) {
+        let (args, secrets) = (args.clone(), self.parts.nodes.as_ref().map(|nodes| nodes.secrets.clone()));
+        let mut reading = Reading::new(move || {
+            let loaded = args.load::<Castier>(config::environment());
+            // If the config is refused, the secrets stay too.
+            let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
+            (loaded, secrets)
+        });
+        while let Order::Reload((loaded, secrets)) = signals.next(&mut reading).await {
+            if let Some(new) = sound(loaded) {
+                self.reload(new, secrets);
+            }
+        }
+    }
+
+    /// Applies a new config: limits, log level and members change at once (the secrets have changed already). A warning names the other changes.
     fn reload(&mut self, new: Castier, secrets: Result<(), String>) {
         let members = self.listed_members(&new);
         let is_live = |key: &String| key.starts_with("limits.") || key == "log.level" || (key == "cluster.peers" && members.is_some());
@@ -445,9 +509,9 @@ impl Live {
         if let Some(origin) = &self.embedded {
             origin.set_limits((&new.limits).into());
         }
-        self.limits.store(Arc::new(self.shares.within(&new.limits)));
-        self.client_memory.set_limit(new.limits.client_memory.get());
-        if let Some(nodes) = &self.nodes {
+        self.parts.limits.store(Arc::new(self.parts.shares.within(&new.limits)));
+        self.parts.client_memory.set_limit(new.limits.client_memory.get());
+        if let Some(nodes) = &self.parts.nodes {
             if let Err(why) = secrets {
                 tracing::error!(why, "the secrets stay as they are");
             }
@@ -457,15 +521,15 @@ impl Live {
             }
         }
         (self.config.limits, self.config.log.level) = (new.limits, new.log.level);
-        self.shares.tell(&self.config);
-        tell_plan(&self.config, &self.limits.load(), &self.metrics);
+        self.parts.shares.tell(&self.config);
+        report_memory_plan(&self.config, &self.parts.limits.load(), &self.parts.metrics);
         tracing::info!(changed = ?live, "config reloaded");
         if !later.is_empty() {
             tracing::warn!(keys = ?later, "these changes need a restart");
         }
     }
 
-    /// The members that the new config lists, if such a list is what this node goes by.
+    /// The members that the new config lists; `None` if they come from `cluster.dns`, or without a cluster.
     fn listed_members(&self, new: &Castier) -> Option<Vec<Peer>> {
         let (running, new) = (self.config.cluster.as_ref()?, new.cluster.as_ref()?);
         (running.dns.is_empty() && new.dns.is_empty()).then(|| new.peers.clone())

@@ -443,14 +443,13 @@ mod tests {
     #[tokio::test]
     async fn nothing_waits_for_a_hanging_job() {
         let (pool, events, hold, held) = pool(2, 50, 200);
-        let stuck = held.clone();
-        assert_eq!(
+        let hanging_job = || {
+            let stuck = held.clone();
             pool.run(move || {
                 stuck.lock().recv().ok();
             })
-            .await,
-            Err(PoolError::TimedOut)
-        );
+        };
+        assert_eq!(hanging_job().await, Err(PoolError::TimedOut));
         // Refused at once, for a while.
         let begun = Instant::now();
         assert_eq!(pool.run(|| ()).await, Err(PoolError::Busy));
@@ -466,14 +465,7 @@ mod tests {
         assert_eq!(*events.lock(), [PoolEvent::Hangs, PoolEvent::Recovered]);
         assert_eq!(pool.run(|| 2).await, Ok(2), "a stuck job does not count twice");
         // With all threads stuck, the end of the cool-down changes nothing.
-        let stuck = held.clone();
-        assert_eq!(
-            pool.run(move || {
-                stuck.lock().recv().ok();
-            })
-            .await,
-            Err(PoolError::TimedOut)
-        );
+        assert_eq!(hanging_job().await, Err(PoolError::TimedOut));
         tokio::time::sleep(Duration::from_millis(250)).await;
         assert!(!pool.is_usable());
         assert_eq!(pool.run(|| ()).await, Err(PoolError::Busy));

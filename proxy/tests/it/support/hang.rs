@@ -58,18 +58,30 @@ impl HangingFs {
 
     /// Stops all answers until the result is dropped. Call it after `Castier::start`, so that the result is dropped before castier: a process in
     /// a call to a hanging file system cannot be killed, so a failed test would never end.
+    ///
+    /// The server is stopped when it has been idle for a while. The kernel lets a process end whose request the server has not read yet. It does
+    /// not let it end once the server has read the request, and castier's last close or sync may still be with the server.
     pub(crate) async fn hang(&self) -> Hang {
+        let mut idle = 0;
+        eventually("an idle server", async || {
+            idle = if self.all_threads_are('S') { idle + 1 } else { 0 };
+            (idle == 5).then_some(())
+        })
+        .await;
         let server = Pid::from_child(&self.server);
         kill_process(server, Signal::STOP).unwrap();
         let hang = Hang(server);
         // It takes a moment until the signal has stopped every thread of the server.
-        eventually("each thread's stop", async || {
-            let threads = fs::read_dir(format!("/proc/{}/task", server.as_raw_nonzero())).unwrap();
-            let stopped = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
-            threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap()).all(stopped).then_some(())
-        })
-        .await;
+        eventually("each thread's stop", async || self.all_threads_are('T').then_some(())).await;
         hang
+    }
+
+    /// Whether each thread of the server is in this state: S, it waits; T, it is stopped.
+    fn all_threads_are(&self, state: char) -> bool {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.server.id())).unwrap();
+        let is = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(state));
+        // A thread that has ended since has no state.
+        threads.filter_map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).ok()).all(is)
     }
 }
 
