@@ -118,6 +118,10 @@ fn every_alert_has_cases_that_hold_and_that_would_notice_a_broken_alert() {
         assert_eq!(rest.split(':').next().unwrap(), string(&asked[0]["alertname"]), "{rest}");
         assert_eq!(items(&asked[0]["exp_alerts"]).is_empty(), kind == "quiet", "{rest}");
     }
+    let groups = parse_yaml(&read(RULES)).unwrap().remove(0);
+    let groups: Vec<_> = items(&groups["groups"]).iter().map(|group| &group["name"]).collect();
+    let ordered: Vec<_> = items(&cases["group_eval_order"]).iter().collect();
+    assert_eq!(ordered, groups, "{CASES}: group_eval_order names every group of {RULES} in its order");
     let (held, said, _) = promtool(&tool, |_| {}, |_| true);
     assert!(held, "{said}");
 
