@@ -20,10 +20,10 @@ pub const CACHE_FOREVER: HeaderValue = HeaderValue::from_static("public, max-age
 pub fn blob_head(digest: &Digest, size: Option<u64>, selection: Selection) -> (StatusCode, HeaderMap) {
     let mut headers = HeaderMap::with_capacity(12);
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    let known = size.map_or_else(|| "*".to_owned(), |n| n.to_string());
+    let known = || size.map_or_else(|| "*".to_owned(), |n| n.to_string());
     if selection == Selection::Unsatisfiable {
         // An error: it must have no headers that let a cache keep it.
-        headers.insert(header::CONTENT_RANGE, text(format!("bytes */{known}")));
+        headers.insert(header::CONTENT_RANGE, text(format!("bytes */{}", known())));
         return (StatusCode::RANGE_NOT_SATISFIABLE, headers);
     }
     headers.insert(header::ETAG, text(digest.etag()));
@@ -36,7 +36,7 @@ pub fn blob_head(digest: &Digest, size: Option<u64>, selection: Selection) -> (S
     headers.insert(REPR_DIGEST, text(digest.repr_digest()));
     let (status, length) = match selection {
         Selection::Part { first, last } => {
-            headers.insert(header::CONTENT_RANGE, text(format!("bytes {first}-{last}/{known}")));
+            headers.insert(header::CONTENT_RANGE, text(format!("bytes {first}-{last}/{}", known())));
             (StatusCode::PARTIAL_CONTENT, Some(last - first + 1))
         }
         Selection::Whole | Selection::NotModified | Selection::Unsatisfiable => (StatusCode::OK, size),
