@@ -79,7 +79,8 @@ pub struct Origin {
     /// Where the origin is: `embedded:DIRECTORY`, `http://HOST:PORT` or `https://HOST:PORT`, without a path.
     ///
     /// `embedded:DIRECTORY` runs the origin in this process. castier calls it directly for blobs, and relays everything else to its HTTP
-    /// server on a free loopback port. It is the default, so that castier works without any configuration. The URL must not lead to castier itself. castier looks the name up in `/etc/hosts` and at the name servers
+    /// server on a free loopback port. It is the default, so that castier works without any configuration. The URL must not lead to castier
+    /// itself. castier looks the name up in `/etc/hosts` and at the name servers
     /// in `/etc/resolv.conf`, in the background, at most every 5 s. If that fails, the last addresses stay in use. For basic authentication
     /// write `http://USER:PASSWORD@HOST` (percent-encoded). castier then sends them to the origin, except with a relayed request that has an
     /// `Authorization` of its own. Logs and `--print-config` mask them.

@@ -11,6 +11,7 @@ use crate::{
 use bytes::{Buf, Bytes, BytesMut};
 use castier_blob::Digest;
 use castier_cache::{Fault, Hit, Limit, Part, Reader, Tier};
+use castier_cluster::Asked;
 use castier_upstream::trace;
 use castier_wire::Selection;
 use http::{StatusCode, Version};
@@ -178,27 +179,33 @@ impl Front {
 
     /// Refuses a request, with the reason, and closes the connection.
     pub(crate) async fn refuse_request(&self, conn: Conn, status: StatusCode, why: &str, client: Option<IpAddr>) {
-        self.refuse(conn, Reply::error(status, why), client).await;
+        self.refuse(conn, &Reply::error(status, why), why, client).await;
     }
 
-    /// Refuses a request that is over a limit, and closes the connection.
-    pub(crate) async fn shed_request(&self, conn: Conn, limit: Limit, client: Option<IpAddr>) {
+    /// Refuses a request that is over a limit, and closes the connection. The answer to a peer is proved, so that the peer takes it for what it
+    /// is: this node works, and has too much to do. `asked` is `None` if the head was not read.
+    pub(crate) async fn shed_request(&self, conn: Conn, limit: Limit, asked: Option<&Asked>, client: Option<IpAddr>) {
         self.metrics.shed(limit);
-        self.refuse(conn, Reply::fault(&Fault::Busy(limit)), client).await;
+        let fault = Fault::Busy(limit);
+        let mut reply = Reply::fault(&fault);
+        if let Some(asked) = asked {
+            reply.prove(asked);
+        }
+        self.refuse(conn, &reply, &fault.to_string(), client).await;
     }
 
-    async fn refuse(&self, mut conn: Conn, reply: Reply, client: Option<IpAddr>) {
+    async fn refuse(&self, mut conn: Conn, reply: &Reply, why: &str, client: Option<IpAddr>) {
         let started = Instant::now();
         let wait = if self.descriptors.may_linger(self.connections()) { REFUSAL } else { Duration::ZERO };
-        let _ = timeout(wait, write_and_close(&mut conn, &reply)).await;
-        refused(self.name(), reply.status.as_u16(), started, client).log(&self.metrics);
+        let _ = timeout(wait, write_and_close(&mut conn, reply)).await;
+        refused(self.name(), reply.status.as_u16(), why, started, client).log(&self.metrics);
     }
 }
 
-/// The record of a request that could not be read.
-pub(crate) fn refused(listener: Listener, code: u16, started: Instant, client: Option<IpAddr>) -> Record<'static> {
+/// The record of a request that was refused before its path was known.
+pub(crate) fn refused(listener: Listener, code: u16, why: &str, started: Instant, client: Option<IpAddr>) -> Record<'_> {
     let (took, served) = (started.elapsed(), Served::Error);
-    let more = More { first_byte: Some(took), error: Some("the request head was refused"), ..More::default() };
+    let more = More { first_byte: Some(took), error: Some(why), ..More::default() };
     Record { listener, route: Route::Refused, method: "-", path: "-", code, bytes: 0, took, cache: "", served, client, more }
 }
 

@@ -199,7 +199,7 @@ impl Front {
                 }
                 Err(NoHead::NoMemory) => {
                     drop(ahead);
-                    return Box::pin(self.shed_request(conn, Limit::ClientMemory, address)).await;
+                    return Box::pin(self.shed_request(conn, Limit::ClientMemory, None, address)).await;
                 }
             };
             let asked = match self.admit_request(&head, &ahead) {
@@ -261,12 +261,12 @@ impl Front {
         let Arrived { head, limits, client, .. } = *arrived;
         let Some(memory) = self.memory.lease(memory_plan::relay(head)) else {
             drop(ahead);
-            self.shed_request(conn, Limit::ClientMemory, client).await;
+            self.shed_request(conn, Limit::ClientMemory, Some(arrived.asked), client).await;
             return None;
         };
         let Some(_descriptors) = self.outgoing() else {
             drop(ahead);
-            self.shed_request(conn, Limit::Files, client).await;
+            self.shed_request(conn, Limit::Files, Some(arrived.asked), client).await;
             return None;
         };
         let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)) };

@@ -1,7 +1,7 @@
 //! Who is admitted at the peer listener.
 
-use crate::{handlers::peer::HEALTH, peer_tls, request_head::Head};
-use castier_cluster::{Asked, Secrets};
+use crate::{peer_tls, request_head::Head};
+use castier_cluster::{Asked, HEALTH, Secrets};
 use castier_config::ClusterTls;
 use http::Method;
 use pingora::{listeners::tls::Acceptor, protocols::Stream};

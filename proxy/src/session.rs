@@ -10,7 +10,7 @@ use crate::{
     metrics::{Route, Served},
     reply::{Body, Reply, cache_status},
     request_body::{self, RequestBody},
-    request_head::Head,
+    request_head::{Framing, Head},
 };
 use bytes::{Bytes, BytesMut};
 use castier_cache::{Fault, Limit};
@@ -79,11 +79,12 @@ impl Front {
     pub(crate) async fn serve_session(&self, mut conn: Conn, mut ahead: BytesMut, arrived: &Arrived<'_>) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
         let Arrived { head, limits, draining, client, .. } = *arrived;
-        let Some(_memory) = self.memory.lease(memory_plan::request(head)) else {
+        let memory = self.memory.lease(memory_plan::request(head));
+        if memory.is_none() && !self.is_control(head, &ahead) {
             drop(ahead);
-            self.shed_request(conn, Limit::ClientMemory, client).await;
+            self.shed_request(conn, Limit::ClientMemory, Some(arrived.asked), client).await;
             return None;
-        };
+        }
         let prefix = ahead.split_to(head.len);
         let trace = Arc::new(head.introduction(&prefix, |fields| trace::of(fields)));
         // The fence has two reasons. Behind pipelined bytes, pingora would not notice that the client has closed. And the fence rejects
@@ -97,7 +98,7 @@ impl Front {
             let code = reply.status.as_u16();
             let _ = write(&mut session, reply).await;
             session.shutdown().await;
-            fast_path::refused(self.name(), code, started, client).log(&self.metrics);
+            fast_path::refused(self.name(), code, "malformed request head", started, client).log(&self.metrics);
             return None;
         }
         if *draining.borrow() {
@@ -123,6 +124,12 @@ impl Front {
         let mut conn = Conn::from_stream(stream).filter(|_| ahead.is_none_or(|ahead| ahead.is_empty()))?;
         let ahead = conn.unfence()?;
         Some((conn, ahead))
+    }
+
+    /// A health check, or a notice between nodes. It is answered even if clients have used up `limits.client_memory`, since they could otherwise
+    /// make this node look dead to its peers. It has no body, and `limits.max_peer_connections` bounds how many there are at once.
+    fn is_control(&self, head: &Head, bytes: &[u8]) -> bool {
+        matches!(self.audience, Audience::Peers(_)) && head.framing == Framing::Length(0) && matches!(head.target(bytes), Target::Other)
     }
 
     /// Sends the answer to a request: the handler's reply, or the error that its fault means.
@@ -247,8 +254,9 @@ impl Front {
             };
             match piece {
                 Ok(Some(piece)) => {
-                    self.metrics.served_from(self.name(), tier, piece.len() as u64);
+                    let bytes = piece.len() as u64;
                     session.write_response_body(piece, false).await.map_err(Cut::client)?;
+                    self.metrics.served_from(self.name(), tier, bytes);
                 }
                 Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(Cut::client),
                 Err(fault) => return Err(self.cut(&fault)),

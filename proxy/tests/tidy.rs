@@ -57,6 +57,27 @@ fn compare_metrics(program: &str, sources: &[&str], wrong: &mut Vec<String>) -> 
     code
 }
 
+#[test]
+fn every_function_that_the_architecture_names_exists() {
+    let sources: String = files().into_iter().filter(|file| file.ends_with(".rs")).map(|file| read(&file)).collect();
+    let text = read("ARCHITECTURE.md");
+    let names: BTreeSet<_> = text.split('`').skip(1).step_by(2).filter_map(|name| name.split_once("::")).collect();
+    assert!(names.len() > 50, "ARCHITECTURE.md names functions as `Type::function`");
+    let exists = |(kind, name): (&str, &str)| {
+        let is_kind = ["struct", "enum", "trait"].iter().any(|word| sources.contains(&format!("{word} {kind}")));
+        is_kind
+            && [format!("fn {name}("), format!("fn {name}<"), format!("    {name},"), format!("    {name}("), format!("    {name} {{")]
+                .iter()
+                .any(|form| sources.contains(form))
+    };
+    let wrong: Vec<_> = names
+        .into_iter()
+        .filter(|name| !exists(*name))
+        .map(|(kind, name)| format!("ARCHITECTURE.md: there is no {kind}::{name}; correct the name"))
+        .collect();
+    verdict(&wrong);
+}
+
 /// The names of metrics that stand as whole literals in source text.
 fn registered(source: &str) -> BTreeSet<String> {
     source.split('"').filter(|literal| literal.starts_with("castier_") && names(literal).contains(*literal)).map(str::to_owned).collect()

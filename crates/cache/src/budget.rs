@@ -18,6 +18,11 @@ impl Budget {
         Arc::new(Self { limit: AtomicU64::new(limit), used: AtomicU64::new(0) })
     }
 
+    /// The most bytes that may be leased.
+    pub fn limit(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
     /// Changes the limit. Leases that are out stay; nothing new is handed out until they are within it.
     pub fn set_limit(&self, limit: u64) {
         self.limit.store(limit, Ordering::Relaxed);

@@ -255,13 +255,13 @@ impl Disk {
         if self.store.has(&blob.digest()) || !self.store.admits(&blob.digest(), blob.size()) {
             return;
         }
+        let queue = self.behind.queue.lock();
+        let Some(queue) = &*queue else { return };
         if !self.behind.take(cost(&blob)) {
             return self.store.metrics.disk_skipped(Skip::Queue);
         }
-        if let Some(queue) = &*self.behind.queue.lock() {
-            let epoch = self.store.epoch(&blob.digest());
-            queue.send((blob, epoch)).ok();
-        }
+        let epoch = self.store.epoch(&blob.digest());
+        queue.send((blob, epoch)).ok();
     }
 
     /// Removes a blob, also from the write-behind queue. When the future ends, the blob is not found any more. Its file is deleted; if the

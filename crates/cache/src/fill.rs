@@ -84,6 +84,9 @@ impl Fill {
             (state.from, matches!(phase, Phase::Verified) && !kept && state.spool.parts().is_none())
         };
         cache.metrics.load_ended(from, result, flight.started.elapsed());
+        if let Phase::Failed(fault) = &phase {
+            cache.metrics.gave_up(from, fault);
+        }
         cache.flights.ended(number);
         cache.metrics.flights_in_progress.dec();
         let is_absent = matches!(phase, Phase::Absent);
@@ -125,6 +128,7 @@ impl Fill {
                     } else if let Err(fault) = self.finish().await {
                         self.begin_anew(fault)?;
                     } else {
+                        self.plan.report(Outcome::Verified, 0);
                         return Ok(Phase::Verified);
                     }
                     continue;

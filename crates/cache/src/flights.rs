@@ -279,10 +279,12 @@ impl Flights {
         }
     }
 
-    /// Whether a flight of the blob is on its way.
+    /// Whether a flight of the blob is on its way. A detached one counts too: its readers go on, and a peer may be among them.
     pub(crate) fn is_filling(&self, digest: &Digest) -> bool {
-        let Some(flight) = self.map.lock().flights.get(digest).cloned() else { return false };
-        matches!(flight.state.lock().phase, Phase::Opening | Phase::Filling)
+        let current = self.map.lock().flights.get(digest).cloned();
+        let fills = |flight: &Flight| matches!(flight.state.lock().phase, Phase::Opening | Phase::Filling);
+        let running = |flight: &&Arc<Flight>| flight.digest == *digest && fills(flight);
+        current.is_some_and(|flight| fills(&flight)) || self.in_progress.lock().values().any(|flight| running(&flight))
     }
 
     /// How many flights have not ended, and the oldest of them.

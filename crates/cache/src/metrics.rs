@@ -5,6 +5,7 @@
 
 use crate::{
     ages::Ages,
+    fault::{Fault, Limit},
     flights::Asker,
     tier::TierStats,
     via::{SourceKind, Tier},
@@ -43,6 +44,26 @@ impl LoadResult {
             Self::Ok => "ok",
             Self::Absent => "absent",
             Self::Error => "error",
+        }
+    }
+}
+
+/// Why a flight failed without a fault of its source: the `reason` label of `castier_source_loads_given_up_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum GiveUp {
+    /// The last reader has left.
+    Abandoned,
+    /// A limit of this node was reached.
+    Limit,
+}
+
+impl GiveUp {
+    const ALL: [Self; 2] = [Self::Abandoned, Self::Limit];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Abandoned => "abandoned",
+            Self::Limit => "limit",
         }
     }
 }
@@ -178,6 +199,7 @@ pub struct Metrics {
     gets_from_peers: IntCounter,
     fill_wait: Histogram,
     source_loads: IntCounterVec,
+    source_loads_given_up: IntCounterVec,
     source_duration: [Histogram; 2],
     source_resumes: IntCounterVec,
     pub(crate) flights_in_progress: IntGauge,
@@ -259,6 +281,12 @@ impl Metrics {
                 "castier_source_loads_total",
                 "Finished flights, by source and result",
                 &["source", "result"],
+                r
+            )?,
+            source_loads_given_up: register_int_counter_vec_with_registry!(
+                "castier_source_loads_given_up_total",
+                "Finished flights with result=error of which the source is innocent, by reason",
+                &["source", "reason"],
                 r
             )?,
             source_duration: SourceKind::ALL.map(|kind| source_duration.with_label_values(&[kind.as_str()])),
@@ -353,6 +381,9 @@ impl Metrics {
                 self.source_loads.with_label_values(&[source.as_str(), result.as_str()]);
             }
             self.source_resumes.with_label_values(&[source.as_str()]);
+            for reason in GiveUp::ALL {
+                self.source_loads_given_up.with_label_values(&[source.as_str(), reason.as_str()]);
+            }
         }
         for source in ["origin", "peer", "disk", "client"] {
             self.corrupt.with_label_values(&[source]);
@@ -443,6 +474,17 @@ impl Metrics {
         let source = kind.as_str();
         self.source_loads.with_label_values(&[source, result.as_str()]).inc();
         self.source_duration[kind as usize].observe(took.as_secs_f64());
+    }
+
+    /// Counts a failed flight if its source is innocent of the fault.
+    pub(crate) fn gave_up(&self, kind: SourceKind, fault: &Fault) {
+        let reason = match fault {
+            Fault::Abandoned => GiveUp::Abandoned,
+            // The origin's own limit is the origin's fault.
+            Fault::Busy(limit) if *limit != Limit::Origin => GiveUp::Limit,
+            _ => return,
+        };
+        self.source_loads_given_up.with_label_values(&[kind.as_str(), reason.as_str()]).inc();
     }
 
     /// The number of flights with this source and result.

@@ -14,7 +14,8 @@ pub trait Plan: Send {
     /// flights ever wait for each other.
     fn next(&mut self, waiting: Asker) -> Step;
 
-    /// What came of the last step, and how many bytes it brought. Called once for each step.
+    /// What came of the last step, and how many bytes it brought. Called once for each step, unless a limit keeps it from being tried; and once more
+    /// with [`Outcome::Verified`].
     fn report(&mut self, outcome: Outcome<'_>, bytes: u64) -> Then;
 
     /// All bytes have come, from one or more sources, and they are not the blob. True if the plan blames peers, and will not ask them again: the
@@ -37,6 +38,8 @@ pub struct Step {
 pub enum Outcome<'a> {
     /// All bytes came.
     Whole,
+    /// Said after [`Outcome::Whole`] too: they match the digest.
+    Verified,
     /// The source says that there is no such blob.
     Absent,
     /// The source does not keep the blob, and was asked only for what it keeps.

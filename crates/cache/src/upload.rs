@@ -50,12 +50,15 @@ pub enum Next {
     Last(Bytes),
 }
 
+/// One upload to another node may take this share of `fill.memory` for its copy: a quarter, so that a large one leaves enough for the flights.
+const REWIND_SHARE: u64 = 4;
+
 /// Which tiers may take the copy of an upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyTo {
     /// All of them.
     Tiers,
-    /// Memory, as far as `fill.memory` has free bytes. Another node will keep the blob; but the client sends its bytes only once, and that node may fail.
+    /// Memory, up to [`REWIND_SHARE`]. Another node will keep the blob; but the client sends its bytes only once, and that node may fail.
     Memory,
 }
 
@@ -307,7 +310,11 @@ impl Sink for Copy {
 impl Target {
     /// Whether so many bytes may be in memory: for good, or until their owner has them.
     fn memory_takes(&self, bytes: u64) -> bool {
-        self.to == CopyTo::Memory || self.cache.tiers.memory.takes(bytes.max(self.size.unwrap_or(0)))
+        let bytes = bytes.max(self.size.unwrap_or(0));
+        match self.to {
+            CopyTo::Memory => bytes <= self.cache.memory_budget().limit() / REWIND_SHARE,
+            CopyTo::Tiers => self.cache.tiers.memory.takes(bytes),
+        }
     }
 
     /// The disk tier, if it takes the copy, of which `bytes` have come.

@@ -53,6 +53,7 @@ async fn an_upload_overtakes_a_flight_that_has_no_byte_yet() {
     }
     // The absence is on its way, and the blob is stored.
     cache.stored(&digest);
+    assert!(cache.is_filling(&digest), "the overtaken flight goes on, and a peer that waits for it is told so");
     let late = tokio::time::timeout(Duration::from_secs(20), cache.get(&digest, Asker::Client, |_| Part::Whole));
     let late = late.await.expect("a get after the upload does not wait for what was asked before").unwrap();
     assert_eq!(late.map(|hit| hit.size), Some(Some(1000)), "a get after the upload was told of an absence from before");

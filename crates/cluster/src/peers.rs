@@ -44,7 +44,7 @@ pub const FLIGHT: HeaderName = HeaderName::from_static("castier-flight");
 /// The value of [`FLIGHT`] if a flight is loading the blob.
 pub const FILLING: HeaderValue = HeaderValue::from_static("filling");
 
-/// The path of the health check. It is the only request that needs no proof.
+/// The path of the health check. Anybody may ask for it without a proof; the nodes give one, and want one with the answer.
 pub const HEALTH: &str = "/healthz";
 const ONLY_IF_CACHED: &str = "only-if-cached";
 /// Kept-alive connections to all peers together.
@@ -277,6 +277,8 @@ impl Peers {
     pub fn distrust(&self, member: &Member) {
         tracing::warn!(peer = &*member.name, "the peer sent wrong bytes; castier requests no blobs from it for a minute");
         *self.peer(member).distrusted.lock() = Some(Instant::now() + DISTRUST);
+        self.members.failed(&member.name);
+        self.members.report(&member.name, Report::Broken);
     }
 
     /// Reports a complete answer of this member.

@@ -38,6 +38,10 @@ pub struct ClusterPlan {
     late: bool,
     /// The peers that sent bytes since the flight began, or began again.
     gave: Vec<Member>,
+    /// The origin sent some too.
+    origin_gave: bool,
+    /// Peers whose bytes may have been wrong. If the origin alone has the right blob, they were.
+    suspects: Vec<Member>,
 }
 
 /// The source of a step.
@@ -55,7 +59,19 @@ impl ClusterPlan {
     /// The plan for a blob.
     pub fn new(peers: Arc<Peers>, origin: Arc<dyn Source>, digest: Digest) -> Self {
         let (current, since) = (Ask::Origin, Instant::now());
-        Self { peers, origin, digest, tried: Vec::new(), origin_only: false, current, since, late: false, gave: Vec::new() }
+        Self {
+            peers,
+            origin,
+            digest,
+            tried: Vec::new(),
+            origin_only: false,
+            current,
+            since,
+            late: false,
+            gave: Vec::new(),
+            origin_gave: false,
+            suspects: Vec::new(),
+        }
     }
 
     /// The source to ask now, in the cluster as it is now.
@@ -115,7 +131,14 @@ impl Plan for ClusterPlan {
     }
 
     fn report(&mut self, outcome: Outcome<'_>, bytes: u64) -> Then {
-        let (Ask::Owner(member) | Ask::Kept(member)) = &self.current else { return Then::Retry };
+        if matches!(outcome, Outcome::Verified) {
+            std::mem::take(&mut self.suspects).iter().for_each(|member| self.peers.distrust(member));
+            return Then::AskNext;
+        }
+        let (Ask::Owner(member) | Ask::Kept(member)) = &self.current else {
+            self.origin_gave |= bytes > 0;
+            return Then::Retry;
+        };
         let member = member.clone();
         if bytes > 0 || matches!(outcome, Outcome::Whole) {
             self.gave.push(member.clone());
@@ -127,18 +150,22 @@ impl Plan for ClusterPlan {
             // Not a failure of the peer: this node had no free permit or no descriptor for it.
             Outcome::Failed(fault) if fault.is_source_limit() => self.tried.push(member.name),
             Outcome::Failed(_) => return Then::Retry,
-            Outcome::Absent | Outcome::NotKept | Outcome::Left => {}
+            Outcome::Absent | Outcome::NotKept | Outcome::Left | Outcome::Verified => {}
         }
         Then::AskNext
     }
 
     fn blame(&mut self, fault: &Fault) -> bool {
-        let gave = std::mem::take(&mut self.gave);
-        for member in &gave {
+        let (gave, origin_gave) = (std::mem::take(&mut self.gave), std::mem::take(&mut self.origin_gave));
+        self.tried.extend(gave.iter().map(|member| member.name.clone()));
+        let blamed = !gave.is_empty();
+        if let ([member], false, Fault::Corrupt { .. }) = (&*gave, origin_gave, fault) {
             self.peers.distrust(member);
-            self.failed(member, fault);
+        } else {
+            // Nobody knows yet whose bytes were wrong. A peer that broke off may have been right to: it cuts what the origin sent it and does not verify.
+            self.suspects.extend(gave);
         }
-        !gave.is_empty()
+        blamed
     }
 }
 

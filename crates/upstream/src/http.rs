@@ -122,6 +122,11 @@ pub struct PeerServer {
 }
 
 impl Upstream {
+    /// Whether this is another node, and not the origin.
+    pub(crate) const fn is_peer(&self) -> bool {
+        self.trust.is_some()
+    }
+
     /// The origin at `url`.
     ///
     /// # Errors

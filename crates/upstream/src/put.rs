@@ -3,7 +3,7 @@
 use crate::http::{MAX_ANSWER, Signature, Upstream, insert, read_final};
 use bytes::Bytes;
 use castier_blob::Digest;
-use castier_cache::{Fault, Limit, Next, Put, Stat, Upload};
+use castier_cache::{Fault, Limit, Next, Put, SourceKind, Stat, Upload};
 use castier_wire as wire;
 use http::{Method, StatusCode, header};
 use pingora::{ErrorType, http::RequestHeader, protocols::http::v1::client::HttpSession, upstreams::peer::HttpPeer};
@@ -215,6 +215,11 @@ impl Upstream {
             StatusCode::INSUFFICIENT_STORAGE => Fault::OriginFull,
             StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => Fault::NotAllowed,
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => Fault::Busy(Limit::Origin),
+            // The peer has proved itself, so it works: it passes on what the origin did to it.
+            StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT if self.is_peer() => Fault::Unusable {
+                source_name: SourceKind::Origin.as_str(),
+                why: format!("a peer answered {} to an upload", status.as_u16()),
+            },
             status => self.unusable(format!("status {} to an upload", status.as_u16())),
         }
     }
@@ -252,8 +257,9 @@ impl Upstream {
     /// The blob's size if the source has it durably. Then an upload of it need not be sent.
     ///
     /// A HEAD is not enough: the source may have renamed the file and not synced it yet. So castier also sends the head of an upload with
-    /// `Expect: 100-continue`. castier's own origin answers that only when the blob is durable. If the source does not support expectations,
-    /// the result of the HEAD counts.
+    /// `Expect: 100-continue`. castier's own origin answers that only when the blob is durable. A 100 comes from a server that asks for every body
+    /// without looking; then the HEAD counts. Without an answer nothing is known: the file may be in the middle of a sync that takes long. So the
+    /// upload is sent, and its acknowledgement counts.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -271,9 +277,8 @@ impl Upstream {
             session.read_response().await
         };
         let answered = timeout(self.read_timeout.min(EXPECT_TIMEOUT), answered).await;
-        let refused = matches!(answered, Ok(Ok(_)))
-            && session.get_status().is_some_and(|status| status.is_client_error() || status.is_server_error());
-        Ok((!refused).then_some(known))
+        let status = if matches!(answered, Ok(Ok(_))) { session.get_status() } else { None };
+        Ok(status.filter(|status| status.is_informational() || status.is_success()).map(|_| known))
     }
 }
 

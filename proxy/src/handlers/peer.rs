@@ -7,12 +7,9 @@ use super::{Handlers, Request};
 use crate::reply::Reply;
 use castier_blob::Digest;
 use castier_cache::{Cache, Fault, Via};
-use castier_cluster::{FILLING, FLIGHT, Members, NODE};
+use castier_cluster::{FILLING, FLIGHT, HEALTH, Members, NODE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use std::sync::atomic::{AtomicBool, Ordering};
-
-/// The path of the health check. It is the only request that needs no proof.
-pub const HEALTH: &str = "/healthz";
 
 impl Handlers {
     pub(super) async fn control(&self, request: &Request<'_>, members: &Members, leaving: &AtomicBool) -> Result<Reply, Fault> {

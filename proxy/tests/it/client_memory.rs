@@ -1,6 +1,9 @@
 //! The memory that clients can use is within `limits.client_memory`, and the kernel does not kill a node that is sized by docs/operations.md.
 
-use crate::support::{Castier, Conn, MIB, MemoryGroup, MuteOrigin, Request, eventually, get, heavy, light, metrics, process::config_text};
+use crate::support::{
+    Castier, Cluster, Conn, MIB, MemoryGroup, MuteOrigin, Request, cluster::wait_for_peers, eventually, get, heavy, light, metrics,
+    process::config_text,
+};
 use castier::memory_plan;
 use castier_config::{Castier as Config, Limits, Size};
 use std::{fs, time::Duration};
@@ -206,4 +209,26 @@ async fn a_plan_that_does_not_fit_is_told() {
     assert_eq!(metrics.total("castier_memory_limit_bytes"), LIMIT);
     let planned = metrics.total("castier_memory_planned_bytes");
     assert!(planned > LIMIT && warned.contains(&format!("planned={planned}")), "{planned}: {warned}");
+}
+
+#[tokio::test]
+async fn clients_that_use_it_up_do_not_make_a_node_look_dead() {
+    let _turn = light().await;
+    let origin = MuteOrigin::start().await;
+    let config = "limits.client_memory = \"1MiB\"\ncluster.probe_interval = \"200ms\"\ncluster.stall_timeout = \"60s\"";
+    let cluster = Cluster::with_secret(2, &origin.url, config).await;
+    let owner = cluster.owner(&origin.blob);
+    let (owner, other) = (&cluster.nodes[owner], &cluster.nodes[1 - owner]);
+    let held = attack(owner.castier(), 100, b"GET /silence HTTP/1.1\r\nHost: castier.test\r\n\r\n").await;
+    let shed = async || owner.metrics().await.sum("castier_shed_requests_total", &[("reason", "client_memory")]);
+    eventually("clients have used it up", async || (shed().await + origin.waiting() as u64 >= 100).then_some(())).await;
+    // The owner has too much to do, and says so with its proof: this node asks the origin itself.
+    get(other.public(), &origin.blob).await.assert_is(&origin.blob);
+    let probes = async || owner.metrics().await.sum("castier_http_requests_total", &[("listener", "peer"), ("route", "control")]);
+    let changes = async || other.metrics().await.sum("castier_cluster_changes_total", &[]);
+    let (before, changed) = (probes().await, changes().await);
+    eventually("more probes have come", async || (probes().await >= before + 5).then_some(())).await;
+    wait_for_peers(other, 1, 0).await;
+    assert_eq!(changes().await, changed, "{}", other.castier().output());
+    drop(held);
 }

@@ -133,6 +133,9 @@ async fn a_fill_that_nobody_reads_is_given_up_when_much_is_left() {
     let download = Download { hang_up_after: Some(MIB), ..Download::default() };
     spawn(&download, &blob, &castier).await.unwrap();
     eventually("castier hangs up at the origin", async || (origin.abandoned(&blob) == 1).then_some(())).await;
+    let given_up = [("source", "origin"), ("reason", "abandoned")];
+    let given_up = async || metrics(&castier).await.sum("castier_source_loads_given_up_total", &given_up);
+    eventually("it is no failure of the origin", async || (given_up().await == 1).then_some(())).await;
     let books = assert_ledger(&castier).await;
     assert_eq!(books.kept(), 0);
     get(castier.public, &blob).await.assert_is(&blob);

@@ -110,6 +110,7 @@ const SERIES: &[Series] = &[
             (WRONG, r#"result="error",source="origin""#),
         ],
     ),
+    ("castier_source_loads_given_up_total", "counter", &["source", "reason"], &[(TOO_MANY, r#"reason="limit",source="origin""#)]),
     ("castier_source_load_duration_seconds", "histogram", &["source"], &[(MISS, r#"source="origin""#), (ELSEWHERE, r#"source="peer""#)]),
     ("castier_source_resumes_total", "counter", &["source"], &[(BREAK, r#"source="origin""#)]),
     ("castier_flights_in_progress", "gauge", &[], &[(HERD, "")]),

@@ -220,6 +220,35 @@ async fn an_upload_that_need_not_be_sent_ends_an_absence_too() {
 }
 
 #[tokio::test]
+async fn an_upload_is_sent_unless_the_origin_says_that_the_blob_is_durable() {
+    let _turn = light().await;
+    let (origin, castier) = world("").await;
+    let blob = origin.blob(1000);
+    origin.ignore_expect();
+    // Its HEAD says that the blob is there. Its sync may still go on.
+    let reply = put(&blob).header("Expect", "100-continue").send(castier.public).await;
+    assert_eq!(reply.status, 200, "it was there");
+    let puts = origin.requests("PUT", &blob);
+    let asked = puts.iter().filter(|seen| seen.head.header("expect").is_some()).count();
+    assert_eq!((asked, puts.len()), (1, 2), "the question had no answer, and the upload was sent");
+}
+
+#[tokio::test]
+async fn an_origin_that_fails_an_upload_is_no_failure_of_the_owner() {
+    let _turn = light().await;
+    let mut origin = LyingOrigin::start().await;
+    let cluster = Cluster::with_secret(2, &origin.url(), "origin.retries = 0").await;
+    origin.down().await;
+    for node in &cluster.nodes {
+        for _ in 0..10 {
+            put(&Blob::new(1000)).send(node.public()).await.assert_problem(502);
+        }
+    }
+    assert_eq!(cluster.sum("castier_peer_errors_total", &[]).await, 0);
+    cluster.wait_until_whole().await;
+}
+
+#[tokio::test]
 async fn an_absence_is_forgotten_in_time() {
     let _turn = light().await;
     let (origin, castier) = world("limits.negative_ttl = \"200ms\"").await;

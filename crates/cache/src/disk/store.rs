@@ -390,6 +390,7 @@ impl Store {
     pub(super) fn forget_in_memory(&self, digest: &Digest) {
         self.subdir(digest).forgets.fetch_add(1, Ordering::AcqRel);
         self.index.remove(digest);
+        self.open.invalidate(digest);
     }
 
     /// Removes a blob, and prevents that a copy that is being written is kept. Blocks.

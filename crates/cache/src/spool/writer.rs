@@ -184,9 +184,11 @@ impl SpoolWriter {
         let Some(file) = file else { return Err(Fault::Internal("a write without a file".into())) };
         let elsewhere = self.spools.files.copy(&file, written).await.inspect_err(|_| self.lost = true)?;
         self.given = written;
-        let mut state = self.flight.state.lock();
-        state.in_tier_file = false;
-        state.spool.move_to_file(&self.spools, elsewhere)
+        // Readers that could not read the old file wait for this.
+        self.flight.update(|state| {
+            state.in_tier_file = false;
+            state.spool.move_to_file(&self.spools, elsewhere)
+        })
     }
 }
 

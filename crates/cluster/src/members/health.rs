@@ -1,4 +1,4 @@
-//! PeerHealth checks: decides whether a peer is up.
+//! Health checks: whether a peer is up.
 //!
 //! - Two failures in a row take a peer down. A connection that cannot be opened takes it down at once.
 //! - One answered probe brings it up.

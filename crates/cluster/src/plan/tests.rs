@@ -56,6 +56,12 @@ fn broken() -> Fault {
     Fault::Unreachable { source_name: "peer", why: "test".into() }
 }
 
+fn corrupt(digest: Digest) -> Fault {
+    let mut verifier = Verifier::of(digest, ());
+    verifier.update(b"lies");
+    Fault::Corrupt { source_name: "peer", mismatch: verifier.finish().unwrap_err() }
+}
+
 /// Whom a flight asks on which everybody fails, up to the origin.
 fn asked(plan: &mut ClusterPlan, waiting: Asker) -> String {
     let mut asked = Vec::new();
@@ -109,15 +115,31 @@ async fn peers_that_are_down_or_send_wrong_bytes_are_passed_over() {
     assert_eq!(asked(&mut plan(&peers, digest), Asker::Client), "get c, get d");
     // After wrong bytes all peers that gave some are blamed, and not asked again, by this flight or another.
     let mut blaming = plan(&peers, digest);
-    let mut verifier = Verifier::of(digest, ());
-    verifier.update(b"lies");
-    let fault = Fault::Corrupt { source_name: "peer", mismatch: verifier.finish().unwrap_err() };
+    let fault = corrupt(digest);
     assert!(!blaming.blame(&fault), "there are none yet");
     blaming.next(Asker::Client);
     blaming.report(Outcome::Whole, 4);
     assert!(blaming.blame(&fault) && !blaming.blame(&fault));
     assert_eq!(asked(&mut blaming, Asker::Client), "get d");
     assert_eq!(asked(&mut plan(&peers, digest), Asker::Client), "get d");
+}
+
+#[tokio::test]
+async fn only_wrong_bytes_make_a_peer_distrusted() {
+    let peers = cluster("a:1", &NODES, Span::secs(0));
+    let digest = ordered(&peers, "b c d a");
+    let mut flight = plan(&peers, digest);
+    flight.next(Asker::Client);
+    flight.report(Outcome::Failed(&broken()), 4);
+    // The peer broke off, and the rest came from the origin: the peer may have seen that the origin's bytes are wrong.
+    assert_eq!(asked(&mut flight, Asker::Client), "get c");
+    flight.report(Outcome::Whole, 4);
+    assert!(flight.blame(&corrupt(digest)));
+    assert_eq!(asked(&mut flight, Asker::Client), "", "this flight does without peers");
+    assert_eq!(asked(&mut plan(&peers, digest), Asker::Client), "get b, get c", "others need not");
+    // The origin alone has the right bytes, so the peer's were wrong.
+    flight.report(Outcome::Verified, 0);
+    assert_eq!(asked(&mut plan(&peers, digest), Asker::Client), "get c, get d");
 }
 
 #[tokio::test]

@@ -117,9 +117,9 @@ async fn an_owner_that_fails_is_stood_in_for() {
 #[tokio::test]
 async fn an_upload_is_held_no_longer_than_its_owner_needs() {
     let _turn = light().await;
-    // Room for the copy of one.
-    let world = World::with_secret("cluster.peek_for = \"0s\"\nfill.memory = \"6MiB\"\nmemory.max_blob = \"6MiB\"").await;
-    for _ in 0..4 {
+    // Capacity for the copies of a few.
+    let world = World::with_secret("cluster.peek_for = \"0s\"\nfill.memory = \"16MiB\"\nmemory.max_blob = \"6MiB\"").await;
+    for _ in 0..8 {
         let blob = world.blob_of(false, LARGE);
         assert_eq!(put(&blob).send(world.node.public()).await.status, 201);
         assert!(world.peer.holds(&blob) && !world.origin.holds(&blob));

@@ -58,6 +58,8 @@ struct State {
     uploads: VecDeque<Lie>,
     /// As a peer: the blobs with running flights.
     filling: HashSet<Digest>,
+    /// `Expect` gets no answer, as by a server that does not know it, or whose disk hangs.
+    ignores_expect: bool,
     /// No answers until this opens.
     frozen: Option<Gate>,
     seen: Vec<Seen>,
@@ -157,6 +159,11 @@ impl LyingOrigin {
     /// Answers all further uploads correctly.
     pub(crate) fn honest_uploads(&self) {
         self.state.lock().uploads.clear();
+    }
+
+    /// Gives no answer to `Expect`, and waits for the body.
+    pub(crate) fn ignore_expect(&self) {
+        self.state.lock().ignores_expect = true;
     }
 
     /// Accepts requests, and answers none until `gate` opens, like a stopped process.
@@ -303,7 +310,7 @@ impl Connection {
     }
 
     async fn upload(&mut self, claimed: Option<Digest>, head: &Head) -> io::Result<Keep> {
-        if head.header("expect").is_some() {
+        if head.header("expect").is_some() && !self.state.lock().ignores_expect {
             if claimed.is_some_and(|claimed| self.state.lock().held.contains_key(&claimed)) {
                 // The request's body is not read, so the connection must end.
                 self.status(200).await?;
