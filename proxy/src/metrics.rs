@@ -121,8 +121,8 @@ pub struct Metrics {
     /// The series of the cluster.
     pub cluster: Arc<castier_cluster::Metrics>,
     requests: IntCounterVec,
-    /// The series of hits, looked up once, since hits must be fast.
-    hit_requests: [OnceLock<IntCounter>; 2],
+    /// The series of GETs of blobs that were answered with 200, looked up once: hits must be fast.
+    answered_gets: [OnceLock<IntCounter>; 2],
     durations: [[Histogram; 5]; 5],
     first_bytes: [[Histogram; 5]; 5],
     in_flight: IntGauge,
@@ -177,7 +177,7 @@ impl Metrics {
             upstream: Arc::new(castier_upstream::Metrics::new(&r)?),
             cluster: Arc::new(castier_cluster::Metrics::new(&r)?),
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
-            hit_requests: Default::default(),
+            answered_gets: Default::default(),
             durations: by_result(durations),
             first_bytes: by_result(first_bytes),
             in_flight: gauge(&r, "castier_http_requests_in_flight", "Requests being answered now")?,
@@ -220,7 +220,7 @@ impl Metrics {
         }
         let series = || self.requests.with_label_values(&[listener.as_str(), method, route.as_str(), status_label(code)]);
         if code == 200 && method == "GET" && route == Route::Blob {
-            self.hit_requests[listener as usize].get_or_init(series).inc();
+            self.answered_gets[listener as usize].get_or_init(series).inc();
         } else {
             series().inc();
         }

@@ -32,7 +32,7 @@ pub struct ClusterPlan {
     /// Only the origin is left.
     origin_only: bool,
     /// The current step, and when it began.
-    current: Ask,
+    current: Choice,
     since: Instant,
     /// A peer has used up half of a stall timeout, so the next one gets less time.
     late: bool,
@@ -46,7 +46,7 @@ pub struct ClusterPlan {
 
 /// The source of a step.
 #[derive(Clone, Debug)]
-enum Ask {
+enum Choice {
     /// The member that owns the blob, or the next in order.
     Owner(Member),
     /// The next in order, with `only-if-cached`.
@@ -58,7 +58,7 @@ enum Ask {
 impl ClusterPlan {
     /// The plan for a blob.
     pub fn new(peers: Arc<Peers>, origin: Arc<dyn Source>, digest: Digest) -> Self {
-        let (current, since) = (Ask::Origin, Instant::now());
+        let (current, since) = (Choice::Origin, Instant::now());
         Self {
             peers,
             origin,
@@ -75,9 +75,9 @@ impl ClusterPlan {
     }
 
     /// The source to ask now, in the cluster as it is now.
-    fn choose(&mut self, waiting: Asker) -> Ask {
+    fn choose(&mut self, waiting: Asker) -> Choice {
         if self.origin_only {
-            return Ask::Origin;
+            return Choice::Origin;
         }
         let view = self.peers.members().view();
         let is_new = |member: &&Member| !member.itself && !self.tried.contains(&member.name) && self.peers.trusts(member);
@@ -85,7 +85,7 @@ impl ClusterPlan {
         if !own_turn && self.tried.len() < MOST_PEERS {
             for member in view.order(&self.digest) {
                 if is_new(&member) {
-                    return Ask::Owner(member.clone());
+                    return Choice::Owner(member.clone());
                 }
                 if member.itself {
                     own_turn = true;
@@ -96,7 +96,7 @@ impl ClusterPlan {
         // The origin is the next source even if the next member does not have the blob.
         self.origin_only = true;
         let next = if own_turn && self.peers.changed_lately(&view) { view.order(&self.digest).find(is_new) } else { None };
-        next.map_or(Ask::Origin, |member| Ask::Kept(member.clone()))
+        next.map_or(Choice::Origin, |member| Choice::Kept(member.clone()))
     }
 
     /// How long the peer may send nothing: `cluster.stall_timeout` until one peer was late, then a quarter of it. A healthy peer answers much sooner,
@@ -120,13 +120,13 @@ impl Plan for ClusterPlan {
         self.since = Instant::now();
         let timeout = self.stall_timeout();
         match &self.current {
-            Ask::Owner(member) => {
+            Choice::Owner(member) => {
                 Step { source: self.peers.source(member, Only::Anything, timeout), from: SourceKind::Peer, owner: Owner::Peer }
             }
-            Ask::Kept(member) => {
+            Choice::Kept(member) => {
                 Step { source: self.peers.source(member, Only::Kept, timeout), from: SourceKind::Peer, owner: Owner::ThisNode }
             }
-            Ask::Origin => Step { source: self.origin.clone(), from: SourceKind::Origin, owner: Owner::ThisNode },
+            Choice::Origin => Step { source: self.origin.clone(), from: SourceKind::Origin, owner: Owner::ThisNode },
         }
     }
 
@@ -135,7 +135,7 @@ impl Plan for ClusterPlan {
             std::mem::take(&mut self.suspects).iter().for_each(|member| self.peers.distrust(member));
             return Then::AskNext;
         }
-        let (Ask::Owner(member) | Ask::Kept(member)) = &self.current else {
+        let (Choice::Owner(member) | Choice::Kept(member)) = &self.current else {
             self.origin_gave |= bytes > 0;
             return Then::Retry;
         };

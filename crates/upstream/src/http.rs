@@ -368,7 +368,7 @@ impl Upstream {
             let reused = connection.reused;
             let (mut session, peer) = connection.session(self.read_timeout);
             let mut request = request.clone();
-            let asked = self.sign(&mut request)?;
+            let signature = self.sign(&mut request)?;
             let answered = async {
                 session.write_request_header(Box::new(request)).await?;
                 if !body.is_empty() {
@@ -378,7 +378,7 @@ impl Upstream {
                 self.final_head(&mut session).await
             };
             match answered.await {
-                Ok(()) => return self.must_be_proved(&asked, &session).map(|()| (session, peer)),
+                Ok(()) => return self.must_be_proved(&signature, &session).map(|()| (session, peer)),
                 // The source may have closed a kept-alive connection at any time, so this does not count as a retry. The loop ends at the latest
                 // when the pool is empty.
                 Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
@@ -481,9 +481,9 @@ impl Upstream {
     }
 
     /// Rejects an answer of a peer unless it proves that a node that knows the secret gave it to this request.
-    pub(crate) fn must_be_proved(&self, asked: &Signature, session: &HttpSession) -> Result<(), Fault> {
+    pub(crate) fn must_be_proved(&self, signature: &Signature, session: &HttpSession) -> Result<(), Fault> {
         match session.resp_header() {
-            Some(head) if asked.as_ref().is_none_or(|signed| signed.is_answered(head.status, &head.headers)) => Ok(()),
+            Some(head) if signature.as_ref().is_none_or(|signed| signed.is_answered(head.status, &head.headers)) => Ok(()),
             Some(head) => Err(self.unusable(format!("status {}, {UNPROVED}", head.status.as_u16()))),
             None => Err(self.unusable("no head")),
         }

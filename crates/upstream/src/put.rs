@@ -89,7 +89,7 @@ impl Upstream {
             let (session, peer) = connection.session(self.read_timeout);
             let replay = permit.take().filter(|_| reused).map(|permit| Replay { bytes: Vec::new(), _permit: permit });
             match self.stream(session, request, upload, replay).await? {
-                Streamed::Sent { session, asked, rest } => return Ok((Exchange { session, peer, asked }, rest)),
+                Streamed::Sent { session, signature, rest } => return Ok((Exchange { session, peer, signature }, rest)),
                 Streamed::Stale => connection = Box::pin(self.connect()).await?,
             }
         }
@@ -99,7 +99,7 @@ impl Upstream {
     /// since they must match the digest too.
     async fn early_answer(&self, exchange: &Exchange, upload: &mut Upload<'_>) -> Result<(), Fault> {
         // Checked before the client's other bytes are read: until then the upload can still go to another store.
-        self.must_be_proved(&exchange.asked, &exchange.session)?;
+        self.must_be_proved(&exchange.signature, &exchange.session)?;
         match exchange.session.get_status() {
             None => return Err(self.unusable("no status")),
             Some(status) if status.is_client_error() || status.is_server_error() => return Err(self.refused(status)),
@@ -124,7 +124,7 @@ impl Upstream {
                 let (session, peer) = Box::pin(self.connect()).await?.session(self.read_timeout);
                 (*exchange.session, exchange.peer) = (session, peer);
                 let mut request = request.clone();
-                exchange.asked = self.sign(&mut request)?;
+                exchange.signature = self.sign(&mut request)?;
                 let again = async {
                     exchange.session.write_request_header(Box::new(request)).await?;
                     self.end(&mut exchange.session, &replay.bytes).await
@@ -133,7 +133,7 @@ impl Upstream {
             }
             (Err(error), _) => return Err(self.fault(&error)),
         };
-        self.must_be_proved(&exchange.asked, &exchange.session)?;
+        self.must_be_proved(&exchange.signature, &exchange.session)?;
         Ok(all_sent)
     }
 
@@ -169,7 +169,7 @@ impl Upstream {
         // No read timeout: while the client sends, the source has nothing to say.
         session.read_timeout = None;
         let mut request = request.clone();
-        let asked = self.sign(&mut request)?;
+        let signature = self.sign(&mut request)?;
         if let Err(error) = session.write_request_header(Box::new(request)).await {
             return if replay.is_some() { Ok(Streamed::Stale) } else { Err(self.fault(&error)) };
         }
@@ -177,7 +177,7 @@ impl Upstream {
             let next = tokio::select! {
                 biased;
                 answer = read_final(&mut session) => match answer {
-                    Ok(()) => return Ok(Streamed::Sent { session, asked, rest: Rest::AnsweredEarly }),
+                    Ok(()) => return Ok(Streamed::Sent { session, signature, rest: Rest::AnsweredEarly }),
                     Err(error) => break error,
                 },
                 next = upload.next() => next?,
@@ -188,7 +188,7 @@ impl Upstream {
             };
             let part = match next {
                 Next::Part(part) => part,
-                Next::Last(last) => return Ok(Streamed::Sent { session, asked, rest: Rest::Last { last, replay } }),
+                Next::Last(last) => return Ok(Streamed::Sent { session, signature, rest: Rest::Last { last, replay } }),
             };
             replay = replay.filter(|replay| replay.bytes.len() + part.len() <= MAX_REPLAY);
             if let Some(replay) = &mut replay {
@@ -198,7 +198,7 @@ impl Upstream {
                 // The source has stopped reading, most likely because it has answered.
                 session.read_timeout = Some(self.read_timeout);
                 match self.final_head(&mut session).await {
-                    Ok(()) => return Ok(Streamed::Sent { session, asked, rest: Rest::AnsweredEarly }),
+                    Ok(()) => return Ok(Streamed::Sent { session, signature, rest: Rest::AnsweredEarly }),
                     Err(error) => break error,
                 }
             }
@@ -292,7 +292,7 @@ struct Exchange {
     session: Box<HttpSession>,
     peer: HttpPeer,
     /// What the answer must prove.
-    asked: Signature,
+    signature: Signature,
 }
 
 /// The bytes of an upload that were sent over a kept-alive connection, to send them again if the source had closed it.
@@ -307,7 +307,7 @@ enum Streamed<'a> {
     Sent {
         session: Box<HttpSession>,
         /// What the answer must prove.
-        asked: Signature,
+        signature: Signature,
         rest: Rest<'a>,
     },
     /// The source had closed the kept-alive connection. The upload has got its bytes back, to be sent over a new connection.

@@ -68,9 +68,9 @@ fn asked(plan: &mut ClusterPlan, waiting: Asker) -> String {
     loop {
         plan.next(waiting);
         let (what, member) = match &plan.current {
-            Ask::Origin => return asked.join(", "),
-            Ask::Owner(member) => ("get", member),
-            Ask::Kept(member) => ("peek", member),
+            Choice::Origin => return asked.join(", "),
+            Choice::Owner(member) => ("get", member),
+            Choice::Kept(member) => ("peek", member),
         };
         asked.push(format!("{what} {}", short(member)));
         assert_eq!(plan.report(Outcome::Failed(&broken()), 0), Then::AskNext);
