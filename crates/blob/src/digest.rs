@@ -28,11 +28,6 @@ impl Digest {
         Self(Sha256::digest(bytes).into())
     }
 
-    /// Wraps a finished hash.
-    pub(crate) const fn from_hash(hash: [u8; 32]) -> Self {
-        Self(hash)
-    }
-
     /// Parses the text form. Refuses upper case, so that each blob has one name and one cache entry.
     ///
     /// # Errors
@@ -44,6 +39,11 @@ impl Digest {
             Ok(32) if HEXLOWER.decode_mut(text, &mut hash).is_ok() => Ok(Self(hash)),
             _ => Err(MalformedDigest),
         }
+    }
+
+    /// The digest of these 32 bytes: the reverse of [`Self::as_bytes`].
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
     }
 
     /// The 32 bytes, for the hash ring and for keys.

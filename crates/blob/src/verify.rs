@@ -93,7 +93,7 @@ impl<S: Sink> Verifier<S> {
 
     /// The digest of the bytes that have passed, followed by these.
     pub fn digest_with(&self, next: &[u8]) -> Digest {
-        Digest::from_hash(self.hasher.clone().chain_update(next).finalize().into())
+        Digest::from_bytes(self.hasher.clone().chain_update(next).finalize().into())
     }
 
     /// The sink, for what it needs beside bytes: a flush, a new file.
@@ -106,7 +106,7 @@ impl<S: Sink> Verifier<S> {
     /// # Errors
     /// [`Mismatch`] when they are not the claimed blob. The sink is dropped.
     pub fn finish(self) -> Result<Verified<S::Content>, Mismatch> {
-        let actual = Digest::from_hash(self.hasher.finalize().into());
+        let actual = Digest::from_bytes(self.hasher.finalize().into());
         match self.claimed {
             Some(claimed) if claimed != actual => Err(Mismatch { claimed, actual, size: self.seen }),
             _ => Ok(Verified { digest: actual, size: self.seen, content: self.sink.close() }),

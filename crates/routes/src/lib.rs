@@ -1,0 +1,30 @@
+//! Which resource a request names, and what is known of it. No connections; of HTTP only the names of headers.
+//!
+//! - [`Path`]: the path of a request in the one spelling that templates see.
+//! - [`Template`]: `/v2/{name*}/blobs/sha256:{sha256}`. Matches a path in time linear in its length, whatever the template.
+//! - [`Expansion`]: an upstream URL with the variables of a template.
+//! - [`Rule`] and [`preset`]: the rules of the protocols, as data (`presets.toml`).
+//! - [`Table`]: the configured routes, and which of them a request is for. [`name`]: the key of what has no digest in its path.
+//! - [`Links`]: replaces the links in metadata, by parsing.
+//! - [`Proofs`]: whose credentials may read what, as the upstream has shown.
+//! - [`freshness()`]: how long an answer holds, and how it is asked for again.
+//! - [`Names`]: the name table, in memory and in a file.
+
+mod freshness;
+mod links;
+mod names;
+mod nix32;
+mod path;
+mod preset;
+mod proofs;
+mod table;
+mod template;
+
+pub use freshness::{Freshness, NotKept, Terms, age, conditions, freshness, if_range, may_keep, merge};
+pub use links::{Links, Step, Unparsed};
+pub use names::{Entry, Names};
+pub use path::{BadPath, Path};
+pub use preset::{Kind, Rule, first, preset, protocols};
+pub use proofs::Proofs;
+pub use table::{Found, Overlap, Route, Table, name};
+pub use template::{BadTemplate, Captures, Expansion, Template};
