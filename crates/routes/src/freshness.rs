@@ -43,7 +43,7 @@ pub enum NotKept {
     VaryAll,
 }
 
-/// Whether an answer may be kept. Returns the request headers that choose between answers, in lower case, sorted: those that the upstream's `Vary` names,
+/// Whether an answer may be kept. `Cache-Control: private` does not forbid it: who may have a kept answer is decided by proofs of access. Returns the request headers that choose between answers, in lower case, sorted: those that the upstream's `Vary` names,
 /// and those of the route.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! Which resource a request names, and what is known of it. No connections; of HTTP only the names of headers.
 //!
 //! - [`Path`]: the path of a request in the one spelling that templates see.
-//! - [`Template`]: `/v2/{name*}/blobs/sha256:{sha256}`. Matches a path in time linear in its length, whatever the template.
+//! - [`Template`]: `/v2/{name*}/blobs/sha256:{sha256}`. Matches any path in time linear in its length.
 //! - [`Expansion`]: an upstream URL with the variables of a template.
 //! - [`Rule`] and [`preset`]: the rules of the protocols, as data (`presets.toml`).
 //! - [`Table`]: the configured routes, and which of them a request is for. [`name`]: the key of what has no digest in its path.

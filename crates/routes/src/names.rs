@@ -50,6 +50,9 @@ const HEADER_COST: usize = 64;
 /// How many changes may wait for the disk. If it hangs and more gather, the file is written anew from memory once it answers: some 10 MiB at most.
 const MAX_PENDING: usize = 100_000;
 
+/// How long to wait after a failed transaction.
+const RETRY: Duration = Duration::from_secs(1);
+
 const TABLE: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("names-1");
 
 /// The name table.
@@ -70,6 +73,8 @@ struct Pending {
     /// The thread is writing.
     busy: bool,
     closing: bool,
+    /// The last transaction failed. The next one is not before this.
+    retry_at: Option<Instant>,
     /// Transactions that failed, since the start.
     failed: u64,
 }
@@ -87,6 +92,50 @@ struct Queue {
 }
 
 impl Queue {
+    /// Waits for something to write: changes, or none of them if the file must become what the memory has. `None`: the table closes.
+    fn take(&self) -> Option<Option<HashMap<Digest, Option<Arc<Entry>>>>> {
+        let mut pending = self.pending.lock();
+        loop {
+            match pending.retry_at {
+                _ if pending.changes.is_empty() && !pending.all => {
+                    if pending.closing {
+                        return None;
+                    }
+                    self.changed.wait(&mut pending);
+                }
+                Some(at) if at > Instant::now() && !pending.closing => {
+                    self.changed.wait_until(&mut pending, at);
+                }
+                _ => break,
+            }
+        }
+        pending.busy = true;
+        let changes = std::mem::take(&mut pending.changes);
+        Some((!std::mem::take(&mut pending.all)).then_some(changes))
+    }
+
+    /// What was taken is written, or was not because of this error. False if the table closes.
+    fn wrote(&self, error: Option<&io::Error>) -> bool {
+        let mut pending = self.pending.lock();
+        pending.busy = false;
+        match error {
+            Some(error) => {
+                if pending.retry_at.is_none() {
+                    tracing::warn!(%error, "the name table cannot be written; until it can, names that come are in memory only");
+                }
+                (pending.changes, pending.all) = (HashMap::new(), true);
+                pending.failed += 1;
+                pending.retry_at = Some(Instant::now() + RETRY);
+            }
+            None if pending.retry_at.take().is_some() => tracing::info!("the name table is written again"),
+            None => {}
+        }
+        let goes_on = !pending.closing;
+        drop(pending);
+        self.changed.notify_all();
+        goes_on
+    }
+
     fn add(&self, name: Digest, entry: Option<Arc<Entry>>) {
         let mut pending = self.pending.lock();
         if !pending.all {
@@ -113,14 +162,20 @@ impl Names {
     /// # Errors
     /// The file cannot be opened or created, or another process has it.
     pub fn open(path: &Path, capacity: u64) -> io::Result<Self> {
-        let database = open_database(path)?;
+        let path = path.to_owned();
+        let open = move || open_database(&path);
+        Self::over(open()?, capacity, open)
+    }
+
+    /// The table with the file `database`, which `open` opens again after a failure.
+    fn over(database: Database, capacity: u64, open: impl Fn() -> io::Result<Database> + Send + 'static) -> io::Result<Self> {
         let queue = Arc::new(Queue::default());
         let memory = memory(capacity, Some(queue.clone()));
         let unreadable = fill(&memory, &database).map_err(io::Error::other)?;
         unreadable.into_iter().for_each(|name| queue.add(name, None));
         let thread = thread::Builder::new().name("names".into()).spawn({
             let (queue, memory) = (queue.clone(), memory.clone());
-            move || write(&queue, &memory, &database)
+            move || write(&queue, &memory, database, open)
         })?;
         Ok(Self { memory, file: Some(NameFile { queue, thread: Some(thread) }), order: Mutex::default() })
     }
@@ -158,7 +213,7 @@ impl Names {
         (self.memory.entry_count(), self.memory.weighted_size())
     }
 
-    /// How many transactions have failed since the start. The names of a failed one are in memory only.
+    /// How many transactions have failed since the start.
     pub fn failed_writes(&self) -> u64 {
         self.file.as_ref().map_or(0, |file| file.queue.pending.lock().failed)
     }
@@ -251,31 +306,21 @@ fn fill(memory: &Cache<Digest, Arc<Entry>>, database: &Database) -> Result<Vec<D
     Ok(unreadable)
 }
 
-/// Writes changes until the table closes.
-fn write(queue: &Queue, memory: &Cache<Digest, Arc<Entry>>, database: &Database) {
-    loop {
-        let (changes, all) = {
-            let mut pending = queue.pending.lock();
-            while pending.changes.is_empty() && !pending.all {
-                if pending.closing {
-                    return;
-                }
-                queue.changed.wait(&mut pending);
-            }
-            pending.busy = true;
-            (std::mem::take(&mut pending.changes), std::mem::take(&mut pending.all))
-        };
-        let written = if all { write_all(memory, database) } else { write_changes(&changes, database) };
-        let mut pending = queue.pending.lock();
-        pending.busy = false;
-        if let Err(error) = written {
-            if pending.failed == 0 {
-                tracing::warn!(%error, "the name table cannot be written; names that come now are in memory only, and are gone after a restart");
-            }
-            pending.failed += 1;
+/// Writes changes until the table closes. After a failure redb wants the file opened anew, and nobody knows what of the transaction is in it: so the file
+/// becomes what the memory has, as soon as it can be written again. A name that was removed meanwhile does not come back after a restart.
+fn write(queue: &Queue, memory: &Cache<Digest, Arc<Entry>>, database: Database, open: impl Fn() -> io::Result<Database>) {
+    let mut database = Some(database);
+    while let Some(changes) = queue.take() {
+        let written = database.take().map_or_else(&open, Ok).and_then(|database| {
+            let written = changes.map_or_else(|| write_all(memory, &database), |changes| write_changes(&changes, &database));
+            written.map(|()| database).map_err(io::Error::other)
+        });
+        let failed = written.is_err();
+        let goes_on = queue.wrote(written.as_ref().err());
+        database = written.ok();
+        if failed && !goes_on {
+            return;
         }
-        drop(pending);
-        queue.changed.notify_all();
     }
 }
 
@@ -317,6 +362,7 @@ mod tests {
         env,
         io::{BufRead as _, BufReader, Seek as _, SeekFrom, Write as _},
         process::{Command, Stdio},
+        sync::atomic::{AtomicBool, Ordering},
     };
 
     const MIB: u64 = 1 << 20;
@@ -432,6 +478,74 @@ mod tests {
         drop(names);
         let names = Names::open(&file, MIB).unwrap();
         assert_eq!((names.get(&name(1)), names.get(&name(2)).as_deref()), (None, Some(&entry(2))));
+    }
+
+    /// A file that can be made to fail.
+    #[derive(Clone, Debug, Default)]
+    struct Failing {
+        bytes: Arc<Mutex<Vec<u8>>>,
+        broken: Arc<AtomicBool>,
+    }
+
+    impl Failing {
+        fn works(&self) -> io::Result<()> {
+            if self.broken.load(Ordering::SeqCst) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        }
+
+        fn open(&self) -> io::Result<Database> {
+            Database::builder().create_with_backend(self.clone()).map_err(io::Error::other)
+        }
+    }
+
+    impl redb::StorageBackend for Failing {
+        fn len(&self) -> io::Result<u64> {
+            Ok(self.bytes.lock().len() as u64)
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            let offset = offset as usize;
+            out.copy_from_slice(&self.bytes.lock()[offset..offset + out.len()]);
+            Ok(())
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.works().map(|()| self.bytes.lock().resize(len as usize, 0))
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.works()
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            let offset = offset as usize;
+            self.works().map(|()| self.bytes.lock()[offset..offset + data.len()].copy_from_slice(data))
+        }
+    }
+
+    #[test]
+    fn a_disk_that_fails_loses_no_removal() {
+        let file = Failing::default();
+        let open = |file: Failing| Names::over(file.open().unwrap(), MIB, move || file.open()).unwrap();
+        let names = open(file.clone());
+        names.set(name(1), entry(1));
+        names.set(name(2), entry(2));
+        assert!(names.flush(LONG));
+        file.broken.store(true, Ordering::SeqCst);
+        names.remove(&name(1));
+        names.set(name(3), entry(3));
+        while names.failed_writes() == 0 {
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!names.flush(Duration::ZERO) && names.get(&name(1)).is_none(), "the memory answers meanwhile");
+        file.broken.store(false, Ordering::SeqCst);
+        assert!(names.flush(LONG));
+        drop(names);
+        let names = open(file.clone());
+        assert_eq!([1, 2, 3].map(|number| names.get(&name(number)).is_some()), [false, true, true]);
+        // One that never works again does not keep the process from ending.
+        file.broken.store(true, Ordering::SeqCst);
+        names.set(name(4), entry(4));
+        drop(names);
     }
 
     const CHILD: &str = "CASTIER_TEST_NAMES";

@@ -20,14 +20,14 @@ pub struct Proofs {
     members: Cache<Digest, ()>,
     /// Admission: the keyed hash of repository and credentials, and when it was proved last.
     admitted: Cache<Digest, Instant>,
-    /// The key of those hashes, made at the start and told nobody: credentials cannot be guessed from what is kept.
-    key: [u8; 32],
+    /// Makes those hashes. Its key is random and never leaves it: credentials cannot be guessed from what is kept.
+    keyed: Hmac<Sha256>,
 }
 
 impl Proofs {
     /// Nothing is proved yet. Keeps at most this many facts of each kind, some 200 bytes each.
     pub fn new(most: u64) -> Self {
-        Self { members: Cache::new(most), admitted: Cache::new(most), key: rand::random() }
+        Self { members: Cache::new(most), admitted: Cache::new(most), keyed: Hmac::new(&rand::random::<[u8; 64]>().into()) }
     }
 
     /// The upstream has shown that this repository has this body.
@@ -62,8 +62,7 @@ impl Proofs {
     }
 
     fn admission(&self, repository: &str, credentials: Option<&[u8]>) -> Digest {
-        // A key of any length will do.
-        let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.key) else { return Digest::EMPTY };
+        let mut mac = self.keyed.clone();
         mac.update(&(repository.len() as u64).to_le_bytes());
         mac.update(repository.as_bytes());
         // No credentials are not the same as empty ones.
