@@ -21,6 +21,24 @@ async fn blobs_are_written_in_the_background() {
     assert_eq!(tier.stats(0).blobs, 50);
 }
 
+#[tokio::test]
+async fn a_blob_that_comes_after_the_end_takes_nothing_of_the_budget() {
+    let tier = TestTier::new(|_| {});
+    Disk::close(&tier);
+    tier.keep_later(blob(10_000, 1));
+    assert_eq!(tier.behind.used.load(Ordering::Relaxed), 0, "nobody would give it back");
+}
+
+/// While the scan runs, and files cannot be deleted, an open file would still be found.
+#[tokio::test]
+async fn a_purge_that_reaches_no_file_forgets_an_open_one() {
+    let tier = TestTier::new(|_| {});
+    let (blob, _) = tier.keep(1000, 1).await;
+    assert!(tier.find(&blob.digest()).await.is_some() && tier.store.opened(&blob.digest()).is_some());
+    tier.store.forget_in_memory(&blob.digest());
+    assert!(tier.store.opened(&blob.digest()).is_none() && tier.knows(&blob.digest()).is_none());
+}
+
 /// The test holds a subdirectory's lock, so that the writer blocks and the queue fills.
 #[tokio::test]
 async fn a_full_queue_skips() {
