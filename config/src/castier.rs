@@ -1,6 +1,6 @@
 //! The configuration of `castier`, section by section.
 
-use crate::{Cluster, Log, OriginUrl, Otlp, Policy, Shutdown, Size, Span, value::path_text};
+use crate::{Cluster, Log, OriginUrl, Otlp, Policy, Route, Shutdown, Size, Span, value::path_text};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -40,6 +40,9 @@ pub struct Castier {
     pub otlp: Otlp,
     /// `[shutdown]`.
     pub shutdown: Shutdown,
+    /// `[[route]]`, in the order of the file.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub route: Vec<Route>,
 }
 
 /// The addresses that castier listens on. `0.0.0.0:PORT` is every interface; with port 0 the system picks a free port.
@@ -64,11 +67,18 @@ pub struct Listen {
     ///
     /// - Type: HOST:PORT
     pub peer: String,
+    /// The address of castier in the links that it rewrites for routes, such as `https://cache.example`. Empty: as the client wrote it.
+    ///
+    /// Empty means the scheme and the `Host` of the request. That is right unless a proxy in front changes them, so it is the default. A path
+    /// may follow, if the proxy in front removes it.
+    ///
+    /// - Type: URL
+    pub external_url: String,
 }
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { public: "127.0.0.1:8080".into(), admin: "127.0.0.1:8082".into(), peer: "127.0.0.1:8081".into() }
+        Self { public: "127.0.0.1:8080".into(), admin: "127.0.0.1:8082".into(), peer: "127.0.0.1:8081".into(), external_url: String::new() }
     }
 }
 
@@ -416,6 +426,15 @@ pub struct Limits {
     ///
     /// The default takes a few MiB.
     pub max_negative: usize,
+    /// How many bytes the name table of the routes may take, in memory and as much again on disk.
+    ///
+    /// It has the names of what routes keep that have no digest in them: tags, versions, index files. Bodies do not count. When it is full, castier
+    /// drops names that are seldom read, and asks the upstream when they are needed. An entry takes 1 to 2 KiB, so the default is enough for
+    /// some forty thousand names. Without a route there is no table.
+    ///
+    /// - Type: 1MiB or more
+    /// - Live: no
+    pub names: Size,
 }
 
 impl Default for Limits {
@@ -434,6 +453,7 @@ impl Default for Limits {
             write_timeout: Span::secs(60),
             negative_ttl: Span::secs(1),
             max_negative: 65_536,
+            names: Size::mib(64),
         }
     }
 }

@@ -1,14 +1,14 @@
 //! Checks the values that could be read: their ranges, and whether they fit together.
 
 use crate::{
-    Castier, Cluster, Config, Disk, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp, Problems, Size,
-    Span, address::Address, cluster::check_cluster, file::first_byte,
+    Castier, Cluster, Config, Disk, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp, Problems, Route,
+    Size, Span, address::Address, cluster::check_cluster, file::first_byte, route::check_routes,
 };
 use url::Url;
 
 impl Config for Castier {
     fn complete() -> Self {
-        Self { disk: Some(Disk::default()), cluster: Some(Cluster::example()), ..Self::default() }
+        Self { disk: Some(Disk::default()), cluster: Some(Cluster::example()), route: vec![Route::complete()], ..Self::default() }
     }
 
     fn log(&self) -> &Log {
@@ -16,8 +16,22 @@ impl Config for Castier {
     }
 
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, ac_validation: _, listen, origin, memory, disk, cluster, verify, fill, limits, log, otlp, shutdown: _ } =
-            self;
+        let Self {
+            allow_delete: _,
+            ac_validation: _,
+            listen,
+            origin,
+            memory,
+            disk,
+            cluster,
+            verify,
+            fill,
+            limits,
+            log,
+            otlp,
+            shutdown: _,
+            route,
+        } = self;
         check_addresses(&listen.public, &listen.admin, problems);
         let peer = check_address("listen.peer", &listen.peer, problems);
         // castier opens the peer address only with a cluster. Until then a collision does not matter.
@@ -50,8 +64,17 @@ impl Config for Castier {
         if limits.client_memory < Size::mib(1) {
             problems.add("limits.client_memory", format!("{} is too little for a request; write 1MiB or more", limits.client_memory));
         }
+        if limits.names < Size::mib(1) {
+            problems.add("limits.names", format!("{} is too little for a table; write 1MiB or more", limits.names));
+        }
         check_log(log, problems);
         check_otlp(otlp, problems);
+        if !listen.external_url.is_empty()
+            && let Err(why) = check_base_url(&listen.external_url)
+        {
+            problems.add("listen.external_url", format!("{why}; write \"https://HOST\" or \"http://HOST:PORT/PATH\", or \"\" for none"));
+        }
+        check_routes(route, listen, cluster.as_ref(), problems);
     }
 }
 
@@ -84,14 +107,17 @@ fn check_addresses(public: &str, admin: &str, problems: &mut Problems) {
 /// castier must not be its own origin: each miss would make castier ask itself.
 fn check_loop(origin: &OriginUrl, listen: &Listen, cluster: Option<&Cluster>, problems: &mut Problems) {
     let OriginUrl::Remote(url) = origin else { return };
-    let peers = cluster.map(|cluster| [("listen.peer", &listen.peer), ("cluster.advertise", &cluster.advertise)]);
-    let own = [("listen.public", &listen.public), ("listen.admin", &listen.admin)].into_iter().chain(peers.into_iter().flatten());
-    for (key, address) in own {
-        if Address::parse(address).is_some_and(|address| address.is_reached_by(url)) {
-            problems.add("origin.url", format!("leads to castier itself, which takes {address} as {key}; write the origin's address"));
-            return;
-        }
+    if let Some((key, address)) = own_address(url, listen, cluster) {
+        problems.add("origin.url", format!("leads to castier itself, which takes {address} as {key}; write the origin's address"));
     }
+}
+
+/// The address of castier itself to which this URL leads, and its key.
+pub(crate) fn own_address<'c>(url: &Url, listen: &'c Listen, cluster: Option<&'c Cluster>) -> Option<(&'static str, &'c str)> {
+    let peers = cluster.map(|cluster| [("listen.peer", listen.peer.as_str()), ("cluster.advertise", cluster.advertise.as_str())]);
+    let own = [("listen.public", listen.public.as_str()), ("listen.admin", listen.admin.as_str())];
+    let mut own = own.into_iter().chain(peers.into_iter().flatten());
+    own.find(|(_, address)| Address::parse(address).is_some_and(|address| address.is_reached_by(url)))
 }
 
 fn check_address(key: &str, text: &str, problems: &mut Problems) -> Option<Address> {
@@ -220,6 +246,36 @@ fn is_http(text: &str) -> bool {
     Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https")) && text.contains("://")
 }
 
+/// The URL of a server, with or without a path below which it is. The message does not repeat the text: it may hold a password.
+pub(crate) fn check_base_url(text: &str) -> Result<Url, String> {
+    let (_, rest) = text.split_once("://").ok_or("is not a URL")?;
+    // The URL library would take a backslash for a slash, and leave spaces out.
+    if text.contains('\\') || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err("has a character that a URL cannot have as it is".into());
+    }
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    if authority.contains(['{', '}']) {
+        return Err("has a variable in its host".into());
+    }
+    let url = Url::parse(text).map_err(|error| format!("is not a URL ({error})"))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(format!("has the scheme {:?}", url.scheme()));
+    }
+    if authority.contains('@') {
+        return Err("has a user or a password".into());
+    }
+    if url.port() == Some(0) {
+        return Err("has the port 0, to which nobody can connect".into());
+    }
+    if rest.contains(['?', '#']) {
+        return Err("has a query or a fragment".into());
+    }
+    if rest.split('/').any(|segment| matches!(segment, "." | "..")) {
+        return Err("has a segment . or ..".into());
+    }
+    Ok(url)
+}
+
 fn check_otlp(otlp: &Otlp, problems: &mut Problems) {
     let Otlp { endpoint, sample, buffer, timeout } = otlp;
     // The message does not repeat the text: it may hold a password.
@@ -283,7 +339,7 @@ pub(crate) fn check_span(key: &str, span: Span, problems: &mut Problems) {
     }
 }
 
-fn check_size(key: &str, size: Size, problems: &mut Problems) {
+pub(crate) fn check_size(key: &str, size: Size, problems: &mut Problems) {
     if size.get() == 0 {
         problems.add(key, "must be more than 0; write a size such as \"64MiB\"");
     }

@@ -1,4 +1,6 @@
 //! A configuration as a table of dotted keys: to print it, to list its keys, to compare two of them.
+//!
+//! A section that can be there several times has its number in the key of a value: `route[1].path`. The key itself is `route.path`.
 
 use crate::{Config, value::masked};
 use toml::{Table, Value};
@@ -13,14 +15,37 @@ pub fn print<C: Config>(config: &C) -> String {
 
 /// The dotted keys of a program, in the order of its documentation.
 pub fn keys<C: Config>() -> Vec<String> {
-    leaves(&to_table(&C::complete())).into_iter().map(|(key, _)| key).collect()
+    leaves(&to_table(&C::complete())).into_iter().map(|(key, _)| unnumbered(&key)).collect()
 }
 
 /// The dotted keys whose values differ, in the order of the documentation: what a re-read configuration changes. If a section came or went,
-/// all its keys differ.
+/// all its keys differ. The sections of one name that can be there several times count as one key: `route`.
 pub fn changed<C: Config>(old: &C, new: &C) -> Vec<String> {
     let (old, new) = (to_table(old), to_table(new));
-    keys::<C>().into_iter().filter(|key| get(&old, key) != get(&new, key)).collect()
+    let mut keys: Vec<_> = leaves(&to_table(&C::complete())).into_iter().map(|(key, _)| list_of(&key).unwrap_or(&key).to_owned()).collect();
+    keys.dedup();
+    keys.retain(|key| get(&old, key) != get(&new, key));
+    keys
+}
+
+/// The key without the number of its section: `route.path` for `route[1].path`.
+pub(crate) fn unnumbered(key: &str) -> String {
+    key.split('[').enumerate().map(|(i, part)| if i == 0 { part } else { part.split_once(']').map_or("", |(_, rest)| rest) }).collect()
+}
+
+/// The name of the sections of which this is a key, if they can be there several times: `route` for `route[1].path`.
+pub(crate) fn list_of(key: &str) -> Option<&str> {
+    key.split_once('[').map(|(list, _)| list)
+}
+
+/// The first part of a dotted key: `disk`, or `route` and 1 for `route[1].path`. And the rest of the key.
+pub(crate) fn split_first(key: &str) -> (&str, Option<usize>, Option<&str>) {
+    let (first, rest) = key.split_once('.').map_or((key, None), |(first, rest)| (first, Some(rest)));
+    let numbered = first.strip_suffix(']').and_then(|first| first.split_once('['));
+    match numbered.and_then(|(name, number)| Some((name, number.parse().ok()?))) {
+        Some((name, number)) => (name, Some(number), rest),
+        None => (first, None, rest),
+    }
 }
 
 /// The configuration as a table.
@@ -35,11 +60,19 @@ pub(crate) fn leaves(table: &Table) -> Vec<(String, &Value)> {
     let mut found = Vec::new();
     for (key, value) in table {
         match value {
-            Value::Table(section) => found.extend(leaves(section).into_iter().map(|(below, value)| (format!("{key}.{below}"), value))),
+            Value::Table(section) => found.extend(below(key, section)),
+            Value::Array(items) if !items.is_empty() && items.iter().all(Value::is_table) => {
+                let sections = items.iter().filter_map(Value::as_table).enumerate();
+                found.extend(sections.flat_map(|(number, section)| below(&format!("{key}[{number}]"), section)));
+            }
             value => found.push((key.clone(), value)),
         }
     }
     found
+}
+
+fn below<'t>(section: &str, table: &'t Table) -> Vec<(String, &'t Value)> {
+    leaves(table).into_iter().map(|(key, value)| (format!("{section}.{key}"), value)).collect()
 }
 
 /// The value of a dotted key, if it is there.
@@ -51,11 +84,14 @@ fn get<'t>(table: &'t Table, key: &str) -> Option<&'t Value> {
 }
 
 fn mask(table: &mut Table) {
-    for (_, value) in table.iter_mut() {
-        match value {
-            Value::String(text) => *text = masked(text),
-            Value::Table(section) => mask(section),
-            _ => {}
-        }
+    table.iter_mut().for_each(|(_, value)| mask_value(value));
+}
+
+fn mask_value(value: &mut Value) {
+    match value {
+        Value::String(text) => *text = masked(text),
+        Value::Table(section) => mask(section),
+        Value::Array(items) => items.iter_mut().for_each(mask_value),
+        _ => {}
     }
 }

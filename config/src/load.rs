@@ -4,7 +4,7 @@
 use crate::{
     Log, Problems,
     file::read_text,
-    keys::{keys, leaves, to_table},
+    keys::{keys, leaves, list_of, split_first, to_table, unnumbered},
     problems::SetBy,
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -36,12 +36,15 @@ pub trait Config: Clone + Default + PartialEq + Serialize + DeserializeOwned {
 pub struct Loaded<C> {
     /// The effective configuration.
     pub config: C,
+    /// What is not wrong, and what an operator should know all the same: one line each, like a problem.
+    pub notes: Vec<String>,
     /// The dotted keys that the file or the environment set.
     explicit: BTreeSet<String>,
 }
 
 impl<C> Loaded<C> {
-    /// Whether the file or the environment set this dotted key, even to its default.
+    /// Whether the file or the environment set this dotted key (`route[1].path`, for a section that can be there several times), even to its
+    /// default.
     pub fn is_set(&self, key: &str) -> bool {
         self.explicit.contains(key)
     }
@@ -60,7 +63,7 @@ pub fn environment() -> impl Iterator<Item = (String, String)> {
 /// # Errors
 /// [`Problems`]: everything that is wrong with the configuration.
 pub fn load<C: Config>(file: Option<&Path>, env: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
-    load_noting(Problems::default(), file, env)
+    load_with(file, env, |_, _| {})
 }
 
 /// The same for a configuration of another machine: does not check that the files, directories and secrets that it names exist.
@@ -68,19 +71,45 @@ pub fn load<C: Config>(file: Option<&Path>, env: impl Iterator<Item = (String, S
 /// # Errors
 /// As [`load`].
 pub fn load_offline<C: Config>(file: Option<&Path>, env: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
-    load_noting(Problems::offline(), file, env)
+    load_offline_with(file, env, |_, _| {})
+}
+
+/// As [`load`], with checks that this crate cannot make itself. `check` adds problems and notes, each to its dotted key: [`Problems::add`]
+/// and [`Problems::note`]. It sees the configuration even if that has problems. A problem of a key that has one already does not count.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_with<C: Config>(
+    file: Option<&Path>,
+    env: impl Iterator<Item = (String, String)>,
+    check: impl FnOnce(&C, &mut Problems),
+) -> Result<Loaded<C>, Problems> {
+    load_noting(Problems::default(), file, env, check)
+}
+
+/// As [`load_offline`], with the checks of [`load_with`].
+///
+/// # Errors
+/// As [`load`].
+pub fn load_offline_with<C: Config>(
+    file: Option<&Path>,
+    env: impl Iterator<Item = (String, String)>,
+    check: impl FnOnce(&C, &mut Problems),
+) -> Result<Loaded<C>, Problems> {
+    load_noting(Problems::offline(), file, env, check)
 }
 
 fn load_noting<C: Config>(
     mut problems: Problems,
     file: Option<&Path>,
     env: impl Iterator<Item = (String, String)>,
+    check: impl FnOnce(&C, &mut Problems),
 ) -> Result<Loaded<C>, Problems> {
     let (mut table, lines) = file.map(|file| parse(file, &mut problems)).unwrap_or_default();
     let file_is_sound = problems.is_empty();
     let variables = merge::<C>(&mut table, env.filter(|(_, text)| !text.is_empty()), &mut problems);
     let known: BTreeSet<_> = keys::<C>().into_iter().collect();
-    let explicit = leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(key)).collect();
+    let explicit = leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(&unnumbered(key))).collect();
     let config = read::<C>(table, &mut problems);
     if let Some(config) = &config {
         problems.set_format(config.log().format);
@@ -88,6 +117,9 @@ fn load_noting<C: Config>(
     // A file that could not be parsed leaves defaults in its stead, and comparing with those would report false problems.
     if let Some(config) = config.as_ref().filter(|_| file_is_sound) {
         config.check(&mut problems);
+        let mut more = Problems::default();
+        check(config, &mut more);
+        problems.add_new(more);
     }
     problems.say_who_set(|key| match (variables.get(key), file, line_of(&lines, key)) {
         (Some(variable), _, _) => SetBy::Variable(variable.clone()),
@@ -95,7 +127,7 @@ fn load_noting<C: Config>(
         _ => SetBy::Unknown,
     });
     match config {
-        Some(config) if problems.is_empty() => Ok(Loaded { config, explicit }),
+        Some(config) if problems.is_empty() => Ok(Loaded { config, notes: problems.notes(), explicit }),
         _ => Err(problems),
     }
 }
@@ -135,8 +167,17 @@ fn parse(file: &Path, problems: &mut Problems) -> (Table, Lines) {
 fn note_lines(table: &DeTable<'_>, section: &str, line_at: &impl Fn(usize) -> usize, lines: &mut Lines) {
     for (name, value) in table {
         let key = if section.is_empty() { name.get_ref().to_string() } else { format!("{section}.{}", name.get_ref()) };
-        if let DeValue::Table(below) = value.get_ref() {
-            note_lines(below, &key, line_at, lines);
+        match value.get_ref() {
+            DeValue::Table(below) => note_lines(below, &key, line_at, lines),
+            DeValue::Array(items) => {
+                for (number, item) in items.iter().enumerate() {
+                    let DeValue::Table(below) = item.get_ref() else { continue };
+                    let section = format!("{key}[{number}]");
+                    note_lines(below, &section, line_at, lines);
+                    lines.insert(section, line_at(item.span().start));
+                }
+            }
+            _ => {}
         }
         lines.insert(key, line_at(name.span().start));
     }
@@ -144,27 +185,61 @@ fn note_lines(table: &DeTable<'_>, section: &str, line_at: &impl Fn(usize) -> us
 
 const PREFIX: &str = "CASTIER_";
 
+/// The variable of a key: `CASTIER_MEMORY__CAPACITY` for `memory.capacity`, `CASTIER_ROUTE__1__PATH` for `route[1].path`.
 fn variable_name(key: &str) -> String {
-    PREFIX.to_owned() + &key.replace('.', "__").to_uppercase()
+    PREFIX.to_owned() + &key.replace(['.', '['], "__").replace(']', "").to_uppercase()
+}
+
+/// The variable with 0 in place of the number of a section, as the known names have it; and that number.
+fn numbered(name: &str) -> (String, usize) {
+    let mut number = 0;
+    let parts = name.split("__").map(|part| match part.parse::<usize>() {
+        // "007" and "+7" are other names.
+        Ok(found) if found.to_string() == part => {
+            number = found;
+            "0"
+        }
+        _ => part,
+    });
+    let name = parts.collect::<Vec<_>>().join("__");
+    (name, number)
+}
+
+/// The other way round.
+fn with_number(name: &str, number: usize) -> String {
+    name.replacen("__0__", &format!("__{number}__"), 1)
 }
 
 /// Puts the environment's values into the table, each with the type of its key's default. Returns the variable of each key that it set.
 fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String)>, problems: &mut Problems) -> BTreeMap<String, String> {
     let defaults = to_table(&C::complete());
     let known: BTreeMap<_, _> = leaves(&defaults).into_iter().map(|(key, value)| (variable_name(&key), (key, value))).collect();
+    let names = || known.keys().map(String::as_str);
     let mut variables = BTreeMap::new();
-    for (name, text) in env.filter(|(name, _)| name.starts_with(PREFIX)) {
-        if let Some((key, default)) = known.get(&name) {
+    let mut env: Vec<_> = env.filter(|(name, _)| name.starts_with(PREFIX)).map(|(name, text)| (numbered(&name), name, text)).collect();
+    // A new section stands behind those that are there, so the one with the lower number comes first. Of two pairs with one name the later one
+    // still is the later one.
+    env.sort_by_key(|((_, number), _, _)| *number);
+    for ((like, number), name, text) in env {
+        if let Some((key, default)) = known.get(&like) {
+            let key = key.replacen("[0]", &format!("[{number}]"), 1);
             variables.insert(key.clone(), name);
             match typed(&text, default) {
-                Ok(value) => insert(table, key, value),
-                Err(wanted) => problems.add(key.clone(), format!("{text:?} is not {wanted}")),
+                Ok(value) => {
+                    if let Err(next) = insert(table, &key, value) {
+                        let meant = with_number(&like, next);
+                        problems.add(key, format!("is set, and the next section has the number {next}; write {meant}, without a gap"));
+                    }
+                }
+                Err(wanted) => problems.add(key, format!("{text:?} is not {wanted}")),
             }
+        } else if let Some(without) = names().find(|known| known.replacen("__0__", "__", 1) == name) {
+            problems.add(name, unknown("variable", Some(without)));
         } else if name.contains("__") {
-            let text = unknown("variable", suggestion(&name, known.keys().map(String::as_str), "__"));
-            problems.add(name, text);
+            let meant = suggestion(&like, names(), "__").map(|meant| with_number(meant, number));
+            problems.add(name, unknown("variable", meant.as_deref()));
         } else if !is_of_kubernetes(&name)
-            && let Some(meant) = resembling(&name, known.keys().map(String::as_str))
+            && let Some(meant) = resembling(&name, names())
         {
             // Any other variable with this prefix belongs to another program.
             problems.add(name, unknown("variable", Some(meant)));
@@ -205,35 +280,55 @@ fn typed(text: &str, default: &Value) -> Result<Value, &'static str> {
     }
 }
 
-fn insert(table: &mut Table, key: &str, value: Value) {
-    match key.split_once('.') {
-        None => drop(table.insert(key.to_owned(), value)),
-        Some((section, rest)) => {
-            // If the file has a value where a section belongs, reading the types reports that.
-            if let Value::Table(section) = table.entry(section).or_insert_with(|| Value::Table(Table::new())) {
-                insert(section, rest, value);
+/// Sets the value of a dotted key, and makes the sections that are missing.
+///
+/// # Errors
+/// The number of sections there, if the key is that of a section behind the next one.
+fn insert(table: &mut Table, key: &str, value: Value) -> Result<(), usize> {
+    // If the file has a value where a section belongs, reading the types reports that.
+    match split_first(key) {
+        (name, None, None) => {
+            table.insert(name.to_owned(), value);
+        }
+        (name, None, Some(rest)) => {
+            if let Value::Table(section) = table.entry(name).or_insert_with(|| Value::Table(Table::new())) {
+                return insert(section, rest, value);
+            }
+        }
+        (name, Some(number), rest) => {
+            let Value::Array(sections) = table.entry(name).or_insert_with(|| Value::Array(Vec::new())) else { return Ok(()) };
+            if number > sections.len() {
+                return Err(sections.len());
+            }
+            if number == sections.len() {
+                sections.push(Value::Table(Table::new()));
+            }
+            if let (Some(Value::Table(section)), Some(rest)) = (sections.get_mut(number), rest) {
+                return insert(section, rest, value);
             }
         }
     }
+    Ok(())
 }
 
 /// Reads the table into the struct. Notes a value of the wrong type, takes it out, and tries again until the rest can be read.
 fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
+    let complete = to_table(&C::complete());
+    let lists: BTreeSet<_> = leaves(&complete).into_iter().filter_map(|(key, _)| list_of(&key).map(str::to_owned)).collect();
     loop {
         let mut unknown_keys = Vec::new();
         let mut track = serde_path_to_error::Track::new();
         let tracked = serde_path_to_error::Deserializer::new(table.clone(), &mut track);
-        match serde_ignored::deserialize(tracked, |path| unknown_keys.push(plain_path(&path))) {
+        match serde_ignored::deserialize(tracked, |path| unknown_keys.push(dotted(&path))) {
             Ok(config) => {
                 note_unknown::<C>(&unknown_keys, problems);
                 return Some(config);
             }
             Err(error) => {
                 let error: toml::de::Error = error;
-                // The message for an item of a list quotes the item. The key is that of the list.
-                let path = track.path().to_string();
-                let key = path.split('[').next().unwrap_or_default().to_owned();
-                problems.add(key.clone(), plain(error.message(), &key));
+                let key = without_item(&track.path().to_string()).to_owned();
+                let section = if lists.contains(&key) { format!("[[{key}]]") } else { format!("[{key}]") };
+                problems.add(key.clone(), plain(error.message(), &section));
                 // Each round takes one key away, so the loop ends.
                 if !remove(&mut table, &key) {
                     return None;
@@ -243,22 +338,47 @@ fn read<C: Config>(mut table: Table, problems: &mut Problems) -> Option<C> {
     }
 }
 
-/// The dotted key of a path. serde_ignored adds a `?` for an optional section.
-fn plain_path(path: &serde_ignored::Path<'_>) -> String {
-    path.to_string().replace(".?.", ".")
+/// The key of a list, for an item of it: the message quotes the item.
+fn without_item(path: &str) -> &str {
+    path.strip_suffix(']').and_then(|path| path.rsplit_once('[')).map_or(path, |(list, _)| without_item(list))
+}
+
+/// The dotted key of a path.
+fn dotted(path: &serde_ignored::Path<'_>) -> String {
+    use serde_ignored::Path::{Map, NewtypeStruct, NewtypeVariant, Root, Seq, Some};
+    match path {
+        Root => String::new(),
+        Some { parent } | NewtypeStruct { parent } | NewtypeVariant { parent } => dotted(parent),
+        Seq { parent, index } => format!("{}[{index}]", dotted(parent)),
+        Map { parent, key } => match dotted(parent).as_str() {
+            "" => key.clone(),
+            section => format!("{section}.{key}"),
+        },
+    }
 }
 
 fn remove(table: &mut Table, key: &str) -> bool {
-    match key.split_once('.') {
-        None => table.remove(key).is_some(),
-        Some((section, rest)) => table.get_mut(section).and_then(Value::as_table_mut).is_some_and(|section| remove(section, rest)),
+    match split_first(key) {
+        (name, None, None) => table.remove(name).is_some(),
+        (name, None, Some(rest)) => table.get_mut(name).and_then(Value::as_table_mut).is_some_and(|section| remove(section, rest)),
+        (name, Some(number), rest) => {
+            let section = table.get_mut(name).and_then(|sections| sections.get_mut(number)).and_then(Value::as_table_mut);
+            section.zip(rest).is_some_and(|(section, rest)| remove(section, rest))
+        }
     }
 }
 
 /// Puts serde's message into words for a reader who does not know the program's types.
-fn plain(message: &str, key: &str) -> String {
+fn plain(message: &str, section: &str) -> String {
+    let is_list = section.starts_with("[[");
     match message.split_once("expected struct ") {
-        Some((found, _)) => format!("{found}expected a section; write its keys below [{key}]"),
+        Some((found, _)) => format!("{found}expected a section; write its keys below {section}"),
+        None if is_list && message.starts_with("invalid type: map, expected a sequence") => {
+            format!("is one section, and there can be several; write {section}, in two brackets")
+        }
+        None if is_list && message.contains("expected a sequence") => {
+            message.replace("expected a sequence", &format!("expected sections; write the keys of each below {section}"))
+        }
         None => ["usize", "u32", "u64"]
             .iter()
             .fold(message.to_owned(), |text, ty| {
@@ -274,8 +394,18 @@ fn note_unknown<C: Config>(unknown_keys: &[String], problems: &mut Problems) {
     let sections: BTreeSet<_> = keys.iter().filter_map(|key| key.split_once('.')).map(|(section, _)| section).collect();
     for key in unknown_keys {
         let names = keys.iter().map(String::as_str).chain(sections.iter().copied());
-        problems.add(key, unknown("key", suggestion(key, names, ".")));
+        let meant = suggestion(&unnumbered(key), names, ".").map(|meant| like_numbered(meant, key));
+        problems.add(key, unknown("key", meant.as_deref()));
     }
+}
+
+/// A known key with the number of the section that `key` is in: `route[1].path` for `route.path`, beside `route[1].pth`.
+fn like_numbered(known: &str, key: &str) -> String {
+    let section = key.split_once(']').map(|(section, _)| format!("{section}]"));
+    let list = list_of(key).zip(section);
+    let numbered =
+        list.and_then(|(list, section)| Some(format!("{section}{}", known.strip_prefix(list).filter(|rest| rest.starts_with('.'))?)));
+    numbered.unwrap_or_else(|| known.to_owned())
 }
 
 fn unknown(kind: &str, suggestion: Option<&str>) -> String {
@@ -349,6 +479,30 @@ mod tests {
             from_env(&[("CASTIER_COUNT", "-1")]).unwrap_err(),
             "count (set by CASTIER_COUNT): invalid value: integer `-1`, expected a whole number, 0 or more, that is not too large"
         );
+    }
+
+    #[test]
+    fn numbers_of_sections_in_variables_and_keys() {
+        for (name, like, number) in [
+            ("CASTIER_ROUTE__12__PATH", "CASTIER_ROUTE__0__PATH", 12),
+            ("CASTIER_ROUTE__0__PATH", "CASTIER_ROUTE__0__PATH", 0),
+            ("CASTIER_ROUTE__012__PATH", "CASTIER_ROUTE__012__PATH", 0),
+            ("CASTIER_ROUTE__+1__PATH", "CASTIER_ROUTE__+1__PATH", 0),
+            ("CASTIER_ROUTE__99999999999999999999__PATH", "CASTIER_ROUTE__99999999999999999999__PATH", 0),
+            ("CASTIER_MEMORY__CAPACITY", "CASTIER_MEMORY__CAPACITY", 0),
+        ] {
+            assert_eq!(numbered(name), (like.to_owned(), number));
+        }
+        assert_eq!(variable_name("route[12].path"), "CASTIER_ROUTE__12__PATH");
+        assert_eq!(["a.b", "route[1].path[2][3]", "route[1]"].map(without_item), ["a.b", "route[1].path", "route"]);
+        assert_eq!(["a.b", "route[1].path", "route[1]"].map(unnumbered), ["a.b", "route.path", "route"]);
+        let table = |text: &str| text.parse::<Table>().unwrap();
+        let mut routes = table("route = [{ a = 1 }]");
+        assert_eq!(insert(&mut routes, "route[1].b.c", Value::Integer(2)), Ok(()));
+        assert_eq!(insert(&mut routes, "route[3].b", Value::Integer(2)), Err(2));
+        assert_eq!(routes, table("route = [{ a = 1 }, { b = { c = 2 } }]"));
+        assert!(remove(&mut routes, "route[1].b.c") && !remove(&mut routes, "route[1].x") && !remove(&mut routes, "route[7].a"));
+        assert_eq!(routes, table("route = [{ a = 1 }, { b = {} }]"));
     }
 
     #[test]

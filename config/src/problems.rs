@@ -1,4 +1,4 @@
-//! What is wrong with a configuration: all of it, one a line.
+//! What is wrong with a configuration: all of it, one a line. Also what is right, and worth a note.
 
 use crate::LogFormat;
 use std::fmt;
@@ -8,13 +8,15 @@ use std::fmt;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Problems {
     list: Vec<Problem>,
+    /// What is not wrong. An operator should know it all the same.
+    notes: Vec<Problem>,
     /// The configuration is for another machine: the checks do not look at directories, files and secrets.
     offline: bool,
     /// `log.format`, if that could be read.
     format: Option<LogFormat>,
 }
 
-/// One thing that is wrong.
+/// One thing that is wrong, or one note.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Problem {
     /// The dotted key. Or the file or the variable, if the problem is not that of a key.
@@ -55,11 +57,26 @@ impl Problems {
         self.format.unwrap_or(LogFormat::Text)
     }
 
-    /// Adds one. `subject` is the dotted key, or the file or the variable.
+    /// Adds one. `subject` is the dotted key (`route[1].path`, for a section that can be there several times), or the file or the variable.
     pub fn add(&mut self, subject: impl Into<String>, text: impl fmt::Display) {
-        // One problem is one line. Messages of libraries may have several.
-        let text = text.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        self.list.push(Problem { subject: subject.into(), set_by: SetBy::Unknown, text });
+        self.list.push(Problem::new(subject.into(), &text));
+    }
+
+    /// Adds a note: the configuration is sound, and `--check-config` says this about it.
+    pub fn note(&mut self, subject: impl Into<String>, text: impl fmt::Display) {
+        self.notes.push(Problem::new(subject.into(), &text));
+    }
+
+    /// Adds those of `more` whose keys have no problem yet: the second problem of a value mostly comes from the first one.
+    pub(crate) fn add_new(&mut self, more: Self) {
+        let new: Vec<_> = more.list.into_iter().filter(|problem| self.are_sound(&[&problem.subject])).collect();
+        self.list.extend(new);
+        self.notes.extend(more.notes);
+    }
+
+    /// The notes, one line each.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        self.notes.iter().map(ToString::to_string).collect()
     }
 
     /// Whether there are none.
@@ -78,23 +95,38 @@ impl Problems {
         !self.subjects().any(|subject| keys.contains(&subject))
     }
 
-    /// Says for each problem what set the value.
+    /// Says for each problem and note what set the value.
     pub(crate) fn say_who_set(&mut self, set_by: impl Fn(&str) -> SetBy) {
-        for problem in &mut self.list {
+        for problem in self.list.iter_mut().chain(&mut self.notes) {
             problem.set_by = set_by(&problem.subject);
+        }
+    }
+}
+
+impl Problem {
+    fn new(subject: String, text: &dyn fmt::Display) -> Self {
+        // One problem is one line. Messages of libraries may have several.
+        let text = text.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        Self { subject, set_by: SetBy::Unknown, text }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { subject, set_by, text } = self;
+        match set_by {
+            SetBy::Variable(variable) => write!(f, "{subject} (set by {variable}): {text}"),
+            SetBy::File(line) => write!(f, "{line}: {subject}: {text}"),
+            SetBy::Unknown => write!(f, "{subject}: {text}"),
         }
     }
 }
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, Problem { subject, set_by, text }) in self.list.iter().enumerate() {
+        for (i, problem) in self.list.iter().enumerate() {
             let end = if i == 0 { "" } else { "\n" };
-            match set_by {
-                SetBy::Variable(variable) => write!(f, "{end}{subject} (set by {variable}): {text}")?,
-                SetBy::File(line) => write!(f, "{end}{line}: {subject}: {text}")?,
-                SetBy::Unknown => write!(f, "{end}{subject}: {text}")?,
-            }
+            write!(f, "{end}{problem}")?;
         }
         Ok(())
     }

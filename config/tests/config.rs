@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
 use castier_config::{
-    Castier, Cluster, Config, Disk, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, print,
+    Castier, Cluster, Config, Disk, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, load_offline, print,
 };
 use proptest::prelude::*;
 use std::{io::Write, path::Path};
@@ -27,15 +27,20 @@ fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {
     lines
 }
 
-/// The example is the default. With its optional sections it has every key.
+/// The example is the default. With its optional sections it has every key. Its routes are examples, and sound ones.
 fn example_shows_every_default<C: Config + std::fmt::Debug>(name: &str) {
     let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
     assert_eq!(read::<C>(&example, &[]).unwrap().config, C::default());
     let complete: Vec<_> =
         example.lines().map(|line| line.strip_prefix('#').filter(|key| !key.starts_with([' ', '#'])).unwrap_or(line)).collect();
-    let loaded = read::<C>(&complete.join("\n"), &[]).unwrap();
-    assert_eq!(loaded.config, C::complete());
-    let missing: Vec<_> = keys::<C>().into_iter().filter(|key| !loaded.is_set(key)).collect();
+    // A cluster on other machines would need TLS beside these routes.
+    let complete = file(&complete.join("\n").replace("10.0.0.", "127.0.0."));
+    let loaded = load_offline::<C>(Some(complete.path()), std::iter::empty()).unwrap();
+    let differs = changed(&loaded.config, &C::complete());
+    assert!(differs.iter().all(|key| ["cluster.advertise", "cluster.peers", "route"].contains(&key.as_str())), "{differs:?}");
+    let is_set =
+        |key: &str| loaded.is_set(key) || (0..3).any(|number| loaded.is_set(&key.replacen("route", &format!("route[{number}]"), 1)));
+    let missing: Vec<_> = keys::<C>().into_iter().filter(|key| !is_set(key)).collect();
     assert_eq!(missing, Vec::<String>::new(), "keys that {name} does not show");
 }
 
@@ -48,9 +53,9 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 75);
+    assert_eq!(keys.len(), 100);
     assert_eq!(&keys[..4], ["allow_delete", "ac_validation", "listen.public", "listen.admin"]);
-    assert_eq!(keys.last().unwrap(), "shutdown.grace");
+    assert_eq!(keys.last().unwrap(), "route.credentials.netrc_file");
 }
 
 #[test]
@@ -116,7 +121,7 @@ fn a_file_is_a_regular_one_of_a_bounded_size() {
     assert!(told.len() == 2 && told.iter().all(|line| line.contains("not a regular file")), "{told:#?}");
     // A check of a configuration for another machine looks at no file of this one.
     let path = file(&config);
-    assert!(castier_config::load_offline::<Castier>(Some(path.path()), std::iter::empty()).is_ok());
+    assert!(load_offline::<Castier>(Some(path.path()), std::iter::empty()).is_ok());
 }
 
 #[test]
@@ -409,9 +414,10 @@ fn printing_masks_secrets_and_nothing_else() {
     let printed = print(&config);
     assert!(printed.contains("url = \"http://***@origin:9000\"") && printed.contains("loki_url = \"https://***@loki/x@y\""), "{printed}");
     assert!(!printed.contains("hunter2") && !format!("{config:?}").contains("hunter2"));
+    let is_optional = |key: &str| ["cluster.", "disk.", "route."].iter().any(|section| key.starts_with(section));
     let shown = |config: &Castier| print(config).lines().filter(|line| line.contains(" = ")).count();
     assert_eq!(shown(&Castier::complete()), keys::<Castier>().len());
-    assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !key.starts_with("cluster.") && !key.starts_with("disk.")).count());
+    assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !is_optional(key)).count());
 }
 
 #[test]
@@ -430,7 +436,8 @@ fn one_key_puts_a_section_in_force() {
     assert!(loaded.is_set("disk.capacity") && !loaded.is_set("disk.path"));
     assert_eq!(read::<Castier>("[disk]", &[]).unwrap().config.disk, Castier::complete().disk);
     let changes = changed(&Castier::default(), &Castier::complete());
-    assert!(changes.len() == 23 && changes.iter().all(|key| key.starts_with("disk.") || key.starts_with("cluster.")), "{changes:?}");
+    assert_eq!((changes.len(), changes.last().unwrap().as_str()), (24, "route"));
+    assert!(changes[..23].iter().all(|key| key.starts_with("disk.") || key.starts_with("cluster.")), "{changes:?}");
     assert_eq!(changed(&Castier::complete(), &Castier::default()), changes);
 }
 
@@ -502,7 +509,9 @@ proptest! {
         prop_assume!(!root.contains("://"));
         let loaded = read::<Castier>(&print(&config), &[]).unwrap();
         prop_assert_eq!(&loaded.config, &config);
-        let absent = |key: &str| (!clustered && key.starts_with("cluster.")) || (!disk && key.starts_with("disk."));
+        let absent = |key: &str| {
+            (!clustered && key.starts_with("cluster.")) || (!disk && key.starts_with("disk.")) || key.starts_with("route.")
+        };
         prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key) || absent(key)));
 
         let mut server = OriginServer { allow_delete, ..OriginServer::default() };

@@ -10,10 +10,11 @@
 //! - `- Live: yes`, if SIGHUP changes the key. On a struct: all its keys.
 //! - Or only ``As [`Struct::field`].``: described there.
 //!
-//! The doc comment of a section's struct is its comment in the example file.
+//! The doc comment of a section's struct is its comment in the example file. A section that can be there several times (`[[route]]`) is shown by
+//! a few examples ([`EXAMPLES`]), and has a line of its own in the table.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
-use castier_config::{Castier, Config, OriginServer, Size, keys, load_offline};
+use castier_config::{Castier, Config, OriginServer, Route, Size, keys, load_offline};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
@@ -49,8 +50,8 @@ struct Key {
     paragraphs: Vec<String>,
     kind: String,
     live: String,
-    /// The value that it has if its section is there.
-    default: Value,
+    /// The value that it has if its section is there. `None`: it is not set.
+    default: Option<Value>,
 }
 
 struct Section {
@@ -59,8 +60,22 @@ struct Section {
     comment: String,
     /// Absent unless the operator writes it.
     optional: bool,
+    /// It can be there several times, in double brackets.
+    repeated: bool,
     keys: Vec<Key>,
 }
+
+/// The routes in the example file. Together they have every key, and each of them could be one of a real configuration. The first one shows the
+/// defaults.
+const EXAMPLES: [(&str, &str); 3] = [
+    ("", "protocol = \"oci\"\nupstream = \"https://registry.example\""),
+    (
+        "A route by hand, with castier's own credentials.",
+        "path = \"/files/{name*}\"\nupstream = \"https://files.example\"\nkind = \"fresh\"\naccess = \"local\"\nttl = \"60s\"\n\
+         credentials = { username = \"castier\", password_file = \"/run/secrets/files-password\" }",
+    ),
+    ("A route for Nix.", "protocol = \"nix\"\nupstream = \"https://cache.nixos.org\"\nprefix = \"/nix\"\npriority = 30"),
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -101,12 +116,12 @@ impl Doc {
     }
 }
 
-/// The name of a type, and for an `Option` that of the type in it.
+/// The name of a type, and for an `Option` or a `Vec` that of the type in it.
 fn names(ty: &syn::Type) -> (String, Option<String>) {
     let syn::Type::Path(path) = ty else { panic!("a key has a type with a name") };
     let last = path.path.segments.last().unwrap();
     let inner = match &last.arguments {
-        syn::PathArguments::AngleBracketed(arguments) if last.ident == "Option" => match arguments.args.first() {
+        syn::PathArguments::AngleBracketed(arguments) if last.ident == "Option" || last.ident == "Vec" => match arguments.args.first() {
             Some(syn::GenericArgument::Type(inner)) => Some(names(inner).0),
             _ => None,
         },
@@ -137,36 +152,53 @@ fn kind_of(ty: &str) -> Option<&'static str> {
 fn sections<C: Config>(program: &str) -> Vec<Section> {
     let mut found = Vec::new();
     let defaults = Table::try_from(C::complete()).unwrap();
-    add_section(&structs(), program, "", false, &defaults, &mut found);
+    add_section(&structs(), program, &Place { name: String::new(), optional: false, repeated: false }, &defaults, &defaults, &mut found);
     let described: Vec<_> = found.iter().flat_map(|section| &section.keys).map(|key| key.name.clone()).collect();
     assert_eq!(described, keys::<C>());
     found
 }
 
-/// Adds a struct and the sections in it, each behind the keys of the one above.
-fn add_section(structs: &Structs, name: &str, section: &str, optional: bool, defaults: &Table, found: &mut Vec<Section>) {
+/// Where a struct is.
+struct Place {
+    name: String,
+    optional: bool,
+    repeated: bool,
+}
+
+/// Adds a struct and the sections in it, each behind the keys of the one above. `complete` has all keys, and `defaults` their values.
+fn add_section(structs: &Structs, name: &str, place: &Place, complete: &Table, defaults: &Table, found: &mut Vec<Section>) {
     let item = &structs[name];
     let doc = Doc::of(&item.attrs);
     let at = found.len();
-    found.push(Section { name: section.to_owned(), comment: doc.paragraphs.join(" "), optional, keys: Vec::new() });
+    let Place { name: section, optional, repeated } = place;
+    let comment = doc.paragraphs.join(" ");
+    found.push(Section { name: section.clone(), comment, optional: *optional, repeated: *repeated, keys: Vec::new() });
     for field in &item.fields {
         let ident = field.ident.as_ref().unwrap().to_string();
         let key = if section.is_empty() { ident.clone() } else { format!("{section}.{ident}") };
         let (ty, inner) = names(&field.ty);
-        match &defaults[&ident] {
+        match &complete[&ident] {
             Value::Table(below) => {
-                let optional = optional || inner.is_some();
-                add_section(structs, &inner.unwrap_or(ty), &key, optional, below, found);
+                let place = Place { name: key, optional: *optional || inner.is_some(), repeated: false };
+                let defaults = defaults.get(&ident).map_or(below, |section| section.as_table().unwrap());
+                add_section(structs, &inner.unwrap_or(ty), &place, below, defaults, found);
             }
-            default => {
+            Value::Array(items) if items.first().is_some_and(Value::is_table) => {
+                assert_eq!(key, "route", "teach this test the defaults of [[{key}]]");
+                let place = Place { name: key, optional: true, repeated: true };
+                let defaults = Table::try_from(Route::default()).unwrap();
+                add_section(structs, &inner.unwrap(), &place, items[0].as_table().unwrap(), &defaults, found);
+            }
+            _ => {
                 let (described_at, own) = described(structs, name, &ident);
+                let ty = if ty == "Option" { inner.unwrap() } else { ty };
                 found[at].keys.push(Key {
                     kind: own.kind.unwrap_or_else(|| kind_of(&ty).unwrap_or_else(|| panic!("{key}: add \"- Type: …\"")).to_owned()),
                     live: own.live.or_else(|| doc.live.clone()).unwrap_or_else(|| "no".to_owned()),
                     name: key,
                     described_at,
                     paragraphs: own.paragraphs,
-                    default: default.clone(),
+                    default: defaults.get(&ident).cloned(),
                 });
             }
         }
@@ -193,24 +225,70 @@ fn described(structs: &Structs, name: &str, field: &str) -> (String, Doc) {
 /// An example file: every key at its default.
 fn example(header: &str, sections: &[Section]) -> String {
     let mut text = comment(header);
-    for Section { name, comment: what, optional, keys } in sections {
+    let mut sections = sections.iter().peekable();
+    while let Some(section) = sections.next() {
+        let Section { name, comment: what, optional, repeated, keys } = section;
         // Without a space behind it, so that it can be told from a comment.
         let off = if *optional { "#" } else { "" };
+        if *repeated {
+            let mut all = vec![section];
+            while let Some(below) = sections.next_if(|below| below.name.starts_with(&format!("{name}."))) {
+                all.push(below);
+            }
+            add_examples(&all, &mut text);
+            continue;
+        }
         if !name.is_empty() {
             write!(text, "\n{}{off}[{name}]\n", comment(what)).unwrap();
         }
         for (i, key) in keys.iter().enumerate() {
             let gap = if i == 0 && !name.is_empty() { "" } else { "\n" };
-            let live = match key.live.as_str() {
-                "no" => String::new(),
-                "yes" => "; SIGHUP changes it".to_owned(),
-                part => format!("; SIGHUP changes its {part}"),
-            };
-            let line = format!("{off}{} = {}", key.name.rsplit('.').next().unwrap(), key.default);
-            writeln!(text, "{gap}{}{line:BEHIND$} # {}{live}", comment(&key.paragraphs[0]), key.kind.replace('`', "")).unwrap();
+            let line = line(key, off, key.default.as_ref().unwrap());
+            write!(text, "{gap}{}{line}", comment(&key.paragraphs[0])).unwrap();
         }
     }
     text
+}
+
+/// A key with a value.
+fn line(key: &Key, off: &str, value: &Value) -> String {
+    let live = match key.live.as_str() {
+        "no" => String::new(),
+        "yes" => "; SIGHUP changes it".to_owned(),
+        part => format!("; SIGHUP changes its {part}"),
+    };
+    let line = format!("{off}{} = {value}", key.name.rsplit('.').next().unwrap());
+    format!("{line:BEHIND$} # {}{live}\n", key.kind.replace('`', ""))
+}
+
+/// A section that can be there several times, with the sections in it: what each example sets, and in the first one the defaults as well. Each
+/// key is described where it comes first.
+fn add_examples(sections: &[&Section], text: &mut String) {
+    let name = &sections[0].name;
+    let mut described = BTreeSet::new();
+    for (i, (title, example)) in EXAMPLES.iter().enumerate() {
+        let example: Table = example.parse().unwrap();
+        let title = if i == 0 { &sections[0].comment } else { *title };
+        write!(text, "\n{}#[[{name}]]\n", comment(title)).unwrap();
+        for section in sections {
+            let below = section.name.strip_prefix(&format!("{name}."));
+            let values = below.map_or(Some(&example), |below| example.get(below).and_then(Value::as_table));
+            if let Some(below) = below.filter(|_| values.is_some()) {
+                write!(text, "\n{}#[{name}.{below}]\n", comment(&section.comment)).unwrap();
+            }
+            let mut gap = "";
+            for key in values.iter().flat_map(|_| &section.keys) {
+                let own = values.unwrap().get(key.name.rsplit('.').next().unwrap());
+                let default = key.default.as_ref().filter(|_| i == 0 || below.is_some());
+                let Some(value) = own.or(default) else { continue };
+                if described.insert(&key.name) {
+                    write!(text, "{gap}{}", comment(&key.paragraphs[0])).unwrap();
+                }
+                *text += &line(key, "#", value);
+                gap = "\n";
+            }
+        }
+    }
 }
 
 /// Wrapped, with `# ` in front of each line. Markdown's code marks go.
@@ -234,14 +312,22 @@ fn comment(text: &str) -> String {
 /// A table of the manual. A key that is described in the other program's table too refers to it.
 fn table(sections: &[Section], elsewhere: &BTreeSet<&str>) -> String {
     let mut text = "| key | type | default | live | what it does, and why the default |\n| --- | --- | --- | --- | --- |\n".to_owned();
-    for key in sections.iter().flat_map(|section| &section.keys) {
-        let default = match &key.default {
-            Value::String(text) if !text.is_empty() => text.clone(),
-            other => other.to_string(),
-        };
-        let what = if elsewhere.contains(key.described_at.as_str()) { "As for castier.".to_owned() } else { key.paragraphs.join(" ") };
-        assert!(!what.contains('|'), "{}: a table cannot show |", key.name);
-        writeln!(text, "| `{}` | {} | `{default}` | {} | {what} |", key.name, key.kind, key.live).unwrap();
+    for section in sections {
+        if section.repeated {
+            writeln!(text, "| `[[{}]]` | sections with the keys below | none | no | {} |", section.name, section.comment).unwrap();
+        }
+        for key in &section.keys {
+            let default = match &key.default {
+                None => "none".to_owned(),
+                Some(Value::String(text)) if !text.is_empty() => format!("`{text}`"),
+                Some(other) => format!("`{other}`"),
+            };
+            let what = if elsewhere.contains(key.described_at.as_str()) { "As for castier.".to_owned() } else { key.paragraphs.join(" ") };
+            writeln!(text, "| `{}` | {} | {default} | {} | {what} |", key.name, key.kind, key.live).unwrap();
+        }
+    }
+    for line in text.lines() {
+        assert_eq!(line.matches('|').count(), 6, "a table cannot show |: {line}");
     }
     text
 }
@@ -272,8 +358,8 @@ fn generated() -> [(&'static str, String); 3] {
     let described = castier.iter().flat_map(|section| &section.keys).map(|key| key.described_at.as_str()).collect();
     let manual = fs::read_to_string(root().join(OPERATIONS)).unwrap();
     let manual = with_table(&manual, "castier", &table(&castier, &BTreeSet::new()));
-    let optional = "\nThe sections [disk] and [cluster] are absent by default. To have one, remove the # in front of its name and of the keys \
-                    that you change.";
+    let optional = "\nThe sections [disk], [cluster] and [[route]] are absent by default. To have one, remove the # in front of its name and of \
+                    the keys that you change.";
     let header_of_castier = header("castier", "memory.capacity", "CASTIER_MEMORY__CAPACITY") + optional;
     let header_of_origin = header("castier-origin", "store.root", "CASTIER_STORE__ROOT");
     [
@@ -313,19 +399,27 @@ fn problems<C: Config>(text: &str, env: &[(String, String)]) -> Vec<String> {
 }
 
 /// Values at the limits of a type: those that must be refused, and those that must be accepted.
-fn limits(kind: &str, default: &Value) -> (Vec<String>, Vec<String>) {
+fn limits(kind: &str, default: Option<&Value>) -> (Vec<String>, Vec<String>) {
     let texts = |values: &[&str]| values.iter().map(|value| (*value).to_owned()).collect::<Vec<_>>();
     // "1KiB" and "65536" alike.
     let whole = |text: &str| i64::try_from(text.parse::<Size>().unwrap().get()).unwrap();
     match (kind, kind.split_once(" to ")) {
         ("true or false" | "list" | "list or table" | "list of HOST:PORT", _) => (texts(&["1"]), Vec::new()),
-        ("HOST:PORT" | "URL" | "`tiny-lfu` or `lru`" | "`text` or `json`", _) => (texts(&["\"nowhere\""]), Vec::new()),
+        ("list of HOST or HOST:PORT" | "list of header names", _) => (texts(&["1", "[\"a b\"]"]), texts(&["[]", "[\"a\", \"a-b\"]"])),
+        ("HOST:PORT" | "URL" | "path template" | "path without / at its end", _) => (texts(&["\"nowhere\""]), Vec::new()),
+        ("HOST or HOST:PORT" | "header name" | "name of a registry", _) => (texts(&["\"a b\""]), Vec::new()),
+        (choice, _) if choice.starts_with('`') => {
+            // `one`, `two` or `three`
+            let accepted = choice.split('`').skip(1).step_by(2).map(|one| format!("{one:?}"));
+            (texts(&["\"nowhere\""]), accepted.collect())
+        }
         ("size", _) => (texts(&["-1"]), texts(&["0"])),
         ("size over 0", _) => (texts(&["0"]), texts(&["1"])),
         ("duration", _) => (texts(&["5"]), texts(&["\"0s\""])),
         ("duration over 0", _) => (texts(&["\"0s\""]), texts(&["\"1ms\""])),
+        ("duration up to 24h", _) => (texts(&["\"86401s\""]), texts(&["\"0s\"", "\"24h\""])),
         ("text" | "path" | "name", _) => (Vec::new(), Vec::new()),
-        (_, Some((least, most))) if default.is_float() => {
+        (_, Some((least, most))) if default.is_some_and(Value::is_float) => {
             let (below, above) = (least.parse::<f64>().unwrap() - 0.01, most.parse::<f64>().unwrap() + 0.01);
             (vec![below.to_string(), above.to_string()], texts(&[least, most]))
         }
@@ -340,10 +434,28 @@ fn limits(kind: &str, default: &Value) -> (Vec<String>, Vec<String>) {
     }
 }
 
+/// A file in which one key has this value. For a key of a route: with a route in which the key may be.
+fn file_with(key: &str, value: &str) -> (String, String) {
+    let Some(below) = key.strip_prefix("route.") else { return (format!("{key} = {value}"), key.to_owned()) };
+    let base = match below {
+        "path" | "kind" => "path = \"/{sha256}\"\nkind = \"frozen\"",
+        "namespace" => "protocol = \"oci\"",
+        _ => "protocol = \"nix\"",
+    };
+    let mut route: Table = format!("{base}\nupstream = \"https://h\"").parse().unwrap();
+    if !below.contains('.') {
+        route.extend(format!("{below} = {value}").parse::<Table>().unwrap());
+    }
+    (format!("[[route]]\n{route}"), format!("route[0].{below}"))
+}
+
 fn check_types<C: Config>(program: &str) {
     for key in sections::<C>(program).iter().flat_map(|section| &section.keys) {
-        let (refused, accepted) = limits(&key.kind, &key.default);
-        let is_refused = |value: &String| problems::<C>(&format!("{} = {value}", key.name), &[]).contains(&key.name);
+        let (refused, accepted) = limits(&key.kind, key.default.as_ref());
+        let is_refused = |value: &String| {
+            let (file, subject) = file_with(&key.name, value);
+            problems::<C>(&file, &[]).contains(&subject)
+        };
         for value in &refused {
             assert!(is_refused(value), "{} is said to be {:?}, and {value} is accepted", key.name, key.kind);
         }
@@ -391,7 +503,10 @@ fn named_variables_are_those_of_keys() {
         for word in text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_') {
             // `CASTIER_DISK__…` names no variable.
             let Some(name) = word.strip_prefix("CASTIER_").filter(|name| name.contains("__") && !name.ends_with('_')) else { continue };
-            assert!(known.contains(&name.to_lowercase().replace("__", ".")), "{}: {word} sets no key", path.display());
+            // `CASTIER_ROUTE__0__PATH` sets `route.path` of the first route.
+            let parts = name.split("__").filter(|part| part.parse::<usize>().is_err());
+            let key = parts.map(str::to_lowercase).collect::<Vec<_>>().join(".");
+            assert!(known.contains(&key), "{}: {word} sets no key", path.display());
             seen += 1;
         }
     }

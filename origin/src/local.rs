@@ -139,7 +139,7 @@ impl Local {
 
 impl Source for Local {
     fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
-        self.open_from(ask.digest, ask.from).boxed()
+        async move { self.open_from(ask.digest()?, ask.from).await }.boxed()
     }
 
     fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {

@@ -109,7 +109,7 @@ impl Record<'_> {
             let route = match self.route {
                 Route::Blob => Some("/cas/{digest}"),
                 Route::Collection => Some("/cas"),
-                Route::Relay | Route::Refused | Route::Control => None,
+                Route::Relay | Route::Refused | Route::Control | Route::Route => None,
             };
             let listener = ("castier.listener", Value::Word(self.listener.as_str()));
             trace::export(|| self.access().span(trace, method, route, [listener]));

@@ -9,19 +9,21 @@ mod utc;
 pub use history::STEP;
 pub use stats::{Brief, Stats};
 
-use crate::{connection::Conn, memory_plan, metrics::Metrics, node::Node};
+use crate::{connection::Conn, memory_plan, metrics::Metrics, node::Node, routes::Routes};
 use arc_swap::ArcSwap;
 use axum::{
     Router,
     body::Body,
-    extract::{Path, State},
-    http::{HeaderValue, Request, StatusCode, header},
+    extract::{Path, Query, State, rejection::QueryRejection},
+    http::{HeaderMap, HeaderValue, Request, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use bytes::Bytes;
 use castier_blob::{Digest, MalformedDigest};
 use castier_cluster::{Members, Purge};
 use castier_config::Limits;
+use castier_routes::Glob;
 use castier_serverkit::admin_connections::AdminConnections;
 use castier_upstream::Upstream;
 use castier_wire::Problem;
@@ -58,6 +60,8 @@ pub struct Admin {
     pub members: Option<Arc<Members>>,
     /// Purges blobs on every node.
     pub purge: Arc<Purge>,
+    /// The routes; `None` without any.
+    pub routes: Option<Arc<Routes>>,
     phase: Mutex<Phase>,
     /// When this node started, on both clocks.
     began: Instant,
@@ -82,13 +86,21 @@ pub enum Phase {
 
 impl Admin {
     /// Of these parts. The phase is [`Phase::Starting`].
-    pub fn new(node: Arc<Node>, origin: Arc<Upstream>, metrics: Arc<Metrics>, members: Option<Arc<Members>>, purge: Arc<Purge>) -> Self {
+    pub fn new(
+        node: Arc<Node>,
+        origin: Arc<Upstream>,
+        metrics: Arc<Metrics>,
+        members: Option<Arc<Members>>,
+        purge: Arc<Purge>,
+        routes: Option<Arc<Routes>>,
+    ) -> Self {
         Self {
             node,
             origin,
             metrics,
             members,
             purge,
+            routes,
             phase: Mutex::new(Phase::Starting),
             began: Instant::now(),
             started: SystemTime::now(),
@@ -117,9 +129,13 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/readyz", get(ready))
         .route("/stats", get(stats))
         .route("/purge/{digest}", post(purge))
-        .fallback(|| async { problem(StatusCode::NOT_FOUND, "here are /metrics, /healthz, /readyz, /stats, /purge/<digest> and /") })
+        .route("/purge", post(purge_names))
+        .route("/why", get(why))
+        .fallback(|| async {
+            problem(StatusCode::NOT_FOUND, "here are /metrics, /healthz, /readyz, /stats, /why?url=, /purge/<digest>, /purge and /")
+        })
         .method_not_allowed_fallback(|| async {
-            problem(StatusCode::METHOD_NOT_ALLOWED, "everything here is GET, but /purge/<digest>, which is POST")
+            problem(StatusCode::METHOD_NOT_ALLOWED, "everything here is GET, but /purge and /purge/<digest>, which are POST")
         })
         .with_state(admin)
 }
@@ -168,6 +184,9 @@ async fn connection(stream: TcpStream, router: Router, busy: Arc<AtomicBool>, li
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    if let Some(routes) = &admin.routes {
+        routes.update_metrics(&admin.metrics.routes);
+    }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.render(&admin.node.cache.tier_stats())).into_response()
 }
 
@@ -179,9 +198,70 @@ async fn stats(State(admin): State<Arc<Admin>>) -> Response {
     json(&admin.stats())
 }
 
-async fn purge(State(admin): State<Arc<Admin>>, Path(digest): Path<String>) -> Response {
+/// Whether a browser sends a request for another site's page. Such a page could purge what its reader may purge.
+fn is_cross_site(headers: &HeaderMap) -> bool {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    if let Some(site) = text("sec-fetch-site") {
+        return !matches!(site, "same-origin" | "none");
+    }
+    let host = text("host").unwrap_or_default();
+    text("origin").is_some_and(|origin| origin.split_once("://").is_none_or(|(_, authority)| authority != host))
+}
+
+fn cross_site() -> Response {
+    problem(StatusCode::FORBIDDEN, "a page of another site may not purge")
+}
+
+async fn purge(State(admin): State<Arc<Admin>>, Path(digest): Path<String>, headers: HeaderMap) -> Response {
+    if is_cross_site(&headers) {
+        return cross_site();
+    }
     let Ok(digest) = digest.parse::<Digest>() else { return problem(StatusCode::BAD_REQUEST, &MalformedDigest.to_string()) };
     json(&admin.purge.everywhere(&digest).await)
+}
+
+/// What `POST /purge` takes: one URL, or a route and a pattern of paths.
+#[derive(serde::Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+enum PurgeNames {
+    Url { url: String },
+    Route { route: String, path: String },
+}
+
+async fn purge_names(State(admin): State<Arc<Admin>>, headers: HeaderMap, body: Bytes) -> Response {
+    if is_cross_site(&headers) {
+        return cross_site();
+    }
+    let usage = r#"the body is {"url": "…"} or {"route": "…", "path": "a pattern such as /simple/**"}"#;
+    let Ok(what) = serde_json::from_slice(&body) else { return problem(StatusCode::BAD_REQUEST, usage) };
+    let Some(routes) = &admin.routes else { return problem(StatusCode::NOT_FOUND, "no route is configured") };
+    let forgotten = match &what {
+        PurgeNames::Url { url } => routes.purge_url_everywhere(url).await,
+        PurgeNames::Route { route, path } => match Glob::parse(path) {
+            Ok(glob) => routes.purge_everywhere(route, &glob).await,
+            Err(error) => return problem(StatusCode::BAD_REQUEST, &format!("path: {error}")),
+        },
+    };
+    match forgotten {
+        Some(purged) => json(&purged),
+        None => problem(StatusCode::NOT_FOUND, &format!("no such route; there are: {}", routes.labels().join(", "))),
+    }
+}
+
+/// What `GET /why` takes.
+#[derive(serde::Deserialize)]
+struct Why {
+    url: String,
+}
+
+async fn why(State(admin): State<Arc<Admin>>, query: Result<Query<Why>, QueryRejection>, headers: HeaderMap) -> Response {
+    let Ok(Query(Why { url })) = query else {
+        return problem(StatusCode::BAD_REQUEST, "ask for /why?url=URL, with the URL percent-encoded");
+    };
+    let Some(routes) = &admin.routes else { return problem(StatusCode::NOT_FOUND, "no route is configured") };
+    // Only what chooses between answers: the admin's own headers say nothing about a client's.
+    let chosen = headers.into_iter().filter_map(|(name, value)| Some((name?, value))).filter(|(name, _)| *name != header::HOST).collect();
+    json(&routes.why(&url, chosen).await)
 }
 
 fn json(value: &impl serde::Serialize) -> Response {

@@ -5,8 +5,12 @@ pub mod peer;
 pub mod relay;
 mod upload;
 
-use crate::{node::Node, reply::Reply};
-use castier_cache::{Asker, Cache, Fault};
+use crate::{
+    node::Node,
+    reply::Reply,
+    routes::{Match, Routes},
+};
+use castier_cache::{Asker, Body, Cache, Fault};
 use castier_cluster::{Members, Purge};
 use castier_wire::Target;
 use http::{HeaderMap, Method, Version};
@@ -30,6 +34,8 @@ pub struct Request<'a> {
 pub struct Handlers {
     node: Arc<Node>,
     asks: Asks,
+    /// `None` without routes.
+    routes: Option<Arc<Routes>>,
 }
 
 /// Who sends requests to a listener, and the parts that only their requests need.
@@ -47,8 +53,25 @@ pub enum Asks {
 
 impl Handlers {
     /// The handlers of one listener of this node.
-    pub const fn new(node: Arc<Node>, asks: Asks) -> Self {
-        Self { node, asks }
+    pub const fn new(node: Arc<Node>, asks: Asks, routes: Option<Arc<Routes>>) -> Self {
+        Self { node, asks, routes }
+    }
+
+    /// The routes, if there are any.
+    pub(crate) const fn routes(&self) -> Option<&Arc<Routes>> {
+        self.routes.as_ref()
+    }
+
+    /// The reply to a request of a route. `body` is read by a batch request only.
+    ///
+    /// # Errors
+    /// The request failed.
+    pub async fn answer_route(&self, request: &Request<'_>, found: Match, body: Option<Body<'_>>) -> Result<Reply, Fault> {
+        let Some(routes) = &self.routes else { return Err(Fault::Internal("a request for a route, without routes".into())) };
+        match body {
+            Some(body) => Box::pin(routes.batch(request, found, body, self.asker())).await,
+            None => Box::pin(routes.answer(request, found, self.asker())).await,
+        }
     }
 
     /// The cache of this node, for the fast path.

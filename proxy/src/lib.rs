@@ -22,4 +22,5 @@ pub mod recent;
 pub mod reply;
 pub mod request_body;
 pub mod request_head;
+pub mod routes;
 mod session;

@@ -15,13 +15,14 @@ use crate::{
     metrics::{Listener, Metrics},
     peer_access::PeerAccess,
     request_head::{self, Head, NoHead},
+    routes::Match,
     session::{Arrived, Cut},
 };
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::BytesMut;
 use castier_cache::{Budget, Limit};
-use castier_cluster::Asked;
+use castier_cluster::{Asked, ROUTE};
 use castier_config::{Limits, Proxies};
 use castier_upstream::trace;
 use castier_wire::Target;
@@ -206,9 +207,19 @@ impl Front {
                 Ok(asked) => asked,
                 Err((status, why)) => return Box::pin(self.refuse_request(conn, status, why, address)).await,
             };
+            let routed = match self.route(&head, &ahead) {
+                Ok(routed) => routed,
+                Err((status, why)) => return Box::pin(self.refuse_request(conn, status, why, address)).await,
+            };
             let client = self.client(socket_address, &head, &ahead);
-            let arrived = Arrived { head: &head, limits: &limits, draining: &draining, asked: &asked, client };
+            let arrived = Arrived { head: &head, limits: &limits, draining: &draining, asked: &asked, client, routed: routed.as_deref() };
             let next = match head.target(&ahead) {
+                _ if let Some(found) = &routed => match &self.audience {
+                    Audience::Clients(relay) if !found.is_answered(&head.method) => {
+                        Box::pin(self.relay_request(relay, conn, ahead, &arrived, shutdown)).await
+                    }
+                    _ => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
+                },
                 Target::Blob(digest) if head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &digest, &arrived).await {
                         Ok(true) if head.close => {
@@ -249,7 +260,35 @@ impl Front {
         }
     }
 
-    /// Relays a request to the origin, if memory and descriptors suffice. Gives the connection back if it can serve another request.
+    /// The route that a request is for. Boxed, since few connections need it.
+    fn route(&self, head: &Head, bytes: &[u8]) -> Result<Option<Box<Match>>, (StatusCode, &'static str)> {
+        let Some(routes) = self.handlers.routes() else {
+            let is_for_route = matches!(self.audience, Audience::Peers(_)) && head.field(bytes, ROUTE.as_str()).is_some();
+            return if is_for_route { Err((StatusCode::MISDIRECTED_REQUEST, "this node has no routes")) } else { Ok(None) };
+        };
+        if matches!(self.audience, Audience::Peers(_)) {
+            let host = head.field(bytes, ROUTE.as_str()).filter(|_| matches!(head.method, Method::GET | Method::HEAD));
+            let Some(host) = host else { return Ok(None) };
+            // The node that asks has a route that this one does not have yet: it asks the upstream itself.
+            let found = routes.find(Some(host), false, head.path_and_query(bytes)).ok().flatten();
+            return found.map(|found| Some(Box::new(found))).ok_or((StatusCode::MISDIRECTED_REQUEST, "this node has no such route"));
+        }
+        let target = head.target(bytes);
+        if !matches!(target, Target::Other) && !routes.takes_blobs() {
+            return Ok(None);
+        }
+        match routes.find(head.host(bytes), head.absolute.is_some(), head.path_and_query(bytes)) {
+            Ok(Some(found)) => Ok(Some(Box::new(found))),
+            // castier is no open proxy: what a client wants from another host is for a route, or for nobody.
+            Ok(None) if head.absolute.is_some() && matches!(target, Target::Other) => {
+                Err((StatusCode::FORBIDDEN, "no route is for this host; castier is no open proxy"))
+            }
+            // A path that no route may match is the origin's to refuse.
+            Ok(None) | Err(_) => Ok(None),
+        }
+    }
+
+    /// Relays a request to the origin, or to the upstream of its route, if memory and descriptors suffice. Gives the connection back if it can serve another request.
     async fn relay_request(
         &self,
         relay: &Relay,
@@ -258,7 +297,7 @@ impl Front {
         arrived: &Arrived<'_>,
         shutdown: &ShutdownWatch,
     ) -> Option<(Conn, BytesMut)> {
-        let Arrived { head, limits, client, .. } = *arrived;
+        let Arrived { head, limits, client, routed, .. } = *arrived;
         let Some(memory) = self.memory.lease(memory_plan::relay(head)) else {
             drop(ahead);
             self.shed_request(conn, Limit::ClientMemory, Some(arrived.asked), client).await;
@@ -269,7 +308,18 @@ impl Front {
             self.shed_request(conn, Limit::Files, Some(arrived.asked), client).await;
             return None;
         };
-        let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)) };
+        let to = match (routed, self.handlers.routes()) {
+            (Some(found), Some(routes)) => match routes.relay(found) {
+                Ok(to) => Some(to),
+                Err(fault) => {
+                    drop(ahead);
+                    self.refuse_request(conn, StatusCode::BAD_GATEWAY, &fault.to_string(), client).await;
+                    return None;
+                }
+            },
+            _ => None,
+        };
+        let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)), to };
         relay.pass(conn, ahead, head, limits, shutdown, known).await
     }
 }

@@ -10,6 +10,7 @@ use castier::{
     metrics::{Listener, Metrics},
     node::Node,
     peer_access::PeerAccess,
+    routes::{self, Routes},
 };
 use castier_blob::Digest;
 use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Store, Tiers};
@@ -18,6 +19,7 @@ use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
 use castier_origin::Origin;
 use castier_serverkit::{
     bind::{bind, shown},
+    health_check,
     log::{self, Guard},
     open_files, otlp,
     signals::{Order, Reading, Signals, sound},
@@ -67,11 +69,49 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 struct Args {
     #[command(flatten)]
     common: CommonArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What can be asked of a running castier.
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Say what a running castier knows about a URL: which route matches, what is kept and since when, and what would be asked.
+    Why {
+        /// The URL as a client asks for it, or its path.
+        url: String,
+        /// The admin listener of the running castier.
+        #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8082")]
+        admin: String,
+    },
+}
+
+/// Prints what a running castier knows about a URL, one fact a line.
+fn why(url: &str, admin: &str) -> ExitCode {
+    let encoded = percent_encoding::utf8_percent_encode(url, percent_encoding::NON_ALPHANUMERIC);
+    match health_check::get(&format!("http://{admin}/why?url={encoded}")) {
+        Ok(body) => {
+            match serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&body) {
+                Ok(facts) => facts
+                    .iter()
+                    .for_each(|(name, value)| println!("{name:>18}  {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))),
+                Err(_) => println!("{body}"),
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("castier why: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn main() -> ExitCode {
-    let Args { common } = Args::parse();
-    startup::main(PROGRAM, &common, || common.load(config::environment()), |config| run(&common, config))
+    let Args { common, command } = Args::parse();
+    if let Some(Command::Why { url, admin }) = command {
+        return why(&url, &admin);
+    }
+    startup::main(PROGRAM, &common, || common.load_with(config::environment(), routes::check), |config| run(&common, config))
 }
 
 /// Starts everything, reloads the config at each SIGHUP, and ends at SIGTERM or SIGINT.
@@ -163,6 +203,8 @@ struct Parts {
     origin: Arc<Upstream>,
     node: Arc<Node>,
     purge: Arc<Purge>,
+    /// `None` without routes.
+    routes: Option<Arc<Routes>>,
     admin: Arc<Admin>,
 }
 
@@ -192,17 +234,21 @@ impl Parts {
         let cache = Cache::new(config, limits.clone(), tiers.clone(), spools, planner(store.clone(), peers.clone()), metrics.cache.clone());
         let node = Arc::new(Node { cache: cache.clone(), origin: store, peers: peers.clone(), metrics: metrics.clone() });
         let own_name = config.cluster.as_ref().map_or_else(|| shown(&sockets.public), |cluster| cluster.advertise.clone());
+        let client_memory = Budget::new(config.limits.client_memory.get());
+        let ca_file = upstream::ca_file(&config.origin)?;
+        let ticket_key = nodes.as_ref().and_then(|nodes| nodes.secrets.derive("lfs tickets"));
+        let routes = Routes::new(config, &node, client_memory.clone(), ticket_key, ca_file)?;
         let purge = Purge::new(cache, peers, own_name);
         let members = nodes.as_ref().map(|nodes| nodes.members.clone());
-        let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone()));
-        let (descriptors, client_memory) = (Descriptors::new(shares), Budget::new(config.limits.client_memory.get()));
-        Ok((Self { metrics, limits, shares, descriptors, client_memory, nodes, tiers, origin, node, purge, admin }, rotten))
+        let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone(), routes.clone()));
+        let descriptors = Descriptors::new(shares);
+        Ok((Self { metrics, limits, shares, descriptors, client_memory, nodes, tiers, origin, node, purge, routes, admin }, rotten))
     }
 
     /// Accepts connections at every socket.
     fn listen(&self, config: &Castier, sockets: Sockets) -> Result<Listeners, String> {
         let front = |asks, audience| {
-            let (handlers, proxies) = (Handlers::new(self.node.clone(), asks), config.log.trusted_proxies.clone());
+            let (handlers, proxies) = (Handlers::new(self.node.clone(), asks, self.routes.clone()), config.log.trusted_proxies.clone());
             let (limits, client_memory) = (self.limits.clone(), self.client_memory.clone());
             Front::new(handlers, audience, limits, proxies, client_memory, self.descriptors.clone(), self.metrics.clone())
         };
@@ -244,6 +290,9 @@ async fn end(live: Live, listeners: Listeners, stop_origin: watch::Sender<bool>,
     let Live { config, parts, log, .. } = live;
     parts.admin.enter(Phase::Draining);
     drain(&config, &parts.metrics, parts.nodes.as_ref(), listeners.public, listeners.peer).await;
+    if let Some(routes) = parts.routes {
+        tokio::task::spawn_blocking(move || routes.close(FLUSH)).await.ok();
+    }
     if let Some(disk) = parts.tiers.disk
         && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
     {
@@ -486,7 +535,7 @@ impl Live {
     async fn reload_until_told_to_end(&mut self, args: &CommonArgs, signals: &mut Signals) {
         let (args, secrets) = (args.clone(), self.parts.nodes.as_ref().map(|nodes| nodes.secrets.clone()));
         let mut reading = Reading::new(move || {
-            let loaded = args.load::<Castier>(config::environment());
+            let loaded = args.load_with::<Castier>(config::environment(), routes::check);
             // If the config is refused, the secrets stay too.
             let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
             (loaded, secrets)
@@ -501,7 +550,8 @@ impl Live {
     /// Applies a new config: limits, log level and members change at once (the secrets have changed already). A warning names the other changes.
     fn reload(&mut self, new: Castier, secrets: Result<(), String>) {
         let members = self.listed_members(&new);
-        let is_live = |key: &String| key.starts_with("limits.") || key == "log.level" || (key == "cluster.peers" && members.is_some());
+        let is_limit = |key: &String| key.starts_with("limits.") && key != "limits.names";
+        let is_live = |key: &String| is_limit(key) || key == "log.level" || (key == "cluster.peers" && members.is_some());
         let (live, later): (Vec<_>, Vec<_>) = config::changed(&self.config, &new).into_iter().partition(is_live);
         if let Err(error) = self.log.set_level(&new.log.level) {
             return tracing::error!(%error, "the config was not reloaded");

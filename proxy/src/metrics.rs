@@ -43,6 +43,8 @@ pub enum Route {
     Refused,
     /// Messages between nodes other than blobs: health checks, purges, notices of stored blobs.
     Control,
+    /// A configured route.
+    Route,
 }
 
 impl Route {
@@ -54,6 +56,7 @@ impl Route {
             Self::Relay => "relay",
             Self::Refused => "refused",
             Self::Control => "control",
+            Self::Route => "route",
         }
     }
 }
@@ -123,14 +126,16 @@ pub struct Metrics {
     requests: IntCounterVec,
     /// The series of GETs of blobs that were answered with 200, looked up once: hits must be fast.
     answered_gets: [OnceLock<IntCounter>; 2],
-    durations: [[Histogram; 5]; 5],
-    first_bytes: [[Histogram; 5]; 5],
+    durations: [[Histogram; 5]; 6],
+    first_bytes: [[Histogram; 5]; 6],
     in_flight: IntGauge,
     uploads: IntGauge,
     /// Bytes served: by listener, and from the tiers in the order of [`Tier`] or from flights.
     served: [[IntCounter; 4]; 2],
     /// Requests of clients that got status 500 or above, or whose answer was cut because a source failed. Only in `/stats`.
     client_errors: IntCounter,
+    /// The series of the routes.
+    pub routes: crate::routes::Series,
     /// The most active clients and digests, for `/stats`.
     pub recent: Recent,
     shed: IntCounterVec,
@@ -153,7 +158,7 @@ impl Metrics {
     pub fn new() -> prometheus::Result<Self> {
         let series = Series::new("castier_log_dropped_total", "Log records that a sink did not take in time")?;
         let r = series.registry().clone();
-        let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused, Route::Control];
+        let routes = [Route::Blob, Route::Collection, Route::Relay, Route::Refused, Route::Control, Route::Route];
         let by_result = |vec: HistogramVec| routes.map(|route| Served::ALL.map(|result| vec.with_label_values(&[route.as_str(), result])));
         let durations = histograms(
             &r,
@@ -185,6 +190,7 @@ impl Metrics {
             served: [Listener::Public, Listener::Peer]
                 .map(|listener| froms.map(|from| response_bytes.with_label_values(&[from, listener.as_str()]))),
             client_errors: IntCounter::new("errors", "Not registered")?,
+            routes: crate::routes::Series::new(&r)?,
             recent: Recent::default(),
             shed: counters(&r, "castier_shed_requests_total", "Requests refused at a limit", &["reason"])?,
             certificate_expiry: gauges(

@@ -38,6 +38,19 @@ impl Node {
         Ok((*known, Via::asked(SourceKind::Origin)))
     }
 
+    /// Asks the origin whether it has a blob that came through a route which checks credentials. If so, every request may see it.
+    ///
+    /// # Errors
+    /// The origin did not answer.
+    pub async fn publish_if_stored(&self, digest: &Digest) -> Result<bool, Fault> {
+        let known = self.origin.stat(std::slice::from_ref(digest)).await?;
+        let is_stored = matches!(known.first(), Some(Stat::Present(_)));
+        if is_stored {
+            self.cache.publish(digest);
+        }
+        Ok(is_stored)
+    }
+
     /// The peer that owns the digest, and gets requests about it first. `None` if this node owns it, or if a peer asks: one hop is the limit.
     fn owner(&self, digest: &Digest, asker: Asker) -> Option<(&Arc<Peers>, Member)> {
         let peers = self.peers.as_ref().filter(|_| asker == Asker::Client)?;

@@ -205,7 +205,9 @@ impl Reply {
             Fault::NotAllowed => return Self::not_allowed(),
             Fault::ClientGone(_) => (StatusCode::BAD_REQUEST, "the request body ended before its announced end".into()),
             Fault::ClientSilent => (StatusCode::REQUEST_TIMEOUT, "the request body did not go on for too long".into()),
-            Fault::Abandoned | Fault::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the request could not be completed".into()),
+            Fault::Abandoned | Fault::Hidden | Fault::Internal(_) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "the request could not be completed".into())
+            }
         };
         Self::error(status, &detail)
     }

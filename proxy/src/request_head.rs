@@ -62,6 +62,10 @@ pub struct Head {
     introduced: bool,
     /// A peer's proof. An empty range, which is no valid proof, if the header is repeated.
     proof: Option<Range<usize>>,
+    /// Path and query.
+    target: Range<usize>,
+    /// The authority of a target in absolute form.
+    pub absolute: Option<String>,
 }
 
 /// How a request's body is framed.
@@ -93,6 +97,29 @@ impl Head {
     /// The proof that the request carries.
     pub fn proof<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
         bytes.get(self.proof.clone()?)
+    }
+
+    /// Path and query, as they came.
+    pub fn path_and_query<'a>(&self, bytes: &'a [u8]) -> &'a str {
+        bytes.get(self.target.clone()).and_then(|target| str::from_utf8(target).ok()).unwrap_or_default()
+    }
+
+    /// The host that the request is for: of a target in absolute form its authority, else `Host` (RFC 9112, section 3.2). Parses the head a second time,
+    /// since only routes need it.
+    pub fn host<'a>(&'a self, bytes: &'a [u8]) -> Option<&'a str> {
+        if let Some(authority) = &self.absolute {
+            return Some(authority);
+        }
+        self.field(bytes, "host")
+    }
+
+    /// The first value of a header. Parses the head a second time.
+    pub fn field<'a>(&self, bytes: &'a [u8], name: &str) -> Option<&'a str> {
+        let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
+        let mut request = httparse::Request::new(&mut []);
+        request.parse_with_uninit_headers(bytes, &mut headers).ok()?.is_complete().then_some(())?;
+        let field = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+        str::from_utf8(field.value.trim_ascii()).ok()
     }
 
     /// The fields that a proof covers. Parses the head a second time, since only peers' requests need them.
@@ -270,18 +297,21 @@ fn too_large(max_bytes: usize) -> NoHead {
 }
 
 /// Rewrites a target in absolute form to origin form, so that the rest of the program sees one form. Drops the authority: castier serves the
-/// request itself, for any host name.
+/// request itself, for any host name. Only routes look at it.
 fn to_origin_form(ahead: &mut BytesMut, head: Head, max_headers: usize) -> Result<Head, NoHead> {
     if head.authority.is_empty() {
         return Ok(head);
     }
     let rest = ahead.split_off(head.authority.end);
+    let authority = ahead.get(head.authority.clone()).and_then(|bytes| str::from_utf8(bytes).ok()).unwrap_or_default();
+    let absolute = authority.split_once("://").map(|(_, authority)| authority.to_owned());
     ahead.truncate(head.authority.start);
     if !rest.starts_with(b"/") {
         ahead.extend_from_slice(b"/");
     }
     ahead.unsplit(rest);
-    parse(ahead, max_headers)?.ok_or_else(|| bad("malformed request target"))
+    let head = parse(ahead, max_headers)?.ok_or_else(|| bad("malformed request target"))?;
+    Ok(Head { absolute, ..head })
 }
 
 /// Parses a head. `None`: it is not complete yet.
@@ -313,6 +343,8 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         return Err(NoHead::Refused(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not served: castier is no forward proxy".into()));
     }
     let (authority, path) = target_of(bytes, target)?;
+    let end = target.as_ptr() as usize - bytes.as_ptr() as usize + target.len();
+    let whole = path.start..end;
     let (mut plain, mut close) = (method == Method::GET && minor == 1, false);
     let framing = framing(request.headers, minor, &mut plain, &mut close)?;
     let named = |name: &'static str| request.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
@@ -325,7 +357,23 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
     let user_agent = the_one(bytes, request.headers, &header::USER_AGENT);
     let introduced = request.headers.iter().any(|header| INTRODUCING.iter().any(|name| header.name.eq_ignore_ascii_case(name)));
-    Ok(Some(Head { user_agent, introduced, len, method, authority, path, upgrade, plain, close, validator, framing, looped, proof }))
+    Ok(Some(Head {
+        user_agent,
+        introduced,
+        len,
+        method,
+        authority,
+        path,
+        upgrade,
+        plain,
+        close,
+        validator,
+        framing,
+        looped,
+        proof,
+        target: whole,
+        absolute: None,
+    }))
 }
 
 /// Reads the headers that frame the body. Clears `plain` if a header could change the answer. Sets `close` for `Connection: close`.

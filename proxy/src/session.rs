@@ -11,6 +11,7 @@ use crate::{
     reply::{Body, Reply, cache_status},
     request_body::{self, RequestBody},
     request_head::{Framing, Head},
+    routes::{Match, is_batch},
 };
 use bytes::{Bytes, BytesMut};
 use castier_cache::{Fault, Limit};
@@ -57,6 +58,8 @@ pub(crate) struct Arrived<'a> {
     pub(crate) asked: &'a Asked,
     /// The client's address; behind a trusted proxy, the one that the proxy names.
     pub(crate) client: Option<IpAddr>,
+    /// The route that it is for.
+    pub(crate) routed: Option<&'a Match>,
 }
 
 /// What a session has sent.
@@ -80,7 +83,7 @@ impl Front {
         let started = Instant::now();
         let Arrived { head, limits, draining, client, .. } = *arrived;
         let memory = self.memory.lease(memory_plan::request(head));
-        if memory.is_none() && !self.is_control(head, &ahead) {
+        if memory.is_none() && (arrived.routed.is_some() || !self.is_control(head, &ahead)) {
             drop(ahead);
             self.shed_request(conn, Limit::ClientMemory, Some(arrived.asked), client).await;
             return None;
@@ -109,9 +112,10 @@ impl Front {
         let target = Target::of(&path);
         let request = Request { method: &method, version, target, path: &path, headers: &headers };
         let before = via_header::of(&headers);
-        let answered = via_header::along(before, trace::along(Some(trace.clone()), self.answer(&mut session, &request, limits))).await;
+        let answer = self.answer(&mut session, &request, limits, arrived.routed);
+        let answered = via_header::along(before, trace::along(Some(trace.clone()), answer)).await;
         let sent = self.send_answer(&mut session, answered, arrived, &trace, started).await;
-        self.record_session(&session, &request, &sent, client, &trace, started);
+        self.record_session(&session, &request, &sent, arrived, &trace, started);
         if !sent.whole {
             session.shutdown().await;
             return None;
@@ -154,7 +158,12 @@ impl Front {
                     Fault::BadRequest(_) | Fault::ClientSilent | Fault::TooLarge { .. } => session.set_keepalive(None),
                     _ => {}
                 }
-                (Reply::fault(&fault), Some(fault.to_string()))
+                let reply = Reply::fault(&fault);
+                let reply = match arrived.routed {
+                    Some(found) => found.error(reply),
+                    None => reply,
+                };
+                (reply, Some(fault.to_string()))
             }
         };
         let first_byte = Some(started.elapsed());
@@ -179,11 +188,12 @@ impl Front {
         session: &ServerSession,
         request: &Request<'_>,
         sent: &Sent,
-        client: Option<IpAddr>,
+        arrived: &Arrived<'_>,
         trace: &Trace,
         started: Instant,
     ) {
         let route = match request.target {
+            _ if arrived.routed.is_some() => Route::Route,
             Target::Blob(_) | Target::Malformed(_) => Route::Blob,
             Target::Collection => Route::Collection,
             Target::Other => Route::Control,
@@ -193,7 +203,7 @@ impl Front {
             proto: Some(request.version),
             user_agent: access_log::user_agent(request.headers),
             error: sent.error.as_deref(),
-            digest: if let Target::Blob(digest) = request.target { Some(digest) } else { None },
+            digest: if let (Target::Blob(digest), None) = (request.target, arrived.routed) { Some(digest) } else { None },
             trace: Some(trace),
         };
         let record = Record {
@@ -206,14 +216,23 @@ impl Front {
             took: started.elapsed(),
             cache: &sent.cache,
             served: sent.served,
-            client,
+            client: arrived.client,
             more,
         };
         record.log(&self.metrics);
     }
 
     /// Lets a handler answer. Ends early if the client of a GET closes the connection.
-    async fn answer(&self, session: &mut ServerSession, request: &Request<'_>, limits: &Limits) -> Result<Reply, Fault> {
+    async fn answer(
+        &self,
+        session: &mut ServerSession,
+        request: &Request<'_>,
+        limits: &Limits,
+        routed: Option<&Match>,
+    ) -> Result<Reply, Fault> {
+        if let Some(found) = routed {
+            return self.answer_route(session, request, limits, found).await;
+        }
         if let Some(reply) = self.handlers.at_once(request) {
             return Ok(reply);
         }
@@ -229,6 +248,30 @@ impl Front {
         tokio::select! {
             biased;
             reply = self.handlers.answer(request) => reply,
+            _ = session.read_body_or_idle(true) => Err(Fault::ClientGone("before the answer".into())),
+        }
+    }
+
+    /// As [`Self::answer`], for a request of a route.
+    async fn answer_route(
+        &self,
+        session: &mut ServerSession,
+        request: &Request<'_>,
+        limits: &Limits,
+        found: &Match,
+    ) -> Result<Reply, Fault> {
+        if is_batch(request.method, found) {
+            let mut body = RequestBody::of(session);
+            if body.expects_continue() {
+                body.send_continue().await?;
+            }
+            let body = body.into_bytes(limits.max_blob.get(), false);
+            return self.handlers.answer_route(request, found.clone(), Some(body)).await;
+        }
+        request_body::discard(session).await?;
+        tokio::select! {
+            biased;
+            reply = self.handlers.answer_route(request, found.clone(), None) => reply,
             _ = session.read_body_or_idle(true) => Err(Fault::ClientGone("before the answer".into())),
         }
     }

@@ -40,7 +40,7 @@ fn blob(len: usize, seed: u64) -> Verified<Bytes> {
 async fn reads(disk: &Disk) {
     for (len, rounds) in [(1 << 10, 50_000), (64 << 10, 20_000), (1 << 20, 2_000)] {
         let blob = blob(len, len as u64);
-        disk.keep_later(blob.clone());
+        disk.keep_later(blob.clone(), castier_cache::Visibility::Public);
         while disk.find(&blob.digest()).await.is_none() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -68,7 +68,7 @@ async fn writes(disk: &Disk) {
         let blobs: Vec<_> = (0..count).map(|i| blob(len, base + i)).collect();
         let before = disk.stats(0).blobs;
         let started = Instant::now();
-        blobs.into_iter().for_each(|blob| disk.keep_later(blob));
+        blobs.into_iter().for_each(|blob| disk.keep_later(blob, castier_cache::Visibility::Public));
         let queued = started.elapsed();
         until(|| disk.stats(0).blobs, before + count).await;
         let took = started.elapsed();
@@ -96,7 +96,7 @@ async fn many(config: config::Disk, count: u64) {
     let (blobs, listed) = (disk.stats(0).blobs, started.elapsed());
     println!("opened in {opened:?}, first answer ({last}) after {answered:?}, {blobs} listed in {listed:?}");
     println!("resident memory: {} bytes a blob", resident().saturating_sub(before) / blobs.max(1));
-    (blobs..count).for_each(|seed| disk.keep_later(blob(100, seed)));
+    (blobs..count).for_each(|seed| disk.keep_later(blob(100, seed), castier_cache::Visibility::Public));
     until(|| disk.stats(0).blobs, count).await;
 }
 

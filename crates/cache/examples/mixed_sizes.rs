@@ -90,7 +90,7 @@ impl Kind for Memory {
         self.count(&digest);
         let hit = self.find(&digest).is_some();
         if !hit {
-            self.keep(blob.clone());
+            self.keep(blob.clone(), castier_cache::Visibility::Public);
         }
         hit
     }
@@ -201,7 +201,7 @@ fn hits() {
     let (tier, moka) = (memory(Policy::TinyLfu), Moka::new(1));
     for blob in blobs {
         moka.cache.insert(blob.digest(), blob.content().clone());
-        tier.keep(blob);
+        tier.keep(blob, castier_cache::Visibility::Public);
     }
     let time = |find: &dyn Fn(&Digest) -> bool| {
         let started = Instant::now();

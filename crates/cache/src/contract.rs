@@ -4,7 +4,7 @@
 
 #![expect(clippy::panic, clippy::expect_used, reason = "this is called by tests alone")]
 
-use crate::{Answer, Ask, Fault, Put, Source, Stat, Store, Upload};
+use crate::{Answer, Ask, Fault, Key, Put, Source, Stat, Store, Upload};
 use bytes::Bytes;
 use castier_blob::Digest;
 use futures::{StreamExt as _, stream};
@@ -90,7 +90,10 @@ pub async fn store(store: &dyn Store) {
 }
 
 async fn open(source: &dyn Source, digest: Digest, from: u64) -> Answer {
-    source.open(Ask { digest, from }).await.unwrap_or_else(|fault| panic!("a blob could not be opened from {from}: {fault}"))
+    source
+        .open(Ask { key: Key::Blob(digest), from })
+        .await
+        .unwrap_or_else(|fault| panic!("a blob could not be opened from {from}: {fault}"))
 }
 
 /// All bytes from an offset, and the size that was announced; none if the blob is absent.

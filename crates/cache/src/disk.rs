@@ -37,6 +37,7 @@ pub use state::DiskState;
 use crate::{
     metrics::{DiskOp, Metrics, Skip},
     pool,
+    resource::Visibility,
     tier::TierStats,
 };
 use bytes::Bytes;
@@ -74,7 +75,7 @@ pub struct Disk {
 }
 
 /// A blob in the write-behind queue.
-type QueuedWrite = (Verified<Bytes>, ForgetEpoch);
+type QueuedWrite = (Verified<Bytes>, Visibility, ForgetEpoch);
 
 /// The queue of blobs that are written in the background.
 struct WriteBehind {
@@ -162,6 +163,13 @@ impl Disk {
         opened.inspect_err(|error| self.store.pool_failed(DiskOp::Open, *error)).ok().flatten()
     }
 
+    /// Everybody may see the blob from now on.
+    pub fn publish(&self, digest: &Digest) {
+        if let Some(blob) = self.store.opened(digest) {
+            blob.publish();
+        }
+    }
+
     /// Whether the file system answered lately. The tier has logged it if not.
     pub fn answers(&self) -> bool {
         self.store.may_read()
@@ -238,7 +246,7 @@ impl Disk {
     ///
     /// If [`Self::forget`] is called after this call and before the end of the future, the blob is not kept. So call this at the moment of
     /// the decision to keep the blob.
-    pub fn keep_file(&self, blob: Verified<DiskFile>) -> impl Future<Output = ()> + Send + use<> {
+    pub fn keep_file(&self, blob: Verified<DiskFile>, visibility: Visibility) -> impl Future<Output = ()> + Send + use<> {
         let (store, digest, size) = (self.store.clone(), blob.digest(), blob.size());
         let (epoch, file) = (store.epoch(&digest), blob.into_content());
         async move {
@@ -246,12 +254,12 @@ impl Disk {
                 tracing::error!(%digest, size, written = file.size(), "a spooled blob does not have the verified length, and is not kept");
                 return;
             }
-            commit(store, digest, file, epoch).await;
+            commit(store, digest, visibility, file, epoch).await;
         }
     }
 
     /// Queues a blob from memory to be written in the background. Does not wait. If `disk.write_behind` is full, the blob is not kept.
-    pub fn keep_later(&self, blob: Verified<Bytes>) {
+    pub fn keep_later(&self, blob: Verified<Bytes>, visibility: Visibility) {
         if self.store.has(&blob.digest()) || !self.store.admits(&blob.digest(), blob.size()) {
             return;
         }
@@ -261,7 +269,7 @@ impl Disk {
             return self.store.metrics.disk_skipped(Skip::Queue);
         }
         let epoch = self.store.epoch(&blob.digest());
-        queue.send((blob, epoch)).ok();
+        queue.send((blob, visibility, epoch)).ok();
     }
 
     /// Removes a blob, also from the write-behind queue. When the future ends, the blob is not found any more. Its file is deleted; if the
@@ -322,7 +330,7 @@ impl Disk {
     /// Keeps a blob from memory, and waits for it.
     pub(crate) async fn keep_now(&self, blob: Verified<Bytes>) {
         let (store, epoch) = (self.store.clone(), self.store.epoch(&blob.digest()));
-        let kept = self.store.writes.run(move || store.keep(&blob, epoch)).await;
+        let kept = self.store.writes.run(move || store.keep(&blob, Visibility::Public, epoch)).await;
         kept.inspect_err(|error| self.store.pool_failed(DiskOp::Write, *error)).ok();
     }
 }
@@ -334,9 +342,9 @@ impl Drop for Disk {
 }
 
 /// Renames a complete file into the tier, within `disk.timeout`.
-async fn commit(store: Arc<Store>, digest: Digest, file: DiskFile, epoch: ForgetEpoch) {
+async fn commit(store: Arc<Store>, digest: Digest, visibility: Visibility, file: DiskFile, epoch: ForgetEpoch) {
     let committing = store.clone();
-    if let Err(error) = store.writes.run(move || committing.commit(&digest, file, epoch)).await {
+    if let Err(error) = store.writes.run(move || committing.commit(&digest, visibility, file, epoch)).await {
         store.pool_failed(DiskOp::Write, error);
         store.metrics.disk_skipped(Skip::Timeout);
     }
@@ -390,8 +398,8 @@ fn sweep_until(store: &Store, stop: &Receiver<Infallible>) {
 
 /// Writes queued blobs, until the tier closes and the queue is empty.
 fn write_behind(store: &Arc<Store>, queue: &Receiver<QueuedWrite>, used: &AtomicU64) {
-    for (blob, epoch) in queue {
-        store.writes.watch(|| store.keep(&blob, epoch));
+    for (blob, visibility, epoch) in queue {
+        store.writes.watch(|| store.keep(&blob, visibility, epoch));
         let cost = cost(&blob);
         drop(blob);
         used.fetch_sub(cost, Ordering::Relaxed);

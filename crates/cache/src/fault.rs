@@ -74,6 +74,9 @@ pub enum Fault {
     /// All readers of the flight have left, and too much was missing to finish it.
     #[error("abandoned by all its readers")]
     Abandoned,
+    /// The blob is kept, and this request may not see it before its own location has said that it has it: see `Cache::publish`.
+    #[error("the blob is kept for others only")]
+    Hidden,
     /// A fault of this program.
     #[error("internal: {0}")]
     Internal(String),
@@ -105,6 +108,7 @@ impl Fault {
             Self::NotAllowed => "not_allowed",
             Self::ClientGone(_) | Self::ClientSilent => "client_gone",
             Self::Abandoned => "abandoned",
+            Self::Hidden => "hidden",
             Self::Internal(_) => "internal",
         }
     }

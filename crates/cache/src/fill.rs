@@ -6,6 +6,7 @@ use crate::{
     flights::{Flight, Phase},
     metrics::LoadResult,
     plan::{Outcome, Plan, Step, Then},
+    resource::{HOME, Key},
     retries::Retries,
     source::{Answer, Ask, Incoming},
     spool::{Landed, Spool, SpoolWriter, UseTier},
@@ -45,13 +46,14 @@ enum End {
     Absent,
     NotKept,
     Unable,
+    StartOver,
     Left,
 }
 
 impl Fill {
     /// Call it in the task of the request that starts the flight: the plan may take note of that request.
     pub(crate) fn new(cache: Arc<Cache>, flight: Arc<Flight>) -> Self {
-        let plan = (cache.planner)(&flight.digest);
+        let plan = flight.at.plan(&flight.key);
         let verifier = new_verifier(&cache, &flight, UseTier::IfItTakes);
         let retries = Retries::new(cache.retries);
         Self { cache, flight, plan, verifier, retries, permit: None, has_peers_bytes: false, origin_was_wrong: false, lost: None }
@@ -72,7 +74,7 @@ impl Fill {
         let result = match &phase {
             Phase::Absent => LoadResult::Absent,
             Phase::Failed(fault) => {
-                log_failure(&flight.digest, fault);
+                log_failure(&flight.key, fault);
                 LoadResult::Error
             }
             _ => LoadResult::Ok,
@@ -80,7 +82,8 @@ impl Fill {
         let (from, unkept) = {
             let state = flight.state.lock();
             // A disk that hangs has the blob, and cannot give it.
-            let kept = state.kept && cache.tiers.disk.as_ref().is_none_or(|disk| disk.offers(&flight.digest));
+            let offers = |digest| cache.tiers.disk.as_ref().is_none_or(|disk| disk.offers(&digest));
+            let kept = state.kept && flight.key.digest().is_none_or(offers);
             (state.from, matches!(phase, Phase::Verified) && !kept && state.spool.parts().is_none())
         };
         cache.metrics.load_ended(from, result, flight.started.elapsed());
@@ -97,7 +100,7 @@ impl Fill {
             while !cache.flights.take_out_deserted(&flight) {
                 flight.wake.notified().await;
             }
-        } else if is_absent && from == SourceKind::Origin {
+        } else if is_absent && from == SourceKind::Origin && flight.at.id() == HOME {
             let limits = cache.limits.load();
             cache.flights.take_out_absent(&flight, limits.negative_ttl.get(), limits.max_negative);
         } else {
@@ -125,11 +128,14 @@ impl Fill {
                     self.plan.report(Outcome::Whole, bytes);
                     if let Err(fault) = self.verifier.sink().flush().await {
                         self.fetch_again(fault)?;
-                    } else if let Err(fault) = self.finish().await {
-                        self.begin_anew(fault)?;
                     } else {
-                        self.plan.report(Outcome::Verified, 0);
-                        return Ok(Phase::Verified);
+                        match self.finish().await {
+                            Err(fault) => self.begin_anew(fault)?,
+                            Ok((digest, size)) => {
+                                self.plan.report(Outcome::Verified(digest, size), 0);
+                                return Ok(Phase::Verified);
+                            }
+                        }
                     }
                     continue;
                 }
@@ -138,6 +144,11 @@ impl Fill {
                     return Ok(Phase::Absent);
                 }
                 Ok(End::Absent) => unusable(step.from, "the blob vanished midway"),
+                Ok(End::StartOver) => {
+                    self.plan.report(Outcome::Left, bytes);
+                    self.begin_anew(unusable(step.from, "it has other bytes by now, and does not go on with those that came"))?;
+                    continue;
+                }
                 Ok(End::Left) => {
                     self.plan.report(Outcome::Left, bytes);
                     continue;
@@ -156,7 +167,7 @@ impl Fill {
                 }
                 Err(fault) => fault,
             };
-            tracing::debug!(digest = %self.flight.digest, %fault, at = self.verifier.seen(), "a transfer broke");
+            tracing::debug!(key = %self.flight.key, %fault, at = self.verifier.seen(), "a transfer broke");
             if self.plan.report(Outcome::Failed(&fault), bytes) == Then::AskNext {
                 continue;
             }
@@ -175,13 +186,14 @@ impl Fill {
 
     /// Asks one source for the bytes that are missing, and takes all that comes.
     async fn read_source(&mut self, step: &Step) -> Result<End, Fault> {
-        let ask = Ask { digest: self.flight.digest, from: self.verifier.seen() };
+        let ask = Ask { key: self.flight.key, from: self.verifier.seen() };
         let mut incoming = match open(&self.flight, step, ask).await? {
             None => return Ok(End::Left),
             Some(Answer::Bytes(incoming)) => incoming,
             Some(Answer::Absent) => return Ok(End::Absent),
             Some(Answer::NotKept) => return Ok(End::NotKept),
             Some(Answer::Unable) => return Ok(End::Unable),
+            Some(Answer::StartOver) => return Ok(End::StartOver),
         };
         let size = self.announced(step.from, &incoming)?;
         loop {
@@ -265,8 +277,8 @@ impl Fill {
         self.cache.flights.take_out_deserted(&self.flight)
     }
 
-    /// All bytes have come. Keeps the blob if they are the right ones.
-    async fn finish(&mut self) -> Result<(), Fault> {
+    /// All bytes have come. Keeps the blob if they are the right ones. Returns its digest and its size.
+    async fn finish(&mut self) -> Result<(Digest, u64), Fault> {
         if let Some((length, _)) = self.lost.filter(|(length, _)| *length > self.verifier.seen()) {
             // They were never compared with what readers were given, so they may differ.
             let why = format!("{} bytes now, and more than {length} the first time", self.verifier.seen());
@@ -278,8 +290,9 @@ impl Fill {
             self.cache.metrics.corrupt(from.as_str());
             Fault::Corrupt { source_name: from.as_str(), mismatch }
         })?;
+        let named = (verified.digest(), verified.size());
         keep(&self.flight, &self.cache, verified).await;
-        Ok(())
+        Ok(named)
     }
 
     /// After wrong bytes: begins anew, if no reader has been given anything and there is a source left to try.
@@ -289,7 +302,7 @@ impl Fill {
         if !may_try || !self.flight.begin_anew() {
             return Err(fault);
         }
-        tracing::warn!(digest = %self.flight.digest, %fault, "wrong bytes came; the blob is fetched once more from the start");
+        tracing::warn!(key = %self.flight.key, %fault, "wrong bytes came; the blob is fetched once more from the start");
         self.origin_was_wrong |= !peers_are_blamed;
         self.has_peers_bytes = false;
         self.verifier = new_verifier(&self.cache, &self.flight, UseTier::IfItTakes);
@@ -304,7 +317,7 @@ impl Fill {
             return Err(fault);
         }
         let (seen, digest) = (self.verifier.seen(), self.verifier.digest_with(&[]));
-        tracing::warn!(digest = %self.flight.digest, %fault, at = seen, "the disk lost the front of a blob, which is fetched once more");
+        tracing::warn!(key = %self.flight.key, %fault, at = seen, "the disk lost the front of a blob, which is fetched once more");
         self.lost = Some((seen, digest));
         self.verifier = new_verifier(&self.cache, &self.flight, UseTier::No);
         self.flight.fetch_again();
@@ -314,7 +327,7 @@ impl Fill {
 
 /// Has the tiers keep the blob, unless it was purged meanwhile.
 async fn keep(flight: &Flight, cache: &Cache, verified: Verified<Landed>) {
-    let tiers = &cache.tiers;
+    let (tiers, digest) = (&cache.tiers, verified.digest());
     let keeping = {
         // Under the lock, so that a purge comes before this and is seen here, or after it and finds the blob in the tier.
         let mut state = flight.state.lock();
@@ -324,7 +337,7 @@ async fn keep(flight: &Flight, cache: &Cache, verified: Verified<Landed>) {
         match (verified.content(), &tiers.disk) {
             _ if state.detached => None,
             (Landed::Memory(_), _) => {
-                if let Some(shared) = verified.narrow(Landed::memory).and_then(|blob| tiers.keep(blob, state.owner)) {
+                if let Some(shared) = verified.narrow(Landed::memory).and_then(|blob| tiers.keep(blob, state.owner, state.visibility)) {
                     // The tier pays for the bytes from now on, also while they are read here.
                     state.spool.replace_with(shared);
                     state.spool.release();
@@ -333,14 +346,14 @@ async fn keep(flight: &Flight, cache: &Cache, verified: Verified<Landed>) {
                 None
             }
             (Landed::File(_), Some(disk)) if state.owner == Owner::ThisNode => {
-                verified.narrow(Landed::file).map(|blob| (disk, disk.keep_file(blob)))
+                verified.narrow(Landed::file).map(|blob| (disk, disk.keep_file(blob, state.visibility)))
             }
             _ => None,
         }
     };
     if let Some((disk, keeping)) = keeping {
         keeping.await;
-        flight.state.lock().kept = disk.knows(&flight.digest).is_some();
+        flight.state.lock().kept = disk.knows(&digest).is_some();
     }
 }
 
@@ -372,17 +385,21 @@ impl Cache {
 }
 
 fn new_verifier(cache: &Cache, flight: &Arc<Flight>, use_tier: UseTier) -> Verifier<SpoolWriter> {
-    Verifier::of(flight.digest, SpoolWriter::new(cache.spools.clone(), cache.tiers.clone(), flight.clone(), use_tier))
+    let sink = SpoolWriter::new(cache.spools.clone(), cache.tiers.clone(), flight.clone(), use_tier);
+    match flight.key {
+        Key::Blob(digest) => Verifier::of(digest, sink),
+        Key::Name(_) => Verifier::any(sink),
+    }
 }
 
 fn unusable(from: SourceKind, why: impl Into<String>) -> Fault {
     Fault::Unusable { source_name: from.as_str(), why: why.into() }
 }
 
-fn log_failure(digest: &Digest, fault: &Fault) {
+fn log_failure(key: &Key, fault: &Fault) {
     match fault {
-        Fault::Abandoned => tracing::debug!(%digest, "a fill was abandoned: its last reader has left"),
-        Fault::Internal(_) => tracing::error!(%digest, %fault, "fill failed"),
-        _ => tracing::warn!(%digest, %fault, "fill failed"),
+        Fault::Abandoned => tracing::debug!(%key, "a fill was abandoned: its last reader has left"),
+        Fault::Internal(_) => tracing::error!(%key, %fault, "fill failed"),
+        _ => tracing::warn!(%key, %fault, "fill failed"),
     }
 }

@@ -1,7 +1,7 @@
-//! Coalescing: at most one fill of a blob at a time, which all requests for the blob read.
+//! Coalescing: at most one fill of a blob, or of what a name stands for, at a time, which all requests for the blob read.
 //!
 //! Invariants:
-//! - At most one flight per digest is in the map, and a blob is kept before its flight leaves the map. So a look-up that checks the tiers again under
+//! - At most one flight per key is in the map, and a blob is kept before its flight leaves the map. So a look-up that checks the tiers again under
 //!   the map's lock finds the blob, joins the flight, or is right to start one.
 //! - A fill runs in a task of its own ([`Fill`]). A client that leaves ends nobody else's transfer; a panic fails the flight instead of stranding it.
 //! - Unverified bytes leave only as the front of a response that cannot complete: the last [`HOLD_BACK`] bytes of every response wait until the whole
@@ -17,6 +17,7 @@ use crate::{
     fill::Fill,
     plan::Step,
     reader::FlightReader,
+    resource::{HOME, Key, Location, Resource, Visibility},
     spool::Spool,
     via::{Owner, SourceKind, Tier},
 };
@@ -38,7 +39,7 @@ pub const HOLD_BACK: u64 = 64 << 10;
 
 /// Who asks. What a peer asks for is answered from the tiers, a flight or the origin, and never by asking another peer: two nodes with different rings
 /// would otherwise ask each other in a circle.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Asker {
     /// A client, at the public listener; or this node itself.
     Client,
@@ -58,7 +59,8 @@ pub(crate) struct Flights {
 
 #[derive(Default)]
 struct Map {
-    flights: HashMap<Digest, Arc<Flight>>,
+    flights: HashMap<Key, Arc<Flight>>,
+    /// The origin's.
     absences: Absences,
 }
 
@@ -78,6 +80,8 @@ pub(crate) enum Joined {
     Disk,
     /// The origin said lately that there is no such blob.
     Absent,
+    /// The blob is private, and this request may not see it before its location has said that it has the blob.
+    Hidden,
     /// A flight, which this request has started or joined.
     Flight(FlightReader),
 }
@@ -86,7 +90,7 @@ pub(crate) enum Joined {
 #[derive(Clone, Debug)]
 pub struct InProgress {
     /// What is being fetched.
-    pub digest: Digest,
+    pub key: Key,
     /// How much of it has come.
     pub bytes: u64,
     /// The blob's size, if it is known.
@@ -101,7 +105,9 @@ pub struct InProgress {
 
 /// One coalesced fill of one blob.
 pub(crate) struct Flight {
-    pub(crate) digest: Digest,
+    pub(crate) key: Key,
+    /// Where it is looked for.
+    pub(crate) at: Arc<dyn Location>,
     pub(crate) started: Instant,
     pub(crate) state: Mutex<State>,
     /// Told after every change of `state`.
@@ -125,12 +131,14 @@ pub(crate) struct State {
     pub(crate) owner: Owner,
     /// Who waits for the flight: a peer, as soon as one has joined.
     pub(crate) waiting: Asker,
-    /// Purged, or overtaken by an upload: the result must not be remembered.
+    /// Purged, overtaken by an upload, or for one client only: the result must not be remembered.
     pub(crate) detached: bool,
     /// The spool's file is one that the disk tier will keep.
     pub(crate) in_tier_file: bool,
     /// The blob has verified, and a tier has it.
     pub(crate) kept: bool,
+    /// Who may join, and who may see the blob that is kept.
+    pub(crate) visibility: Visibility,
 }
 
 #[derive(Clone)]
@@ -144,9 +152,10 @@ pub(crate) enum Phase {
 }
 
 impl Flight {
-    fn new(digest: Digest, asker: Asker) -> Arc<Self> {
+    fn new(resource: &Resource, asker: Asker) -> Arc<Self> {
         Arc::new(Self {
-            digest,
+            key: resource.key,
+            at: resource.at.clone(),
             started: Instant::now(),
             state: Mutex::new(State {
                 phase: Phase::Opening,
@@ -156,9 +165,10 @@ impl Flight {
                 from: SourceKind::Origin,
                 owner: Owner::ThisNode,
                 waiting: asker,
-                detached: false,
+                detached: !resource.at.is_kept(),
                 in_tier_file: false,
                 kept: false,
+                visibility: resource.at.visibility(),
             }),
             changed: watch::Sender::new(()),
             readers: AtomicUsize::new(0),
@@ -220,15 +230,24 @@ impl Flight {
 impl Map {
     /// Takes a flight out; false if it was detached, and another may have its place.
     fn take_out(&mut self, flight: &Arc<Flight>) -> bool {
-        let is_current = self.flights.get(&flight.digest).is_some_and(|current| Arc::ptr_eq(current, flight));
+        let is_current = self.flights.get(&flight.key).is_some_and(|current| Arc::ptr_eq(current, flight));
         if is_current {
-            self.flights.remove(&flight.digest);
+            self.flights.remove(&flight.key);
         }
         is_current
     }
 }
 
 impl Flights {
+    /// Whether [`Cache::join_only`] finds a flight.
+    pub(crate) fn has(&self, resource: &Resource) -> bool {
+        let flight = self.map.lock().flights.get(&resource.key).cloned();
+        flight.is_some_and(|flight| {
+            let state = flight.state.lock();
+            resource.at.visibility().sees(state.visibility) && !matches!(state.phase, Phase::Absent | Phase::Failed(_))
+        })
+    }
+
     /// A flight begins; the number is for [`Self::ended`].
     pub(crate) fn began(&self, flight: &Arc<Flight>) -> u64 {
         let number = self.begun.fetch_add(1, Ordering::Relaxed);
@@ -245,11 +264,13 @@ impl Flights {
         self.map.lock().take_out(flight);
     }
 
-    /// As [`Self::take_out`]. Unless a write has overtaken the flight, the blob is remembered as absent for `ttl`, among at most `most` others.
+    /// As [`Self::take_out`], for a flight that asked the origin. Unless a write has overtaken the flight, the blob is remembered as absent for `ttl`, among at most `most` others.
     pub(crate) fn take_out_absent(&self, flight: &Arc<Flight>, ttl: Duration, most: usize) {
         let mut map = self.map.lock();
-        if map.take_out(flight) {
-            map.absences.remember(flight.digest, ttl, most);
+        if map.take_out(flight)
+            && let Some(digest) = flight.key.digest()
+        {
+            map.absences.remember(digest, ttl, most);
         }
     }
 
@@ -269,11 +290,12 @@ impl Flights {
         if map.absences.has(digest) {
             return Some(None);
         }
-        let flight = map.flights.get(digest)?.clone();
+        let flight = map.flights.get(&Key::Blob(*digest))?.clone();
         drop(map);
         let state = flight.state.lock();
         match state.phase {
-            Phase::Absent => Some(None),
+            _ if state.visibility == Visibility::Private => None,
+            Phase::Absent if flight.at.id() == HOME => Some(None),
             Phase::Verified => Some(Some(state.spool.length())),
             _ => None,
         }
@@ -281,9 +303,9 @@ impl Flights {
 
     /// Whether a flight of the blob is on its way. A detached one counts too: its readers go on, and a peer may be among them.
     pub(crate) fn is_filling(&self, digest: &Digest) -> bool {
-        let current = self.map.lock().flights.get(digest).cloned();
+        let current = self.map.lock().flights.get(&Key::Blob(*digest)).cloned();
         let fills = |flight: &Flight| matches!(flight.state.lock().phase, Phase::Opening | Phase::Filling);
-        let running = |flight: &&Arc<Flight>| flight.digest == *digest && fills(flight);
+        let running = |flight: &&Arc<Flight>| flight.key == Key::Blob(*digest) && fills(flight);
         current.is_some_and(|flight| fills(&flight)) || self.in_progress.lock().values().any(|flight| running(&flight))
     }
 
@@ -296,7 +318,7 @@ impl Flights {
         let oldest = oldest.iter().map(|flight| {
             let state = flight.state.lock();
             InProgress {
-                digest: flight.digest,
+                key: flight.key,
                 bytes: state.spool.length(),
                 size: state.size,
                 age: flight.started.elapsed(),
@@ -310,7 +332,7 @@ impl Flights {
     /// The blob was stored at the origin. An absence that is remembered, or that a flight is about to report, is no longer true.
     pub(crate) fn stored(&self, digest: &Digest) {
         // Of a flight without a byte the next source may still say that the blob is absent, and may have said so before the blob was stored.
-        self.detach_if(digest, |state| match state.phase {
+        self.detach_if(&Key::Blob(*digest), |state| match state.phase {
             Phase::Opening | Phase::Absent => true,
             Phase::Filling => state.spool.length() == 0 && !state.released,
             Phase::Verified | Phase::Failed(_) => false,
@@ -318,35 +340,55 @@ impl Flights {
     }
 
     /// Nothing that is known of the blob counts any more. Requests that read a flight of it may go on.
-    pub(crate) fn forget(&self, digest: &Digest) {
-        self.detach_if(digest, |_| true);
+    pub(crate) fn forget(&self, key: &Key) {
+        self.detach_if(key, |_| true);
     }
 
-    fn detach_if(&self, digest: &Digest, which: impl Fn(&State) -> bool) {
+    /// Everybody may join a flight of the blob from now on.
+    pub(crate) fn publish(&self, digest: &Digest) {
+        let flight = self.map.lock().flights.get(&Key::Blob(*digest)).cloned();
+        if let Some(flight) = flight {
+            flight.state.lock().visibility = Visibility::Public;
+        }
+    }
+
+    fn detach_if(&self, key: &Key, which: impl Fn(&State) -> bool) {
         let mut map = self.map.lock();
-        map.absences.clear(digest);
-        let Some(flight) = map.flights.get(digest) else { return };
+        if let Some(digest) = key.digest() {
+            map.absences.clear(&digest);
+        }
+        let Some(flight) = map.flights.get(key) else { return };
         let mut state = flight.state.lock();
         if which(&state) {
             state.detached = true;
             drop(state);
-            map.flights.remove(digest);
+            map.flights.remove(key);
         }
     }
 }
 
 impl Cache {
-    /// Joins the flight of a blob that the tiers did not have, or starts one. Counts the load.
-    pub(crate) fn join(self: &Arc<Self>, digest: &Digest, asker: Asker, index: DiskIndex) -> Joined {
+    /// Joins the flight of a resource that the tiers did not have, or starts one. Counts the load.
+    pub(crate) fn join(self: &Arc<Self>, resource: &Resource, asker: Asker, index: DiskIndex) -> Joined {
+        let Resource { key, at } = resource;
+        let sees = at.visibility();
         let mut map = self.flights.map.lock();
-        if let Some(flight) = map.flights.get(digest) {
-            if asker == Asker::Peer {
-                flight.peer_joins();
+        if let Some(flight) = map.flights.get(key).cloned() {
+            let (is_hidden, is_over) = {
+                let state = flight.state.lock();
+                (!sees.sees(state.visibility), matches!(state.phase, Phase::Absent | Phase::Failed(_)))
+            };
+            if is_hidden {
+                return Joined::Hidden;
             }
-            self.metrics.collapsed();
-            return Joined::Flight(FlightReader::follow(self, flight.clone(), asker));
+            // What another location does not have, or does not give, this one may.
+            if is_over && flight.at.id() != at.id() {
+                map.take_out(&flight);
+            } else {
+                return Joined::Flight(self.follow(flight, asker));
+            }
         }
-        if map.absences.has(digest) {
+        if at.id() == HOME && key.digest().is_some_and(|digest| map.absences.has(&digest)) {
             self.metrics.collapsed();
             return Joined::Absent;
         }
@@ -354,18 +396,42 @@ impl Cache {
         // 1. This request looks into the tiers, and finds nothing.
         // 2. A flight keeps the blob, ends, and leaves the map.
         // 3. This request finds no flight. Without a second look it would load the blob again.
-        if let Some((bytes, tier)) = self.tiers.in_memory_settled(digest) {
-            return Joined::Memory(bytes, tier);
+        if let Some(digest) = key.digest() {
+            match self.tiers.in_memory_settled(&digest) {
+                Some((_, _, visibility)) if !sees.sees(visibility) => return Joined::Hidden,
+                Some((bytes, tier, _)) => return Joined::Memory(bytes, tier),
+                None => {}
+            }
+            if index == DiskIndex::Believe && self.tiers.disk.as_ref().is_some_and(|disk| disk.offers(&digest)) {
+                return Joined::Disk;
+            }
         }
-        if index == DiskIndex::Believe && self.tiers.disk.as_ref().is_some_and(|disk| disk.offers(digest)) {
-            return Joined::Disk;
-        }
-        let flight = Flight::new(*digest, asker);
-        map.flights.insert(*digest, flight.clone());
+        let flight = Flight::new(resource, asker);
+        map.flights.insert(*key, flight.clone());
         let reader = FlightReader::lead(self, flight.clone(), asker);
         drop(map);
         self.metrics.flight();
         tokio::spawn(Fill::new(self.clone(), flight).run());
         Joined::Flight(reader)
+    }
+
+    /// Joins the flight of a resource, if there is one that this request may see and that goes on, or whose result can still be read.
+    pub(crate) fn join_only(self: &Arc<Self>, resource: &Resource, asker: Asker) -> Option<FlightReader> {
+        let map = self.flights.map.lock();
+        let flight = map.flights.get(&resource.key)?.clone();
+        let may_join = {
+            let state = flight.state.lock();
+            resource.at.visibility().sees(state.visibility) && !matches!(state.phase, Phase::Absent | Phase::Failed(_))
+        };
+        may_join.then(|| self.follow(flight, asker))
+    }
+
+    /// A reader of a flight that is in the map, which the caller has locked.
+    fn follow(self: &Arc<Self>, flight: Arc<Flight>, asker: Asker) -> FlightReader {
+        if asker == Asker::Peer {
+            flight.peer_joins();
+        }
+        self.metrics.collapsed();
+        FlightReader::follow(self, flight, asker)
     }
 }

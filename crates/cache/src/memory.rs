@@ -4,6 +4,7 @@ use crate::{
     budget::{Budget, Lease},
     eviction::{Index, Shape},
     reader::PIECE,
+    resource::Visibility,
     tier::TierStats,
     via::Tier,
 };
@@ -14,7 +15,7 @@ use parking_lot::Mutex;
 use std::{
     sync::{
         Arc, LazyLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -41,7 +42,7 @@ struct Entry {
     bytes: Bytes,
     /// When the blob was kept; see [`now`].
     since: u32,
-    /// `None` for a blob of one piece. A reader may hold one piece without a charge in any case.
+    /// `None` for a public blob of one piece. A reader may hold one piece without a charge in any case.
     pin: Option<Arc<Pin>>,
 }
 
@@ -57,6 +58,17 @@ struct Pin {
     budget: Arc<Budget>,
     /// Taken when the blob leaves the tier. Released when the last reader drops the bytes.
     lease: Mutex<Option<Lease>>,
+    /// See [`Visibility`].
+    is_private: AtomicBool,
+}
+
+impl Entry {
+    fn visibility(&self) -> Visibility {
+        match &self.pin {
+            Some(pin) if pin.is_private.load(Ordering::Acquire) => Visibility::Private,
+            _ => Visibility::Public,
+        }
+    }
 }
 
 impl Pin {
@@ -134,14 +146,21 @@ impl Memory {
         Self { index, capacity, max_blob, evictions, budget: budget.clone() }
     }
 
-    /// The blob, if the tier keeps it. Does not copy its bytes, and does not count a get.
-    pub fn find(&self, digest: &Digest) -> Option<Bytes> {
-        self.index.get(digest).map(|entry| entry.bytes)
+    /// The blob, if the tier keeps it, and who may see it. Does not copy its bytes, and does not count a get.
+    pub fn find(&self, digest: &Digest) -> Option<(Bytes, Visibility)> {
+        self.index.get(digest).map(|entry| (entry.bytes.clone(), entry.visibility()))
     }
 
     /// As [`Self::find`], but never misses a blob that the index is moving.
-    pub fn find_settled(&self, digest: &Digest) -> Option<Bytes> {
-        self.index.get_settled(digest).map(|entry| entry.bytes)
+    pub fn find_settled(&self, digest: &Digest) -> Option<(Bytes, Visibility)> {
+        self.index.get_settled(digest).map(|entry| (entry.bytes.clone(), entry.visibility()))
+    }
+
+    /// Everybody may see the blob from now on.
+    pub fn publish(&self, digest: &Digest) {
+        if let Some(Entry { pin: Some(pin), .. }) = self.index.get_settled(digest) {
+            pin.is_private.store(false, Ordering::Release);
+        }
     }
 
     /// Counts one get, hit or miss. The counts decide about admission and eviction.
@@ -156,16 +175,18 @@ impl Memory {
 
     /// Keeps a blob if its size is allowed. Returns the bytes that every reader must use from now on: they hold the [`Pin`]. The caller must hold a
     /// lease of the blob's size until this returns, since readers may still have the blobs that it evicts.
-    pub fn keep(&self, blob: Verified<Bytes>) -> Option<Bytes> {
+    pub fn keep(&self, blob: Verified<Bytes>, visibility: Visibility) -> Option<Bytes> {
         let (size, digest) = (blob.size(), blob.digest());
         if !self.takes(size) {
             return None;
         }
         let bytes = blob.into_content();
-        let entry = if size <= PIECE as u64 {
+        let is_private = visibility == Visibility::Private;
+        let entry = if size <= PIECE as u64 && !is_private {
             Entry { bytes, since: now(), pin: None }
         } else {
-            let pin = Arc::new(Pin { size, budget: self.budget.clone(), lease: Mutex::new(None) });
+            let is_private = AtomicBool::new(is_private);
+            let pin = Arc::new(Pin { size, budget: self.budget.clone(), lease: Mutex::new(None), is_private });
             Entry { bytes: Bytes::from_owner(Pinned { bytes, _pin: pin.clone() }), since: now(), pin: Some(pin) }
         };
         let shared = entry.bytes.clone();
@@ -207,8 +228,8 @@ mod tests {
         let blob = verified(b"hello".to_vec());
         let digest = blob.digest();
         assert_eq!(tier.find(&digest), None);
-        tier.keep(blob);
-        assert_eq!(tier.find(&digest).as_deref(), Some(&b"hello"[..]));
+        tier.keep(blob, Visibility::Public);
+        assert_eq!(tier.find(&digest), Some((Bytes::from_static(b"hello"), Visibility::Public)));
         assert!(tier.forget(&digest));
         assert!(!tier.forget(&digest));
         assert_eq!(tier.find(&digest), None);
@@ -219,10 +240,10 @@ mod tests {
         let tier = tier(100_000, 1_000);
         let large = verified(vec![7; 1_001]);
         let digest = large.digest();
-        tier.keep(large);
+        tier.keep(large, Visibility::Public);
         assert_eq!(tier.find(&digest), None);
         for i in 0..1_000u32 {
-            tier.keep(verified(i.to_le_bytes().repeat(100)));
+            tier.keep(verified(i.to_le_bytes().repeat(100)), Visibility::Public);
         }
         let stats = tier.stats(0);
         assert!(stats.bytes <= 100_000 && stats.blobs > 50 && stats.evictions > 800, "{stats:?}");

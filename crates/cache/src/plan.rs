@@ -6,6 +6,7 @@ use crate::{
     source::Source,
     via::{Owner, SourceKind},
 };
+use castier_blob::Digest;
 use std::sync::Arc;
 
 /// Chooses the sources of one flight. The flight asks one after the other, each from the offset where the last one stopped.
@@ -38,8 +39,8 @@ pub struct Step {
 pub enum Outcome<'a> {
     /// All bytes came.
     Whole,
-    /// Said after [`Outcome::Whole`] too: they match the digest.
-    Verified,
+    /// Said after [`Outcome::Whole`] too: they are this blob, of this size.
+    Verified(Digest, u64),
     /// The source says that there is no such blob.
     Absent,
     /// The source does not keep the blob, and was asked only for what it keeps.

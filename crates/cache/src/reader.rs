@@ -6,6 +6,7 @@ use crate::{
     disk::DiskBlob,
     fault::Fault,
     flights::{Asker, Flight, HOLD_BACK, Phase, State},
+    resource::{Key, Location, Resource},
     spool::Piece,
     via::{Owner, Tier, Via},
 };
@@ -73,10 +74,16 @@ impl Hit {
     }
 
     /// A blob that is on the disk.
-    pub(crate) fn disk(cache: &Arc<Cache>, blob: Arc<DiskBlob>, asker: Asker, part: impl Fn(Option<u64>) -> Part) -> Self {
+    pub(crate) fn disk(
+        cache: &Arc<Cache>,
+        at: &Arc<dyn Location>,
+        blob: Arc<DiskBlob>,
+        asker: Asker,
+        part: impl Fn(Option<u64>) -> Part,
+    ) -> Self {
         let size = blob.size();
         let range = part(Some(size)).range(size);
-        let reader = DiskReader { cache: cache.clone(), asker, blob, left: range };
+        let reader = DiskReader { cache: cache.clone(), at: at.clone(), asker, blob, left: range };
         Self { size: Some(size), via: Via::Tier(Tier::Disk), reader: Reader::Disk(reader) }
     }
 }
@@ -110,6 +117,8 @@ impl Reader {
 /// Reads a part of a blob from the disk.
 pub struct DiskReader {
     cache: Arc<Cache>,
+    /// Where the rest is looked for if the disk fails.
+    at: Arc<dyn Location>,
     asker: Asker,
     blob: Arc<DiskBlob>,
     /// What is still to be read.
@@ -134,7 +143,8 @@ impl DiskReader {
             tracing::warn!(%digest, at = self.left.start, "the disk failed; the answer goes on from elsewhere");
         }
         let left = self.left.clone();
-        self.cache.get_past_disk(&digest, self.asker, |_| Part::Bytes(left.clone())).await
+        let resource = Resource { key: Key::Blob(digest), at: self.at.clone() };
+        self.cache.get_past_disk(&resource, self.asker, |_| Part::Bytes(left.clone())).await
     }
 }
 
@@ -177,6 +187,16 @@ impl FlightReader {
         flight.readers.fetch_add(1, Ordering::AcqRel);
         let changed = flight.changed.subscribe();
         Self { cache: cache.clone(), flight, changed, asker, collapsed, moved: false, at: 0, end: None }
+    }
+
+    /// Whether the flight was begun for this location.
+    pub(crate) fn is_at(&self, at: &Arc<dyn Location>) -> bool {
+        Arc::ptr_eq(&self.flight.at, at)
+    }
+
+    /// Whether the flight asks another location than the one with this [`Location::id`].
+    pub(crate) fn is_elsewhere(&self, location: u64) -> bool {
+        self.flight.at.id() != location
     }
 
     /// Waits until the response can begin: the blob has verified, or it is too large to wait for and bytes of the wanted part can leave. `None`: the
@@ -244,7 +264,11 @@ impl FlightReader {
         if state.spool.file().is_some() {
             return state.in_tier_file && owner == Owner::ThisNode;
         }
-        tiers.memory_takes(size, owner) && state.spool.reserve(size) || tiers.disk_keeps(&self.flight.digest, size, owner)
+        let disk_keeps = || match self.flight.key {
+            Key::Blob(digest) => tiers.disk_keeps(&digest, size, owner),
+            Key::Name(_) => owner == Owner::ThisNode && tiers.disk.as_ref().is_some_and(|disk| disk.takes(size)),
+        };
+        tiers.memory_takes(size, owner) && state.spool.reserve(size) || disk_keeps()
     }
 
     async fn next(&mut self) -> Result<Read, Fault> {
@@ -301,12 +325,15 @@ impl FlightReader {
         if self.moved {
             return Err(fault);
         }
-        let digest = self.flight.digest;
-        tracing::debug!(%digest, %fault, at = self.at, "the file of a flight cannot be read; the answer goes on from elsewhere");
+        let key = self.flight.key;
+        tracing::debug!(%key, %fault, at = self.at, "the file of a flight cannot be read; the answer goes on from elsewhere");
         // Nobody shall join it any more.
         self.cache.flights.take_out(&self.flight);
         let end = self.end.unwrap_or_else(|| self.flight.state.lock().spool.length());
-        let mut reader = self.cache.get_past_disk(&digest, self.asker, |_| Part::Bytes(self.at..end)).await?;
+        // The other flight of a name may bring another body.
+        let Key::Blob(_) = key else { return Err(fault) };
+        let resource = Resource { key, at: self.flight.at.clone() };
+        let mut reader = self.cache.get_past_disk(&resource, self.asker, |_| Part::Bytes(self.at..end)).await?;
         if let Reader::Flight(reader) = &mut reader {
             reader.moved = true;
         }

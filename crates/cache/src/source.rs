@@ -1,7 +1,7 @@
 //! Where blobs come from and go to: the seam between the cache and everything behind it. An HTTP origin, local files, a peer and a closure in a
 //! test are all [`Source`]s.
 
-use crate::{fault::Fault, upload::Upload};
+use crate::{fault::Fault, resource::Key, upload::Upload};
 use bytes::Bytes;
 use castier_blob::Digest;
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::BoxStream};
@@ -9,10 +9,20 @@ use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::BoxStre
 /// What a source is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ask {
-    /// The blob.
-    pub digest: Digest,
+    /// What is wanted.
+    pub key: Key,
     /// The offset of the first byte that is wanted.
     pub from: u64,
+}
+
+impl Ask {
+    /// The blob that is wanted.
+    ///
+    /// # Errors
+    /// A name was asked for, and this source knows only blobs.
+    pub fn digest(&self) -> Result<Digest, Fault> {
+        self.key.digest().ok_or_else(|| Fault::Internal("a store of blobs was asked for a name".into()))
+    }
 }
 
 /// What a source says to an [`Ask`].
@@ -23,6 +33,8 @@ pub enum Answer {
     Absent,
     /// The source was asked only for what it keeps, and does not keep the blob.
     NotKept,
+    /// The source has another body by now, or cannot tell whether it has: what came before it is of no use.
+    StartOver,
     /// The source works, but cannot help now: it does not reach the origin, or has too much to do.
     Unable,
 }
@@ -135,7 +147,7 @@ where
 
     fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
         let asks = digests.iter().map(|digest| {
-            self(Ask { digest: *digest, from: 0 }).map(|answer| {
+            self(Ask { key: Key::Blob(*digest), from: 0 }).map(|answer| {
                 Ok(match answer? {
                     Answer::Bytes(incoming) => Stat::Present(incoming.size),
                     _ => Stat::Absent,

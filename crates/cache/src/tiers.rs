@@ -5,6 +5,7 @@ use crate::{
     disk::Disk,
     memory::Memory,
     metrics::Metrics,
+    resource::Visibility,
     via::{Owner, Tier},
 };
 use bytes::Bytes;
@@ -51,20 +52,34 @@ impl Tiers {
         Ok(Self { memory: Arc::new(memory), mirror: mirror.map(Arc::new), disk })
     }
 
-    /// The blob, if it is in memory, and the tier that has it.
-    pub fn in_memory(&self, digest: &Digest) -> Option<(Bytes, Tier)> {
-        if let Some(bytes) = self.memory.find(digest) {
+    /// The blob, if it is in memory and a request that `sees` so much may see it, and the tier that has it.
+    pub fn in_memory(&self, digest: &Digest, sees: Visibility) -> Option<(Bytes, Tier)> {
+        let in_memory = self.memory.find(digest).filter(|(_, visibility)| sees.sees(*visibility));
+        if let Some((bytes, _)) = in_memory {
             return Some((bytes, Tier::Memory));
         }
-        Some((self.mirror.as_ref()?.find(digest)?, Tier::Mirror))
+        let (bytes, _) = self.mirror.as_ref()?.find(digest).filter(|(_, visibility)| sees.sees(*visibility))?;
+        Some((bytes, Tier::Mirror))
     }
 
-    /// As [`Self::in_memory`], but never misses a blob that an index is moving.
-    pub fn in_memory_settled(&self, digest: &Digest) -> Option<(Bytes, Tier)> {
-        if let Some(bytes) = self.memory.find_settled(digest) {
-            return Some((bytes, Tier::Memory));
+    /// The blob, if it is in memory, and who may see it. Never misses a blob that an index is moving.
+    pub fn in_memory_settled(&self, digest: &Digest) -> Option<(Bytes, Tier, Visibility)> {
+        if let Some((bytes, visibility)) = self.memory.find_settled(digest) {
+            return Some((bytes, Tier::Memory, visibility));
         }
-        Some((self.mirror.as_ref()?.find_settled(digest)?, Tier::Mirror))
+        let (bytes, visibility) = self.mirror.as_ref()?.find_settled(digest)?;
+        Some((bytes, Tier::Mirror, visibility))
+    }
+
+    /// Everybody may see the blob from now on.
+    pub fn publish(&self, digest: &Digest) {
+        self.memory.publish(digest);
+        if let Some(mirror) = &self.mirror {
+            mirror.publish(digest);
+        }
+        if let Some(disk) = &self.disk {
+            disk.publish(digest);
+        }
     }
 
     /// Counts one get for the eviction policies: in the memory tier or mirror that had the blob, or in all tiers. Call it once for each get.
@@ -99,14 +114,14 @@ impl Tiers {
 
     /// Keeps a blob that is in one piece of memory. The disk gets it a little later. If memory keeps it, returns the bytes that every reader must use
     /// from now on. See [`Memory::keep`] for the lease that the caller must hold.
-    pub fn keep(&self, blob: Verified<Bytes>, owner: Owner) -> Option<Bytes> {
+    pub fn keep(&self, blob: Verified<Bytes>, owner: Owner, visibility: Visibility) -> Option<Bytes> {
         if owner == Owner::Peer {
-            return self.mirror.as_ref()?.keep(blob);
+            return self.mirror.as_ref()?.keep(blob, visibility);
         }
         if let Some(disk) = &self.disk {
-            disk.keep_later(blob.clone());
+            disk.keep_later(blob.clone(), visibility);
         }
-        self.memory.keep(blob)
+        self.memory.keep(blob, visibility)
     }
 
     /// Drops the blob. The order matters: a promotion moves it from disk to memory.

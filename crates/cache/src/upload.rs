@@ -6,6 +6,7 @@ use crate::{
     disk::{Disk, DiskCopy},
     fault::Fault,
     purges::Before,
+    resource::Visibility,
     via::Owner,
 };
 use bytes::Bytes;
@@ -209,7 +210,7 @@ impl Cache {
             Copied::Memory(_, lease) if self.tiers.memory.takes(verified.size()) => {
                 // Held until the tier has the blob: see `Memory::keep`.
                 let _lease = lease.clone();
-                verified.narrow(Copied::into_memory).and_then(|blob| self.tiers.keep(blob, owner));
+                verified.narrow(Copied::into_memory).and_then(|blob| self.tiers.keep(blob, owner, Visibility::Public));
             }
             // Accepted here and written later, unless a purge comes between the two.
             Copied::Disk(_) if owner == Owner::ThisNode => {

@@ -28,6 +28,8 @@ use parking_lot::Mutex;
 use pingora::{
     connectors::TransportConnector,
     http::{RequestHeader, ResponseHeader},
+    prelude::HttpPeer,
+    protocols::http::v1::client::HttpSession,
 };
 use std::{
     collections::HashMap,
@@ -43,6 +45,10 @@ use tokio::{
 pub const FLIGHT: HeaderName = HeaderName::from_static("castier-flight");
 /// The value of [`FLIGHT`] if a flight is loading the blob.
 pub const FILLING: HeaderValue = HeaderValue::from_static("filling");
+
+/// A header of a request to a peer: it is for a route, and its client means this host. The peer answers from its cache or asks the upstream; it asks no
+/// other peer, and rewrites nothing.
+pub const ROUTE: HeaderName = HeaderName::from_static("castier-route");
 
 /// The path of the health check. Anybody may ask for it without a proof; the nodes give one, and want one with the answer.
 pub const HEALTH: &str = "/healthz";
@@ -287,8 +293,8 @@ impl Peers {
     }
 
     async fn open(self: &Arc<Self>, member: &Member, ask: Ask, only: Only, timeout: Duration) -> Result<Answer, Fault> {
-        let peer = self.peer(member);
-        let mut request = peer.upstream.get_request(&ask.digest, ask.from)?;
+        let (peer, digest) = (self.peer(member), ask.digest()?);
+        let mut request = peer.upstream.get_request(&digest, ask.from)?;
         let (waits_for, permit) = match only {
             Only::Anything => (WaitsFor::Flight, Some(self.permit(&peer).await?)),
             // No permit: a tier answers at once, and the fill that asks has a permit already.
@@ -297,7 +303,7 @@ impl Peers {
                 (WaitsFor::Tier, None)
             }
         };
-        let watch = Watch { peers: self.clone(), member: member.clone(), digest: ask.digest, waits_for, timeout, _permit: permit };
+        let watch = Watch { peers: self.clone(), member: member.clone(), digest, waits_for, timeout, _permit: permit };
         let (session, connection) = watch.over(peer.upstream.exchange(&request, &[])).await?;
         let answer = match session.resp_header().map_or(Said::Other, |head| said(head, only)) {
             Said::Absent => Answer::Absent,
@@ -395,6 +401,39 @@ impl Peers {
     /// The member does not acknowledge it.
     pub async fn purge(&self, member: &Member, digest: &Digest) -> Result<(), Fault> {
         self.post(member, &format!("/purge/{digest}"), self.stall_timeout).await
+    }
+
+    /// Purges names at this member. `path`: below `/names/`.
+    ///
+    /// # Errors
+    /// The member does not acknowledge it.
+    pub async fn purge_names(&self, member: &Member, path: &str) -> Result<(), Fault> {
+        self.post(member, path, self.stall_timeout).await
+    }
+
+    /// Asks the member for a resource of a route. `target`: path and query as a client sends them; `host`: the host that the client means. The answer is the
+    /// upstream's, unrewritten.
+    ///
+    /// # Errors
+    /// The member did not answer, or proved nothing.
+    pub async fn ask_route(
+        self: &Arc<Self>,
+        member: &Member,
+        (method, target, host): (Method, &str, &str),
+        headers: &HeaderMap,
+    ) -> Result<(Arc<Upstream>, HttpSession, HttpPeer), Fault> {
+        let peer = self.peer(member);
+        let mut request = peer.upstream.request(method, target)?;
+        for name in headers.keys() {
+            request.remove_header(name);
+            for value in headers.get_all(name) {
+                request.append_header(name.clone(), value.clone()).map_err(|error| Fault::Internal(error.to_string()))?;
+            }
+        }
+        insert(&mut request, ROUTE, host)?;
+        let answered = self.in_time(member, self.longest_wait, peer.upstream.exchange(&request, &[])).await;
+        let (session, connection) = answered.inspect_err(|fault| self.failed(member, fault))?;
+        Ok((peer.upstream.clone(), session, connection))
     }
 
     /// Notifies this member that the origin has the blob now, so that it drops a remembered absence. It must answer within `timeout_after`.

@@ -131,7 +131,7 @@ impl Plan for ClusterPlan {
     }
 
     fn report(&mut self, outcome: Outcome<'_>, bytes: u64) -> Then {
-        if matches!(outcome, Outcome::Verified) {
+        if matches!(outcome, Outcome::Verified(..)) {
             std::mem::take(&mut self.suspects).iter().for_each(|member| self.peers.distrust(member));
             return Then::AskNext;
         }
@@ -150,7 +150,7 @@ impl Plan for ClusterPlan {
             // Not a failure of the peer: this node had no free permit or no descriptor for it.
             Outcome::Failed(fault) if fault.is_source_limit() => self.tried.push(member.name),
             Outcome::Failed(_) => return Then::Retry,
-            Outcome::Absent | Outcome::NotKept | Outcome::Left | Outcome::Verified => {}
+            Outcome::Absent | Outcome::NotKept | Outcome::Left | Outcome::Verified(..) => {}
         }
         Then::AskNext
     }

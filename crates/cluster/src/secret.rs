@@ -31,7 +31,7 @@ use std::{
 pub const PROOF: HeaderName = HeaderName::from_static("castier-proof");
 
 /// The fields of a request that change its meaning.
-pub const ASKED: [&str; 6] = ["host", "content-length", "transfer-encoding", "range", "cache-control", "expect"];
+pub const ASKED: [&str; 7] = ["host", "content-length", "transfer-encoding", "range", "cache-control", "expect", "castier-route"];
 /// The fields of an answer that the requester uses. The body is not covered: its digest proves it.
 const ANSWERED: [&str; 8] =
     ["content-length", "content-range", "content-type", "content-encoding", "etag", "cache-status", "castier-flight", "castier-node"];
@@ -95,6 +95,14 @@ impl Secrets {
         let mac: [u8; MAC] = request(key, &nonce, method, path, ASKED.map(|name| one(headers, name))).finalize().into_bytes().into();
         let value = text(&[nonce.as_slice(), mac.as_slice()].concat());
         (value, Asked(Some(Box::new(ProofState { key: key.clone(), mac }))))
+    }
+
+    /// A key for another use, which all nodes with the same secret derive alike. `None` without a secret.
+    pub fn derive(&self, purpose: &str) -> Option<[u8; 32]> {
+        let mut mac = self.current.load().first()?.clone();
+        mac.update(b"castier key v1\n");
+        mac.update(purpose.as_bytes());
+        Some(mac.finalize().into_bytes().into())
     }
 
     /// Checks the proof of a request. Returns `None` if it is not valid; else the state to prove the answer with. `fields` are the values of

@@ -6,11 +6,24 @@
 //! - [`Rule`] and [`preset`]: the rules of the protocols, as data (`presets.toml`).
 //! - [`Table`]: the configured routes, and which of them a request is for. [`name`]: the key of what has no digest in its path.
 //! - [`Links`]: replaces the links in metadata, by parsing.
-//! - [`Proofs`]: whose credentials may read what, as the upstream has shown.
+//! - [`Proofs`]: whose credentials may read what, as the upstream has shown. [`manifest`]: what a manifest proves of its repository.
 //! - [`freshness()`]: how long an answer holds, and how it is asked for again.
-//! - [`Names`]: the name table, in memory and in a file.
+//! - [`Names`]: the name table, in memory and in a file. [`Glob`]: which of its paths a purge is for.
+//! - [`metadata`]: what metadata says of the bytes of other resources.
+//! - [`lfs`]: the batch API of Git LFS, and castier's tickets. [`challenge`]: what an upstream asks for before it lets in. [`link_header`]: `Link` headers.
+//! - [`Hosts`] and [`is_private`]: where a route may be led to.
 
+pub mod challenge;
+pub mod lfs;
+pub mod link_header;
+pub mod manifest;
+pub mod metadata;
+
+mod edit;
 mod freshness;
+mod glob;
+mod hosts;
+mod json;
 mod links;
 mod names;
 mod nix32;
@@ -21,7 +34,10 @@ mod table;
 mod template;
 
 pub use freshness::{Freshness, NotKept, Terms, age, conditions, freshness, if_range, may_keep, merge};
-pub use links::{Links, Step, Unparsed};
+pub use glob::{BadGlob, Glob};
+pub use hosts::{BadHost, Hosts, Listed, is_private};
+pub use json::Step;
+pub use links::{Links, Unparsed, drop_members, html_base};
 pub use names::{Entry, Names};
 pub use path::{BadPath, Path};
 pub use preset::{Kind, Rule, first, preset, protocols};

@@ -1,8 +1,11 @@
 //! Links in metadata: finds them by parsing, and replaces them where they stand. Every other byte stays as it was.
 
-use html5gum::{Token, Tokenizer, emitters::default::DefaultEmitter};
-use serde_json::value::RawValue;
-use std::{collections::BTreeMap, ops::Range};
+use crate::{
+    edit::{Edit, range_in},
+    json::{self, Step},
+};
+use html5gum::{StartTag, Token, Tokenizer, emitters::default::DefaultEmitter};
+use std::ops::Range;
 
 /// Where the links of a document are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,15 +16,6 @@ pub enum Links {
     Json(&'static [Step]),
 }
 
-/// A step into a JSON document.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// To the member of this name.
-    Member(&'static str),
-    /// To each member of an object, or each element of an array.
-    Each,
-}
-
 impl Links {
     /// Of a project page of the Python index, as HTML.
     pub const PYPI_HTML: Self = Self::Anchors;
@@ -29,46 +23,46 @@ impl Links {
     pub const PYPI_JSON: Self = Self::Json(&[Step::Member("files"), Step::Each, Step::Member("url")]);
     /// Of the document of an npm package.
     pub const NPM: Self = Self::Json(&[Step::Member("versions"), Step::Each, Step::Member("dist"), Step::Member("tarball")]);
-    /// Of `config.json` of a cargo registry.
+    /// Of `config.json` of a cargo registry. The link is no URL yet: it may have markers such as `{crate}`, which a parser of URLs would escape.
     pub const CARGO: Self = Self::Json(&[Step::Member("dl")]);
-    /// Of the answer to a batch request of Git LFS.
-    pub const LFS: Self =
-        Self::Json(&[Step::Member("objects"), Step::Each, Step::Member("actions"), Step::Member("download"), Step::Member("href")]);
-
-    /// The document with the links for which `change` returns another text. `None`: nothing changes.
+    /// The document with the links for which `change` returns another text. `None`: nothing changes. `change` gets each link as it is meant, with its
+    /// fragment, and relative if it is so: [`html_base`] and the page's own URL say to what.
     ///
     /// # Errors
     /// [`Unparsed`]: the document is not what it should be. Pass it on as it is.
     pub fn rewrite(&self, document: &str, mut change: impl FnMut(&str) -> Option<String>) -> Result<Option<String>, Unparsed> {
-        let mut changes = Vec::new();
+        let mut edit = Edit::of(document);
         match self {
-            Self::Anchors => {
-                anchors(document, &mut |place, link| changes.extend(change(link).map(|new| (place.range.clone(), place.quote(&new)))))
-            }
-            Self::Json(steps) => {
-                let root: &RawValue = serde_json::from_str(document).map_err(|error| Unparsed(error.to_string()))?;
-                strings(root, steps, &mut |value, link| {
-                    changes.extend(change(link).map(|new| (range_in(document, value.get()), serde_json::Value::String(new).to_string())));
-                })
-                .map_err(|error| Unparsed(error.to_string()))?;
-            }
+            Self::Anchors => anchors(document, &mut |place, link| {
+                if let Some(new) = change(link) {
+                    edit.replace(place.range.clone(), &place.quote(&new));
+                }
+            }),
+            Self::Json(steps) => json::each(document, steps, &mut |value| {
+                // What is no string is no link.
+                let link: Option<String> = serde_json::from_str(value.get()).ok();
+                if let Some(new) = link.and_then(|link| change(&link)) {
+                    edit.replace(range_in(document, value.get()), &serde_json::Value::String(new).to_string());
+                }
+            })?,
         }
-        if changes.is_empty() {
-            return Ok(None);
-        }
-        changes.sort_by_key(|(range, _)| range.start);
-        let (mut rewritten, mut at) = (String::with_capacity(document.len()), 0);
-        for (range, new) in changes {
-            // Ranges come from the parser, in order and apart; a range that is not is left out rather than cut at.
-            if let Some(before) = document.get(at..range.start) {
-                rewritten += before;
-                rewritten += &new;
-                at = range.end;
-            }
-        }
-        rewritten += document.get(at..).unwrap_or_default();
-        Ok(Some(rewritten))
+        Ok(edit.finish())
     }
+}
+
+/// The JSON document without the members of these names, at any depth; every other byte stays. `None`: it has none of them. Hugging Face's answers have
+/// `xetHash`, which leads clients past castier.
+///
+/// # Errors
+/// [`Unparsed`]: the document is not JSON, is nested more than 127 levels deep, or has a number that is too large for a float.
+pub fn drop_members(document: &str, names: &[&str]) -> Result<Option<String>, Unparsed> {
+    Ok(json::without(document, names)?)
+}
+
+/// What the relative links of an HTML page are relative to, if the page says so: the `href` of a `base` before the first link.
+pub fn html_base(page: &str) -> Option<String> {
+    let mut before_links = tags(page).take_while(|tag| !matches!(tag.name.as_slice(), b"a" | b"body"));
+    before_links.find(|tag| tag.name.as_slice() == b"base").and_then(|tag| attribute(&tag, "href"))
 }
 
 /// A document that cannot be parsed, and why.
@@ -76,43 +70,9 @@ impl Links {
 #[error("the metadata cannot be parsed: {0}")]
 pub struct Unparsed(String);
 
-/// Where `part`, which is a slice of `whole`, stands in it.
-fn range_in(whole: &str, part: &str) -> Range<usize> {
-    let start = (part.as_ptr() as usize).saturating_sub(whole.as_ptr() as usize);
-    start..start + part.len()
-}
-
-// ---- JSON ----
-
-/// Calls `found` for each string at the path, with its place in the document. What is not there, or is no string, is passed over.
-fn strings<'a>(value: &'a RawValue, steps: &[Step], found: &mut impl FnMut(&'a RawValue, &str)) -> serde_json::Result<()> {
-    let Some((step, rest)) = steps.split_first() else {
-        if let Ok(text) = serde_json::from_str::<String>(value.get()) {
-            found(value, &text);
-        }
-        return Ok(());
-    };
-    for (name, child) in children(value)? {
-        if matches!(step, Step::Each) || matches!(step, Step::Member(wanted) if name.as_deref() == Some(*wanted)) {
-            strings(child, rest, found)?;
-        }
-    }
-    Ok(())
-}
-
-/// The members of an object, or the elements of an array; nothing of another value. Of members with one name the last one counts.
-fn children(value: &RawValue) -> serde_json::Result<Vec<(Option<String>, &RawValue)>> {
-    let text = value.get();
-    match text.as_bytes().first() {
-        Some(b'{') => {
-            let members: BTreeMap<String, &RawValue> = serde_json::from_str(text)?;
-            Ok(members.into_iter().map(|(name, child)| (Some(name), child)).collect())
-        }
-        Some(b'[') => {
-            let elements: Vec<&RawValue> = serde_json::from_str(text)?;
-            Ok(elements.into_iter().map(|child| (None, child)).collect())
-        }
-        _ => Ok(Vec::new()),
+impl From<serde_json::Error> for Unparsed {
+    fn from(error: serde_json::Error) -> Self {
+        Self(error.to_string())
     }
 }
 
@@ -149,17 +109,26 @@ impl Place {
     }
 }
 
-/// Calls `found` for the `href` of each `a`, with its place. HTML has no errors: any text is a document.
-fn anchors(document: &str, found: &mut impl FnMut(Place, &str)) {
+/// The start tags of a page. HTML has no errors: any text is a page.
+pub(crate) fn tags(page: &str) -> impl Iterator<Item = StartTag<usize>> {
     let mut emitter = DefaultEmitter::<usize>::new_with_span();
     // What stands in a script or a text area is no tag.
     emitter.naively_switch_states(true);
-    for token in Tokenizer::new_with_emitter(document, emitter).flatten() {
-        if let Token::StartTag(tag) = token
-            && tag.name.as_slice() == b"a"
-            && let Some((_, href)) = tag.attributes.iter().find(|(name, _)| name.as_slice() == b"href")
+    Tokenizer::new_with_emitter(page, emitter).flatten().filter_map(|token| if let Token::StartTag(tag) = token { Some(tag) } else { None })
+}
+
+/// The value of an attribute.
+pub(crate) fn attribute(tag: &StartTag<usize>, wanted: &str) -> Option<String> {
+    let (_, value) = tag.attributes.iter().find(|(name, _)| name.as_slice() == wanted.as_bytes())?;
+    str::from_utf8(&value.value).ok().map(str::to_owned)
+}
+
+/// Calls `found` for the `href` of each `a`, with its place.
+fn anchors(page: &str, found: &mut impl FnMut(Place, &str)) {
+    for tag in tags(page).filter(|tag| tag.name.as_slice() == b"a") {
+        if let Some((_, href)) = tag.attributes.iter().find(|(name, _)| name.as_slice() == b"href")
             && let Ok(link) = str::from_utf8(&href.value)
-            && let Some(place) = Place::of(document, href.span.start..href.span.end)
+            && let Some(place) = Place::of(page, href.span.start..href.span.end)
         {
             found(place, link);
         }
@@ -208,14 +177,75 @@ mod tests {
         let cargo = r#"{"dl":"https://files.example/{crate}/{version}/download","api":"https://files.example/api"}"#;
         let expected = cargo.replacen("https://files.example", "http://castier/f", 1);
         assert_eq!(rewritten(Links::CARGO, cargo).unwrap().unwrap(), expected);
-        let lfs = r#"{"objects":[{"oid":"a","actions":{"download":{"href":"https://files.example/a"},"upload":{"href":"https://files.example/b"}}}]}"#;
-        assert_eq!(rewritten(Links::LFS, lfs).unwrap().unwrap(), lfs.replace("https://files.example/a", "http://castier/f/a"));
         for nothing in ["{}", "[]", "null", "7", "\"x\"", "{\"files\":7}", "{\"files\":[]}"] {
             assert_eq!(rewritten(Links::PYPI_JSON, nothing), Ok(None), "{nothing}");
         }
         for broken in ["", "{", "{\"files\":[{\"url\":\"https://files.example/a\"}", "<html>"] {
             assert!(rewritten(Links::PYPI_JSON, broken).is_err(), "{broken}");
         }
+    }
+
+    /// What each link is changed into is up to the caller. It gets them all, as they are meant.
+    #[test]
+    fn relative_links_and_markers() {
+        let all = |links: Links, document: &str| {
+            let mut all = Vec::new();
+            assert_eq!(
+                links.rewrite(document, |link| {
+                    all.push(link.to_owned());
+                    None
+                }),
+                Ok(None)
+            );
+            all
+        };
+        let page = "<a href=\"../../packages/x-1.tar.gz#sha256=ab\" data-core-metadata=\"sha256=cd\">x</a><A HREF=/y?a=1&amp;b=2#sha256=ef>y</A>\
+            <a data-core-metadata='x' href='//files.example/z'>z</a><a href='#top'>t</a>";
+        assert_eq!(
+            all(Links::PYPI_HTML, page),
+            ["../../packages/x-1.tar.gz#sha256=ab", "/y?a=1&b=2#sha256=ef", "//files.example/z", "#top"]
+        );
+        let moved = Links::PYPI_HTML.rewrite(page, |link| link.strip_prefix("../..").map(|rest| format!("/pypi{rest}"))).unwrap().unwrap();
+        assert_eq!(moved, page.replace("../../", "/pypi/"), "fragments and other attributes stay");
+        let json = r#"{"files":[{"url":"../../packages/x-1.tar.gz","core-metadata":{"sha256":"ab"}}],"files":[{"url":"y"}]}"#;
+        assert_eq!(all(Links::PYPI_JSON, json), ["../../packages/x-1.tar.gz", "y"]);
+        for dl in [
+            "https://static.example/crates",
+            "https://static.example/{crate}/{version}",
+            "https://static.example/{prefix}/{lowerprefix}/{crate}-{version}.crate?sum={sha256-checksum}",
+        ] {
+            let config = format!(r#"{{"dl":"{dl}","api":"https://static.example","auth-required":true}}"#);
+            assert_eq!(all(Links::CARGO, &config), [dl]);
+            let moved = Links::CARGO.rewrite(&config, |dl| Some(dl.replace("https://static.example", "http://castier"))).unwrap().unwrap();
+            assert_eq!(moved, config.replacen("https://static.example", "http://castier", 1));
+        }
+    }
+
+    #[test]
+    fn what_relative_links_are_relative_to() {
+        for (page, base) in [
+            (
+                "<html><head><BASE target=_top HREF='https://files.example/?a=1&amp;b'></head><body><base href=no>",
+                Some("https://files.example/?a=1&b"),
+            ),
+            ("<head><base href=''>", Some("")),
+            ("<a href=x>x</a><base href='https://files.example/'>", None),
+            ("<body><base href=x>", None),
+            ("<!-- <base href=x> --><script><base href=x></script>", None),
+            ("", None),
+        ] {
+            assert_eq!(html_base(page).as_deref(), base, "{page}");
+        }
+    }
+
+    #[test]
+    fn what_leads_past_castier_is_dropped() {
+        let tree =
+            r#"[{"type":"file","oid":"a","size":1.0,"xetHash":"ab","lfs":{"oid":"c","xetHash":null},"path":"xetHash"}, {"xetHash":"d" }]"#;
+        let expected = r#"[{"type":"file","oid":"a","size":1.0,"lfs":{"oid":"c"},"path":"xetHash"}, { }]"#;
+        assert_eq!(drop_members(tree, &["xetHash"]).unwrap().unwrap(), expected);
+        assert_eq!(drop_members(expected, &["xetHash"]), Ok(None));
+        assert!(drop_members("<html>", &["xetHash"]).is_err());
     }
 
     #[test]

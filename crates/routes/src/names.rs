@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::HashMap,
     fs, io,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
@@ -213,6 +214,11 @@ impl Names {
         (self.memory.entry_count(), self.memory.weighted_size())
     }
 
+    /// How many bytes it may take.
+    pub fn capacity(&self) -> u64 {
+        self.memory.policy().max_capacity().unwrap_or(0)
+    }
+
     /// How many transactions have failed since the start.
     pub fn failed_writes(&self) -> u64 {
         self.file.as_ref().map_or(0, |file| file.queue.pending.lock().failed)
@@ -269,6 +275,8 @@ fn memory(capacity: u64, evicted: Option<Arc<Queue>>) -> Cache<Digest, Arc<Entry
 }
 
 fn open_database(path: &Path) -> io::Result<Database> {
+    // It has names of what only some may read.
+    fs::File::options().create(true).append(true).mode(0o600).open(path)?;
     match Database::create(path) {
         Ok(database) => Ok(database),
         Err(DatabaseError::DatabaseAlreadyOpen) => {

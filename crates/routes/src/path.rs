@@ -19,8 +19,8 @@ pub enum BadPath {
     /// A `%` without two hexadecimal digits.
     #[error("the path has a % without two hexadecimal digits")]
     Escape,
-    /// A segment `.` or `..`, plain or escaped. Servers do not agree on what it means, so a key made of it could be that of another resource.
-    #[error("the path has a segment . or ..")]
+    /// A segment `..`, plain or escaped. Servers do not agree on what it means, so a key made of it could be that of another resource.
+    #[error("the path has a segment ..")]
     Dots,
     /// A control character, a space, or a character beyond ASCII, not escaped.
     #[error("the path has a character that must be escaped")]
@@ -63,8 +63,14 @@ impl Path {
             }
         }
         // An escaped slash counts too: a server that decodes it would see the segment.
-        if canonical.replace("%2F", "/").split('/').any(|segment| matches!(segment, "." | "..")) {
+        if canonical.replace("%2F", "/").split('/').any(|segment| segment == "..") {
             return Err(BadPath::Dots);
+        }
+        // A segment `.` means nothing (RFC 3986, section 5.2.4). apt sends it for flat repositories.
+        if canonical.contains("/.") {
+            let ends_open = canonical.ends_with("/.");
+            let segments: Vec<_> = canonical.split('/').filter(|segment| *segment != ".").collect();
+            canonical = segments.join("/") + if ends_open { "/" } else { "" };
         }
         Ok(Self(canonical))
     }
@@ -110,6 +116,9 @@ mod tests {
             ("/a%20b%c3%a4", "/a%20b%C3%A4"),
             ("//a//", "//a//"),
             ("/a.b/..c/d..", "/a.b/..c/d.."),
+            ("/flat/./InRelease", "/flat/InRelease"),
+            ("/%2e/./a/././b/.", "/a/b/"),
+            ("/.", "/"),
             ("/sha256:ab+c=d&e,f;g'(h)*!", "/sha256:ab+c=d&e,f;g'(h)*!"),
         ] {
             assert_eq!(Path::of(path).unwrap().as_str(), canonical, "{path}");
@@ -129,7 +138,6 @@ mod tests {
             ("/%+1", BadPath::Escape),
             ("/a/../b", BadPath::Dots),
             ("/a/%2e%2E", BadPath::Dots),
-            ("/a/.", BadPath::Dots),
             ("/a%2F..%2fb", BadPath::Dots),
             ("/a b", BadPath::Character),
             ("/ä", BadPath::Character),

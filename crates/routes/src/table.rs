@@ -2,14 +2,17 @@
 
 use crate::{
     path::{BadPath, Path},
-    preset::{Rule, first},
-    template::{Captures, PathAutomaton},
+    preset::{Kind, Rule, first},
+    template::{Captures, PathAutomaton, Template},
 };
 use castier_blob::Digest;
+use std::sync::LazyLock;
 
 /// One configured route: where it matches, and the rules of what it matches.
 #[derive(Clone, Debug, Default)]
 pub struct Route {
+    /// The protocol, if the rules are those of a preset; empty for a route by hand.
+    pub protocol: String,
     /// Only requests with this `Host`, in lower case, with a port if it has one. `None`: all.
     pub host: Option<String>,
     /// The path before the paths of the rules, such as `/npm`; may be empty. The upstream does not see it.
@@ -31,7 +34,9 @@ pub struct Table {
 pub struct Found<'t> {
     /// The index of the route.
     pub route: usize,
-    /// The rule.
+    /// The protocol of the route; empty for a route by hand.
+    pub protocol: &'t str,
+    /// The rule. If no rule of any route matches, but the host, prefix or namespace of a preset does, it is one of the kind [`Kind::Relay`].
     pub rule: &'t Rule,
     /// The values of the variables of its template.
     pub captures: Captures,
@@ -79,12 +84,18 @@ impl Table {
         Self { routes }
     }
 
+    /// The rules of a route; none of one that is not there.
+    pub fn rules_of(&self, route: usize) -> &[Rule] {
+        self.routes.get(route).map_or(&[], |route| &route.rules)
+    }
+
     /// Whether there are none, so that no request needs to be looked at.
     pub const fn is_empty(&self) -> bool {
         self.routes.is_empty()
     }
 
-    /// The route of a request for `target` (path and query, as they came) at `host`. `None`: no route matches.
+    /// The route of a request for `target` (path and query, as they came) at `host`: the first one with a rule that matches. If none has one, a preset with
+    /// a host, a prefix or a namespace of its own relays it. `None`: no route matches.
     ///
     /// # Errors
     /// [`BadPath`]: the target is one that no route may match.
@@ -94,10 +105,21 @@ impl Table {
         }
         let (raw, query) = split_query(target);
         let path = Path::of(raw)?;
-        Ok(self.routes.iter().enumerate().find_map(|(at, route)| route.find(at, host, raw, &path, query)))
+        // A rule that only relays takes no request from a route that knows what it is for.
+        let mut relayed = None;
+        for (at, route) in self.routes.iter().enumerate() {
+            match route.find(at, host, raw, &path, query, &route.rules) {
+                Some(found) if found.rule.kind == Kind::Relay => relayed = relayed.or(Some(found)),
+                Some(found) => return Ok(Some(found)),
+                None => {}
+            }
+        }
+        // What no rule knows still belongs to the upstream behind this host, prefix or namespace: a log-in, a search.
+        let unknown = || self.routes.iter().enumerate().find_map(|(at, route)| route.find(at, host, raw, &path, query, route.relays()));
+        Ok(relayed.or_else(unknown))
     }
 
-    /// All pairs of routes that can match one request, each with an example.
+    /// All pairs of routes that can match one request, each with an example. Rules that only relay do not count.
     pub fn overlaps(&self) -> Vec<Overlap> {
         let automata: Vec<_> = self.routes.iter().map(Route::automata).collect();
         let mut found = Vec::new();
@@ -113,8 +135,31 @@ impl Table {
     }
 }
 
+/// Relays everything.
+static RELAYS: LazyLock<Vec<Rule>> = LazyLock::new(|| {
+    let rule = |path| {
+        let path = Template::parse(path).ok()?;
+        Some(Rule { path, kind: Kind::Relay, ttl: None, vary: Vec::new(), digest_header: None, links: false, examples: Vec::new() })
+    };
+    ["/", "/{rest*}"].into_iter().filter_map(rule).collect()
+});
+
 impl Route {
-    fn find<'t>(&'t self, at: usize, host: Option<&str>, raw: &str, path: &Path, query: Option<&str>) -> Option<Found<'t>> {
+    /// The rules for what the route's own rules do not know: none, unless the route is a preset with a host, a prefix or a namespace.
+    fn relays(&self) -> &[Rule] {
+        let is_apart = self.host.is_some() || self.namespace.is_some() || !self.prefix.trim_end_matches('/').is_empty();
+        if self.protocol.is_empty() || !is_apart { &[] } else { &RELAYS }
+    }
+
+    fn find<'t>(
+        &'t self,
+        at: usize,
+        host: Option<&str>,
+        raw: &str,
+        path: &Path,
+        query: Option<&str>,
+        rules: &'t [Rule],
+    ) -> Option<Found<'t>> {
         if self.host.as_deref().is_some_and(|own| !host.is_some_and(|host| host.eq_ignore_ascii_case(own))) {
             return None;
         }
@@ -125,9 +170,13 @@ impl Route {
             None => (below, raw.to_owned(), query.map(str::to_owned)),
             Some(own) => self.in_namespace(own, &below, raw, query)?,
         };
-        let (rule, captures) = first(&self.rules, &path)?;
+        let (rule, captures) = first(rules, &path)?;
+        // A path that has segments `.` before its own part is cut at another place.
+        if Path::of(&raw).as_ref() != Ok(&path) {
+            return None;
+        }
         let target = query.map_or_else(|| raw.clone(), |query| format!("{raw}?{query}"));
-        Some(Found { route: at, rule, captures, target, path })
+        Some(Found { route: at, protocol: &self.protocol, rule, captures, target, path })
     }
 
     /// The path without the namespace; `None` if the request is for another one.
@@ -153,10 +202,11 @@ impl Route {
         !apart(&self.host, &other.host) && !apart(&self.namespace, &other.namespace)
     }
 
-    /// What its rules match, below its prefix.
+    /// What its rules match, below its prefix, without those that only relay.
     fn automata(&self) -> Vec<PathAutomaton> {
         let prefix = self.prefix.trim_end_matches('/');
-        self.rules.iter().filter_map(|rule| rule.path.under(prefix).ok()?.automaton()).collect()
+        let resources = self.rules.iter().filter(|rule| rule.kind != Kind::Relay);
+        resources.filter_map(|rule| rule.path.under(prefix).ok()?.automaton()).collect()
     }
 }
 
@@ -178,7 +228,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn route(protocol: &str) -> Route {
-        Route { rules: preset(protocol).unwrap().to_vec(), ..Route::default() }
+        Route { protocol: protocol.into(), rules: preset(protocol).unwrap().to_vec(), ..Route::default() }
     }
 
     /// The index of the route, the template, and what the upstream is asked for.
@@ -201,7 +251,10 @@ mod tests {
             ("other", "/npm/left-pad", Some((1, "/{package}", "/left-pad"))),
             ("other", "/n%70m/left-p%61d", Some((1, "/{package}", "/left-p%61d"))),
             ("other", "/npmx/left-pad", None),
-            ("other", "/npm", None),
+            ("other", "/npm", Some((1, "/", "/"))),
+            ("npm.example", "/", Some((0, "/", "/"))),
+            ("npm.example", "/left-pad/1.0.0", Some((0, "/{rest*}", "/left-pad/1.0.0"))),
+            ("other", "/npm/-/whoami", Some((1, "/-/{rest*}", "/-/whoami"))),
             ("other", "/a%2fb/simple/x/", Some((2, "/simple/{project}/", "/simple/x/"))),
             ("other", "/golang.org/x/text/@v/list", Some((3, "/{module*}/@v/list", "/golang.org/x/text/@v/list"))),
             ("other", "/left-pad", None),
@@ -212,6 +265,54 @@ mod tests {
         assert!(table.find(None, "/left-pad").unwrap().is_none(), "a request without Host is for no host");
         assert_eq!(table.find(None, "/a/../b").unwrap_err(), BadPath::Dots);
         assert!(Table::default().find(None, "/a/../b").unwrap().is_none(), "without routes nothing is looked at");
+    }
+
+    #[test]
+    fn what_no_rule_knows_goes_to_the_upstream_of_its_host() {
+        let by_hand = Route {
+            host: Some("a".into()),
+            rules: vec![Rule { path: Template::parse("/files/{file*}").unwrap(), ..preset("npm").unwrap()[0].clone() }],
+            ..Route::default()
+        };
+        let at = |host: &str, protocol| Route { host: Some(host.into()), ..route(protocol) };
+        let table = Table::new(vec![by_hand, at("a", "pypi"), at("a", "go"), Route { prefix: "/".into(), ..route("cargo") }]);
+        let find = |host, target| {
+            let found = table.find(Some(host), target).unwrap()?;
+            Some((found.route, found.protocol.to_owned(), found.rule.kind))
+        };
+        for (host, target, expected) in [
+            ("a", "/files/x", Some((0, "", Kind::Frozen))),
+            ("a", "/simple/x/", Some((1, "pypi", Kind::Fresh))),
+            ("a", "/golang.org/x/text/@latest", Some((2, "go", Kind::Fresh))),
+            // The first preset with this host. A route by hand has only what it says.
+            ("a", "/legacy/", Some((1, "pypi", Kind::Relay))),
+            ("a", "/config.json", Some((3, "cargo", Kind::Fresh))),
+            // A preset without host, prefix and namespace does not get what the origin should get.
+            ("b", "/legacy/", None),
+            ("b", "/cas/x", None),
+        ] {
+            let expected = expected.map(|(at, protocol, kind): (usize, &str, Kind)| (at, protocol.to_owned(), kind));
+            assert_eq!(find(host, target), expected, "{host} {target}");
+        }
+    }
+
+    #[test]
+    fn a_rule_that_relays_takes_no_request_from_a_later_route() {
+        let table = Table::new(vec![route("oci"), route("npm"), route("go")]);
+        for (target, expected) in [
+            ("/v2/golang.org/x/text/@v/list", Some((2, "/{module*}/@v/list"))),
+            ("/-/x/@v/v1.0.0.zip", Some((2, "/{module*}/@v/{version}.zip"))),
+            ("/v2/_catalog", Some((0, "/v2/{rest*}"))),
+            ("/-/ping", Some((1, "/-/{rest*}"))),
+            ("/v1/search/x", None),
+        ] {
+            let found = found(&table, "h", target).map(|(at, template, _)| (at, template));
+            assert_eq!(found, expected.map(|(at, template)| (at, template.to_owned())), "{target}");
+        }
+        for other in ["bazel", "cargo", "lfs", "nix", "npm", "pypi"] {
+            let table = Table::new(vec![route("oci"), route(other)]);
+            assert_eq!(table.overlaps(), [], "{other}: they can share a host");
+        }
     }
 
     #[test]
@@ -227,7 +328,11 @@ mod tests {
             ("/v2/", Some((0, "/v2/", "/v2/"))),
             ("/v2/x/manifests/1", None),
             ("/v2/x/manifests/1?ns=quay.io", None),
-            ("/v2/docker.io/manifests/1", None),
+            ("/v2/docker.io/manifests/1", Some((0, "/v2/{rest*}", "/v2/manifests/1"))),
+            ("/v2/ghcr.io/x/blobs/uploads/?digest=a", Some((1, "/v2/{rest*}", "/v2/x/blobs/uploads/?digest=a"))),
+            ("/v2/docker.io", None),
+            ("/v2/_catalog", None),
+            ("/status?ns=ghcr.io", Some((1, "/{rest*}", "/status"))),
         ] {
             let expected = expected.map(|(at, template, target): (usize, &str, &str)| (at, template.to_owned(), target.to_owned()));
             assert_eq!(found(&table, "h", target), expected, "{target}");

@@ -6,6 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// The longest answer that is read.
+const MOST: usize = 1 << 20;
 /// How long the answer may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -14,6 +16,21 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// # Errors
 /// A text with the other answer, or the reason why there is none.
 pub(crate) fn health_check(url: &str) -> Result<(), String> {
+    ask(url, 12).map(drop)
+}
+
+/// Sends a GET to this `http://` URL, and returns the body of a 2xx.
+///
+/// # Errors
+/// A text with the other answer, or the reason why there is none.
+pub fn get(url: &str) -> Result<String, String> {
+    let answer = ask(url, MOST)?;
+    let end = answer.windows(4).position(|end| end == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
+    Ok(String::from_utf8_lossy(&answer[end..]).into_owned())
+}
+
+/// The answer to a GET, of which at most `most` bytes are read.
+fn ask(url: &str, most: usize) -> Result<Vec<u8>, String> {
     let rest = url.strip_prefix("http://").ok_or_else(|| format!("{url}: write http://HOST:PORT/healthz"))?;
     let (authority, path) = rest.find('/').map_or((rest, "/healthz"), |slash| rest.split_at(slash));
     let with_port = if authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) {
@@ -31,10 +48,9 @@ pub(crate) fn health_check(url: &str) -> Result<(), String> {
                     stream.set_write_timeout(Some(left()))?;
                     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n").as_bytes())?;
                     let mut line = Vec::new();
-                    // Only the status matters.
-                    while line.len() < 12 {
+                    while line.len() < most {
                         stream.set_read_timeout(Some(left()))?;
-                        let mut part = [0; 64];
+                        let mut part = [0; 4096];
                         let read = stream.read(&mut part)?;
                         if read == 0 {
                             break;
@@ -50,7 +66,7 @@ pub(crate) fn health_check(url: &str) -> Result<(), String> {
     };
     let line = ask().map_err(|error| format!("{url}: {error}"))?;
     match line.get(9..12) {
-        Some(status) if line.starts_with(b"HTTP/1.") && status[0] == b'2' => Ok(()),
+        Some(status) if line.starts_with(b"HTTP/1.") && status[0] == b'2' => Ok(line),
         Some(status) if line.starts_with(b"HTTP/1.") => Err(format!("{url}: answered {}", String::from_utf8_lossy(status))),
         _ => Err(format!("{url}: answered with something that is not HTTP")),
     }

@@ -14,7 +14,7 @@ pub mod access_log;
 pub mod admin_connections;
 pub mod bind;
 mod byte_queue;
-mod health_check;
+pub mod health_check;
 pub mod log;
 pub mod multipart;
 pub mod open_files;

@@ -4,7 +4,7 @@
 //! program's own `run`: log, signals, listeners.
 
 use crate::{health_check::health_check, log, threads};
-use castier_config::{Config, Loaded, LogFormat, Problems, load, load_offline};
+use castier_config::{Config, Loaded, LogFormat, Problems, load_offline_with, load_with};
 use std::{
     io::{self, Write as _},
     path::PathBuf,
@@ -38,8 +38,20 @@ impl CommonArgs {
     /// # Errors
     /// All problems of the configuration.
     pub fn load<C: Config>(&self, environment: impl Iterator<Item = (String, String)>) -> Result<Loaded<C>, Problems> {
+        self.load_with(environment, |_, _| {})
+    }
+
+    /// The same, with checks of the program's own: see [`castier_config::load_with`].
+    ///
+    /// # Errors
+    /// All problems of the configuration.
+    pub fn load_with<C: Config>(
+        &self,
+        environment: impl Iterator<Item = (String, String)>,
+        check: impl FnOnce(&C, &mut Problems),
+    ) -> Result<Loaded<C>, Problems> {
         let file = self.config.as_deref();
-        if self.offline { load_offline(file, environment) } else { load(file, environment) }
+        if self.offline { load_offline_with(file, environment, check) } else { load_with(file, environment, check) }
     }
 }
 
@@ -57,8 +69,8 @@ pub fn main<C: Config, F: Future<Output = Result<(), String>>>(
     if let Some(url) = &args.health {
         return health_check(url).map_or_else(|why| fail(LogFormat::Text, &why), |()| ExitCode::SUCCESS);
     }
-    let config = match load() {
-        Ok(loaded) => loaded.config,
+    let (config, notes) = match load() {
+        Ok(loaded) => (loaded.config, loaded.notes),
         Err(problems) => {
             if args.check_config || args.print_config {
                 eprintln!("{problems}");
@@ -73,6 +85,8 @@ pub fn main<C: Config, F: Future<Output = Result<(), String>>>(
         return ExitCode::SUCCESS;
     }
     if args.check_config {
+        // On stderr, as problems are: stdout has the verdict.
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
         say("the configuration is sound");
         return ExitCode::SUCCESS;
     }

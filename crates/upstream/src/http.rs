@@ -34,7 +34,7 @@ use pingora::{
 };
 use std::{
     fmt, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -76,6 +76,31 @@ pub struct Upstream {
     pub(crate) replays: Semaphore,
     /// `None` for the origin.
     trust: Option<Box<dyn Trust>>,
+    /// Addresses that are not connected to.
+    refuses: fn(IpAddr) -> bool,
+}
+
+/// A server that a route uses.
+pub struct RouteServer<'a> {
+    /// The connections to all servers of routes.
+    pub connector: Arc<TransportConnector>,
+    /// Its URL, of which only scheme, host and port count.
+    pub url: &'a url::Url,
+    /// How long a connection may take to open.
+    pub connect_timeout: Duration,
+    /// The longest time without a byte.
+    pub read_timeout: Duration,
+    /// The most small requests at once.
+    pub max_requests: usize,
+    /// Addresses that are not connected to.
+    pub refuses: fn(IpAddr) -> bool,
+}
+
+/// The connections to all servers of routes. With a `ca_file`, its CAs must have signed their certificates.
+pub fn connector(ca_file: Option<String>) -> Arc<TransportConnector> {
+    let mut options = ConnectorOptions::new(POOL);
+    options.ca_file = ca_file;
+    Arc::new(TransportConnector::new(Some(options)))
 }
 
 /// The additional steps for a peer: its requests and answers are signed, and an unreachable peer is reported.
@@ -153,7 +178,40 @@ impl Upstream {
             requests: Semaphore::new(config.max_requests),
             replays: Semaphore::new(REPLAYS),
             trust: None,
+            refuses: |_| false,
         }))
+    }
+
+    /// A server of a route. Its health is not that of the origin.
+    ///
+    /// # Errors
+    /// A text that names the unusable part of the URL.
+    pub fn of_route(server: RouteServer<'_>, metrics: Arc<Metrics>) -> Result<Arc<Self>, String> {
+        let (host, port) = (server.url.host_str().ok_or("names no host")?, server.url.port_or_known_default().ok_or("names no port")?);
+        let bare = host.trim_matches(['[', ']']).to_owned();
+        Ok(Arc::new(Self {
+            name: "upstream",
+            connector: server.connector,
+            authority: server.url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}")),
+            addresses: Addresses::of(&bare, port),
+            host: bare,
+            tls: server.url.scheme() == "https",
+            credentials: access::basic(server.url),
+            connect_timeout: server.connect_timeout,
+            read_timeout: server.read_timeout,
+            health: None,
+            metrics,
+            requests: Semaphore::new(server.max_requests),
+            replays: Semaphore::new(REPLAYS),
+            trust: None,
+            refuses: server.refuses,
+        }))
+    }
+
+    /// Those of these addresses that may be connected to.
+    fn allowed(&self, mut addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+        addresses.retain(|address| !(self.refuses)(address.ip()));
+        addresses
     }
 
     /// A peer.
@@ -173,6 +231,7 @@ impl Upstream {
             requests: Semaphore::new(server.max_requests),
             replays: Semaphore::new(REPLAYS),
             trust: Some(server.trust),
+            refuses: |_| false,
         })
     }
 
@@ -215,6 +274,15 @@ impl Upstream {
     pub fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64) -> Result<Incoming, Fault> {
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         self.must_be_uncoded(&head.headers)?;
+        self.incoming_as_it_is(session, peer, from)
+    }
+
+    /// As [`Self::incoming`], for a body in any content coding. With a `from` of 0, an answer of any other status than 206 has the whole body.
+    ///
+    /// # Errors
+    /// As [`Self::incoming`].
+    pub fn incoming_as_it_is(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64) -> Result<Incoming, Fault> {
+        let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         let (size, skip) = match head.status {
             // A source without ranges sends the whole blob. The first `from` bytes are skipped.
             StatusCode::OK => (number(head.headers.get(header::CONTENT_LENGTH)), from),
@@ -229,6 +297,7 @@ impl Upstream {
                 }
                 (size, 0)
             }
+            StatusCode::NOT_FOUND | StatusCode::GONE if from == 0 => (number(head.headers.get(header::CONTENT_LENGTH)), 0),
             status => return Err(self.unusable(format!("status {}", status.as_u16()))),
         };
         let transfer = Transfer { upstream: self.clone(), session, peer, skip };
@@ -280,7 +349,7 @@ impl Upstream {
 
     /// A kept-alive connection. The source may close it at any time.
     pub(crate) async fn kept_alive(&self) -> Option<Connection> {
-        for address in self.addresses.known() {
+        for address in self.allowed(self.addresses.known()) {
             let peer = self.at(address);
             if let Some(stream) = self.connector.reused_stream(&peer).await {
                 return Some(Connection { stream, address, peer, reused: true });
@@ -306,14 +375,17 @@ impl Upstream {
     async fn connect_anew(&self) -> Result<Connection, Fault> {
         let deadline = Instant::now() + self.connect_timeout;
         let unresolved = |why| Fault::Unreachable { source_name: self.name, why };
-        let mut addresses = self.addresses.all(deadline).await.map_err(unresolved)?;
+        let mut addresses = self.allowed(self.addresses.all(deadline).await.map_err(unresolved)?);
+        if addresses.is_empty() {
+            return Err(unresolved(format!("{} has only addresses that may not be connected to", self.host)));
+        }
         // The time of the look-up does not count for the connection.
         let deadline = Instant::now() + self.connect_timeout;
         loop {
             let (stream, address) = match self.addresses.connect(&addresses, deadline).await {
                 Ok(connected) => connected,
                 Err(error) => {
-                    addresses = self.addresses.moved(&addresses, deadline).await;
+                    addresses = self.allowed(self.addresses.moved(&addresses, deadline).await);
                     if addresses.is_empty() {
                         return Err(self.not_connected(&connect_error(error)));
                     }
@@ -539,7 +611,7 @@ pub struct HttpStore(Arc<Upstream>);
 impl Source for HttpStore {
     fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
         async move {
-            let request = self.0.get_request(&ask.digest, ask.from)?;
+            let request = self.0.get_request(&ask.digest()?, ask.from)?;
             let (session, peer) = self.0.exchange(&request, &[]).await?;
             match session.get_status() {
                 Some(StatusCode::NOT_FOUND | StatusCode::GONE) => {

@@ -23,7 +23,7 @@ pub mod via_header;
 pub use access::{ca_file, certificates_file};
 pub use chunks::Chunks;
 pub use embedded::EmbeddedStore;
-pub use http::{HttpStore, PeerServer, Signed, Trust, UNPROVED, Upstream, insert, size_of};
+pub use http::{HttpStore, PeerServer, RouteServer, Signed, Trust, UNPROVED, Upstream, connector, insert, size_of};
 pub use lent::Expected;
 pub use metrics::Metrics;
 pub use origin_state::OriginState;

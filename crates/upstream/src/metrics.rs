@@ -26,9 +26,9 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Counts bytes from a source: `origin` or `peer`.
+    /// Counts bytes from a source. The upstreams of routes count as the origin.
     pub(crate) fn received(&self, source: &str, bytes: u64) {
-        self.source_bytes[usize::from(source != "origin")].inc_by(bytes);
+        self.source_bytes[usize::from(source == "peer")].inc_by(bytes);
     }
 
     /// How many bytes came from the origin, and from peers.

@@ -129,7 +129,7 @@ fn attributes(outcome: Outcome<'_>, digest: &Digest, url: &str, source: &'static
     ];
     let mut error = None;
     match outcome {
-        Outcome::Whole | Outcome::Verified => attributes.push(("http.response.status_code", Value::Number(200))),
+        Outcome::Whole | Outcome::Verified(..) => attributes.push(("http.response.status_code", Value::Number(200))),
         Outcome::Absent => attributes.push(("http.response.status_code", Value::Number(404))),
         Outcome::NotKept | Outcome::Unable | Outcome::Left => {}
         Outcome::Failed(fault) => {

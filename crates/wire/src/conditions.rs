@@ -49,6 +49,11 @@ pub fn select(method: &Method, headers: &HeaderMap, digest: &Digest, size: u64) 
     if honoured { parse_range(range, size) } else { Selection::Whole }
 }
 
+/// The part of a body of `size` bytes that `Range` selects, without a look at conditions.
+pub fn range(headers: &HeaderMap, size: u64) -> Selection {
+    single(headers, header::RANGE).map_or(Selection::Whole, |range| parse_range(range, size))
+}
+
 /// The value of a header that may occur once; `None` if it is missing or repeated.
 fn single(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
     let mut values = headers.get_all(name).iter();

@@ -20,7 +20,7 @@ mod paths;
 mod problem;
 pub mod trace;
 
-pub use conditions::{Selection, names_this_blob, select};
+pub use conditions::{Selection, names_this_blob, range, select};
 pub use expect::expects_continue;
 pub use fields::Fields;
 pub use form::is_file;

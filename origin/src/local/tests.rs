@@ -32,7 +32,7 @@ impl World {
     }
 
     async fn open(&self, digest: Digest, from: u64) -> Result<Answer, Fault> {
-        self.local.open(Ask { digest, from }).await
+        self.local.open(Ask { key: castier_cache::Key::Blob(digest), from }).await
     }
 }
 

@@ -48,7 +48,7 @@ pub(crate) fn memory_get(criterion: &mut Criterion) {
         verifier.write(&bytes).unwrap();
         let blob = verifier.finish().unwrap();
         digests.push(blob.digest());
-        tier.keep(blob);
+        tier.keep(blob, castier_cache::Visibility::Public);
     }
     // A digest is random, so their order is as good as a shuffle.
     digests.sort();

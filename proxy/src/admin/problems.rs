@@ -41,6 +41,8 @@ pub(super) struct NodeState {
     pub(super) disk_silent: Option<SystemTime>,
     /// The peers that are down, and since when.
     pub(super) peers_down: Vec<(String, SystemTime)>,
+    /// The routes whose upstreams are down, and since when.
+    pub(super) upstreams_down: Vec<(String, SystemTime)>,
     /// Requests refused at a limit since the start, by limit.
     pub(super) sheds: Vec<(&'static str, u64)>,
     /// Blobs that came with wrong bytes since the start, by source.
@@ -85,6 +87,9 @@ impl ProblemTracker {
         }
         for (name, since) in &node.peers_down {
             add("peer", format!("{name} is down"), *since, Warning);
+        }
+        for (route, since) in &node.upstreams_down {
+            add("upstream", format!("the upstream of route {route} is down"), *since, Warning);
         }
         let sheds = self.ongoing("shedding", &node.sheds, now, LATELY);
         if let Some(since) = sheds.iter().map(|(_, since)| *since).min() {
@@ -165,6 +170,7 @@ mod tests {
             disk_read_only: Some(at(10)),
             disk_silent: None,
             peers_down: vec![("b:1".into(), at(40)), ("a:1".into(), at(5))],
+            upstreams_down: vec![("npm /npm".into(), at(30))],
             sheds: vec![("fills", 3), ("files", 0)],
             corrupt: vec![("origin", 0), ("peer", 1), ("disk", 0)],
             log_dropped: vec![("stderr", 0), ("loki", 2)],
@@ -179,6 +185,7 @@ mod tests {
                 "requests are turned away at a limit: fills",
                 "a:1 is down",
                 "disk read-only",
+                "the upstream of route npm /npm is down",
                 "b:1 is down",
                 "a peer sent wrong bytes",
                 "log records are dropped: loki does not take them in time",

@@ -6,7 +6,12 @@ use super::{
     problems::{NodeProblem, NodeState},
     utc::Utc,
 };
-use crate::{groupcache::GroupcacheStats, memory_plan, recent::Top};
+use crate::{
+    groupcache::GroupcacheStats,
+    memory_plan,
+    recent::Top,
+    routes::{RouteFigures, Routes},
+};
 use castier_cache::{DiskState, Tier as CacheTier, TierStats};
 use castier_cluster as cluster;
 use serde::Serialize;
@@ -45,6 +50,7 @@ pub struct Stats {
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster: Option<cluster::Status>,
     members: Vec<MemberRow>,
+    routes: Vec<RouteRow>,
     flights: Vec<FlightRow>,
     top: Top,
     history: Past,
@@ -112,6 +118,13 @@ struct MemberRow {
 }
 
 #[derive(Serialize)]
+struct RouteRow {
+    #[serde(flatten)]
+    figures: RouteFigures,
+    since: Option<Utc>,
+}
+
+#[derive(Serialize)]
 struct FlightRow {
     digest: String,
     bytes: u64,
@@ -126,7 +139,7 @@ impl Admin {
     pub fn stats(&self) -> Stats {
         let (flights_total, flights) = self.node.cache.in_progress(FLIGHTS);
         let flights = flights.into_iter().map(|flight| FlightRow {
-            digest: flight.digest.to_string(),
+            digest: flight.key.to_string(),
             bytes: flight.bytes,
             size: flight.size,
             age_seconds: rounded(flight.age),
@@ -142,17 +155,24 @@ impl Admin {
             probe_ms: member.probe.map(|probe| rounded(probe * 1000)),
             errors: member.errors,
         });
+        let routes = self.route_figures().into_iter().map(|figures| RouteRow { since: figures.since.map(Utc), figures });
         Stats {
             brief: Brief { flights_total, ..self.brief() },
             cluster: self.members.as_ref().map(|members| members.status()),
             members: members.collect(),
+            routes: routes.collect(),
             flights: flights.collect(),
             top: self.metrics.recent.top(),
             history: self.history.lock().past(),
         }
     }
 
-    /// The answer without `top`, `history`, `flights`, `members` and `cluster`.
+    /// The figures of the routes; empty without any.
+    fn route_figures(&self) -> Vec<RouteFigures> {
+        self.routes.as_deref().map(Routes::figures).unwrap_or_default()
+    }
+
+    /// The answer without `top`, `history`, `flights`, `members`, `routes` and `cluster`.
     pub fn brief(&self) -> Brief {
         let (metrics, now) = (&self.metrics, Instant::now());
         let tiers = self.node.cache.tier_stats();
@@ -244,11 +264,13 @@ impl Admin {
         let since = |state| disk.filter(|(now, _)| *now == state).map(|(_, since)| since.unwrap_or(self.started));
         let members = self.members.as_ref().map(|members| members.figures()).unwrap_or_default();
         let down = members.into_iter().filter(|member| !member.up);
+        let upstreams_down = self.route_figures().into_iter().filter(|route| !route.up);
         let node = NodeState {
             origin_down: origin.map(|origin| origin.since.unwrap_or(self.started)),
             disk_read_only: since(DiskState::ReadOnly),
             disk_silent: since(DiskState::NotAnswering),
             peers_down: down.map(|member| (member.name, member.since.unwrap_or(self.started))).collect(),
+            upstreams_down: upstreams_down.map(|route| (route.route, route.since.unwrap_or(self.started))).collect(),
             sheds: self.metrics.sheds().to_vec(),
             corrupt: ["origin", "peer", "disk"].map(|source| (source, self.metrics.cache.corrupt_count(source))).to_vec(),
             log_dropped: castier_serverkit::log::drops().to_vec(),

@@ -27,13 +27,29 @@ impl Handlers {
                 None => return Ok(Reply::not_kept()),
             }
         } else {
-            cache.get(digest, self.asker(), part).await?
+            match self.get_seen(digest, part).await? {
+                Some(found) => found,
+                None => return Ok(Reply::absent(digest)),
+            }
         };
         Ok(match hit {
             Some(Hit { size, via, reader }) => Reply::blob(digest, size, size.map_or(Selection::Whole, select), via, Body::Blob(reader)),
             None if *digest == Digest::EMPTY => empty(select(0)),
             None => Reply::absent(digest),
         })
+    }
+
+    /// Gets a blob. If it is kept for others only, asks the origin whether it has the blob too. The outer `None`: it does not.
+    async fn get_seen(&self, digest: &Digest, part: impl Fn(Option<u64>) -> Part) -> Result<Option<Option<Hit>>, Fault> {
+        // A blob that was published can be hidden again if its file is closed at this moment.
+        for _ in 0..3 {
+            match self.node.cache.get(digest, self.asker(), &part).await {
+                Err(Fault::Hidden) if !self.node.publish_if_stored(digest).await? => return Ok(None),
+                Err(Fault::Hidden) => {}
+                got => return got.map(Some),
+            }
+        }
+        Err(Fault::Internal("a blob that the origin has stayed hidden".into()))
     }
 
     pub(super) async fn head(&self, request: &Request<'_>, digest: &Digest) -> Result<Reply, Fault> {

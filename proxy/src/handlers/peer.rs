@@ -11,6 +11,9 @@ use castier_cluster::{FILLING, FLIGHT, HEALTH, Members, NODE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// The path of a purge of names, before what is purged.
+pub(crate) const PURGE_NAMES: &str = "/names/";
+
 impl Handlers {
     pub(super) async fn control(&self, request: &Request<'_>, members: &Members, leaving: &AtomicBool) -> Result<Reply, Fault> {
         let (method, path) = (request.method, request.path);
@@ -25,6 +28,12 @@ impl Handlers {
             self.node.cache.forget(&digest).await;
             tracing::info!(%digest, "purged at a peer's request");
             return Ok(Reply::done());
+        }
+        if let (Some(routes), Some(what)) = (&self.routes, path.strip_prefix(PURGE_NAMES).filter(|_| *method == Method::POST)) {
+            return Ok(match routes.purge_at_peers_request(what) {
+                Some(_) => Reply::done(),
+                None => Reply::error(StatusCode::NOT_FOUND, "this node has no such route"),
+            });
         }
         if let Some(digest) = names("/stored/") {
             self.node.cache.stored(&digest);

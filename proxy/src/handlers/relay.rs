@@ -8,6 +8,7 @@ use crate::{
     metrics::{Listener, Metrics, Route, Served},
     reply::Reply,
     request_head::{Head, names_upgrade},
+    routes::RelayTo,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -87,6 +88,8 @@ pub struct Known {
     pub client: Option<IpAddr>,
     /// Its trace and request id.
     pub trace: Trace,
+    /// Where it goes; `None`: to the origin.
+    pub to: Option<RelayTo>,
 }
 
 /// The state of one relayed request.
@@ -120,6 +123,11 @@ impl RelayContext {
 }
 
 impl Rules {
+    /// The server that a request goes to.
+    fn server<'a>(&'a self, ctx: &'a RelayContext) -> &'a Arc<Upstream> {
+        ctx.known.as_ref().and_then(|known| known.to.as_ref()).map_or(&self.origin, |to| &to.server)
+    }
+
     /// Changes the head of an answer for the client.
     fn answer_head(&self, session: &mut Session, response: &mut ResponseHeader) -> pingora::Result<()> {
         let upgrade = session.is_upgrade_req();
@@ -183,7 +191,7 @@ impl ProxyHttp for Rules {
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut RelayContext) -> pingora::Result<Box<HttpPeer>> {
         let expected = Expected { head: session.req_header().method == Method::HEAD, upgrade: session.is_upgrade_req() };
         // A retry uses a new connection: if one pooled connection was closed, the others may be closed too.
-        let (peer, reused) = self.origin.lend(expected, ctx.connections > 0).await.map_err(|fault| {
+        let (peer, reused) = self.server(ctx).lend(expected, ctx.connections > 0).await.map_err(|fault| {
             let kind = if matches!(fault, Fault::Busy(_)) { ErrorType::InternalError } else { ErrorType::ConnectError };
             pingora::Error::because(kind, "no connection to the origin", fault).into_up()
         })?;
@@ -223,7 +231,10 @@ impl ProxyHttp for Rules {
         }
         let client_address = session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical());
         add_forwarded(request, client_address, ctx.known.as_ref().and_then(|known| known.client))?;
-        request.insert_header(header::HOST, self.origin.authority())?;
+        request.insert_header(header::HOST, self.server(ctx).authority())?;
+        if let Some(to) = ctx.known.as_ref().and_then(|known| known.to.as_ref()) {
+            to.prepare(request)?;
+        }
         if let Some(length) = one_length(&request.headers) {
             request.insert_header(header::CONTENT_LENGTH, length)?;
         }
@@ -234,7 +245,7 @@ impl ProxyHttp for Rules {
             }
         }
         request.append_header(header::VIA, via_header::own(session.req_header().version))?;
-        if let Some(credentials) = self.origin.credentials()
+        if let Some(credentials) = self.server(ctx).credentials()
             && !request.headers.contains_key(header::AUTHORIZATION)
         {
             request.insert_header(header::AUTHORIZATION, credentials.clone())?;
@@ -249,7 +260,10 @@ impl ProxyHttp for Rules {
         ctx: &mut RelayContext,
     ) -> pingora::Result<()> {
         if !response.status.is_informational() {
-            self.origin.report_outcome(ctx.started, Ok(response.status));
+            self.server(ctx).report_outcome(ctx.started, Ok(response.status));
+            if let Some(to) = ctx.known.as_ref().and_then(|known| known.to.as_ref()) {
+                to.answered(response, ctx.started);
+            }
         }
         // An answer with two different lengths was refused before.
         let status = response.status;
@@ -302,12 +316,12 @@ impl ProxyHttp for Rules {
         let fault = if ctx.shed {
             Fault::Busy(Limit::ClientMemory)
         } else {
-            error.root_cause().downcast_ref::<Fault>().cloned().unwrap_or_else(|| self.origin.fault(error))
+            error.root_cause().downcast_ref::<Fault>().cloned().unwrap_or_else(|| self.server(ctx).fault(error))
         };
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
         let downstream = error.esource == pingora::ErrorSource::Downstream;
         if !downstream && !ctx.shed {
-            self.origin.report_outcome(ctx.started, Err(&fault));
+            self.server(ctx).report_outcome(ctx.started, Err(&fault));
         }
         let answered = session
             .response_written()
@@ -342,7 +356,7 @@ impl ProxyHttp for Rules {
         let error = error.map(ToString::to_string);
         let done = access_log::Record {
             listener: Listener::Public,
-            route: Route::Relay,
+            route: if ctx.known.as_ref().is_some_and(|known| known.to.is_some()) { Route::Route } else { Route::Relay },
             method: request.method.as_str(),
             path: request.uri.path(),
             code,

@@ -1,6 +1,6 @@
 //! Every expression of the dashboards, of the rules and of the manual, against a real Prometheus that scrapes real nodes under load.
 //!
-//! 1. castier-origin, a cluster of three with TLS and disk tiers in front of it, and a fourth castier whose origin lies.
+//! 1. castier-origin, a cluster of three with TLS, disk tiers and a route in front of it, and a fourth castier whose origin lies.
 //! 2. Prometheus with the rules scrapes them every second. castier-load asks for more than the tiers hold.
 //! 3. One node is killed; somebody without the secret asks at the peer listener; the origin lies.
 //! 4. Each expression must come to have numbers, and the alerts on what happened must rise.
@@ -37,6 +37,23 @@ fn address(serial: u32) -> Ipv4Addr {
 
 /// An origin that has every blob, and never the right bytes.
 fn lying_origin() -> SocketAddr {
+    server(|_| ("200 OK", ""))
+}
+
+/// The upstream of a route, which has everything, limits some and fails for some.
+fn upstream() -> SocketAddr {
+    server(|head| {
+        let path = head.split(' ').nth(1).unwrap_or_default();
+        match () {
+            () if path.contains("limited") => ("429 Too Many Requests", ""),
+            () if path.contains("fault") => ("503 Service Unavailable", ""),
+            () => ("200 OK", "Cache-Control: max-age=3600\r\n"),
+        }
+    })
+}
+
+/// A server that chooses a status and further headers by the head of a request.
+fn server(choose: fn(&str) -> (&'static str, &'static str)) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     // Ends with the process.
@@ -52,7 +69,8 @@ fn lying_origin() -> SocketAddr {
                         }
                     }
                     let body = if head.starts_with("HEAD") { "" } else { "a lie" };
-                    if write!(&stream, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n{body}").is_err() {
+                    let (status, headers) = choose(&head);
+                    if write!(&stream, "HTTP/1.1 {status}\r\n{headers}Content-Length: 5\r\n\r\n{body}").is_err() {
                         return;
                     }
                 }
@@ -124,7 +142,8 @@ impl Prometheus {
 
 /// As Grafana puts its variables in.
 fn filled(expression: &str) -> String {
-    let values = [("$namespace", ".*"), ("$node", ".*"), ("$store", ".*"), ("$__rate_interval", "15s"), ("$__range", "2m")];
+    let values =
+        [("$namespace", ".*"), ("$node", ".*"), ("$store", ".*"), ("$route", ".*"), ("$__rate_interval", "15s"), ("$__range", "2m")];
     let expression = values.iter().fold(expression.to_owned(), |text, (name, value)| text.replace(name, value));
     assert!(!expression.contains('$'), "{expression}");
     expression
@@ -199,6 +218,7 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
     let secret = dir.join("secret");
     fs::write(&secret, "the-secret-of-this-cluster").unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    let routed = upstream();
     // Tiers that hold a part of what is asked for, so that all of them evict.
     let node_config = |node: &Ipv4Addr| {
         format!(
@@ -206,7 +226,8 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
              origin.url = \"http://{store}:{PUBLIC}\"\nmemory.capacity = \"2MiB\"\nmemory.max_blob = \"64KiB\"\nmemory.policy = \"lru\"\n\
              disk.path = {:?}\ndisk.capacity = \"4MiB\"\ndisk.policy = \"lru\"\nfill.spool_dir = {:?}\n\
              cluster.advertise = \"{node}:{PEER}\"\ncluster.peers = {names:?}\ncluster.secret_file = {secret:?}\ncluster.mirror_share = 0.25\n\
-             cluster.tls.cert_file = {:?}\ncluster.tls.key_file = {:?}\ncluster.tls.ca_file = {:?}\nlog.format = \"json\"\n",
+             cluster.tls.cert_file = {:?}\ncluster.tls.key_file = {:?}\ncluster.tls.ca_file = {:?}\nlog.format = \"json\"\n\
+             route = [{{ path = \"/files/{{name}}\", kind = \"fresh\", upstream = \"http://{routed}\", access = \"local\" }}]\n",
             dir.join(format!("disk-{node}")),
             dir,
             certificates.certificate,
@@ -304,6 +325,10 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
         assert_eq!(fetch(&format!("http://{}:{PUBLIC}/cas/{}", nodes[0], digest(number)), &[]), "404");
         assert_eq!(fetch(&format!("https://{}/cas/{}", names[0], digest(1)), &stranger), "403");
         fetch(&format!("http://{}:{PUBLIC}/other", nodes[0]), &[]);
+        // In turns, so that the upstream is not down for long. What is new is a miss.
+        for (file, status) in [("limited", "429"), ("fault", "503"), ("kept", "200"), (&*format!("new-{number}"), "200")] {
+            assert_eq!(fetch(&format!("http://{}:{PUBLIC}/files/{file}", nodes[0]), &[]), status, "{file}");
+        }
 
         let mut faults: Vec<_> = wanted.iter().filter_map(|wanted| fault(&prometheus, wanted)).collect();
         let rising: BTreeSet<_> = items(&prometheus.get("alerts", &[])["alerts"])
@@ -364,5 +389,5 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
             assert!(logs.contains(name), "{what}: no record says {name}");
         }
     }
-    assert_eq!(dashboards().len(), 5);
+    assert_eq!(dashboards().len(), 6);
 }

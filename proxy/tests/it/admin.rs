@@ -1,6 +1,9 @@
 //! The admin interface and the log.
 
-use crate::support::{Blob, Castier, KIB, LyingOrigin, MIB, Request, assert_ledger, eventually, get, light, metrics, stats};
+use crate::support::{
+    Blob, Castier, KIB, LyingOrigin, MIB, Reply, Request, RouteUpstream, assert_ledger, eventually, get, light, metrics, stats,
+};
+use serde_json::{Value, json};
 
 async fn world(config: &str) -> (LyingOrigin, Castier) {
     let origin = LyingOrigin::start().await;
@@ -138,6 +141,170 @@ async fn purge() {
     Request::new("POST", "/purge/abc").send(castier.admin).await.assert_problem(400);
     Request::get(path).send(castier.admin).await.assert_problem(405);
     assert_ledger(&castier).await;
+}
+
+/// A castier with a route for each of these lines of TOML, in front of one upstream.
+async fn with_routes(lines: &[&str]) -> (LyingOrigin, RouteUpstream, Castier) {
+    let upstream = RouteUpstream::start().await;
+    let routes: Vec<_> = lines.iter().map(|line| format!("{{ {line}, upstream = \"{}\", access = \"local\" }}", upstream.url())).collect();
+    let (origin, castier) = world(&format!("route = [{}]", routes.join(", "))).await;
+    (origin, upstream, castier)
+}
+
+fn json_of(reply: &Reply) -> Value {
+    assert_eq!((reply.status, reply.header("content-type")), (200, Some("application/json")), "{:?}", reply.head);
+    serde_json::from_slice(&reply.body).unwrap()
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_cannot_purge() {
+    let _turn = light().await;
+    let (_origin, upstream, castier) = with_routes(&["protocol = \"npm\", prefix = \"/npm\", ttl = \"1h\""]).await;
+    let own = castier.admin.to_string();
+    let path = format!("/purge/{}", Blob::new(1).digest);
+    let one_name = json!({"url": "/npm/left-pad"}).to_string();
+    // What a browser adds to a request of a page, and the status.
+    let requests: &[(&[(&str, &str)], u16)] = &[
+        // curl and scripts send neither.
+        (&[], 200),
+        (&[("Sec-Fetch-Site", "same-origin")], 200),
+        // Somebody typed the address, or followed a bookmark.
+        (&[("Sec-Fetch-Site", "none")], 200),
+        (&[("Sec-Fetch-Site", "cross-site")], 403),
+        // Another port of the same host, or another host of the same domain.
+        (&[("Sec-Fetch-Site", "same-site")], 403),
+        (&[("Sec-Fetch-Site", "something new")], 403),
+        // An older browser sends only where the page comes from.
+        (&[("Origin", &format!("http://{own}"))], 200),
+        (&[("Origin", "http://evil.example")], 403),
+        (&[("Origin", "http://127.0.0.1:1")], 403),
+        (&[("Origin", "null")], 403),
+        // The newer header counts.
+        (&[("Origin", &format!("http://{own}")), ("Sec-Fetch-Site", "cross-site")], 403),
+        (&[("Origin", "https://admin.example"), ("Sec-Fetch-Site", "same-origin")], 200),
+    ];
+    for (headers, status) in requests {
+        let with = |request: Request| {
+            headers.iter().fold(request.header("Host", own.as_str()), |request, (name, value)| request.header(name, *value))
+        };
+        Request::get("/npm/left-pad").send(castier.public).await;
+        for (what, request) in
+            [("a digest", Request::new("POST", path.as_str())), ("a URL", Request::new("POST", "/purge").body(one_name.as_str()))]
+        {
+            let reply = with(request).send(castier.admin).await;
+            assert_eq!(reply.status, *status, "{what}: {headers:?}");
+            match status {
+                403 => assert!(reply.assert_problem(403).contains("another site"), "{headers:?}"),
+                _ if what == "a URL" => assert_eq!(json_of(&reply), json!({"names": 1}), "{headers:?}"),
+                _ => assert_eq!(json_of(&reply)["failed"], json!([]), "{headers:?}"),
+            }
+        }
+    }
+    let purged = requests.iter().filter(|(_, status)| *status == 200).count();
+    assert_eq!(upstream.asked("/left-pad"), purged, "what was refused has purged nothing");
+}
+
+#[tokio::test]
+async fn names_are_purged_by_url_and_by_route() {
+    let _turn = light().await;
+    let routes =
+        ["protocol = \"npm\", prefix = \"/npm\", ttl = \"1h\"", "path = \"/files/{name*}\", kind = \"frozen\", host = \"files.test\""];
+    let (_origin, upstream, castier) = with_routes(&routes).await;
+    let load = async |path: &'static str, host: &'static str| {
+        let reply = Request::get(path).header("Host", host).send(castier.public).await;
+        assert_eq!(reply.status, 200, "{path}");
+    };
+    let all =
+        [("/npm/left-pad", "cache.test"), ("/npm/right-pad", "cache.test"), ("/files/a/1", "files.test"), ("/files/b/1", "files.test")];
+    let asked = || ["/left-pad", "/right-pad", "/files/a/1", "/files/b/1"].map(|path| upstream.asked(path));
+    let load_all = async || {
+        for (path, host) in all {
+            load(path, host).await;
+        }
+        asked()
+    };
+    assert_eq!(load_all().await, [1, 1, 1, 1]);
+    assert_eq!(load_all().await, [1, 1, 1, 1], "all of it is kept");
+    let purge = async |body: &str| Request::new("POST", "/purge").body(body).send(castier.admin).await;
+    let purges = [
+        // By URL: with the host of the route, or a path alone where no host is needed.
+        (json!({"url": "http://cache.test/npm/left-pad"}), true, [2, 1, 1, 1]),
+        (json!({"url": "/npm/left-pad"}), true, [3, 1, 1, 1]),
+        (json!({"url": "https://files.test/files/a/1"}), true, [3, 1, 2, 1]),
+        (json!({"url": "/npm/never-asked-for"}), false, [3, 1, 2, 1]),
+        // By route: its name, or its protocol, with a pattern.
+        (json!({"route": "npm /npm", "path": "/right-*"}), true, [3, 2, 2, 1]),
+        (json!({"route": "npm", "path": "/**"}), true, [4, 3, 2, 1]),
+        (json!({"route": "/files/{name*} files.test", "path": "/files/*/1"}), true, [4, 3, 3, 2]),
+        (json!({"route": "/files/{name*} files.test", "path": "/files/*"}), false, [4, 3, 3, 2]),
+    ];
+    for (body, has_any, then) in purges {
+        // A name with variants counts more than once.
+        let told = json_of(&purge(&body.to_string()).await);
+        assert_eq!(told["names"].as_u64().map(|names| names > 0), Some(has_any), "{body}: {told}");
+        assert_eq!(load_all().await, then, "{body}");
+    }
+    for (body, status, told) in [
+        ("", 400, "the body is"),
+        ("not JSON", 400, "the body is"),
+        ("{}", 400, "the body is"),
+        ("[]", 400, "the body is"),
+        (r#"{"url": 7}"#, 400, "the body is"),
+        (r#"{"route": "npm"}"#, 400, "the body is"),
+        (r#"{"path": "/**"}"#, 400, "the body is"),
+        (r#"{"url": "/npm/left-pad", "route": "npm", "path": "/**"}"#, 400, "the body is"),
+        (r#"{"route": "npm", "path": "/**", "dry": true}"#, 400, "the body is"),
+        (r#"{"route": "npm", "path": "no slash"}"#, 400, "path: "),
+        (r#"{"route": "pypi", "path": "/**"}"#, 404, "npm /npm, /files/{name*} files.test"),
+        (r#"{"url": "/elsewhere"}"#, 404, "no such route"),
+        // Without its host the URL is not for the route.
+        (r#"{"url": "/files/a/1"}"#, 404, "no such route"),
+    ] {
+        let detail = purge(body).await.assert_problem(status);
+        assert!(detail.contains(told), "{body}: {detail}");
+    }
+    assert_eq!(asked(), [4, 3, 3, 2], "none of these has purged anything");
+    Request::get("/purge").send(castier.admin).await.assert_problem(405);
+
+    let (_origin, castier) = world("").await;
+    let reply = Request::new("POST", "/purge").body(json!({"url": "/npm/left-pad"}).to_string()).send(castier.admin).await;
+    assert!(reply.assert_problem(404).contains("no route"), "{:?}", reply.head);
+}
+
+#[tokio::test]
+async fn why_explains_a_url() {
+    let _turn = light().await;
+    let (_origin, upstream, castier) = with_routes(&["protocol = \"npm\", prefix = \"/npm\", ttl = \"1h\""]).await;
+    let why = async |url: &str| json_of(&Request::get(format!("/why?url={url}")).send(castier.admin).await);
+    let url = "http%3A%2F%2Fcache.test%2Fnpm%2Fleft-pad";
+    let told = why(url).await;
+    assert_eq!(told["url"], "http://cache.test/npm/left-pad");
+    assert_eq!((&told["route"], &told["kind"], &told["access"]), (&json!("npm /npm"), &json!("fresh"), &json!("local")), "{told}");
+    assert_eq!(
+        (&told["upstream"], &told["next"]),
+        (&json!(format!("{}/left-pad", upstream.url())), &json!("a GET to the upstream")),
+        "{told}"
+    );
+    assert!(told["kept"].is_null(), "{told}");
+    Request::get("/npm/left-pad").send(castier.public).await;
+    let told = why(url).await;
+    assert_eq!((&told["freshness"], &told["next"]), (&json!("fresh"), &json!("nothing: it is sent from the cache")), "{told}");
+    assert!(told["kept"].as_str().is_some_and(|kept| kept.starts_with("status 200, 9 bytes")), "{told}");
+    assert_eq!(told["digest"], Blob::of(b"/left-pad").digest.to_string());
+    assert_eq!(upstream.asked("/left-pad"), 1, "the explanation asks nobody");
+
+    let told = why("/elsewhere").await;
+    assert!(
+        told["answer"].as_str().is_some_and(|answer| answer.contains("no route matches")) && told["routes"] == json!(["npm /npm"]),
+        "{told}"
+    );
+    let told = why(&Blob::new(1).path()).await;
+    assert!(told["answer"].as_str().is_some_and(|answer| answer.contains("blob")), "{told}");
+    for path in ["/why", "/why?uri=/npm/left-pad"] {
+        Request::get(path).send(castier.admin).await.assert_problem(400);
+    }
+    let (_origin, castier) = world("").await;
+    Request::get("/why?url=/npm/left-pad").send(castier.admin).await.assert_problem(404);
 }
 
 /// The expected fields of one access record, in either format.

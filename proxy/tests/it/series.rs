@@ -3,7 +3,7 @@
 //! and for a series that its event does not change.
 
 use crate::support::{
-    Blob, Castier, Cluster, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, RealOrigin, Request,
+    Blob, Castier, Cluster, Conn, Download, Gate, KIB, Lie, LyingOrigin, MIB, RealOrigin, Request, RouteUpstream,
     cluster::wait_for_peers,
     eventually, get, heavy, light,
     stats::{Metrics, metrics, metrics_at},
@@ -42,7 +42,10 @@ const WRONG: &str = "wrong bytes from the origin";
 const TOO_MANY: &str = "more fills than permits";
 const TOO_MUCH: &str = "more blobs than the tiers hold";
 const ROT: &str = "a restart over a file that rotted";
+const ROUTES: &str = "requests of routes";
+const UPSTREAM_GONE: &str = "an upstream that is away";
 const NO_DISK: &str = "a disk that cannot be written";
+const NO_NAMES: &str = "a name table that cannot be written";
 const NO_ORIGIN: &str = "no origin";
 const NO_PEER: &str = "a node that is gone";
 const LEFT: &str = "a member that leaves";
@@ -59,6 +62,7 @@ const BY_RESULT: &[(&str, &str)] = &[
     (HERD, r#"result="collapsed""#),
     (WRONG, r#"result="error""#),
     (ABSENT, r#"route="relay""#),
+    (ROUTES, r#"route="route""#),
 ];
 
 /// All of castier's.
@@ -73,6 +77,7 @@ const SERIES: &[Series] = &[
             (START, r#"route="control""#),
             (UPLOAD, r#"method="PUT""#),
             (ABSENT, r#"route="relay""#),
+            (ROUTES, r#"listener="public",method="GET",route="route""#),
         ],
     ),
     ("castier_http_request_duration_seconds", "histogram", &["route", "result"], BY_RESULT),
@@ -143,6 +148,44 @@ const SERIES: &[Series] = &[
         &["source"],
         &[(WRONG, r#"source="origin""#), (OTHER_BYTES, r#"source="client""#), (ROT, r#"source="disk""#)],
     ),
+    (
+        "castier_route_requests_total",
+        "counter",
+        &["route", "result"],
+        &[
+            (ROUTES, r#"result="hit",route="npm /npm""#),
+            (ROUTES, r#"result="miss",route="npm /npm""#),
+            (ROUTES, r#"result="absent",route="npm /npm""#),
+            (ROUTES, r#"result="refused",route="npm /npm""#),
+            (ROUTES, r#"result="relayed",route="npm /npm""#),
+            (ROUTES, r#"result="error",route="npm /npm""#),
+            (ROUTES, r#"result="revalidated",route="/files/{name}""#),
+            (UPSTREAM_GONE, r#"result="stale",route="/files/{name}""#),
+        ],
+    ),
+    (
+        "castier_route_questions_total",
+        "counter",
+        &["route", "code"],
+        &[
+            (ROUTES, r#"code="200",route="npm /npm""#),
+            (ROUTES, r#"code="429",route="npm /npm""#),
+            (ROUTES, r#"code="304",route="/files/{name}""#),
+            (UPSTREAM_GONE, r#"code="503",route="/files/{name}""#),
+        ],
+    ),
+    ("castier_route_saved_bytes_total", "counter", &["route"], &[(ROUTES, r#"route="npm /npm""#)]),
+    ("castier_route_unparsed_total", "counter", &["route"], &[(ROUTES, r#"route="npm /npm""#)]),
+    (
+        "castier_route_upstream_up",
+        "gauge",
+        &["route"],
+        &[(START, r#"route="npm /npm""#), (START, r#"route="/files/{name}""#), (UPSTREAM_GONE, r#"route="/files/{name}""#)],
+    ),
+    ("castier_names", "gauge", &[], &[(ROUTES, "")]),
+    ("castier_names_bytes", "gauge", &[], &[(ROUTES, "")]),
+    ("castier_names_capacity_bytes", "gauge", &[], &[(START, "")]),
+    ("castier_names_write_failures", "gauge", &[], &[(NO_NAMES, "")]),
     ("castier_shed_requests_total", "counter", &["reason"], &[(TOO_MANY, r#"reason="fills""#)]),
     ("castier_disk_scan_progress_ratio", "gauge", &[], &[(START, "")]),
     ("castier_disk_scrub_last_pass_timestamp_seconds", "gauge", &[], &[(START, "")]),
@@ -207,6 +250,7 @@ const BUCKETS: &[&str] =
 /// The nodes, and the changes of their series.
 struct World {
     origin: LyingOrigin,
+    upstream: RouteUpstream,
     cluster: Cluster,
     /// The series of each node before the event.
     before: Vec<BTreeMap<String, f64>>,
@@ -238,16 +282,23 @@ fn missing(table: &[Series], event: &str, moved: &BTreeSet<String>) -> Vec<Strin
 
 impl World {
     async fn new() -> Self {
-        let origin = LyingOrigin::start().await;
+        let (origin, upstream) = (LyingOrigin::start().await, RouteUpstream::start().await);
+        let route = |more: &str| format!("{{ {more}, upstream = \"{}\", access = \"local\" }}", upstream.url());
+        let routes = [
+            route("protocol = \"npm\", prefix = \"/npm\", ttl = \"1h\""),
+            route("path = \"/files/{name}\", kind = \"fresh\", ttl = \"0s\""),
+        ];
         let config = format!(
             "disk.path = \"$DISK\"\ndisk.capacity = \"16MiB\"\ndisk.scrub_rate = \"1GiB\"\nmemory.capacity = \"4MiB\"\n\
              memory.max_blob = \"1MiB\"\nfill.max_in_flight = 2\nfill.max_wait = \"200ms\"\norigin.connect_timeout = \"500ms\"\n\
-             origin.retries = 1\ncluster.stall_timeout = \"1s\"\ncluster.peek_for = \"0s\"\nlog.loki.wait = \"50ms\"\nlog.loki_url = \"{}\"",
-            refusing_loki().await
+             origin.retries = 1\ncluster.stall_timeout = \"1s\"\ncluster.peek_for = \"0s\"\nlog.loki.wait = \"50ms\"\nlog.loki_url = \"{}\"\n\
+             route = [{}]",
+            refusing_loki().await,
+            routes.join(", "),
         );
         let cluster = Cluster::with_secret(2, &origin.url(), &config).await;
         let before = vec![BTreeMap::new(); 2];
-        Self { origin, cluster, before, event: START, since: Instant::now(), moved: BTreeMap::new() }
+        Self { origin, upstream, cluster, before, event: START, since: Instant::now(), moved: BTreeMap::new() }
     }
 
     fn castier(&self, node: usize) -> &Castier {
@@ -469,11 +520,42 @@ async fn every_series_moves() {
     world.cluster.nodes[0].start().await;
     world.cluster.wait_until_whole().await;
 
+    world.then(ROUTES).await;
+    let public = world.cluster.nodes[0].public();
+    // After the restart, since a family without series is not in `/metrics`. What the upstream sends for a packument is no JSON: it is passed on as it is.
+    for (path, status) in [
+        ("/npm/left-pad", 200),
+        ("/npm/left-pad", 200),
+        ("/npm/absent", 404),
+        ("/npm/secret", 403),
+        ("/npm/fault", 500),
+        ("/npm/limited", 429),
+        ("/npm/-/ping", 200),
+        ("/files/a", 200),
+        ("/files/a", 200),
+    ] {
+        assert_eq!(Request::get(path).send(public).await.status, status, "{path}");
+    }
+
+    world.then(UPSTREAM_GONE).await;
+    world.upstream.goes();
+    assert_eq!(Request::get("/files/a").send(public).await.status, 200, "what is kept");
+    world.look().await;
+    world.upstream.is_back();
+
     world.then(NO_DISK).await;
     fs::remove_dir_all(disk.join("tmp")).unwrap();
     fs::write(disk.join("tmp"), "in the way").unwrap();
     let unkept = world.blob(0, 100 * KIB);
     get(world.cluster.nodes[0].public(), &unkept).await.assert_is(&unkept);
+
+    world.then(NO_NAMES).await;
+    // No write to a file succeeds, so that of the name table fails.
+    let unlimited = world.castier(0).limit_file_sizes(Some(0));
+    assert_eq!(Request::get("/npm/right-pad").send(public).await.status, 200);
+    eventually("a write fails", async || (world.cluster.nodes[0].metrics().await.total("castier_names_write_failures") > 0).then_some(()))
+        .await;
+    world.castier(0).limit_file_sizes(unlimited);
 
     world.then(NO_ORIGIN).await;
     world.origin.down().await;

@@ -1,7 +1,7 @@
 //! `/stats`, the data of the status page.
 
 use crate::support::{
-    Blob, Castier, Cluster, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request,
+    Blob, Castier, Cluster, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, RouteUpstream,
     cluster::{DISK, wait_for_peers},
     eventually, get, light, stats,
 };
@@ -34,6 +34,7 @@ async fn one_node_tells_of_itself_its_origin_and_its_clients() {
         assert!(told["disk_tier"][null].is_null(), "{told}");
     }
     assert_eq!((problems(&told), told["members"].clone()), (vec![], Value::Array(vec![])));
+    assert_eq!(told["routes"], Value::Array(vec![]));
     assert_eq!((&told["history"]["step_seconds"], &told["top"]["seconds"]), (&10.into(), &300.into()));
 
     // Who asks for what: a hot blob, one that is absent, an upload, something else.
@@ -140,6 +141,62 @@ async fn one_node_tells_of_itself_its_origin_and_its_clients() {
     let unix = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
     assert!(points.iter().all(|point| point["at"].as_u64().is_some_and(|at| at <= unix && at + 100 > unix)), "{told}");
     assert!(points[0]["first_byte_p50_ms"].as_f64() > Some(0.0) && points[0]["first_byte_p99_ms"].is_number(), "{told}");
+}
+
+#[tokio::test]
+async fn routes_have_figures_and_an_upstream_that_is_away_is_a_problem() {
+    let _turn = light().await;
+    let (origin, upstream) = (LyingOrigin::start().await, RouteUpstream::start().await);
+    let config = format!(
+        "log.stats_interval = \"100ms\"\nroute = [\
+           {{ protocol = \"npm\", prefix = \"/npm\", upstream = \"{0}\", access = \"local\", ttl = \"1h\" }}, \
+           {{ path = \"/files/{{name}}\", kind = \"fresh\", upstream = \"{0}\", access = \"local\", ttl = \"0s\" }}]",
+        upstream.url()
+    );
+    let castier = Castier::start(&origin.url(), &config).await;
+    let told = stats(&castier).await;
+    let route = |route: &str| {
+        serde_json::json!({"route": route, "upstream": format!("{}/", upstream.url()), "up": true, "since": null, "requests": 0, "hits": 0,
+            "revalidated": 0, "stale": 0, "misses": 0, "refused": 0, "questions": 0, "saved_bytes": 0})
+    };
+    assert_eq!(told["routes"], serde_json::json!([route("npm /npm"), route("/files/{name}")]));
+    for path in ["/npm/left-pad", "/npm/left-pad", "/npm/left-pad", "/npm/secret", "/npm/absent", "/files/a", "/files/a"] {
+        Request::get(path).send(castier.public).await;
+    }
+    let told = eventually("all are counted", async || Some(stats(&castier).await).filter(|told| told["routes"][1]["requests"] == 2)).await;
+    let mut npm = route("npm /npm");
+    for (name, value) in [("requests", 5), ("hits", 2), ("misses", 1), ("refused", 1), ("questions", 3), ("saved_bytes", 2 * 9)] {
+        npm[name] = value.into();
+    }
+    assert_eq!(told["routes"][0], npm);
+    let files = &told["routes"][1];
+    assert_eq!((&files["hits"], &files["revalidated"], &files["misses"]), (&1.into(), &1.into(), &1.into()), "{told}");
+    assert_eq!(problems(&told), Vec::<String>::new());
+
+    upstream.goes();
+    assert_eq!(Request::get("/files/a").send(castier.public).await.status, 200);
+    let told = stats(&castier).await;
+    let (npm, files) = (&told["routes"][0], &told["routes"][1]);
+    assert!(files["up"] == false && is_moment(&files["since"]) && files["stale"] == 1 && npm["up"] == true, "{told}");
+    assert_eq!(problems(&told), ["upstream: the upstream of route /files/{name} is down"]);
+    assert_eq!((&told["problems"][0]["since"], &told["problems"][0]["severity"]), (&files["since"], &"warning".into()));
+    assert_eq!(told["origin"]["up"], true, "the origin is another server");
+
+    upstream.is_back();
+    assert_eq!(Request::get("/files/a").send(castier.public).await.status, 200);
+    let told = stats(&castier).await;
+    assert!(told["routes"][1]["up"] == true && is_moment(&told["routes"][1]["since"]), "{told}");
+    assert_eq!(problems(&told), Vec::<String>::new());
+    let log =
+        eventually("a record", async || castier.output().lines().rev().find(|line| line.contains("LoadsDeduped")).map(str::to_owned)).await;
+    assert!(!log.contains("saved_bytes"), "{log}");
+    let changes = |text: &str| castier.output().lines().filter(|line| line.contains(text)).count();
+    assert_eq!(
+        (changes("the upstream of a route is down"), changes("the upstream of a route is up again")),
+        (1, 1),
+        "{}",
+        castier.output()
+    );
 }
 
 #[tokio::test]

@@ -182,6 +182,7 @@ stats.node = stats.version = bad;
 stats.top.clients = [{ client: bad, requests: 1, bytes: 1 }];
 stats.top.digests = stats.top.refused = [{ digest: bad, requests: 1, bytes: 1 }];
 stats.flights = [{ digest: bad, bytes: 1, size: 2, age_seconds: 1, readers: 1, from: bad }];
+stats.routes = [{ route: bad, upstream: bad, up: false, since: bad, requests: 1, hits: 1, misses: 1, questions: 1, saved_bytes: 1, stale: 1, refused: 1 }];
 stats.members = [{ name: bad, self: false, up: false, since: bad, share: .5, probe_ms: 1, errors: 1 }];
 stats.disk_tier = { state: bad, since: bad, path: bad, filesystem_avail_bytes: 1, errors: 1 };
 // The page may have gone on without this answer.
@@ -189,6 +190,40 @@ await page.route("**/stats", route => route.fulfill({ json: stats }).catch(() =>
 await until("the text", ([bad]) => document.querySelector("#clients tbody th")?.textContent === bad && document.getElementById("verdict").textContent.includes(bad), [bad]);
 assert.equal(await page.locator("main img, main b").count(), 0);
 await page.unroute("**/stats");
+await verdict("ok", /^ok/);
+
+step("routes");
+assert.equal(await page.locator("#routes-panel").isVisible(), false, "there is no route");
+const none = await (await fetch(new URL("stats", address))).json();
+assert.deepEqual(none.routes, []);
+const routes = [
+  { route: "oci docker.example", upstream: "https://registry-1.docker.io/", up: true, since: null, requests: 1200, hits: 900, revalidated: 40, stale: 0, misses: 100, refused: 7, questions: 140, saved_bytes: 5 * 2 ** 30 },
+  { route: "/releases/{name*}/{version}/download", upstream: `https://${"a-long-name.".repeat(6)}example:8443/and/a/path`, up: false, since: "2026-01-02T03:04:05Z", requests: 3, hits: 2, revalidated: 0, stale: 2, misses: 0, refused: 0, questions: 5, saved_bytes: 0 },
+  { route: "npm", upstream: "https://registry.npmjs.org/", up: true, since: null, requests: 0, hits: 0, revalidated: 0, stale: 0, misses: 0, refused: 0, questions: 0, saved_bytes: 0 },
+];
+const down = { what: "upstream", text: `the upstream of route ${routes[1].route} is down`, since: routes[1].since, severity: "warning" };
+await page.route("**/stats", route => route.fulfill({ json: { ...none, routes, problems: [down] } }).catch(() => {}));
+await until("three routes", () => document.querySelectorAll("#routes tbody tr").length === 3);
+const rows = await page.evaluate(() => [...document.querySelectorAll("#routes tbody tr")].map(row => [...row.cells].map(cell => cell.textContent.replaceAll("\u00a0", " "))));
+assert.deepEqual(rows[0], ["oci docker.example", "https://registry-1.docker.io/", "up", "1,200", "90.0 % hits", "140", "5.00 GiB", "0", "7"]);
+assert.match(rows[1][2], /^down since 2026-01-0[123] \d\d:\d\d$/);
+assert.deepEqual([rows[1][4], rows[2][4], rows[2][6]], ["100 % hits", "no hits yet", "0 B"]);
+assert.equal(await page.locator("#routes-note").textContent(), "since the start; 2 of 3\u00a0upstreams up");
+await verdict("the upstream", /download is down since.*What castier keeps of it is served/);
+assert.equal(await page.locator("#verdict").getAttribute("data-level"), "warning");
+await inBothSchemes("routes");
+for (const width of [1440, 1024, 970, 950, 641, 360]) {
+  await page.setViewportSize({ width, height: 800 });
+  const wide = await page.evaluate(() => ({
+    page: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    parts: [...document.querySelectorAll("#routes-panel *")].filter(part => part.getBoundingClientRect().right > innerWidth + 1).map(part => part.outerHTML.slice(0, 80)),
+  }));
+  assert.deepEqual({ width, ...wide }, { width, page: 0, parts: [] });
+}
+await inBothSchemes("routes on a phone");
+await page.setViewportSize({ width: 1280, height: 900 });
+await page.unroute("**/stats");
+await until("no routes again", () => document.getElementById("routes-panel").hidden);
 await verdict("ok", /^ok/);
 
 step("an origin that is gone");

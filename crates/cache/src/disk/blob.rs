@@ -8,6 +8,7 @@ use crate::{
     buffer::Buffer,
     metrics::{DiskOp, Metrics},
     pool::{Pool, SharedFile},
+    resource::Visibility,
     tier::Damaged,
 };
 use bytes::Bytes;
@@ -25,7 +26,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Instant,
 };
@@ -44,6 +45,8 @@ pub struct DiskBlob {
     table: Table,
     /// Hits since it was opened.
     hits: AtomicU32,
+    /// It was kept as private, and has become public since it was opened.
+    is_published: AtomicBool,
 }
 
 /// Why a blob could not be opened.
@@ -87,7 +90,15 @@ impl DiskBlob {
             return Err(OpenError::Damaged(file));
         }
         match Table::parse(&digest, size, &trailer) {
-            Ok(table) => Ok(Self { store, digest, file: SharedFile::new(file, pool), size, table, hits: AtomicU32::new(0) }),
+            Ok(table) => Ok(Self {
+                store,
+                digest,
+                file: SharedFile::new(file, pool),
+                size,
+                table,
+                hits: AtomicU32::new(0),
+                is_published: AtomicBool::new(false),
+            }),
             Err(BadTrailer::Unfinished) => Err(OpenError::Unfinished),
             Err(BadTrailer::Damaged) => Err(OpenError::Damaged(file)),
         }
@@ -96,6 +107,16 @@ impl DiskBlob {
     /// Counts a hit. Returns the number of hits since the file was opened.
     pub fn hit(&self) -> u32 {
         self.hits.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Who may see the blob.
+    pub fn visibility(&self) -> Visibility {
+        if self.is_published.load(Ordering::Acquire) { Visibility::Public } else { self.table.visibility() }
+    }
+
+    /// Everybody may see the blob, for as long as its file stays open. After that the question is asked again.
+    pub fn publish(&self) {
+        self.is_published.store(true, Ordering::Release);
     }
 
     /// The blob's name.

@@ -2,7 +2,7 @@
 //! against `disk.write_behind`; when that budget is exhausted, the copy is abandoned.
 
 use super::{Disk, store::ForgetEpoch};
-use crate::metrics::Skip;
+use crate::{metrics::Skip, resource::Visibility};
 use bytes::Bytes;
 use castier_blob::{Digest, Verified};
 use std::sync::{Arc, atomic::Ordering};
@@ -100,7 +100,7 @@ async fn write(disk: Arc<Disk>, mut steps: mpsc::UnboundedReceiver<CopyStep>) {
         file = grown;
         drop(leases);
         if let Some((digest, epoch)) = end {
-            return super::commit(disk.store.clone(), digest, file, epoch).await;
+            return super::commit(disk.store.clone(), digest, Visibility::Public, file, epoch).await;
         }
     }
 }

@@ -4,6 +4,7 @@ use super::{format::Checksums, store::Store};
 use crate::{
     metrics::{DiskOp, Skip},
     pool::SharedFile,
+    resource::Visibility,
 };
 use bytes::Bytes;
 use castier_blob::Digest;
@@ -97,9 +98,15 @@ impl DiskFile {
     ///
     /// # Errors
     /// The write or the rename failed. The file is deleted.
-    pub(super) fn commit(mut self, digest: &Digest, at: &Path, repair: impl FnOnce(&io::Error) -> bool) -> io::Result<()> {
+    pub(super) fn commit(
+        mut self,
+        digest: &Digest,
+        visibility: Visibility,
+        at: &Path,
+        repair: impl FnOnce(&io::Error) -> bool,
+    ) -> io::Result<()> {
         let size = self.size();
-        let trailer = std::mem::replace(&mut self.checksums, Checksums::new()).trailer(digest);
+        let trailer = std::mem::replace(&mut self.checksums, Checksums::new()).trailer(digest, visibility);
         self.write(|file| file.write_all_at(&trailer, size))?;
         let Some(path) = self.path.take() else { return Err(io::ErrorKind::NotFound.into()) };
         let renamed = path.persist(at).or_else(|failed| if repair(&failed.error) { failed.path.persist(at) } else { Err(failed) });

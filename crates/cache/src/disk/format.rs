@@ -5,7 +5,7 @@
 //! CRC32C of every 64 KiB block of them (the last may be shorter)     u32 each, little-endian
 //! the blob's size                                                    u64
 //! the block length, 65536                                            u32
-//! the version of this format, 1                                      u32
+//! the version of this format: 1, or 2 if the blob is private         u32
 //! "castier\n"                                                        8 bytes
 //! CRC32C of the blob's digest and of everything above after the blob's bytes      u32
 //! ```
@@ -13,12 +13,20 @@
 //! The last checksum covers the digest, so that a valid file under another blob's name is detected. The blob's size follows from the length
 //! of the file alone, so that the scan does not open a million files.
 
+use crate::resource::Visibility;
 use castier_blob::Digest;
 use crc_fast::CrcAlgorithm::Crc32Iscsi;
 
 /// The bytes that share one checksum. The smallest read is one block; the checksums take 1/16384 of the blob's size.
 pub(super) const BLOCK: u64 = 64 << 10;
-const VERSION: u32 = 1;
+/// The version of this format, which also says who may see the blob.
+const fn version(visibility: Visibility) -> u32 {
+    match visibility {
+        Visibility::Public => 1,
+        Visibility::Private => 2,
+    }
+}
+
 const MAGIC: [u8; 8] = *b"castier\n";
 const FOOTER: u64 = 8 + 4 + 4 + 8 + 4;
 
@@ -44,9 +52,12 @@ pub(super) enum BadTrailer {
     Damaged,
 }
 
-/// The checksums of a blob's blocks.
+/// The checksums of a blob's blocks, and who may see it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Table(Box<[u32]>);
+pub(super) struct Table {
+    checksums: Box<[u32]>,
+    visibility: Visibility,
+}
 
 impl Table {
     /// Parses a `trailer`: the bytes after the `size` bytes of the blob.
@@ -55,10 +66,9 @@ impl Table {
         let table = covered.strip_suffix(&MAGIC).ok_or(BadTrailer::Unfinished)?;
         let blocks = usize::try_from(4 * size.div_ceil(BLOCK)).map_err(|_| BadTrailer::Unfinished)?;
         let (table, geometry) = table.split_at_checked(blocks).ok_or(BadTrailer::Unfinished)?;
-        if geometry != self::geometry(size) || *checksum != seal(digest, covered) {
-            return Err(BadTrailer::Damaged);
-        }
-        Ok(Self(table.as_chunks::<4>().0.iter().map(|crc| u32::from_le_bytes(*crc)).collect()))
+        let visibility = [Visibility::Public, Visibility::Private].into_iter().find(|known| geometry == self::geometry(size, *known));
+        let visibility = visibility.filter(|_| *checksum == seal(digest, covered)).ok_or(BadTrailer::Damaged)?;
+        Ok(Self { checksums: table.as_chunks::<4>().0.iter().map(|crc| u32::from_le_bytes(*crc)).collect(), visibility })
     }
 
     /// Whether `bytes` match their checksums. `bytes` are whole blocks from block number `first`; the blob's last block may be shorter.
@@ -67,12 +77,17 @@ impl Table {
         bytes
             .chunks(BLOCK as usize)
             .enumerate()
-            .all(|(i, block)| self.0.get(first.saturating_add(i)) == Some(&crc_fast::crc32_iscsi(block)))
+            .all(|(i, block)| self.checksums.get(first.saturating_add(i)) == Some(&crc_fast::crc32_iscsi(block)))
     }
 
     /// Its size in memory, in bytes.
     pub(super) const fn bytes(&self) -> usize {
-        4 * self.0.len()
+        4 * self.checksums.len()
+    }
+
+    /// Who may see the blob.
+    pub(super) const fn visibility(&self) -> Visibility {
+        self.visibility
     }
 }
 
@@ -109,12 +124,12 @@ impl Checksums {
     }
 
     /// The trailer of the blob with this digest.
-    pub(super) fn trailer(mut self, digest: &Digest) -> Vec<u8> {
+    pub(super) fn trailer(mut self, digest: &Digest, visibility: Visibility) -> Vec<u8> {
         if !self.seen.is_multiple_of(BLOCK) {
             self.close_block();
         }
         let mut trailer = self.full;
-        trailer.extend_from_slice(&geometry(self.seen));
+        trailer.extend_from_slice(&geometry(self.seen, visibility));
         trailer.extend_from_slice(&MAGIC);
         let checksum = seal(digest, &trailer);
         trailer.extend_from_slice(&checksum);
@@ -127,11 +142,11 @@ impl Checksums {
     }
 }
 
-fn geometry(size: u64) -> [u8; 16] {
+fn geometry(size: u64, visibility: Visibility) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&size.to_le_bytes());
     bytes[8..12].copy_from_slice(&(BLOCK as u32).to_le_bytes());
-    bytes[12..].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[12..].copy_from_slice(&version(visibility).to_le_bytes());
     bytes
 }
 
@@ -150,7 +165,7 @@ mod tests {
     fn trailer(bytes: &[u8]) -> Vec<u8> {
         let mut checksums = Checksums::new();
         checksums.update(bytes);
-        checksums.trailer(&Digest::of(bytes))
+        checksums.trailer(&Digest::of(bytes), Visibility::Public)
     }
 
     /// Reads a file as the tier does: by its length, its trailer, and then its blocks.
@@ -227,10 +242,24 @@ mod tests {
             let mut checksums = Checksums::new();
             cuts.windows(2).for_each(|pair| checksums.update(&bytes[pair[0]..pair[1]]));
             let digest = Digest::of(&bytes);
-            let written = [&bytes[..], &checksums.trailer(&digest)].concat();
+            let written = [&bytes[..], &checksums.trailer(&digest, Visibility::Public)].concat();
             prop_assert_eq!(&written, &file(&bytes));
             prop_assert_eq!(written.len() as u64, file_len(bytes.len() as u64));
             prop_assert_eq!(read(&digest, &written), Some(bytes));
+        }
+
+        #[test]
+        fn the_trailer_says_who_may_see_the_blob(bytes in (0usize..200_000, any::<u64>()).prop_map(|(len, seed)| noise(len, seed)), is_private: bool) {
+            let visibility = if is_private { Visibility::Private } else { Visibility::Public };
+            let (digest, mut checksums) = (Digest::of(&bytes), Checksums::new());
+            checksums.update(&bytes);
+            let mut trailer = checksums.trailer(&digest, visibility);
+            let parse = |trailer: &[u8]| Table::parse(&digest, bytes.len() as u64, trailer).map(|table| table.visibility());
+            prop_assert_eq!(parse(&trailer), Ok(visibility));
+            // Nobody makes a private blob public by one bit.
+            let at = trailer.len() - 16;
+            trailer[at] ^= 3;
+            prop_assert_eq!(parse(&trailer), Err(BadTrailer::Damaged));
         }
 
         #[test]

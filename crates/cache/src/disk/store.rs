@@ -20,6 +20,7 @@ use crate::{
     eviction::{Index, Shape},
     metrics::{DiskError, DiskOp, Metrics, Skip},
     pool::{Pool, PoolError, PoolEvent},
+    resource::Visibility,
     tier::TierStats,
     via::Tier,
 };
@@ -322,19 +323,19 @@ impl Store {
     }
 
     /// Writes a blob that is in memory, and keeps it. Blocks.
-    pub(super) fn keep(self: &Arc<Self>, blob: &Verified<Bytes>, epoch: ForgetEpoch) {
+    pub(super) fn keep(self: &Arc<Self>, blob: &Verified<Bytes>, visibility: Visibility, epoch: ForgetEpoch) {
         if self.has(&blob.digest()) || !self.admits(&blob.digest(), blob.size()) {
             return;
         }
         let written = self.temp().and_then(|mut file| file.append(blob.content()).map(|()| file));
         match written {
-            Ok(file) => self.commit(&blob.digest(), file, epoch),
+            Ok(file) => self.commit(&blob.digest(), visibility, file, epoch),
             Err(_) => self.metrics.disk_skipped(Skip::Failed),
         }
     }
 
     /// Writes the trailer of a complete file, and renames the file into the tier. Blocks.
-    pub(super) fn commit(&self, digest: &Digest, file: DiskFile, epoch: ForgetEpoch) {
+    pub(super) fn commit(&self, digest: &Digest, visibility: Visibility, file: DiskFile, epoch: ForgetEpoch) {
         let size = file.size();
         if self.has(digest) || !self.admits(digest, size) {
             return;
@@ -347,7 +348,7 @@ impl Store {
             return self.metrics.disk_skipped(Skip::Purged);
         }
         let path = self.path(digest);
-        if file.commit(digest, &path, |error| self.make_way(&path, error)).is_err() {
+        if file.commit(digest, visibility, &path, |error| self.make_way(&path, error)).is_err() {
             return self.metrics.disk_skipped(Skip::Failed);
         }
         self.open.invalidate(digest);

@@ -8,7 +8,13 @@
 //!   Without a window nothing gathers.
 
 use super::{Admit, BATCH, Spools};
-use crate::{disk::DiskFile, fault::Fault, flights::Flight, tiers::Tiers, via::Owner};
+use crate::{
+    disk::{Disk, DiskFile},
+    fault::Fault,
+    flights::Flight,
+    tiers::Tiers,
+    via::Owner,
+};
 use bytes::Bytes;
 use castier_blob::Sink;
 use futures::{FutureExt, future::BoxFuture};
@@ -131,7 +137,9 @@ impl SpoolWriter {
             (state.spool.in_memory(), state.spool.length(), state.size, state.owner)
         };
         let may_use_tier = owner == Owner::ThisNode && self.use_tier == UseTier::IfItTakes;
-        let tier = self.tiers.disk.as_ref().filter(|disk| may_use_tier && disk.admits(&self.flight.digest, size.unwrap_or(len)));
+        let size = size.unwrap_or(len);
+        let admits = |disk: &Disk| self.flight.key.digest().map_or_else(|| disk.takes(size), |digest| disk.admits(&digest, size));
+        let tier = self.tiers.disk.as_ref().filter(|disk| may_use_tier && admits(disk));
         self.tier_file = match tier {
             Some(disk) => disk.file(parts.clone()).await.map(Box::new),
             None => None,

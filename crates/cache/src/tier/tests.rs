@@ -44,11 +44,11 @@ impl Tier for Memory {
     type Kept = Bytes;
 
     async fn find(&self, digest: &Digest) -> Option<Bytes> {
-        Self::find(self, digest)
+        Self::find(self, digest).map(|(bytes, _)| bytes)
     }
 
     async fn keep(&self, blob: Verified<Bytes>) {
-        Self::keep(self, blob);
+        Self::keep(self, blob, crate::Visibility::Public);
     }
 
     async fn forget(&self, digest: &Digest) {

@@ -138,7 +138,7 @@ async fn only_wrong_bytes_make_a_peer_distrusted() {
     assert_eq!(asked(&mut flight, Asker::Client), "", "this flight does without peers");
     assert_eq!(asked(&mut plan(&peers, digest), Asker::Client), "get b, get c", "others need not");
     // The origin alone has the right bytes, so the peer's were wrong.
-    flight.report(Outcome::Verified, 0);
+    flight.report(Outcome::Verified(Digest::EMPTY, 0), 0);
     assert_eq!(asked(&mut plan(&peers, digest), Asker::Client), "get c, get d");
 }
 

@@ -13,6 +13,7 @@ pub(crate) mod origin;
 pub(crate) mod process;
 pub(crate) mod proof;
 pub(crate) mod raw;
+pub(crate) mod route;
 pub(crate) mod stats;
 pub(crate) mod wire;
 
@@ -26,6 +27,7 @@ pub(crate) use mute::MuteOrigin;
 pub(crate) use origin::LyingOrigin;
 pub(crate) use process::{Castier, RealOrigin};
 pub(crate) use raw::RawOrigin;
+pub(crate) use route::RouteUpstream;
 pub(crate) use stats::{assert_ledger, metrics, stats};
 
 use std::{

@@ -1,7 +1,7 @@
 //! Real processes, on free ports.
 
 use super::{DEADLINE, Request, eventually};
-use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use std::{
     fs::{self, File},
     net::SocketAddr,
@@ -109,6 +109,12 @@ impl Castier {
         let admin = process.listener("listening admin ").await;
         eventually("castier is ready", async || (Request::get("/readyz").send(admin).await.status == 200).then_some(())).await;
         Self { process, public, admin }
+    }
+
+    /// Sets how far its files may be written, in bytes. Returns what it was before; `None`: no limit.
+    pub(crate) fn limit_file_sizes(&self, bytes: Option<u64>) -> Option<u64> {
+        let limit = Rlimit { current: bytes, maximum: getrlimit(Resource::Fsize).maximum };
+        prlimit(Some(Pid::from_child(&self.process.child)), Resource::Fsize, limit).unwrap().current
     }
 
     pub(crate) fn program() -> &'static str {

@@ -138,7 +138,7 @@ async fn the_scrub_finds_damage_that_no_client_reads() {
     let forged = Digest::of(b"forged");
     let mut file = tier.temp().unwrap();
     file.append(b"something else").unwrap();
-    file.commit(&forged, &tier.store.path(&forged), |_| false).unwrap();
+    file.commit(&forged, Visibility::Public, &tier.store.path(&forged), |_| false).unwrap();
     tier.config.scrub_rate = Size::gib(1);
     tier.close();
     tier.open();

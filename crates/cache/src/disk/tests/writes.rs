@@ -12,7 +12,7 @@ fn skips(tier: &TestTier, why: Skip) -> u64 {
 async fn blobs_are_written_in_the_background() {
     let mut tier = TestTier::new(|_| {});
     let blobs: Vec<_> = (0..50).map(|seed| blob(10_000, seed)).collect();
-    blobs.iter().for_each(|blob| tier.keep_later(blob.clone()));
+    blobs.iter().for_each(|blob| tier.keep_later(blob.clone(), Visibility::Public));
     // Closing writes the queue.
     tier.reopen().await;
     for blob in &blobs {
@@ -25,7 +25,7 @@ async fn blobs_are_written_in_the_background() {
 async fn a_blob_that_comes_after_the_end_takes_nothing_of_the_budget() {
     let tier = TestTier::new(|_| {});
     Disk::close(&tier);
-    tier.keep_later(blob(10_000, 1));
+    tier.keep_later(blob(10_000, 1), Visibility::Public);
     assert_eq!(tier.behind.used.load(Ordering::Relaxed), 0, "nobody would give it back");
 }
 
@@ -46,14 +46,14 @@ async fn a_full_queue_skips() {
     tier.scanned().await;
     let blobs: Vec<_> = (0..12).map(|seed| blob(1000, seed)).collect();
     let held = tier.store.lock(&blobs[0].digest());
-    blobs.iter().for_each(|blob| tier.keep_later(blob.clone()));
+    blobs.iter().for_each(|blob| tier.keep_later(blob.clone(), Visibility::Public));
     assert_eq!(skips(&tier, Skip::Queue), 3);
     drop(held);
     until("the queue is written", || tier.behind.used.load(Ordering::Relaxed) == 0).await;
     assert_eq!(tier.stats(0).blobs, 9);
-    tier.keep_later(blobs[11].clone());
+    tier.keep_later(blobs[11].clone(), Visibility::Public);
     until("there is space again", || tier.knows(&blobs[11].digest()).is_some()).await;
-    tier.keep_later(blob(100_000, 99));
+    tier.keep_later(blob(100_000, 99), Visibility::Public);
     assert_eq!(skips(&tier, Skip::Queue), 4, "a blob larger than the queue is not kept");
 }
 
@@ -66,9 +66,9 @@ async fn a_blob_forgotten_while_it_is_queued_stays_forgotten() {
     // Take the epoch, forget, then keep: from memory, and from a file.
     let epoch = tier.store.epoch(&digest);
     tier.forget(&digest).await;
-    tier.store.keep(&blob, epoch);
+    tier.store.keep(&blob, Visibility::Public, epoch);
     assert!(tier.find(&digest).await.is_none());
-    let keep = tier.keep_file(spooled(&tier, &blob));
+    let keep = tier.keep_file(spooled(&tier, &blob), Visibility::Public);
     tier.forget(&digest).await;
     keep.await;
     assert!(tier.find(&digest).await.is_none());
@@ -115,7 +115,7 @@ async fn a_spooled_file_is_kept_with_a_rename() {
         file.get().unwrap().read_exact_at(&mut so_far, 0).unwrap();
         assert_eq!(so_far, blob.content()[..]);
         let inode = file.get().unwrap().metadata().unwrap().ino();
-        tier.keep_file(spooled).await;
+        tier.keep_file(spooled, Visibility::Public).await;
         assert_eq!(tier.whole(&blob).await.as_deref(), Some(&blob.content()[..]));
         assert_eq!(fs::metadata(tier.store.path(&blob.digest())).unwrap().ino(), inode);
     }
@@ -127,7 +127,7 @@ async fn a_spooled_file_is_kept_with_a_rename() {
 async fn a_blob_larger_than_the_tier_is_not_kept() {
     let tier = TestTier::new(|config| config.capacity = Size::kib(64));
     assert!(tier.takes(0) && tier.takes(60_000) && !tier.takes(65_536) && !tier.takes(u64::from(u32::MAX)));
-    tier.keep_later(blob(65_536, 1));
+    tier.keep_later(blob(65_536, 1), Visibility::Public);
     assert!(Skip::ALL.iter().all(|why| skips(&tier, *why) == 0), "a blob too large is not counted");
 }
 
@@ -170,7 +170,7 @@ async fn a_full_disk_turns_the_tier_read_only_until_there_is_room() {
     }
     // Read-only: the tier writes nothing and serves everything.
     assert!(!tier.takes(0));
-    tier.keep_later(blob(10, 1_000));
+    tier.keep_later(blob(10, 1_000), Visibility::Public);
     tier.keep(10, 1_001).await;
     assert_eq!((skips(&tier, Skip::Failed), skips(&tier, Skip::ReadOnly)), (1, 2));
     assert!(kept.len() > 8, "{}", kept.len());

@@ -1,0 +1,88 @@
+//! Requests of a route that are passed on to its upstream as they are: uploads, deletions, searches, log-ins.
+
+use super::{Match, Route, Routes, links::Rewriter, metrics::Outcome, serve::Subject};
+use crate::handlers::Request;
+use castier_cache::{Asker, Fault};
+use castier_upstream::Upstream;
+use castier_wire::Target;
+use http::{HeaderMap, HeaderValue, Method, Version, header};
+use pingora::http::{RequestHeader, ResponseHeader};
+use std::{sync::Arc, time::Instant};
+use url::Url;
+
+/// Where a relayed request goes.
+pub struct RelayTo {
+    pub(crate) server: Arc<Upstream>,
+    route: Arc<Route>,
+    /// Path and query at the upstream.
+    target: String,
+    /// The URL at the upstream.
+    at: Url,
+    /// castier's own credentials, in place of the client's.
+    own: Option<HeaderValue>,
+    subject: Subject,
+}
+
+impl Routes {
+    /// Where a request of a route goes.
+    ///
+    /// # Errors
+    /// The path cannot be part of a URL.
+    pub(crate) fn relay(&self, found: &Match) -> Result<RelayTo, Fault> {
+        let (method, headers) = (Method::GET, HeaderMap::new());
+        let path = found.path().as_str().to_owned();
+        let request = Request { method: &method, version: Version::HTTP_11, target: Target::Other, path: &path, headers: &headers };
+        let subject = Subject::of(self.shared.clone(), &request, found.clone(), Asker::Client)?;
+        let route = found.route.clone();
+        let own = route.own.as_ref().filter(|_| !route.is_private).map(|own| own.authorization.clone());
+        Ok(RelayTo {
+            server: self.shared.client.upstream(&route)?,
+            target: subject.target.clone(),
+            at: subject.at.clone(),
+            own,
+            route,
+            subject,
+        })
+    }
+}
+
+impl RelayTo {
+    /// Changes the head of the request for the upstream.
+    pub(crate) fn prepare(&self, request: &mut RequestHeader) -> pingora::Result<()> {
+        request.set_raw_path(self.target.as_bytes())?;
+        // The upstream of a route is another party: who castier's clients are does not concern it. And some make links out of these.
+        for name in ["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded"] {
+            request.remove_header(name);
+        }
+        if !self.route.is_private {
+            request.remove_header(&header::AUTHORIZATION);
+            if let Some(own) = &self.own {
+                request.insert_header(header::AUTHORIZATION, own.clone())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes the head of the answer for the client. A 2xx ends what is remembered of the path.
+    pub(crate) fn answered(&self, response: &mut ResponseHeader, asked: Instant) {
+        self.route.answered(Some(response.status), asked);
+        self.route.metrics.request(if response.status.as_u16() >= 400 { Outcome::Error } else { Outcome::Relayed });
+        if response.status.is_success() {
+            self.subject.changed();
+        }
+        let location = response.headers.get(header::LOCATION).and_then(|location| location.to_str().ok());
+        let rewriter = Rewriter {
+            route: &self.route,
+            at: self.at.clone(),
+            castier: String::new(),
+            namespace: self.subject.found.namespace.as_deref(),
+        };
+        // Without scheme and host: the client adds those by which it knows castier.
+        if let Some(location) = location
+            && self.at.join(location).is_ok_and(|url| self.route.is_upstream(&url))
+            && let Some(link) = rewriter.link(location)
+        {
+            let _ = response.insert_header(header::LOCATION, link);
+        }
+    }
+}

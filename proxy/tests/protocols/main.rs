@@ -1,0 +1,20 @@
+//! Real clients of real protocols, with castier between them and a real upstream: registries, package indexes and caches.
+//!
+//! `scripts/setup-tests` installs the programs. A test without its program prints SKIPPED, and passes.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
+
+mod apt;
+mod build;
+mod cargo;
+mod checks;
+mod go;
+mod hostile;
+mod huggingface;
+mod lfs;
+mod matrix;
+mod nix;
+mod npm;
+mod oci;
+mod pack;
+mod pypi;
+mod support;
