@@ -320,7 +320,7 @@ mod tests {
         for wrong in ["", "v1 ", &flipped, &proof[..proof.len() - 2], &proof[3..], &proof.replace("v1", "v2"), &proof.to_uppercase(), OLD] {
             assert!(!fits(wrong, "PUT", "/cas/x", as_it_was), "{wrong:?}");
         }
-        assert!(node.admit(None, "PUT", "/cas/x", [Ok(None); 6]).is_none());
+        assert!(node.admit(None, "PUT", "/cas/x", [Ok(None); ASKED.len()]).is_none());
         assert!(!proof.contains("old"));
     }
 
@@ -369,7 +369,7 @@ mod tests {
         secrets.reload().unwrap();
         let (proof, asked) = secrets.ask("GET", "/", &HeaderMap::new());
         assert!(proof.is_none() && !secrets.is_there() && asked.is_answered(StatusCode::OK, &HeaderMap::new()));
-        let admitted = secrets.admit(Some(b"x"), "GET", "/", [Ok(None); 6]).unwrap();
+        let admitted = secrets.admit(Some(b"x"), "GET", "/", [Ok(None); ASKED.len()]).unwrap();
         assert!(admitted.prove(StatusCode::OK, &HeaderMap::new()).is_none());
     }
 }

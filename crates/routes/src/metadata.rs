@@ -599,7 +599,7 @@ mod tests {
             ("https://files.example/x-2.whl.metadata", "c"),
             ("https://files.example/x-3.whl.metadata", "e"),
         ]);
-        let media_type = Some("application/vnd.pypi.simple.v1+json");
+        let media_type = Some("application/json");
         assert_eq!(said("pypi", "https://index.example/simple/x/", page.as_bytes(), media_type), expected);
         assert_eq!(said("pypi", "https://index.example/simple/x/", page.as_bytes(), None), expected);
         assert!(said("pypi", "https://index.example/simple/x/", b"<html>", media_type).is_empty());

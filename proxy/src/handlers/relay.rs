@@ -322,6 +322,9 @@ impl ProxyHttp for Rules {
         let downstream = error.esource == pingora::ErrorSource::Downstream;
         if !downstream && !ctx.shed {
             self.server(ctx).report_outcome(ctx.started, Err(&fault));
+            if let Some(to) = ctx.known.as_ref().and_then(|known| known.to.as_ref()) {
+                to.failed(ctx.started);
+            }
         }
         let answered = session
             .response_written()
@@ -333,10 +336,10 @@ impl ProxyHttp for Rules {
             Reply::error(http::StatusCode::BAD_REQUEST, "malformed request body")
         } else {
             if !ctx.shed {
-                tracing::warn!(%fault, "a request could not be relayed to the origin; its client got an error");
+                tracing::warn!(%fault, "a request could not be relayed; its client got an error");
             }
             match fault {
-                Fault::Unreachable { .. } => Reply::error(http::StatusCode::BAD_GATEWAY, "the origin cannot be reached"),
+                Fault::Unreachable { source_name, .. } => Reply::error(http::StatusCode::BAD_GATEWAY, &format!("the {source_name} cannot be reached")),
                 _ => Reply::fault(&fault),
             }
         };

@@ -293,6 +293,9 @@ impl Subject {
             }
             Selection::Whole => (status, body, size),
         };
+        if let (Some(Via::Tier(_)), Some(length)) = (via, length) {
+            self.found.route.metrics.saved(length);
+        }
         if let Some(length) = length {
             headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
         }

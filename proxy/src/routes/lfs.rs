@@ -217,9 +217,6 @@ impl Subject {
             return Err(unusable("its batch named another size than the object has"));
         }
         let (outcome, note) = if hit.via.tier().is_some() { (Outcome::Hit, Note::Hit) } else { (Outcome::Miss, Note::Miss) };
-        if let (Outcome::Hit, Some(size)) = (outcome, hit.size) {
-            self.found.route.metrics.saved(size);
-        }
         Ok((self.reply(request, found, hit, note).await?, outcome))
     }
 

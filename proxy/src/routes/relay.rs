@@ -63,6 +63,12 @@ impl RelayTo {
         Ok(())
     }
 
+    /// No answer came.
+    pub(crate) fn failed(&self, asked: Instant) {
+        self.route.answered(None, asked);
+        self.route.metrics.request(Outcome::Error);
+    }
+
     /// Changes the head of the answer for the client. A 2xx ends what is remembered of the path.
     pub(crate) fn answered(&self, response: &mut ResponseHeader, asked: Instant) {
         self.route.answered(Some(response.status), asked);

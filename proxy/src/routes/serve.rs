@@ -331,10 +331,9 @@ impl Subject {
             Note::Stale => Outcome::Stale,
             Note::Hit | Note::Miss => Outcome::Hit,
         };
-        let Some((digest, size)) = kept.body.filter(|(_, size)| *size > 0 && *request.method == Method::GET) else {
+        let Some((digest, _)) = kept.body.filter(|(_, size)| *size > 0 && *request.method == Method::GET) else {
             return Ok((self.without_body(request, found, kept.body.map(|(_, size)| size), note), outcome));
         };
-        self.route().metrics.saved(size);
         let resource = self.resource(Key::Blob(digest));
         let hit = self.shared.cache.get_at(&resource, self.asker, |size| found.part(request, size)).await;
         match hit {

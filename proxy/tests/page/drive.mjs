@@ -199,7 +199,7 @@ assert.deepEqual(none.routes, []);
 const routes = [
   { route: "oci docker.example", upstream: "https://registry-1.docker.io/", up: true, since: null, requests: 1200, hits: 900, revalidated: 40, stale: 0, misses: 100, refused: 7, questions: 140, saved_bytes: 5 * 2 ** 30 },
   { route: "/releases/{name*}/{version}/download", upstream: `https://${"a-long-name.".repeat(6)}example:8443/and/a/path`, up: false, since: "2026-01-02T03:04:05Z", requests: 3, hits: 2, revalidated: 0, stale: 2, misses: 0, refused: 0, questions: 5, saved_bytes: 0 },
-  { route: "npm", upstream: "https://registry.npmjs.org/", up: true, since: null, requests: 0, hits: 0, revalidated: 0, stale: 0, misses: 0, refused: 0, questions: 0, saved_bytes: 0 },
+  { route: "npm", upstream: "https://registry.example/", up: true, since: null, requests: 0, hits: 0, revalidated: 0, stale: 0, misses: 0, refused: 0, questions: 0, saved_bytes: 0 },
 ];
 const down = { what: "upstream", text: `the upstream of route ${routes[1].route} is down`, since: routes[1].since, severity: "warning" };
 await page.route("**/stats", route => route.fulfill({ json: { ...none, routes, problems: [down] } }).catch(() => {}));
