@@ -60,8 +60,8 @@ pub struct Admin {
     pub members: Option<Arc<Members>>,
     /// Purges blobs on every node.
     pub purge: Arc<Purge>,
-    /// The routes; `None` without any.
-    pub routes: Option<Arc<Routes>>,
+    /// The routes.
+    pub routes: Arc<Routes>,
     phase: Mutex<Phase>,
     /// When this node started, on both clocks.
     began: Instant,
@@ -92,7 +92,7 @@ impl Admin {
         metrics: Arc<Metrics>,
         members: Option<Arc<Members>>,
         purge: Arc<Purge>,
-        routes: Option<Arc<Routes>>,
+        routes: Arc<Routes>,
     ) -> Self {
         Self {
             node,
@@ -184,9 +184,7 @@ async fn connection(stream: TcpStream, router: Router, busy: Arc<AtomicBool>, li
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
-    if let Some(routes) = &admin.routes {
-        routes.update_metrics(&admin.metrics.routes);
-    }
+    admin.routes.update_metrics(&admin.metrics.routes);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.render(&admin.node.cache.tier_stats())).into_response()
 }
 
@@ -234,7 +232,10 @@ async fn purge_names(State(admin): State<Arc<Admin>>, headers: HeaderMap, body: 
     }
     let usage = r#"the body is {"url": "…"} or {"route": "…", "path": "a pattern such as /simple/**"}"#;
     let Ok(what) = serde_json::from_slice(&body) else { return problem(StatusCode::BAD_REQUEST, usage) };
-    let Some(routes) = &admin.routes else { return problem(StatusCode::NOT_FOUND, "no route is configured") };
+    let routes = &admin.routes;
+    if routes.is_empty() {
+        return problem(StatusCode::NOT_FOUND, "no route is configured");
+    }
     let forgotten = match &what {
         PurgeNames::Url { url } => routes.purge_url_everywhere(url).await,
         PurgeNames::Route { route, path } => match Glob::parse(path) {
@@ -258,7 +259,10 @@ async fn why(State(admin): State<Arc<Admin>>, query: Result<Query<Why>, QueryRej
     let Ok(Query(Why { url })) = query else {
         return problem(StatusCode::BAD_REQUEST, "ask for /why?url=URL, with the URL percent-encoded");
     };
-    let Some(routes) = &admin.routes else { return problem(StatusCode::NOT_FOUND, "no route is configured") };
+    let routes = &admin.routes;
+    if routes.is_empty() {
+        return problem(StatusCode::NOT_FOUND, "no route is configured");
+    }
     // Only what chooses between answers: the admin's own headers say nothing about a client's.
     let chosen = headers.into_iter().filter_map(|(name, value)| Some((name?, value))).filter(|(name, _)| *name != header::HOST).collect();
     json(&routes.why(&url, chosen).await)

@@ -34,8 +34,7 @@ pub struct Request<'a> {
 pub struct Handlers {
     node: Arc<Node>,
     asks: Asks,
-    /// `None` without routes.
-    routes: Option<Arc<Routes>>,
+    routes: Arc<Routes>,
 }
 
 /// Who sends requests to a listener, and the parts that only their requests need.
@@ -53,13 +52,13 @@ pub enum Asks {
 
 impl Handlers {
     /// The handlers of one listener of this node.
-    pub const fn new(node: Arc<Node>, asks: Asks, routes: Option<Arc<Routes>>) -> Self {
+    pub const fn new(node: Arc<Node>, asks: Asks, routes: Arc<Routes>) -> Self {
         Self { node, asks, routes }
     }
 
-    /// The routes, if there are any.
-    pub(crate) const fn routes(&self) -> Option<&Arc<Routes>> {
-        self.routes.as_ref()
+    /// The routes.
+    pub(crate) const fn routes(&self) -> &Arc<Routes> {
+        &self.routes
     }
 
     /// The reply to a request of a route. `body` is read by a batch request only.
@@ -67,7 +66,7 @@ impl Handlers {
     /// # Errors
     /// The request failed.
     pub async fn answer_route(&self, request: &Request<'_>, found: Match, body: Option<Body<'_>>) -> Result<Reply, Fault> {
-        let Some(routes) = &self.routes else { return Err(Fault::Internal("a request for a route, without routes".into())) };
+        let routes = &self.routes;
         match body {
             Some(body) => Box::pin(routes.batch(request, found, body, self.asker())).await,
             None => Box::pin(routes.answer(request, found, self.asker())).await,

@@ -262,10 +262,7 @@ impl Front {
 
     /// The route that a request is for. Boxed, since few connections need it.
     fn route(&self, head: &Head, bytes: &[u8]) -> Result<Option<Box<Match>>, (StatusCode, &'static str)> {
-        let Some(routes) = self.handlers.routes() else {
-            let is_for_route = matches!(self.audience, Audience::Peers(_)) && head.field(bytes, ROUTE.as_str()).is_some();
-            return if is_for_route { Err((StatusCode::MISDIRECTED_REQUEST, "this node has no routes")) } else { Ok(None) };
-        };
+        let routes = self.handlers.routes();
         if matches!(self.audience, Audience::Peers(_)) {
             let host = head.field(bytes, ROUTE.as_str()).filter(|_| matches!(head.method, Method::GET | Method::HEAD));
             let Some(host) = host else { return Ok(None) };
@@ -280,7 +277,7 @@ impl Front {
         match routes.find(head.host(bytes), head.absolute.is_some(), head.path_and_query(bytes)) {
             Ok(Some(found)) => Ok(Some(Box::new(found))),
             // castier is no open proxy: what a client wants from another host is for a route, or for nobody.
-            Ok(None) if head.absolute.is_some() && matches!(target, Target::Other) => {
+            Ok(None) if head.absolute.is_some() && matches!(target, Target::Other) && !routes.is_empty() => {
                 Err((StatusCode::FORBIDDEN, "no route is for this host; castier is no open proxy"))
             }
             // A path that no route may match is the origin's to refuse.
@@ -308,16 +305,14 @@ impl Front {
             self.shed_request(conn, Limit::Files, Some(arrived.asked), client).await;
             return None;
         };
-        let to = match (routed, self.handlers.routes()) {
-            (Some(found), Some(routes)) => match routes.relay(found) {
-                Ok(to) => Some(to),
-                Err(fault) => {
-                    drop(ahead);
-                    self.refuse_request(conn, StatusCode::BAD_GATEWAY, &fault.to_string(), client).await;
-                    return None;
-                }
-            },
-            _ => None,
+        // An entry of the origin is relayed to it as what is for no route.
+        let to = match routed.filter(|found| !found.is_entry()).map(|found| self.handlers.routes().relay(found)).transpose() {
+            Ok(to) => to,
+            Err(fault) => {
+                drop(ahead);
+                self.refuse_request(conn, StatusCode::BAD_GATEWAY, &fault.to_string(), client).await;
+                return None;
+            }
         };
         let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)), to };
         relay.pass(conn, ahead, head, limits, shutdown, known).await

@@ -203,8 +203,7 @@ struct Parts {
     origin: Arc<Upstream>,
     node: Arc<Node>,
     purge: Arc<Purge>,
-    /// `None` without routes.
-    routes: Option<Arc<Routes>>,
+    routes: Arc<Routes>,
     admin: Arc<Admin>,
 }
 
@@ -237,7 +236,7 @@ impl Parts {
         let client_memory = Budget::new(config.limits.client_memory.get());
         let ca_file = upstream::ca_file(&config.origin)?;
         let ticket_key = nodes.as_ref().and_then(|nodes| nodes.secrets.derive("lfs tickets"));
-        let routes = Routes::new(config, &node, client_memory.clone(), ticket_key, ca_file)?;
+        let routes = Routes::new(config, &node, client_memory.clone(), ticket_key, ca_file, origin_url)?;
         let purge = Purge::new(cache, peers, own_name);
         let members = nodes.as_ref().map(|nodes| nodes.members.clone());
         let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone(), routes.clone()));
@@ -290,9 +289,8 @@ async fn end(live: Live, listeners: Listeners, stop_origin: watch::Sender<bool>,
     let Live { config, parts, log, .. } = live;
     parts.admin.enter(Phase::Draining);
     drain(&config, &parts.metrics, parts.nodes.as_ref(), listeners.public, listeners.peer).await;
-    if let Some(routes) = parts.routes {
-        tokio::task::spawn_blocking(move || routes.close(FLUSH)).await.ok();
-    }
+    let routes = parts.routes;
+    tokio::task::spawn_blocking(move || routes.close(FLUSH)).await.ok();
     if let Some(disk) = parts.tiers.disk
         && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
     {

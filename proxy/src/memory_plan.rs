@@ -68,6 +68,7 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     let sources = 1 + config.cluster.as_ref().map_or(0, |cluster| cluster.peers.len() as u64);
     let fills = config.fill.max_in_flight as u64 * FILL + config.origin.max_requests as u64 * UPSTREAM;
     let disk = config.disk.as_ref().map_or(0, |disk| disk.write_behind.get() + disk.open_files * OPEN_FILE + BUFFERS);
+    let names = if config.route.is_empty() { 0 } else { limits.names.get() };
     let logged = if config.log.loki_url.is_empty() { 0 } else { config.log.loki.buffer.get() };
     let traced = if config.otlp.endpoint.is_empty() { 0 } else { config.otlp.buffer.get() };
     let parts = [
@@ -79,6 +80,7 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
         // A client may still read an evicted blob. That may exceed `fill.memory` by one blob.
         config.memory.max_blob.get(),
         limits.client_memory.get(),
+        names,
         connections * CONNECTION,
         sources * fills,
         disk,

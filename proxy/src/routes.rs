@@ -52,6 +52,8 @@ pub use why::PurgedNames;
 
 /// The name table's file, below `disk.path`.
 const NAMES: &str = "names.redb";
+/// The bound of the name table without routes, in bytes.
+const ENTRIES: u64 = 4 << 20;
 /// How many proofs of each kind are remembered, some 200 bytes each.
 const MOST_PROOFS: u64 = 100_000;
 
@@ -107,6 +109,8 @@ pub(crate) struct Route {
     own: Option<Own>,
     query_is_key: bool,
     max_body: u64,
+    /// For the origin's entries: no key of the configuration made it.
+    is_implied: bool,
     priority: Option<u32>,
     rate: Option<DefaultDirectRateLimiter>,
     health: Mutex<Health>,
@@ -162,6 +166,11 @@ impl Coming {
 impl Match {
     pub(crate) const fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it is for an entry of the origin.
+    pub(crate) fn is_entry(&self) -> bool {
+        self.route.is_implied
     }
 
     /// Whether a handler answers such a request. If not, it is relayed to the upstream.
@@ -231,6 +240,7 @@ impl Route {
             own: own(config, &base).map_err(|error| key("credentials", &error))?,
             query_is_key: config.query == config::RouteQuery::Key,
             max_body: config.max_body.get().min(most),
+            is_implied: false,
             priority: config.priority,
             rate: NonZeroU32::new(config.upstream_rate).map(|rate| RateLimiter::direct(Quota::per_second(rate))),
             health: Mutex::default(),
@@ -238,6 +248,47 @@ impl Route {
             expansion,
         };
         Ok((route, list))
+    }
+
+    /// The route for the origin's entries (`/ac`, `/kv`): mutable, so each request asks, with a condition if something is kept. The origin decides who may
+    /// read them.
+    fn for_entries(index: usize, origin: &Url, most: u64, series: &Series) -> (Self, rules::Route) {
+        const PATHS: [&str; 3] = ["/ac/{sha256}", "/{instance}/ac/{sha256}", "/kv/{path*}"];
+        let list = PATHS.iter().filter_map(|path| Template::parse(path).ok());
+        let list = list.map(|path| Rule {
+            path,
+            kind: Kind::Fresh,
+            ttl: Some(Duration::ZERO),
+            vary: Vec::new(),
+            digest_header: None,
+            links: false,
+            examples: Vec::new(),
+        });
+        let label = "entries".to_owned();
+        let route = Self {
+            index,
+            id: format!("{label}|{origin}"),
+            metrics: series.route(&label),
+            label,
+            protocol: String::new(),
+            prefix: String::new(),
+            namespace: None,
+            host: None,
+            base: origin.clone(),
+            expansion: None,
+            hosts: Hosts::default(),
+            terms: Terms { ttl: None, stale_if_error: Duration::ZERO, negative_ttl: Duration::ZERO },
+            proof_ttl: Duration::ZERO,
+            is_private: true,
+            own: None,
+            query_is_key: true,
+            max_body: most,
+            is_implied: true,
+            priority: None,
+            rate: None,
+            health: Mutex::default(),
+        };
+        (route, rules::Route { rules: list.collect(), ..rules::Route::default() })
     }
 
     /// The namespace, if a target has it as the first component of the name.
@@ -296,6 +347,9 @@ impl Route {
         (health.is_down, health.since) = (is_down, Some(SystemTime::now()));
         drop(health);
         self.metrics.up(!is_down);
+        if self.is_implied {
+            return;
+        }
         let (route, upstream) = (&self.label, &self.base);
         if is_down {
             tracing::warn!(route, %upstream, status = status.map(|status| status.as_u16()), "the upstream of a route is down; what is kept is served");
@@ -382,7 +436,7 @@ fn table_route(built: &Route, config: &config::Route, list: Vec<Rule>) -> rules:
 }
 
 impl Routes {
-    /// The routes of a configuration; `None` if it has none. `ticket_key`: for the tickets of Git LFS; all nodes of a cluster have the same.
+    /// The routes of a configuration, and the one for the origin's entries. `ticket_key`: for the tickets of Git LFS; all nodes of a cluster have the same.
     ///
     /// # Errors
     /// A text that names the key.
@@ -392,10 +446,8 @@ impl Routes {
         memory: Arc<Budget>,
         ticket_key: Option<[u8; 32]>,
         ca_file: Option<String>,
-    ) -> Result<Option<Arc<Self>>, String> {
-        if config.route.is_empty() {
-            return Ok(None);
-        }
+        origin: &Url,
+    ) -> Result<Arc<Self>, String> {
         let series = &node.metrics.routes;
         let (mut routes, mut table) = (Vec::new(), Vec::new());
         for (index, route) in config.route.iter().enumerate() {
@@ -403,9 +455,18 @@ impl Routes {
             table.push(table_route(&built, route, list));
             routes.push(Arc::new(built));
         }
+        let (built, entries) = {
+            // Its requests count as the origin's, so its own series are registered nowhere.
+            let unlisted = Series::new(&prometheus::Registry::new()).map_err(|error| format!("metrics: {error}"))?;
+            Route::for_entries(routes.len(), origin, config.limits.max_blob.get(), &unlisted)
+        };
+        table.push(entries);
+        routes.push(Arc::new(built));
         let table = Table::new(table);
         let names = open_names(config).map_err(|error| format!("disk.path: the name table: {error}"))?;
-        series.names_are(&names);
+        if !config.route.is_empty() {
+            series.names_are(&names);
+        }
         let shared = Arc::new(Shared {
             cache: node.cache.clone(),
             client: Client::new(&config.origin, ca_file, node.metrics.upstream.clone()),
@@ -425,10 +486,11 @@ impl Routes {
             && [format!("/cas/{sample}"), format!("/i/cas/{sample}")].iter().any(|path| {
                 routes.iter().enumerate().any(|(index, route)| {
                     let path = if route.prefix.is_empty() { path.clone() } else { format!("{}/cas/{sample}", route.prefix) };
-                    matches!(table.find(route.host.as_deref(), &path), Ok(Some(found)) if found.route == index)
+                    let found = table.find(route.host.as_deref(), &path);
+                    matches!(found, Ok(Some(found)) if found.route == index && names_own(found.rule.path.as_str()))
                 })
             });
-        Ok(Some(Arc::new(Self { table, routes, takes_blobs, shared })))
+        Ok(Arc::new(Self { table, routes, takes_blobs, shared }))
     }
 
     /// The name table, for its end.
@@ -458,7 +520,7 @@ impl Routes {
         if is_own(raw) && !names_own(found.rule.path.as_str()) {
             return Ok(None);
         }
-        if is_absolute && !route.is_for_absolute(host, &self.shared.external_url) {
+        if is_absolute && !route.is_implied && !route.is_for_absolute(host, &self.shared.external_url) {
             return Ok(None);
         }
         Ok(Some(Match {
@@ -511,7 +573,9 @@ impl Routes {
 
     /// Sets the gauges of the name table.
     pub fn update_metrics(&self, series: &Series) {
-        series.names_are(&self.shared.names);
+        if !self.is_empty() {
+            series.names_are(&self.shared.names);
+        }
     }
 
     /// The routes' figures, for `/stats` and the status page.
@@ -520,12 +584,12 @@ impl Routes {
             let health = route.health.lock();
             route.metrics.figures(&route.label, route.base.as_str(), (!health.is_down, health.since))
         };
-        self.routes.iter().map(figures).collect()
+        self.configured().map(figures).collect()
     }
 
     /// Forgets names: those of a route whose path matches. `route`: a label or protocol. Returns how many.
     pub fn purge(&self, route: &str, path: &rules::Glob) -> Option<usize> {
-        let chosen: Vec<_> = self.routes.iter().filter(|known| known.label == route || known.protocol == route).collect();
+        let chosen: Vec<_> = self.configured().filter(|known| known.label == route || known.protocol == route).collect();
         if chosen.is_empty() {
             return None;
         }
@@ -534,9 +598,19 @@ impl Routes {
         Some(count)
     }
 
+    /// Whether the configuration has any.
+    pub fn is_empty(&self) -> bool {
+        self.configured().next().is_none()
+    }
+
+    /// The routes of the configuration.
+    fn configured(&self) -> impl Iterator<Item = &Arc<Route>> {
+        self.routes.iter().filter(|route| !route.is_implied)
+    }
+
     /// The names of the routes.
     pub fn labels(&self) -> Vec<&str> {
-        self.routes.iter().map(|route| route.label.as_str()).collect()
+        self.configured().map(|route| route.label.as_str()).collect()
     }
 }
 
@@ -565,12 +639,14 @@ fn names_own(template: &str) -> bool {
     ["/cas/", "/ac/", "/kv/"].iter().any(|own| template.contains(own))
 }
 
-/// The name table: in a file with a disk tier, else in memory only.
+/// The name table: in a file with a disk tier and routes, else in memory only.
 fn open_names(config: &Castier) -> io::Result<Names> {
     let capacity = config.limits.names.get();
     match &config.disk {
-        Some(disk) => Names::open(&disk.path.join(NAMES), capacity),
-        None => Ok(Names::in_memory(capacity)),
+        Some(disk) if !config.route.is_empty() => Names::open(&disk.path.join(NAMES), capacity),
+        // For the origin's entries alone little is enough: a name that is forgotten costs one body more.
+        _ if config.route.is_empty() => Ok(Names::in_memory(capacity.min(ENTRIES))),
+        _ => Ok(Names::in_memory(capacity)),
     }
 }
 

@@ -193,7 +193,13 @@ impl Front {
         started: Instant,
     ) {
         let route = match request.target {
-            _ if arrived.routed.is_some() => Route::Route,
+            _ if let Some(found) = arrived.routed => {
+                if found.is_entry() {
+                    Route::Relay
+                } else {
+                    Route::Route
+                }
+            }
             Target::Blob(_) | Target::Malformed(_) => Route::Blob,
             Target::Collection => Route::Collection,
             Target::Other => Route::Control,

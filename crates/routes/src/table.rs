@@ -166,12 +166,15 @@ impl Route {
         let below = path.below(&self.prefix)?;
         let raw = raw_below(raw, &self.prefix);
         let raw = if raw.is_empty() { "/" } else { raw };
+        // What has segments `.` goes upstream without them: it has the name of what has none, so it must be the same question.
+        let has_dots = raw.split('/').any(|segment| matches!(segment, "." | "%2e" | "%2E"));
+        let raw = if has_dots { below.as_str().to_owned() } else { raw.to_owned() };
         let (path, raw, query) = match &self.namespace {
-            None => (below, raw.to_owned(), query.map(str::to_owned)),
-            Some(own) => self.in_namespace(own, &below, raw, query)?,
+            None => (below, raw, query.map(str::to_owned)),
+            Some(own) => self.in_namespace(own, &below, &raw, query)?,
         };
         let (rule, captures) = first(rules, &path)?;
-        // A path that has segments `.` before its own part is cut at another place.
+        // A path that has segments `.` in its prefix is cut at another place.
         if Path::of(&raw).as_ref() != Ok(&path) {
             return None;
         }

@@ -274,10 +274,13 @@ impl Upstream {
     pub fn incoming(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, from: u64) -> Result<Incoming, Fault> {
         let head = session.resp_header().ok_or_else(|| self.unusable("no head"))?;
         self.must_be_uncoded(&head.headers)?;
+        if !head.status.is_success() {
+            return Err(self.unusable(format!("status {}", head.status.as_u16())));
+        }
         self.incoming_as_it_is(session, peer, from)
     }
 
-    /// As [`Self::incoming`], for a body in any content coding. With a `from` of 0, an answer of any other status than 206 has the whole body.
+    /// As [`Self::incoming`], for a body in any content coding, and for that of an absence.
     ///
     /// # Errors
     /// As [`Self::incoming`].

@@ -10,7 +10,7 @@ use crate::{
     groupcache::GroupcacheStats,
     memory_plan,
     recent::Top,
-    routes::{RouteFigures, Routes},
+    routes::RouteFigures,
 };
 use castier_cache::{DiskState, Tier as CacheTier, TierStats};
 use castier_cluster as cluster;
@@ -167,9 +167,9 @@ impl Admin {
         }
     }
 
-    /// The figures of the routes; empty without any.
+    /// The figures of the routes.
     fn route_figures(&self) -> Vec<RouteFigures> {
-        self.routes.as_deref().map(Routes::figures).unwrap_or_default()
+        self.routes.figures()
     }
 
     /// The answer without `top`, `history`, `flights`, `members`, `routes` and `cluster`.

@@ -29,8 +29,8 @@ impl Handlers {
             tracing::info!(%digest, "purged at a peer's request");
             return Ok(Reply::done());
         }
-        if let (Some(routes), Some(what)) = (&self.routes, path.strip_prefix(PURGE_NAMES).filter(|_| *method == Method::POST)) {
-            return Ok(match routes.purge_at_peers_request(what) {
+        if let Some(what) = path.strip_prefix(PURGE_NAMES).filter(|_| *method == Method::POST) {
+            return Ok(match self.routes.purge_at_peers_request(what) {
                 Some(_) => Reply::done(),
                 None => Reply::error(StatusCode::NOT_FOUND, "this node has no such route"),
             });

@@ -18,7 +18,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 use url::Url;
 
 /// The most redirects that are followed.
@@ -29,6 +29,8 @@ const MOST_SERVERS: u64 = 256;
 const MOST_TOKENS: u64 = 10_000;
 /// The longest body that is passed on from memory: of errors, redirects that are not followed, and token answers.
 pub(super) const SMALL_BODY: usize = 256 << 10;
+/// How long such a body may take.
+const SMALL_BODY_TIME: Duration = Duration::from_secs(10);
 /// A token is not used in its last seconds, so that it does not expire on its way.
 const TOKEN_MARGIN: Duration = Duration::from_secs(10);
 
@@ -39,6 +41,8 @@ pub(super) struct Client {
     servers: Cache<String, Arc<Upstream>>,
     /// castier's own tokens, by route and repository, with their end.
     tokens: Cache<(usize, String), (HeaderValue, Instant)>,
+    /// `origin.max_requests` questions at once, over all routes. A body that has begun counts as a fill instead.
+    questions: Semaphore,
     connect_timeout: Duration,
     read_timeout: Duration,
     max_requests: usize,
@@ -96,13 +100,17 @@ impl Answered {
     /// The body in memory, cut at [`SMALL_BODY`], and the head without a length that no longer holds.
     pub(super) async fn small(mut self) -> (Head, Bytes) {
         let mut body = BytesMut::new();
-        while let Ok(Some(part)) = self.session.read_body_bytes().await {
-            body.extend_from_slice(&part);
-            if body.len() > SMALL_BODY {
-                body.truncate(SMALL_BODY);
-                break;
+        let read = async {
+            while let Ok(Some(part)) = self.session.read_body_bytes().await {
+                body.extend_from_slice(&part);
+                if body.len() > SMALL_BODY {
+                    break;
+                }
             }
-        }
+        };
+        // An error that comes byte by byte is not worth waiting for.
+        let _ = timeout(SMALL_BODY_TIME, read).await;
+        body.truncate(SMALL_BODY);
         self.server.finish(self.session, &self.peer).await;
         (self.head, body.freeze())
     }
@@ -120,6 +128,7 @@ impl Client {
             connector: connector(ca_file),
             servers: Cache::new(MOST_SERVERS),
             tokens: Cache::new(MOST_TOKENS),
+            questions: Semaphore::new(config.max_requests),
             connect_timeout: config.connect_timeout.get(),
             read_timeout: config.read_timeout.get(),
             max_requests: config.max_requests,
@@ -162,6 +171,7 @@ impl Client {
     /// # Errors
     /// No answer came, or redirects do not end.
     pub(super) async fn ask(&self, asking: &Asking<'_>) -> Result<Answered, Fault> {
+        let Ok(Ok(_permit)) = timeout(self.read_timeout, self.questions.acquire()).await else { return Err(Fault::Busy(Limit::Requests)) };
         let own = self.own_credentials(asking);
         let answered = self.follow(asking, own.as_ref()).await?;
         if answered.head.status != StatusCode::UNAUTHORIZED || asking.route.is_private {

@@ -19,10 +19,13 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
+use tokio::time::timeout;
 use url::{Position, Url};
 
 /// The longest body of a batch request.
 const MOST_BATCH: usize = 4 << 20;
+/// How long the answer to one may take.
+const BATCH_TIME: Duration = Duration::from_secs(60);
 /// How many actions are remembered, some 600 bytes each.
 const MOST_ACTIONS: u64 = 100_000;
 /// How long a ticket holds, unless the upstream's action ends before.
@@ -108,7 +111,8 @@ impl Routes {
         let answered = self.shared.client.ask(&asking).await?;
         let (head, incoming) = (answered.head.clone(), answered);
         let (head, body) = if head.status == StatusCode::OK {
-            let body = super::client::read_all(incoming.body(0)?.bytes, MOST_BATCH).await?;
+            let body = timeout(BATCH_TIME, super::client::read_all(incoming.body(0)?.bytes, MOST_BATCH)).await;
+            let body = body.map_err(|_| unusable("an answer to a batch that takes too long"))??;
             (head, body.ok_or_else(|| unusable("an answer to a batch that is too long"))?)
         } else {
             incoming.small().await

@@ -729,7 +729,7 @@ impl Subject {
 
     /// The node that owns the name, if it is another one and may be asked.
     fn owner(&self) -> Option<(&Arc<Peers>, Member)> {
-        let peers = self.shared.peers.as_ref().filter(|_| self.asker == Asker::Client)?;
+        let peers = self.shared.peers.as_ref().filter(|_| self.asker == Asker::Client && !self.route().is_implied)?;
         Some((peers, peers.owner(&self.claim.unwrap_or_else(|| self.primary()))?))
     }
 
@@ -929,8 +929,11 @@ impl Subject {
         self.shared.names.set(name, Entry { headers: kept_headers(&merged), fetched_at: now(), ..entry.clone() });
     }
 
-    /// The upstream no longer has it.
+    /// The upstream no longer has it, or does not show it to these credentials. The latter says nothing to those who may read it.
     fn forget(&self) {
+        if self.route().is_private && !self.is_admitted_to_repository() {
+            return;
+        }
         if let Some((name, _)) = self.entry() {
             self.shared.names.remove(&name);
         }

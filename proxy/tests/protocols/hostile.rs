@@ -903,7 +903,8 @@ fn strange_names_get_their_own_body_or_a_clear_refusal() {
                 let got = answer.text().strip_prefix("target:").unwrap_or_else(|| panic!("{short}: {}", answer.text())).to_owned();
                 // What is behind `#` never belongs to a target.
                 let wanted = target.split('#').next().unwrap();
-                assert_eq!(plain(&got), plain(wanted), "{short}, round {round}");
+                // A segment `.` means nothing.
+                assert_eq!(plain(&got), plain(&wanted.replace("/./", "/")), "{short}, round {round}");
                 assert_eq!(answer.header("x-injected"), None);
             }
         }
