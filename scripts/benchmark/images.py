@@ -63,6 +63,10 @@ class Counter(http.server.ThreadingHTTPServer):
     """Passes requests on to the registry, and counts them."""
 
     daemon_threads = True
+    request_queue_size = 512
+
+    def handle_error(self, *_):
+        """A connection that the other side closes is no news."""
 
     def __init__(self, registry):
         self.seen, self.lock = collections.Counter(), threading.Lock()
@@ -77,8 +81,11 @@ class Counter(http.server.ThreadingHTTPServer):
                 with self.server.lock:
                     self.server.seen[f"{self.command} {self.path}"] += 1
                 connection = http.client.HTTPConnection("127.0.0.1", registry, timeout=60)
-                kept = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
-                connection.request(self.command, self.path, headers=kept)
+                connection.putrequest(self.command, self.path, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    if name.lower() not in ("host", "connection"):
+                        connection.putheader(name, value)
+                connection.endheaders()
                 answer = connection.getresponse()
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():

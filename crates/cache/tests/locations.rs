@@ -2,9 +2,7 @@
 
 use bytes::Bytes;
 use castier_blob::Digest;
-use castier_cache::{
-    Answer, Ask, Asker, Cache, Fault, Hit, Incoming, Key, Location, OneSource, Part, Plan, Resource, Source, Visibility,
-};
+use castier_cache::{Answer, Ask, Asker, Cache, Fault, Hit, Incoming, Key, Location, OneSource, Part, Plan, Resource, Source, Visibility};
 use futures::{FutureExt as _, future::BoxFuture, future::join_all, stream};
 use std::{
     sync::{

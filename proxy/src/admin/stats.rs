@@ -6,12 +6,7 @@ use super::{
     problems::{NodeProblem, NodeState},
     utc::Utc,
 };
-use crate::{
-    groupcache::GroupcacheStats,
-    memory_plan,
-    recent::Top,
-    routes::RouteFigures,
-};
+use crate::{groupcache::GroupcacheStats, memory_plan, recent::Top, routes::RouteFigures};
 use castier_cache::{DiskState, Tier as CacheTier, TierStats};
 use castier_cluster as cluster;
 use serde::Serialize;

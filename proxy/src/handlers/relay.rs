@@ -336,10 +336,13 @@ impl ProxyHttp for Rules {
             Reply::error(http::StatusCode::BAD_REQUEST, "malformed request body")
         } else {
             if !ctx.shed {
-                tracing::warn!(%fault, "a request could not be relayed; its client got an error");
+                let to = self.server(ctx).name;
+                tracing::warn!(%fault, "a request could not be relayed to the {to}; its client got an error");
             }
             match fault {
-                Fault::Unreachable { source_name, .. } => Reply::error(http::StatusCode::BAD_GATEWAY, &format!("the {source_name} cannot be reached")),
+                Fault::Unreachable { source_name, .. } => {
+                    Reply::error(http::StatusCode::BAD_GATEWAY, &format!("the {source_name} cannot be reached"))
+                }
                 _ => Reply::fault(&fault),
             }
         };

@@ -3,7 +3,7 @@
 use super::{
     Match, Routes,
     answer::Note,
-    client::{Asking, Head, unusable},
+    client::{Answered, Asking, Head, unusable},
     load::{Load, Place},
     metrics::Outcome,
     serve::Subject,
@@ -214,8 +214,21 @@ impl Subject {
         if *request.method == Method::HEAD {
             return Ok((self.without_body(request, found, Some(size), Note::Hit), Outcome::Hit));
         }
-        let resource = Resource { key: Key::Blob(oid), at: Place::new(self.object_load(&oid, size), None, None, false) };
-        let hit = self.shared.cache.get_at(&resource, Asker::Client, |size| found.part(request, size)).await?;
+        let part = |size| found.part(request, size);
+        let load = self.object_load(&oid, size);
+        let is_known = load.is_some() || self.shared.cache.kept_size_as(&oid, Visibility::Private).await.is_some();
+        if !is_known && self.asker == Asker::Peer {
+            return Ok((Reply::error(StatusCode::NOT_FOUND, "this node does not know where the object is"), Outcome::Absent));
+        }
+        let first = if is_known { None } else { self.object_of_a_peer().await };
+        let load = load.unwrap_or_else(|| self.load_of(self.target.clone(), None, HeaderMap::new(), size));
+        let (head, body) = match first {
+            Some(answered) => (Some(Arc::new(answered.head.clone())), Some(answered.body(0)?)),
+            None => (None, None),
+        };
+        let is_peers = body.is_some();
+        let resource = Resource { key: Key::Blob(oid), at: Place::new(load, head, body, is_peers) };
+        let hit = self.shared.cache.get_at(&resource, self.asker, part).await?;
         let hit = hit.ok_or_else(|| unusable("it no longer has the object"))?;
         if hit.size.is_some_and(|known| known != size) {
             return Err(unusable("its batch named another size than the object has"));
@@ -224,21 +237,38 @@ impl Subject {
         Ok((self.reply(request, found, hit, note).await?, outcome))
     }
 
-    fn object_load(&self, oid: &Digest, size: u64) -> Load {
-        let known = self.known().actions.get(&self.action_key(oid));
-        let known = known.filter(|known| known.size == size && known.until.is_none_or(|until| until > SystemTime::now()));
-        let (mut target, mut far, mut headers) = (self.target.clone(), None, HeaderMap::new());
-        if let Some(known) = known
-            && let Ok(url) = Url::parse(&known.action.href)
-        {
-            target = url[Position::BeforePath..Position::AfterQuery].to_owned();
-            for (name, value) in &known.action.header {
-                if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
-                    headers.append(name, value);
+    /// The answer of the node that has answered the batch, and so knows where the object is.
+    async fn object_of_a_peer(&self) -> Option<Answered> {
+        let peers = self.shared.peers.as_ref()?;
+        let view = peers.members().view();
+        let mut headers = HeaderMap::new();
+        headers.insert(header::AUTHORIZATION, self.client_headers.get(header::AUTHORIZATION)?.clone());
+        let (host, target) = &self.found.asked;
+        for member in view.members().iter().filter(|member| !member.itself && member.up) {
+            let answered = peers.ask_route(member, (Method::GET, target, host), &headers).await;
+            let answered = answered.and_then(|(server, session, peer)| Answered::of_peer(server, session, peer));
+            match answered {
+                Ok(answered) if answered.head.status == StatusCode::OK => return Some(answered),
+                Ok(answered) => drop(answered.finish().await),
+                Err(fault) => {
+                    tracing::debug!(peer = &*member.name, %fault, "a node was asked for an object of Git LFS, and did not answer")
                 }
             }
-            far = Some(url);
         }
-        self.load_of(target, far, headers, size)
+        None
+    }
+
+    /// How the upstream's action loads an object. `None`: this node has not answered a batch with it, or the action is over.
+    fn object_load(&self, oid: &Digest, size: u64) -> Option<Load> {
+        let known = self.known().actions.get(&self.action_key(oid))?;
+        let holds = known.size == size && known.until.is_none_or(|until| until > SystemTime::now());
+        let url = Url::parse(&known.action.href).ok().filter(|_| holds)?;
+        let headers = known
+            .action
+            .header
+            .iter()
+            .filter_map(|(name, value)| Some((HeaderName::try_from(name).ok()?, HeaderValue::try_from(value).ok()?)));
+        let target = url[Position::BeforePath..Position::AfterQuery].to_owned();
+        Some(self.load_of(target, Some(url), headers.collect(), size))
     }
 }

@@ -29,6 +29,9 @@ impl Routes {
     /// # Errors
     /// The path cannot be part of a URL.
     pub(crate) fn relay(&self, found: &Match) -> Result<RelayTo, Fault> {
+        if found.far.is_some() {
+            return Err(Fault::BadRequest("links that castier has written are for GET and HEAD".into()));
+        }
         let (method, headers) = (Method::GET, HeaderMap::new());
         let path = found.path().as_str().to_owned();
         let request = Request { method: &method, version: Version::HTTP_11, target: Target::Other, path: &path, headers: &headers };

@@ -62,6 +62,8 @@ pub(super) struct Subject {
     claim: Option<Digest>,
     /// Another hash that metadata names.
     expected: Option<Expected>,
+    /// All that the client shows of itself; `None` if it shows nothing, or if nobody asks.
+    credentials: Option<Vec<u8>>,
     who: Credentials,
     /// When the request came, in seconds since 1970.
     arrived: u64,
@@ -153,8 +155,8 @@ impl Subject {
         // A client's credentials are for the upstream alone.
         let at_home = found.far.as_ref().is_none_or(|far| route.is_upstream(far));
         let with_credentials = route.is_private && at_home;
-        let credentials = request.headers.get(header::AUTHORIZATION).filter(|_| route.is_private);
-        let who = credentials.map_or(0, |credentials| shared.who(credentials.as_bytes()));
+        let credentials = if route.is_private { credentials_of(request.headers) } else { None };
+        let who = credentials.as_ref().map_or(0, |credentials| shared.who(credentials));
         let castier = if shared.external_url.is_empty() {
             let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
             format!("http://{host}")
@@ -171,6 +173,7 @@ impl Subject {
             at,
             claim,
             expected,
+            credentials,
             who,
             arrived: now(),
             asker,
@@ -518,7 +521,7 @@ impl Subject {
     }
 
     fn credentials(&self) -> Option<&[u8]> {
-        self.client_headers.get(header::AUTHORIZATION).filter(|_| self.route().is_private).map(HeaderValue::as_bytes)
+        self.credentials.as_deref()
     }
 
     /// The upstream has answered these credentials with a 2xx.
@@ -1068,6 +1071,12 @@ const fn is_refusal(status: StatusCode) -> bool {
 
 fn time(seconds: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+}
+
+/// All lines of `Authorization`: the upstream may look at any of them, so what it says is about all of them.
+fn credentials_of(headers: &HeaderMap) -> Option<Vec<u8>> {
+    let lines: Vec<_> = headers.get_all(header::AUTHORIZATION).iter().map(HeaderValue::as_bytes).collect();
+    (!lines.is_empty()).then(|| lines.join(&b'\n'))
 }
 
 /// All lines of a header as one value.

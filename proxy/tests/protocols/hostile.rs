@@ -774,6 +774,27 @@ fn what_is_kept_is_for_those_who_may_read_it() {
     }
 }
 
+/// What two lines of credentials open together, the first of them alone does not.
+#[test]
+fn two_lines_of_credentials_are_not_one() {
+    let _turn = turn();
+    let body = noise(14, 1000);
+    let kept = body.clone();
+    let upstream = Upstream::answering(move |request| {
+        if request.headers.iter().any(|(name, value)| name.eq_ignore_ascii_case("authorization") && value == "Bearer good") {
+            return entity(request, "text/plain", &kept);
+        }
+        Response::new(401).body("who are you?")
+    });
+    let castier = castier(&routes(&upstream.url(), ""));
+    for target in ["/frozen/a", "/fresh/a", &format!("/blob/{}", sha256(&body))] {
+        let both = Request::get(target).with("Authorization", "Bearer bad").with("Authorization", "Bearer good");
+        gets(castier.public, &both, &body);
+        assert_eq!(Request::get(target).bearer("bad").send(castier.public).status, 401, "{target}");
+        assert_eq!(Request::get(target).send(castier.public).status, 401, "{target}");
+    }
+}
+
 /// Other ways to say who one is: what they open is not kept for others. (They may also not get to the upstream at all.)
 #[test]
 fn other_credentials_open_nothing_for_others() {

@@ -319,6 +319,39 @@ fn tickets() {
     refuse_all();
 }
 
+/// A download may come to another node than the batch: that one asks the others.
+#[test]
+fn two_nodes() {
+    let _turn = turn();
+    let Some(server) = Giftless::with_users() else { return };
+    let dir = TempDir::new().unwrap();
+    let secret = dir.path().join("secret");
+    fs::write(&secret, "a-secret-of-the-nodes-which-is-long-enough").unwrap();
+    let ports = [Port::free(), Port::free()];
+    let peers = ports.each_ref().map(|port| format!("\"{}\"", port.addr())).join(", ");
+    let nodes = ports.each_ref().map(|port| {
+        let cluster = format!("[cluster]\nadvertise = \"{0}\"\npeers = [{peers}]\nsecret_file = \"{1}\"\n", port.addr(), secret.display());
+        let listen = format!("listen.peer = \"{}\"\n", port.addr());
+        castier(&format!("{listen}{cluster}{}", route(&server.front, "access = \"upstream\"\nproof_ttl = \"1h\"")))
+    });
+    for node in &nodes {
+        eventually("the nodes have found each other", || (node.metric("castier_cluster_peers", &["state=\"up\""]) >= 1.0).then_some(()));
+    }
+    let ann = token("ann", "obj:org/repo/*");
+    Git::new().publish(&dir.path().join("hub.git"), &format!("http://_jwt:{ann}@{}/org/repo", nodes[0].public));
+    server.front.take();
+    let answer = batch(&[object(0), object(1)]).basic("_jwt", &ann).send(nodes[0].public);
+    for (number, file) in FILES.into_iter().enumerate().take(2) {
+        let request = download(&nodes[0], &answer, number);
+        for _ in 0..2 {
+            let got = request.send(nodes[1].public);
+            assert!(got.status == 200 && got.body == content(file), "{} {:?}", got.status, got.headers);
+        }
+    }
+    let loaded = server.front.take().iter().filter(|seen| is_object(seen)).count();
+    assert_eq!(loaded, 2, "{}", server.front.history());
+}
+
 #[test]
 fn a_ticket_expires() {
     let _turn = turn();
