@@ -180,10 +180,22 @@ class Cluster:
             command = [f"{TARGET}/castier", "--config", config]
             self.nodes.append(Server(names[n], directory, command, f"{self.admins[n]}/readyz", **server))
 
+    def wait_for_peers(self, pause=time.sleep):
+        """Waits until each node knows that the others are up. A node that started before them found them down, and asks the origin in their place until
+        its next probe; what it loads then, the owner does not have."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            metrics = [NO_PROXY.open(f"{admin}/metrics", timeout=10).read().decode() for admin in self.admins]
+            if all(len(re.findall(r"^castier_peer_up\{.*\} 1$", of_node, re.M)) == len(self.nodes) - 1 for of_node in metrics):
+                return
+            pause(0.05)
+        raise SystemExit(f"{NAME}: the nodes do not find each other within 30 s; node-1 said:\n{self.nodes[0].said()}")
+
     def __enter__(self):
         try:
             for server in [self.origin, *self.nodes]:
                 server.start()
+            self.wait_for_peers()
         except BaseException:
             self.__exit__()
             raise
