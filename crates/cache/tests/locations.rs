@@ -1,4 +1,5 @@
 //! What is shared between locations, and what is not: bytes are, absences and faults are not, and private blobs are hidden.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should stop where it is")]
 
 use bytes::Bytes;
 use castier_blob::Digest;
