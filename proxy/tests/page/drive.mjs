@@ -212,19 +212,39 @@ assert.equal(await page.locator("#routes-note").textContent(), "since the start;
 await verdict("the upstream", /download is down since.*What castier keeps of it is served/);
 assert.equal(await page.locator("#verdict").getAttribute("data-level"), "warning");
 await inBothSchemes("routes");
-for (const width of [1440, 1024, 970, 950, 705, 641, 360]) {
+for (const width of [1440, 1024, 970, 950, 641, 360]) {
   await page.setViewportSize({ width, height: 800 });
-  // The plots have their old width until they are drawn again.
-  await until(`the page fits into ${width}`, () => document.documentElement.scrollWidth === document.documentElement.clientWidth);
   const wide = await page.evaluate(() => ({
+    page: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     parts: [...document.querySelectorAll("#routes-panel *")].filter(part => part.getBoundingClientRect().right > innerWidth + 1).map(part => part.outerHTML.slice(0, 80)),
   }));
-  assert.deepEqual({ width, ...wide }, { width, parts: [] });
+  assert.deepEqual({ width, ...wide }, { width, page: 0, parts: [] });
 }
 await inBothSchemes("routes on a phone");
 await page.setViewportSize({ width: 1280, height: 900 });
 await page.unroute("**/stats");
 await until("no routes again", () => document.getElementById("routes-panel").hidden);
+await verdict("ok", /^ok/);
+
+step("large figures");
+// As after a year: each counter has five more digits. Times and settings stay as they are.
+const larger = (value, key) =>
+  Array.isArray(value) ? value.map(item => larger(item, key))
+  : value && typeof value === "object" ? Object.fromEntries(Object.entries(value).map(([name, item]) => [name, larger(item, name)]))
+  : Number.isInteger(value) && value > 2 && !/since|time|at$|_s$|_ms$|age/.test(key) ? value * 99_991
+  : value;
+await page.route("**/stats", route => route.fulfill({ json: larger(none, "") }).catch(() => {}));
+await until("them", ([least]) => Number(document.querySelector("#counters tbody td").textContent.replaceAll(",", "")) === least, [larger(none.Gets, "Gets")]);
+for (const width of [1440, 1024, 961, 960, 705, 641, 640, 360]) {
+  await page.setViewportSize({ width, height: 800 });
+  const wide = await page.evaluate(() => ({
+    page: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    tables: [...document.querySelectorAll(".card table")].filter(table => table.getBoundingClientRect().right > table.closest(".card").getBoundingClientRect().right + 1).map(table => table.id),
+  }));
+  assert.deepEqual({ width, ...wide }, { width, page: 0, tables: [] });
+}
+await page.setViewportSize({ width: 1280, height: 900 });
+await page.unroute("**/stats");
 await verdict("ok", /^ok/);
 
 step("an origin that is gone");
