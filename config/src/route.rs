@@ -74,9 +74,9 @@ pub struct Route {
     /// Who decides which client may read: the upstream, by the client's own credentials (`upstream`), or castier (`local`).
     ///
     /// With `upstream`, castier serves what it keeps only to clients whose credentials the upstream has accepted in the same repository
-    /// within `route.proof_ttl`, and castier's own passwords are not asked for. In a cluster the credentials travel between nodes, so that
-    /// needs `cluster.tls`, or all nodes on the loopback. With `local`, clients need no credentials of the upstream. The default never shows
-    /// a client what the upstream would not show to it.
+    /// within `route.proof_ttl`. In a cluster the credentials travel between nodes, so that needs `cluster.tls`, or all nodes on the loopback.
+    /// With `local`, everybody who reaches castier may read, without credentials. The default never shows a client what the upstream would not
+    /// show to it.
     ///
     /// - Type: `upstream` or `local`
     pub access: RouteAccess,
@@ -230,8 +230,9 @@ pub enum RouteQuery {
 pub struct RouteCredentials {
     /// The user to whom the password in `password_file` belongs. Only with that.
     ///
-    /// Credentials are for `access = "local"`. castier sends them to the upstream, and to the place that the upstream names for getting tokens
-    /// if that is at the upstream's own host and port, or in `redirects`. They are in files, so that anybody may read this configuration. The default is none: castier comes in anonymously.
+    /// Credentials are for `access = "local"`. castier sends them to the upstream, and to the server that the upstream names for getting tokens
+    /// if that is at the upstream's own host and port, or in `redirects`. They are in files, so that anybody may read this configuration. The
+    /// default is none: castier asks the upstream anonymously.
     pub username: String,
     /// A file with the password of that user, in one line.
     #[serde(serialize_with = "path_text")]
@@ -403,10 +404,7 @@ fn check_access(route: &Route, key: &impl Fn(&str) -> String, problems: &mut Pro
                 "is set, but with access = \"upstream\" the clients' own credentials count; write access = \"local\", or leave it out",
             );
         }
-        problems.note(
-            key("access"),
-            "with \"upstream\" the upstream decides who may read here; castier does not ask for passwords and tokens of its own",
-        );
+        problems.note(key("access"), "with \"upstream\" the upstream decides who may read here, by the credentials that each client sends");
     }
     if let Some(credentials) = &route.credentials {
         check_credentials(credentials, key, problems);
