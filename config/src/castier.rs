@@ -430,7 +430,7 @@ pub struct Limits {
     ///
     /// It has the names of what routes keep that have no digest in them: tags, versions, index files. Bodies do not count. When it is full, castier
     /// drops names that are seldom read, and asks the upstream when they are needed. An entry takes 1 to 2 KiB, so the default is enough for
-    /// some forty thousand names. Without a route, up to 4 MiB in memory for `/ac` and `/kv`.
+    /// some forty thousand names. Without a route, up to 2 MiB in memory for `/ac` and `/kv`.
     ///
     /// - Type: 1MiB or more
     /// - Live: no

@@ -263,7 +263,7 @@ async fn why(State(admin): State<Arc<Admin>>, query: Result<Query<Why>, QueryRej
     if routes.is_empty() {
         return problem(StatusCode::NOT_FOUND, "no route is configured");
     }
-    // Only what chooses between answers: the admin's own headers say nothing about a client's.
+    // All but the admin listener's own host, since they can choose between answers.
     let chosen = headers.into_iter().filter_map(|(name, value)| Some((name?, value))).filter(|(name, _)| *name != header::HOST).collect();
     json(&routes.why(&url, chosen).await)
 }

@@ -3,7 +3,10 @@
 //! The costs below are measured (see docs/operations.md, "Sizing"). The test `memory_plan` checks that the program stays within them. They
 //! count the memory of the process; the cost of a connection also includes its socket in the kernel.
 
-use crate::request_head::{Framing, Head};
+use crate::{
+    request_head::{Framing, Head},
+    routes,
+};
 use castier_cache::SMALL;
 use castier_config::{Castier, Limits, Size};
 use std::{fs, path::Path};
@@ -26,7 +29,7 @@ pub const REQUEST: u64 = 8 << 10;
 /// A request body: pingora's read buffer.
 pub const BODY: u64 = 32 << 10;
 /// A relayed request that waits for its answer: the session, both connections, and the futures.
-pub const RELAY: u64 = 48 << 10;
+pub const RELAY: u64 = 56 << 10;
 /// The most bytes of a request body that a relay holds: a queue of reads of [`crate::connection::Conn::READ`] bytes, and a copy for one retry.
 pub const RELAY_REQUEST: u64 = 256 << 10;
 /// The most bytes of an answer that a relay queues for a client that is slower than the origin.
@@ -68,7 +71,7 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     let sources = 1 + config.cluster.as_ref().map_or(0, |cluster| cluster.peers.len() as u64);
     let fills = config.fill.max_in_flight as u64 * FILL + config.origin.max_requests as u64 * UPSTREAM;
     let disk = config.disk.as_ref().map_or(0, |disk| disk.write_behind.get() + disk.open_files * OPEN_FILE + BUFFERS);
-    let names = if config.route.is_empty() { 0 } else { limits.names.get() };
+    let names = routes::most_names(config);
     let logged = if config.log.loki_url.is_empty() { 0 } else { config.log.loki.buffer.get() };
     let traced = if config.otlp.endpoint.is_empty() { 0 } else { config.otlp.buffer.get() };
     let parts = [

@@ -44,7 +44,10 @@ use std::{
     hash::RandomState,
     io,
     num::NonZeroU32,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 use url::Url;
@@ -53,7 +56,7 @@ pub use why::PurgedNames;
 /// The name table's file, below `disk.path`.
 const NAMES: &str = "names.redb";
 /// The bound of the name table without routes, in bytes.
-const ENTRIES: u64 = 4 << 20;
+const ENTRIES: u64 = 2 << 20;
 /// How many proofs of each kind are remembered, some 200 bytes each.
 const MOST_PROOFS: u64 = 100_000;
 
@@ -74,6 +77,7 @@ pub(crate) struct Shared {
     proofs: Proofs,
     questions: Arc<Questions>,
     coming: Coming,
+    changes: Changes,
     learned: Learned,
     lfs: lfs::Known,
     /// The other nodes; `None` without a cluster.
@@ -149,6 +153,44 @@ pub struct Match {
 #[derive(Default)]
 struct Coming(Mutex<HashMap<Digest, (castier_cache::Resource, Arc<client::Head>)>>);
 
+/// Counts changes of paths: writes through castier, and purges. What an upstream said before a change must not be noted after it:
+///
+/// 1. A question is put, and the upstream begins to answer with the old body.
+/// 2. A client replaces it, and what is kept of the path is forgotten.
+/// 3. The old body is complete, and would be noted as what the path has now.
+///
+/// Some paths share a count. A change of one of them only costs the others an entry.
+struct Changes(Box<[AtomicU64]>);
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self((0..1024).map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl Changes {
+    fn count(&self, route: &Route, path: &Path) -> &AtomicU64 {
+        let hash = route.location(path.as_str());
+        &self.0[usize::try_from(hash % self.0.len() as u64).unwrap_or(0)]
+    }
+
+    fn seen(&self, route: &Route, path: &Path) -> u64 {
+        self.count(route, path).load(Ordering::Acquire)
+    }
+
+    /// Call it before anything is forgotten: who notes something looks at the count afterwards, and takes it back if that has changed.
+    fn note(&self, route: &Route, path: &Path) {
+        self.count(route, path).fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// As [`Self::note`], for all paths.
+    fn note_all(&self) {
+        for count in &self.0 {
+            count.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+}
+
 impl Coming {
     fn get(&self, name: &Digest) -> Option<(castier_cache::Resource, Arc<client::Head>)> {
         self.0.lock().get(name).cloned()
@@ -158,8 +200,22 @@ impl Coming {
         self.0.lock().insert(name, (resource, head));
     }
 
-    fn remove(&self, name: &Digest) {
-        self.0.lock().remove(name);
+    /// The body with this head no longer comes. Another one that comes under the name by now stays.
+    fn remove(&self, name: &Digest, head: &Arc<client::Head>) {
+        let mut map = self.0.lock();
+        if map.get(name).is_some_and(|(_, known)| Arc::ptr_eq(known, head)) {
+            map.remove(name);
+        }
+    }
+
+    /// What comes under these names, or under all of them, is not to be joined any more.
+    fn leave(&self, cache: &Cache, names: Option<&[Digest]>) {
+        let mut map = self.0.lock();
+        let names = names.map_or_else(|| map.keys().copied().collect(), <[Digest]>::to_vec);
+        for name in names {
+            map.remove(&name);
+            cache.forget_name(&name);
+        }
     }
 }
 
@@ -224,9 +280,12 @@ impl Route {
         let name = if by_hand { config.path.clone() } else { config.protocol.clone() };
         let place = [&config.host, &config.prefix, &config.namespace].map(String::as_str).concat();
         let label = if place.is_empty() { name.clone() } else { format!("{name} {place}") };
+        let is_private = config.access == RouteAccess::Upstream;
+        let access = if is_private { "upstream" } else { "local" };
         let route = Self {
             index,
-            id: format!("{name}|{}|{}|{}|{}", config.upstream, config.host, config.prefix, config.namespace),
+            // What is kept of an upstream with log-ins counts for nobody if castier logs in itself from now on, and the other way round.
+            id: format!("{name}|{access}|{}|{}|{}|{}", config.upstream, config.host, config.prefix, config.namespace),
             metrics: series.route(&label),
             label,
             protocol: config.protocol.clone(),
@@ -236,7 +295,7 @@ impl Route {
             hosts: Hosts::parse(&config.redirects).map_err(|error| key("redirects", &error))?,
             terms: Terms { ttl: None, stale_if_error: config.stale_if_error.get(), negative_ttl: config.negative_ttl.get() },
             proof_ttl: config.proof_ttl.get(),
-            is_private: config.access == RouteAccess::Upstream,
+            is_private,
             own: own(config, &base).map_err(|error| key("credentials", &error))?,
             query_is_key: config.query == config::RouteQuery::Key,
             max_body: config.max_body.get().min(most),
@@ -474,6 +533,7 @@ impl Routes {
             proofs: Proofs::new(MOST_PROOFS),
             questions: Arc::default(),
             coming: Coming::default(),
+            changes: Changes::default(),
             learned: Learned::default(),
             lfs: lfs::Known::new(ticket_key),
             peers: node.peers.clone(),
@@ -515,12 +575,13 @@ impl Routes {
         if let Some(found) = self.far(host, raw, &path, target) {
             return Ok(Some(found));
         }
-        let Some(found) = self.table.find(host, target)? else { return Ok(None) };
+        let may = |route: usize| {
+            let route = &self.routes[route];
+            !is_absolute || route.is_implied || route.is_for_absolute(host, &self.shared.external_url)
+        };
+        let Some(found) = self.table.find_among(host, target, may)? else { return Ok(None) };
         let route = &self.routes[found.route];
         if is_own(raw) && !names_own(found.rule.path.as_str()) {
-            return Ok(None);
-        }
-        if is_absolute && !route.is_implied && !route.is_for_absolute(host, &self.shared.external_url) {
             return Ok(None);
         }
         Ok(Some(Match {
@@ -594,6 +655,8 @@ impl Routes {
             return None;
         }
         let ids: Vec<_> = chosen.iter().map(|route| route.id.as_str()).collect();
+        self.shared.changes.note_all();
+        self.shared.coming.leave(&self.shared.cache, None);
         let count = self.shared.names.remove_where(|entry| ids.contains(&entry.route.as_str()) && path.matches(&entry.path));
         Some(count)
     }
@@ -625,7 +688,7 @@ impl Route {
         );
         self.host.is_some()
             || own.eq_ignore_ascii_case(authority)
-            || external_url.split_once("://").is_some_and(|(_, rest)| rest == authority)
+            || authority_part(external_url).split_once("://").is_some_and(|(_, own)| own.eq_ignore_ascii_case(authority))
     }
 }
 
@@ -639,14 +702,18 @@ fn names_own(template: &str) -> bool {
     ["/cas/", "/ac/", "/kv/"].iter().any(|own| template.contains(own))
 }
 
+/// The bound of the name table, in bytes.
+pub fn most_names(config: &Castier) -> u64 {
+    let capacity = config.limits.names.get();
+    // For the origin's entries alone little is enough: a name that is forgotten costs one body more.
+    if config.route.is_empty() { capacity.min(ENTRIES) } else { capacity }
+}
+
 /// The name table: in a file with a disk tier and routes, else in memory only.
 fn open_names(config: &Castier) -> io::Result<Names> {
-    let capacity = config.limits.names.get();
     match &config.disk {
-        Some(disk) if !config.route.is_empty() => Names::open(&disk.path.join(NAMES), capacity),
-        // For the origin's entries alone little is enough: a name that is forgotten costs one body more.
-        _ if config.route.is_empty() => Ok(Names::in_memory(capacity.min(ENTRIES))),
-        _ => Ok(Names::in_memory(capacity)),
+        Some(disk) if !config.route.is_empty() => Names::open(&disk.path.join(NAMES), most_names(config)),
+        _ => Ok(Names::in_memory(most_names(config))),
     }
 }
 

@@ -204,10 +204,17 @@ impl Cache {
 
     /// Begins the flight of a resource whose source has answered already, or joins one that has begun meanwhile. Counts a get, which is that of the
     /// request that opens what this returns. `None`: a tier has it.
-    pub fn begin(self: &Arc<Self>, resource: &Resource, asker: Asker) -> Option<Begun> {
-        let Joined::Flight(reader) = self.join(resource, asker, DiskIndex::Believe) else { return None };
+    ///
+    /// # Errors
+    /// [`Fault::Hidden`]: a tier or a flight has it, and not for this location.
+    pub fn begin(self: &Arc<Self>, resource: &Resource, asker: Asker) -> Result<Option<Begun>, Fault> {
+        let reader = match self.join(resource, asker, DiskIndex::Believe) {
+            Joined::Flight(reader) => reader,
+            Joined::Hidden => return Err(Fault::Hidden),
+            Joined::Memory(..) | Joined::Disk | Joined::Absent => return Ok(None),
+        };
         self.count(&resource.key, asker, None);
-        Some(Begun(reader))
+        Ok(Some(Begun(reader)))
     }
 
     /// Reads from the flight of a resource. `None`: there is none.

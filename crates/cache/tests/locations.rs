@@ -188,7 +188,7 @@ async fn a_name_is_loaded_once_and_its_body_is_kept_under_its_digest() {
     let (origin, upstream) = (Gated::new(None, 0), Gated::new(Some(&body), 0));
     let cache = Cache::over(origin.source()).unwrap();
     let named = at(7, Visibility::Public, &upstream, Key::Name(Digest::of(b"a name")));
-    let begun = cache.begin(&named, Asker::Client).unwrap();
+    let begun = cache.begin(&named, Asker::Client).unwrap().unwrap();
     assert!(begun.is_at(&named) && cache.has_flight(&named));
     let herd = (0..20).map(|_| {
         let (cache, named) = (cache.clone(), named.clone());

@@ -431,8 +431,7 @@ impl Peers {
             }
         }
         insert(&mut request, ROUTE, host)?;
-        let answered = self.in_time(member, self.longest_wait, peer.upstream.exchange(&request, &[])).await;
-        let (session, connection) = answered.inspect_err(|fault| self.failed(member, fault))?;
+        let (session, connection) = self.in_time(member, self.longest_wait, peer.upstream.exchange(&request, &[])).await?;
         Ok((peer.upstream.clone(), session, connection))
     }
 

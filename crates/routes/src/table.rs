@@ -34,8 +34,6 @@ pub struct Table {
 pub struct Found<'t> {
     /// The index of the route.
     pub route: usize,
-    /// The protocol of the route; empty for a route by hand.
-    pub protocol: &'t str,
     /// The rule. If no rule of any route matches, but the host, prefix or namespace of a preset does, it is one of the kind [`Kind::Relay`].
     pub rule: &'t Rule,
     /// The values of the variables of its template.
@@ -100,6 +98,14 @@ impl Table {
     /// # Errors
     /// [`BadPath`]: the target is one that no route may match.
     pub fn find(&self, host: Option<&str>, target: &str) -> Result<Option<Found<'_>>, BadPath> {
+        self.find_among(host, target, |_| true)
+    }
+
+    /// As [`Self::find`], but only among the routes (by their index) that `may` have the request.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub fn find_among(&self, host: Option<&str>, target: &str, may: impl Fn(usize) -> bool) -> Result<Option<Found<'_>>, BadPath> {
         if self.is_empty() {
             return Ok(None);
         }
@@ -107,7 +113,8 @@ impl Table {
         let path = Path::of(raw)?;
         // A rule that only relays takes no request from a route that knows what it is for.
         let mut relayed = None;
-        for (at, route) in self.routes.iter().enumerate() {
+        let routes = || self.routes.iter().enumerate().filter(|(at, _)| may(*at));
+        for (at, route) in routes() {
             match route.find(at, host, raw, &path, query, &route.rules) {
                 Some(found) if found.rule.kind == Kind::Relay => relayed = relayed.or(Some(found)),
                 Some(found) => return Ok(Some(found)),
@@ -115,7 +122,7 @@ impl Table {
             }
         }
         // What no rule knows still belongs to the upstream behind this host, prefix or namespace: a log-in, a search.
-        let unknown = || self.routes.iter().enumerate().find_map(|(at, route)| route.find(at, host, raw, &path, query, route.relays()));
+        let unknown = || routes().find_map(|(at, route)| route.find(at, host, raw, &path, query, route.relays()));
         Ok(relayed.or_else(unknown))
     }
 
@@ -179,7 +186,7 @@ impl Route {
             return None;
         }
         let target = query.map_or_else(|| raw.clone(), |query| format!("{raw}?{query}"));
-        Some(Found { route: at, protocol: &self.protocol, rule, captures, target, path })
+        Some(Found { route: at, rule, captures, target, path })
     }
 
     /// The path without the namespace; `None` if the request is for another one.
@@ -281,7 +288,7 @@ mod tests {
         let table = Table::new(vec![by_hand, at("a", "pypi"), at("a", "go"), Route { prefix: "/".into(), ..route("cargo") }]);
         let find = |host, target| {
             let found = table.find(Some(host), target).unwrap()?;
-            Some((found.route, found.protocol.to_owned(), found.rule.kind))
+            Some((found.route, table.routes[found.route].protocol.clone(), found.rule.kind))
         };
         for (host, target, expected) in [
             ("a", "/files/x", Some((0, "", Kind::Frozen))),

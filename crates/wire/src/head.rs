@@ -61,6 +61,18 @@ fn text(value: String) -> HeaderValue {
     HeaderValue::try_from(value).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
+/// The headers that are for one hop only (RFC 9110, section 7.6.1): a fixed list, and those that `Connection` names.
+pub fn hop_by_hop(headers: &HeaderMap) -> Vec<HeaderName> {
+    const FIXED: [&str; 7] = ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
+    let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
+    let named: Vec<HeaderName> = named.filter_map(|name| name.trim().parse().ok()).collect();
+    // Framing headers stay even if `Connection` names them. Without them the body would end somewhere else.
+    let fixed = FIXED.into_iter().map(HeaderName::from_static).filter(|name| *name != header::TRANSFER_ENCODING);
+    fixed
+        .chain(named.into_iter().filter(|name| ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::HOST].contains(name)))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,6 +24,6 @@ pub use conditions::{Selection, names_this_blob, range, select};
 pub use expect::expects_continue;
 pub use fields::Fields;
 pub use form::is_file;
-pub use head::{CACHE_FOREVER, CACHE_STATUS, REPR_DIGEST, blob_head, entry_head};
+pub use head::{CACHE_FOREVER, CACHE_STATUS, REPR_DIGEST, blob_head, entry_head, hop_by_hop};
 pub use paths::{CAS, Stored, Target, blob_path, split_instance};
 pub use problem::Problem;

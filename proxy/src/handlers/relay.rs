@@ -19,7 +19,7 @@ use castier_wire::{
     self as wire,
     trace::{Trace, X_REQUEST_ID},
 };
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
 use pingora::{
     ErrorType,
     apps::HttpServerApp,
@@ -131,7 +131,7 @@ impl Rules {
     /// Changes the head of an answer for the client.
     fn answer_head(&self, session: &mut Session, response: &mut ResponseHeader) -> pingora::Result<()> {
         let upgrade = session.is_upgrade_req();
-        for name in hop_by_hop(&response.headers) {
+        for name in wire::hop_by_hop(&response.headers) {
             // pingora handles `Transfer-Encoding`, and the headers of an accepted upgrade.
             if name != header::TRANSFER_ENCODING && !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
                 response.remove_header(&name);
@@ -224,7 +224,7 @@ impl ProxyHttp for Rules {
         ctx: &mut RelayContext,
     ) -> pingora::Result<()> {
         let upgrade = session.is_upgrade_req();
-        for name in hop_by_hop(&request.headers) {
+        for name in wire::hop_by_hop(&request.headers) {
             if !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
                 request.remove_header(&name);
             }
@@ -426,16 +426,4 @@ fn one_length(headers: &HeaderMap) -> Option<HeaderValue> {
         Some(end) => HeaderValue::from_bytes(bytes[..end].trim_ascii()).ok(),
         None => second.map(|_| first.clone()),
     }
-}
-
-/// The headers that are for one hop only (RFC 9110, section 7.6.1): a fixed list, and those that `Connection` names.
-fn hop_by_hop(headers: &HeaderMap) -> Vec<HeaderName> {
-    const FIXED: [&str; 7] = ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
-    let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
-    let named: Vec<HeaderName> = named.filter_map(|name| name.trim().parse().ok()).collect();
-    // Framing headers stay even if `Connection` names them. Without them the body would end somewhere else.
-    let fixed = FIXED.into_iter().map(HeaderName::from_static).filter(|name| *name != header::TRANSFER_ENCODING);
-    fixed
-        .chain(named.into_iter().filter(|name| ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::HOST].contains(name)))
-        .collect()
 }

@@ -1,7 +1,7 @@
 //! The reply of a route: its head, the part that the request selects, and documents whose links are rewritten.
 
 use super::{
-    client::{Head, unusable},
+    client::Head,
     headers_of, learn,
     serve::{Kept, Subject},
 };
@@ -12,7 +12,7 @@ use crate::{
 };
 use bytes::Bytes;
 use castier_blob::Digest;
-use castier_cache::{Asker, Fault, Hit, Limit, Part, Reader, Via};
+use castier_cache::{Asker, Fault, Hit, Lease, Limit, Part, Reader, Via};
 use castier_routes::{self as rules, Entry, Kind};
 use castier_wire::{self as wire, Selection};
 use headers::{ETag, HeaderMapExt as _, IfModifiedSince, IfNoneMatch, IfRange, LastModified};
@@ -21,6 +21,9 @@ use std::time::{Duration, SystemTime};
 
 /// The largest document that is read whole, to rewrite its links or to learn from it. Larger ones are passed on as they are.
 const MOST_DOCUMENT: u64 = 64 << 20;
+
+/// Documents over this size are read and rewritten where that holds up no other request.
+const LARGE_DOCUMENT: u64 = 64 << 10;
 
 /// How the answer was found, for `Cache-Status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,22 +91,31 @@ impl Found {
                 insert(&mut headers, "docker-content-digest", &format!("sha256:{digest}"));
             }
         }
+        // Before conditions are looked at: what castier sends as a tag it must also know again.
+        if let (true, false, Some(digest)) = (is_ok, headers.contains_key(header::ETAG), digest) {
+            insert(&mut headers, "etag", &digest.etag());
+        }
         let is_document = is_ok && subject.is_document(&digest);
         Self { status, headers, digest, age, is_document }
     }
 
     /// The part that a request wants.
     pub(super) fn part(&self, request: &Request<'_>, size: Option<u64>) -> Part {
-        if self.is_document {
+        if self.is_read_whole(size) {
             return Part::Whole;
         }
-        let needs_size = request.version == Version::HTTP_10 || request.headers.contains_key(header::RANGE);
+        let needs_size = self.is_document || request.version == Version::HTTP_10 || request.headers.contains_key(header::RANGE);
         match size.map(|size| self.select(request, size)) {
             None if needs_size => Part::AfterSize,
             None | Some(Selection::Whole) => Part::Whole,
             Some(Selection::Part { first, last }) => Part::Bytes(first..last + 1),
             Some(Selection::NotModified | Selection::Unsatisfiable) => Part::Bytes(0..0),
         }
+    }
+
+    /// Whether the body is read whole before any of it is sent.
+    fn is_read_whole(&self, size: Option<u64>) -> bool {
+        self.is_document && size.is_some_and(|size| size <= MOST_DOCUMENT)
     }
 
     /// What conditions and ranges select (RFC 9110, sections 13 and 14).
@@ -150,7 +162,7 @@ impl Subject {
     /// A reply with a body out of the cache.
     pub(super) async fn reply(&self, request: &Request<'_>, mut found: Found, hit: Hit, note: Note) -> Result<Reply, Fault> {
         let Hit { size, via, mut reader } = hit;
-        if found.is_document && size.is_none_or(|size| size <= MOST_DOCUMENT) {
+        if let Some(size) = size.filter(|_| found.is_read_whole(size)) {
             let document = self.document(&mut found, size, &mut reader).await?;
             let selection = found.select(request, document.len() as u64);
             let body = match selection {
@@ -165,19 +177,18 @@ impl Subject {
 
     /// A reply without a body: to a HEAD, or of an empty answer.
     pub(super) fn without_body(&self, request: &Request<'_>, mut found: Found, size: Option<u64>, note: Note) -> Reply {
-        let selection = found.select(request, size.unwrap_or(0));
         let is_rewritten = found.is_document && self.is_rewritten() && self.rewriter().has_documents(&self.found);
         if is_rewritten {
             // Its length and its ETag are known only after it was rewritten.
             found.headers.remove(header::ETAG);
         }
+        let selection = found.select(request, size.unwrap_or(0));
         self.shaped(found, size.filter(|_| !is_rewritten), selection, Body::Empty, None, note)
     }
 
     /// The upstream's answer to a HEAD.
     pub(super) fn head_reply(&self, request: &Request<'_>, head: &Head) -> Reply {
-        let size = head.headers.get(header::CONTENT_LENGTH).and_then(|size| size.to_str().ok()?.trim().parse().ok());
-        self.without_body(request, Found::of_head(self, head), size, Note::Miss)
+        self.without_body(request, Found::of_head(self, head), head.length(), Note::Miss)
     }
 
     /// An answer of the upstream that is for this client alone.
@@ -211,27 +222,32 @@ impl Subject {
     }
 
     /// Reads a document whole, learns from it, and rewrites its links.
-    async fn document(&self, found: &mut Found, size: Option<u64>, reader: &mut Reader) -> Result<Bytes, Fault> {
-        let route = &self.found.route;
-        let Some(mut lease) = self.shared.memory.lease(3 * size.unwrap_or(0)) else { return Err(Fault::Busy(Limit::ClientMemory)) };
-        let mut document = bytes::BytesMut::with_capacity(usize_of(size.unwrap_or(0)));
+    async fn document(&self, found: &mut Found, size: u64, reader: &mut Reader) -> Result<Bytes, Fault> {
+        // For the document, what is read of it, and what it becomes.
+        let Some(lease) = self.shared.memory.lease(3 * size) else { return Err(Fault::Busy(Limit::ClientMemory)) };
+        let mut document = bytes::BytesMut::with_capacity(usize_of(size));
         while let Some(piece) = reader.next().await? {
-            if document.len() as u64 + piece.len() as u64 > MOST_DOCUMENT {
-                return Err(unusable("a document that is too long to be rewritten"));
-            }
-            if !lease.cover(3 * (document.len() + piece.len()) as u64) {
-                return Err(Fault::Busy(Limit::ClientMemory));
-            }
             document.extend_from_slice(&piece);
         }
         let document = document.freeze();
+        let document =
+            if size > LARGE_DOCUMENT { tokio::task::block_in_place(|| self.read(found, document)) } else { self.read(found, document) };
+        drop(lease);
+        // The reply holds it as long as the client reads.
+        let lease = self.shared.memory.charge(document.len() as u64);
+        Ok(Bytes::from_owner(Leased { document, _lease: lease }))
+    }
+
+    /// Learns from a document. Returns it with its links rewritten.
+    fn read(&self, found: &mut Found, document: Bytes) -> Bytes {
+        let route = &self.found.route;
         let digest = found.digest.unwrap_or_else(|| Digest::of(&document));
         let text = |headers: &HeaderMap, name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
         let content_type = text(&found.headers, header::CONTENT_TYPE);
         let is_coded = !matches!(text(&found.headers, header::CONTENT_ENCODING).as_str(), "" | "identity");
         if is_coded {
             route.metrics.unparsed();
-            return Ok(document);
+            return document;
         }
         self.learn(&digest, &document, &content_type);
         let rewritten = match str::from_utf8(&document) {
@@ -249,27 +265,24 @@ impl Subject {
                     found.headers.remove(name);
                 }
                 insert(&mut found.headers, "etag", &own.etag());
-                Ok(rewritten.into())
+                rewritten.into()
             }
-            Ok(None) => Ok(document),
+            Ok(None) => document,
             Err(error) => {
                 route.metrics.unparsed();
                 tracing::debug!(route = route.label(), path = %self.found.path(), error, "metadata cannot be parsed, and is passed on as it is");
-                Ok(document)
+                document
             }
         }
     }
 
     fn shaped(&self, found: Found, size: Option<u64>, selection: Selection, body: Body, via: Option<Via>, note: Note) -> Reply {
-        let Found { status, mut headers, digest, age, .. } = found;
+        let Found { status, mut headers, age, .. } = found;
         if self.is_rewritten() {
             self.rewriter().headers(&mut headers);
         }
         if status == StatusCode::OK {
             headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
-            if let (None, Some(digest)) = (headers.get(header::ETAG), digest) {
-                insert(&mut headers, "etag", &digest.etag());
-            }
         }
         if let Some(age) = age {
             headers.insert(header::AGE, HeaderValue::from(age.as_secs()));
@@ -308,6 +321,18 @@ impl Subject {
             None => Served::Hit,
         };
         Reply { status, headers, body, served, tier: via.and_then(Via::tier) }
+    }
+}
+
+/// A document that a client reads, and its share of `limits.client_memory`.
+struct Leased {
+    document: Bytes,
+    _lease: Lease,
+}
+
+impl AsRef<[u8]> for Leased {
+    fn as_ref(&self) -> &[u8] {
+        &self.document
     }
 }
 
@@ -361,29 +386,25 @@ fn cache_status(via: Option<Via>, note: Note, kind: Kind) -> String {
     }
 }
 
-/// The headers of an upstream's answer that go to the client.
-fn sendable(headers: &HeaderMap) -> HeaderMap {
-    const NOT: [&str; 15] = [
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "content-length",
-        "content-range",
-        "date",
-        "via",
-        "alt-svc",
-        "strict-transport-security",
-        "age",
-    ];
+/// The headers of an upstream's answer that are not about the connection to it.
+pub(super) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
+    const HOP: [&str; 7] =
+        ["transfer-encoding", "content-length", "content-range", "proxy-authenticate", "via", "alt-svc", "strict-transport-security"];
     let mut out = headers.clone();
-    for name in NOT {
+    for name in wire::hop_by_hop(headers) {
         out.remove(name);
     }
+    for name in HOP {
+        out.remove(name);
+    }
+    out
+}
+
+/// The headers of an upstream's answer that go to the client. castier has a date of its own, and tells the age of what it keeps.
+fn sendable(headers: &HeaderMap) -> HeaderMap {
+    let mut out = end_to_end(headers);
+    out.remove(header::DATE);
+    out.remove(header::AGE);
     out
 }
 

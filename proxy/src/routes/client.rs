@@ -34,6 +34,18 @@ const SMALL_BODY_TIME: Duration = Duration::from_secs(10);
 /// A token is not used in its last seconds, so that it does not expire on its way.
 const TOKEN_MARGIN: Duration = Duration::from_secs(10);
 
+/// The headers of a request that go along with a redirect to another server. Any other can be a secret between the client and the first one.
+const HARMLESS: [HeaderName; 8] = [
+    header::ACCEPT,
+    header::ACCEPT_ENCODING,
+    header::ACCEPT_LANGUAGE,
+    header::USER_AGENT,
+    header::RANGE,
+    header::IF_RANGE,
+    header::IF_NONE_MATCH,
+    header::IF_MODIFIED_SINCE,
+];
+
 /// The client of all routes.
 pub(super) struct Client {
     connector: Arc<pingora::connectors::TransportConnector>,
@@ -71,6 +83,13 @@ pub(super) struct Head {
     pub(super) headers: HeaderMap,
 }
 
+impl Head {
+    /// The announced length of the body.
+    pub(super) fn length(&self) -> Option<u64> {
+        self.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
+    }
+}
+
 /// An answer, of which the body is still to be read.
 pub(super) struct Answered {
     pub(super) head: Head,
@@ -97,7 +116,7 @@ impl Answered {
         self.server.incoming_as_it_is(self.session, self.peer, from)
     }
 
-    /// The body in memory, cut at [`SMALL_BODY`], and the head without a length that no longer holds.
+    /// The head, and the body in memory as far as it came: at most [`SMALL_BODY`] of it, and what came in [`SMALL_BODY_TIME`].
     pub(super) async fn small(mut self) -> (Head, Bytes) {
         let mut body = BytesMut::new();
         let read = async {
@@ -192,7 +211,7 @@ impl Client {
         }
     }
 
-    /// A host that is listed as it is may have a private address. One that a wildcard lists may not: whoever can name hosts below it could reach
+    /// A host that is listed as it is may have a private address. One that a wildcard lists may not: who can name hosts below it could reach
     /// this network.
     fn listed_server(&self, url: &Url, listed: Listed) -> Result<Arc<Upstream>, Fault> {
         match listed {
@@ -260,7 +279,7 @@ impl Client {
     ) -> Result<RequestHeader, Fault> {
         let mut request = server.request(asking.method.clone(), target)?;
         for name in asking.headers.keys() {
-            if *name == header::AUTHORIZATION && !with_credentials {
+            if !with_credentials && !HARMLESS.contains(name) {
                 continue;
             }
             request.remove_header(name);

@@ -1,8 +1,7 @@
 //! What metadata says of other resources: which blobs a repository has, and which hash a name must have.
 
-use super::{Route, client::unusable, serve::Subject};
+use super::{Route, serve::Subject};
 use castier_blob::Digest;
-use castier_cache::Fault;
 use castier_routes::{
     Path, manifest,
     metadata::{self, Expected},
@@ -126,8 +125,7 @@ impl Subject {
             }
         } else {
             let content_type = (!content_type.is_empty()).then_some(content_type);
-            // Large metadata takes long to read.
-            let expected = tokio::task::block_in_place(|| metadata::expectations(&route.protocol, at, document, content_type));
+            let expected = metadata::expectations(&route.protocol, at, document, content_type);
             if route.protocol == "cargo" && path.as_str().ends_with("/config.json") {
                 let dl = serde_json::from_slice::<serde_json::Value>(document).ok();
                 if let Some(dl) = dl.as_ref().and_then(|config| config.get("dl")?.as_str()) {
@@ -143,16 +141,5 @@ impl Subject {
             }
         }
         shared.learned.read.insert(self::document(repository, digest), ());
-    }
-}
-
-/// Whether a body of this size may be taken by the route.
-///
-/// # Errors
-/// It is too large.
-pub(super) fn must_fit(route: &Route, size: Option<u64>) -> Result<(), Fault> {
-    match size {
-        Some(size) if size > route.max_body => Err(unusable(format!("a body of {size} bytes, over route.max_body"))),
-        _ => Ok(()),
     }
 }

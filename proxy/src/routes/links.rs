@@ -1,6 +1,6 @@
 //! Links that lead back to castier.
 
-use super::{Match, Route};
+use super::{Match, Route, authority_part};
 use castier_routes::{
     Links, Unparsed, drop_members, html_base,
     link_header::{self, Rewrite},
@@ -32,7 +32,7 @@ pub(super) struct Rewriter<'a> {
     pub(super) route: &'a Route,
     /// The metadata's own URL.
     pub(super) at: Url,
-    /// Scheme and authority of castier, as the client knows it.
+    /// castier's URL, as the client knows it. It may have a path.
     pub(super) castier: String,
     /// The namespace, if the client has it in the path.
     pub(super) namespace: Option<&'a str>,
@@ -148,7 +148,7 @@ impl Rewriter<'_> {
     /// A link without a host stays one.
     fn relative(&self, original: &str, link: String) -> String {
         if original.starts_with('/') && !original.starts_with("//") {
-            link.strip_prefix(&self.castier).map(str::to_owned).unwrap_or(link)
+            link.strip_prefix(&authority_part(&self.castier)).map(str::to_owned).unwrap_or(link)
         } else {
             link
         }

@@ -14,7 +14,11 @@ use castier_routes::{
     metadata::{Checker, Expected},
 };
 use castier_upstream::TracedPlan;
-use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
+use futures::{
+    FutureExt as _, StreamExt as _,
+    future::{BoxFuture, ready},
+    stream,
+};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use parking_lot::Mutex;
 use std::sync::{
@@ -64,6 +68,19 @@ impl Place {
         Arc::new(Self { load, head, first: Mutex::new(first), is_kept: true, is_peers })
     }
 
+    /// The same place, whose body must have this SHA-256. For a flight by name of a body whose digest is claimed: its own flight would be another
+    /// location's.
+    pub(super) fn expecting(&self, claim: Digest) -> Arc<Self> {
+        let load = Load { expected: Some(Expected::Sha256(claim)), ..self.load.clone() };
+        Arc::new(Self {
+            load,
+            head: self.head.clone(),
+            first: Mutex::new(self.first.lock().take()),
+            is_kept: self.is_kept,
+            is_peers: self.is_peers,
+        })
+    }
+
     /// The same, for a body that no tier may keep.
     pub(super) fn unkept(load: Load, head: Arc<Head>, first: Incoming) -> Arc<Self> {
         Arc::new(Self { load, head: Some(head), first: Mutex::new(Some(first)), is_kept: false, is_peers: false })
@@ -85,7 +102,7 @@ impl Location for Place {
             source,
             is_peers: self.is_peers,
             done: self.load.done.clone(),
-            coming: self.load.name.map(|name| (self.load.shared.clone(), name)),
+            coming: self.load.name.zip(self.head.clone()).map(|(name, head)| (self.load.shared.clone(), name, head)),
         });
         let (Key::Blob(id) | Key::Name(id)) = key;
         Box::new(TracedPlan::new(plan, *id))
@@ -110,7 +127,7 @@ struct OneUpstream {
     /// The next step reads the answer of another node.
     is_peers: bool,
     done: Done,
-    coming: Option<(Arc<Shared>, Digest)>,
+    coming: Option<(Arc<Shared>, Digest, Arc<Head>)>,
 }
 
 impl Plan for OneUpstream {
@@ -137,8 +154,8 @@ impl Plan for OneUpstream {
 
 impl Drop for OneUpstream {
     fn drop(&mut self) {
-        if let Some((shared, name)) = &self.coming {
-            shared.coming.remove(name);
+        if let Some((shared, name, head)) = &self.coming {
+            shared.coming.remove(name, head);
         }
     }
 }
@@ -197,6 +214,24 @@ impl Upstream {
         }
     }
 
+    /// Cuts a body that is too large for the route, or has another size than it must have.
+    fn limit(&self, from: u64, incoming: Incoming) -> Result<Incoming, Fault> {
+        let (most, unusable) = (self.load.route.max_body, super::client::unusable);
+        match (incoming.size, self.load.size) {
+            (Some(size), Some(expected)) if expected != size => Err(unusable(format!("a body of {size} bytes in place of {expected}"))),
+            (Some(size), _) if size > most => Err(unusable(format!("a body of {size} bytes, over route.max_body"))),
+            (Some(_), _) => Ok(incoming),
+            (None, _) => {
+                let counted = incoming.bytes.scan(from, move |seen, part| {
+                    *seen += part.as_ref().map_or(0, |part| part.len() as u64);
+                    let is_over = *seen > most;
+                    ready(Some(if is_over { Err(unusable(format!("a body of over {most} bytes (route.max_body)"))) } else { part }))
+                });
+                Ok(Incoming::new(None, counted))
+            }
+        }
+    }
+
     /// Checks the bytes on their way against the hash that metadata names. The last of them do not arrive if they are wrong.
     fn check(&self, from: u64, incoming: Incoming) -> Incoming {
         let Some(expected) = self.load.expected.filter(|_| from == 0) else { return incoming };
@@ -236,14 +271,7 @@ impl Source for Upstream {
                 None => self.again(ask.from).await?,
             };
             Ok(match answer {
-                Answer::Bytes(incoming) => {
-                    if let (Some(expected), Some(size)) = (self.load.size, incoming.size)
-                        && expected != size
-                    {
-                        return Err(super::client::unusable(format!("a body of {size} bytes in place of {expected}")));
-                    }
-                    Answer::Bytes(self.check(ask.from, incoming))
-                }
+                Answer::Bytes(incoming) => Answer::Bytes(self.check(ask.from, self.limit(ask.from, incoming)?)),
                 other => other,
             })
         }

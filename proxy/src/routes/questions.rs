@@ -1,4 +1,4 @@
-//! Coalesces questions to upstreams: whoever asks the same with the same right waits for the same answer.
+//! Coalesces questions to upstreams: all who ask the same with the same right wait for the same answer.
 
 use super::client::Head;
 use bytes::Bytes;
@@ -37,8 +37,10 @@ pub(super) type Credentials = u64;
 /// Which question it is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Question {
-    /// What is asked for: its name, or its digest in its repository.
+    /// The name of what is asked for, or a random one to ask alone.
     pub(super) about: Digest,
+    /// The count of changes of the path. Who asks after a change does not wait for an answer of before.
+    pub(super) since: u64,
     pub(super) method: Method,
     /// `None`: any credentials that have been admitted, since the answer is the same for all of them.
     pub(super) credentials: Option<Credentials>,
@@ -57,8 +59,9 @@ impl Questions {
             let mut map = self.0.lock();
             // An answer to anybody's credentials is good for those that have been admitted.
             let same = |other: &Question| {
-                let Question { about, method, credentials, asks_peers } = other;
-                let is_same = (about, method, asks_peers) == (&question.about, &question.method, &question.asks_peers);
+                let Question { about, since, method, credentials, asks_peers } = other;
+                let is_same =
+                    (about, since, method, asks_peers) == (&question.about, &question.since, &question.method, &question.asks_peers);
                 is_same && (question.credentials.is_none() || *credentials == question.credentials)
             };
             let running = map.iter().find(|(other, _)| same(other)).map(|(_, answer)| answer.clone());

@@ -8,7 +8,7 @@
 
 use super::{
     Match, Route, Routes, Shared,
-    answer::{Found, Note},
+    answer::{Found, Note, end_to_end},
     client::{Asking, Head, unusable},
     headers_of, learn,
     links::Rewriter,
@@ -68,7 +68,7 @@ pub(super) struct Subject {
     /// When the request came, in seconds since 1970.
     arrived: u64,
     pub(super) asker: Asker,
-    /// Scheme and authority of castier, as the client knows it.
+    /// castier's URL, as the client knows it. It may have a path.
     pub(super) castier: String,
 }
 
@@ -186,7 +186,7 @@ impl Subject {
         Ok(subject)
     }
 
-    fn route(&self) -> &Arc<Route> {
+    pub(super) fn route(&self) -> &Arc<Route> {
         &self.found.route
     }
 
@@ -233,8 +233,10 @@ impl Subject {
                 }
                 Ok(Said::Newer) => known.is_valid = true,
                 Ok(Said::NotModified) => (known.is_admitted, known.is_valid, known.needs_body) = (true, true, false),
+                // It is for the client alone that asked for it: perhaps it sets a cookie.
+                Ok(Said::Coming(_, resource, _)) if !is_first && !resource.at.is_kept() => known.is_alone = true,
                 Ok(Said::Coming(head, resource, place)) => {
-                    (known.is_admitted, known.is_valid, known.needs_body) = (true, true, false);
+                    (known.is_admitted, known.needs_body) = (true, false);
                     let begun = if is_first { place.lock().take() } else { None };
                     let found = Found::of_head(self, &head);
                     let part = |size| found.part(request, size);
@@ -247,8 +249,13 @@ impl Subject {
                             let outcome = if head.status == StatusCode::OK { Outcome::Miss } else { Outcome::Absent };
                             return Ok((self.reply(request, found, hit, Note::Miss).await?, outcome));
                         }
-                        // It has ended, and is kept; or it is for one client only.
-                        Ok(None) => known.is_alone = self.kept().await.is_none(),
+                        // It has ended, and is kept; or nothing of it is left.
+                        Ok(None) => {
+                            let now = self.kept().await;
+                            let has_come = |now: &Kept| is_first || kept.as_ref().is_none_or(|before| before.entry != now.entry);
+                            known.is_valid = now.as_ref().is_some_and(has_come);
+                            known.is_alone = !known.is_valid;
+                        }
                         Err(fault) => return self.without_upstream(request, kept.as_ref(), &known, Err(fault)).await,
                     }
                 }
@@ -400,7 +407,8 @@ impl Subject {
 
     /// The name of an absence that these credentials were told of.
     fn absence(&self) -> Digest {
-        let who = format!("absent {}", self.who);
+        // What clients were told before a change of the path is over, for all of them.
+        let who = format!("absent {} {}", self.who, self.changes());
         rules::name(&self.route().id, &self.found.path, self.query.as_deref(), &[(&who, "")])
     }
 
@@ -473,9 +481,7 @@ impl Subject {
         }
         let accepted = combined(&self.client_headers, "accept");
         let types: Vec<_> = accepted.split(',').filter_map(|one| one.split(';').next()).map(str::trim).collect();
-        let variants =
-            varies.headers.iter().filter(|(name, _)| name == "variant").filter_map(|(_, value)| Digest::parse(value.as_bytes()).ok());
-        variants.filter_map(|name| Some((name, names.get(&name)?))).find(|(_, entry)| {
+        variants_of(varies).filter_map(|name| Some((name, names.get(&name)?))).find(|(_, entry)| {
             let own = entry.headers.iter().find(|(name, _)| name == "content-type").map_or("", |(_, value)| value);
             types.contains(&own.split(';').next().unwrap_or_default().trim())
         })
@@ -572,7 +578,7 @@ impl Subject {
             let by_head = self.needs_digest();
             return if by_head { Ask::Head(Some(kept.entry.clone())) } else { Ask::BodyUnless(kept.entry.clone()) };
         }
-        let comes = || self.shared.coming.get(&self.name()).is_some() || self.shared.questions.is_asked_by_others(&self.about(), self.who);
+        let comes = || self.shared.coming.get(&self.name()).is_some() || self.shared.questions.is_asked_by_others(&self.name(), self.who);
         let flies = || self.claim.is_some_and(|digest| self.shared.cache.has_flight(&self.resource(Key::Blob(digest))));
         if !known.is_admitted && (old.is_some() || comes() || flies()) {
             return Ask::Head(None);
@@ -589,21 +595,13 @@ impl Subject {
         self.route().protocol == "oci" && self.found.rule.digest_header.is_some()
     }
 
-    /// What is asked about: for a blob its digest in its repository, since several names can mean it.
-    fn about(&self) -> Digest {
-        match (self.found.rule.kind, self.claim) {
-            (Kind::Blob, Some(digest)) if !self.needs_headers() => Digest::of(format!("{}|{digest}", self.repository).as_bytes()),
-            _ => self.name(),
-        }
-    }
-
     /// `seen`: the entry that the request has seen.
     async fn ask(self: &Arc<Self>, ask: Ask, seen: Option<Arc<Entry>>, known: &Known) -> (bool, Answer) {
         let method = if matches!(ask, Ask::Head(_)) { Method::HEAD } else { Method::GET };
-        let about = if known.is_alone { Digest::from_bytes(rand::random()) } else { self.about() };
+        let about = if known.is_alone { Digest::from_bytes(rand::random()) } else { self.name() };
         let credentials = (!known.is_admitted).then_some(self.who);
         let (subject, questions, is_alone) = (self.clone(), self.shared.questions.clone(), known.is_alone);
-        let question = Question { about, method, credentials, asks_peers: self.owner().is_some() };
+        let question = Question { about, since: self.changes(), method, credentials, asks_peers: self.owner().is_some() };
         let answer = async move {
             // It may have been admitted by the other question too.
             let newer = if !is_alone && subject.is_admitted() { subject.newer(seen.as_ref()) } else { None };
@@ -634,6 +632,7 @@ impl Subject {
             Ask::BodyUnless(entry) => (Method::GET, Some(entry)),
             Ask::Head(entry) => (Method::HEAD, entry),
         };
+        let since = self.changes();
         let mut headers = self.headers.clone();
         if let Some(entry) = &entry {
             for (name, value) in rules::conditions(&headers_of(entry)) {
@@ -662,18 +661,18 @@ impl Subject {
             }
             (StatusCode::NOT_MODIFIED, Some(entry)) => {
                 let head = answered.finish().await;
-                self.renew(&entry, &head.headers);
+                self.renew(&entry, &head.headers, since);
                 self.admit();
                 Ok(Said::NotModified)
             }
             (status, entry) if status.is_success() && method == Method::HEAD => {
                 let head = answered.finish().await;
                 self.admit();
-                Ok(if self.holds(entry.as_deref(), &head).await { Said::NotModified } else { Said::Yes(Arc::new(head)) })
+                Ok(if self.holds(entry.as_deref(), &head, since).await { Said::NotModified } else { Said::Yes(Arc::new(head)) })
             }
             (StatusCode::OK, entry) => {
                 // The answer depends on headers that it was not asked with. Once more, with them.
-                let vary = rules::may_keep(status, &answered.head.headers, &self.found.rule.vary).unwrap_or_default();
+                let vary = self.chosen_by(status, &answered.head.headers).unwrap_or_default();
                 let missing: Vec<_> =
                     vary.iter().filter(|name| self.client_headers.contains_key(*name) && !headers.contains_key(*name)).collect();
                 if missing.iter().any(|name| !matches!(name.as_str(), "accept-encoding" | "authorization" | "cookie" | "origin"))
@@ -692,11 +691,11 @@ impl Subject {
                     }
                 }
                 self.admit();
-                self.begin(answered).await
+                self.begin(answered, since).await
             }
             (StatusCode::NOT_FOUND | StatusCode::GONE, _) if method == Method::GET => {
                 self.forget();
-                self.begin(answered).await
+                self.begin(answered, since).await
             }
             _ => {
                 let (head, body) = answered.small().await;
@@ -749,15 +748,15 @@ impl Subject {
     }
 
     /// Whether a body that is kept is the one that the answer to a HEAD means. If so, its entry is renewed.
-    async fn holds(&self, entry: Option<&Entry>, head: &Head) -> bool {
+    async fn holds(&self, entry: Option<&Entry>, head: &Head, since: u64) -> bool {
         let Some(digest) = self.named_by(&head.headers) else { return false };
         let kept = self.shared.cache.kept_size_as(&digest, Visibility::Private).await.map(|(size, _)| size);
-        let announced = head.headers.get(header::CONTENT_LENGTH).and_then(|size| size.to_str().ok()?.trim().parse().ok());
+        let announced = head.length();
         match (entry.filter(|entry| entry.body.as_ref().is_some_and(|(known, _)| *known == digest.to_string())), kept.or(announced)) {
-            (Some(entry), _) => self.renew(entry, &head.headers),
+            (Some(entry), _) => self.renew(entry, &head.headers, since),
             // Also of a body that is not kept: it may come under its digest.
             (None, Some(size)) if self.needs_headers() || kept.is_some() => {
-                self.set_entry(StatusCode::OK, &head.headers, Some((digest, size)))
+                self.set_entry(StatusCode::OK, &head.headers, Some((digest, size)), since)
             }
             (None, _) => {}
         }
@@ -776,55 +775,57 @@ impl Subject {
     }
 
     /// The body of an answer begins: as a flight that everybody can join, unless it is for one client only.
-    async fn begin(self: &Arc<Self>, answered: super::client::Answered) -> Result<Said, Fault> {
+    async fn begin(self: &Arc<Self>, answered: super::client::Answered, since: u64) -> Result<Said, Fault> {
         let head = Arc::new(answered.head.clone());
-        let (status, headers) = (head.status, &head.headers);
-        let size = headers.get(header::CONTENT_LENGTH).and_then(|size| size.to_str().ok()?.trim().parse().ok());
-        learn::must_fit(self.route(), size)?;
-        let is_coded = headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+        let (status, headers, size) = (head.status, &head.headers, head.length());
+        let is_coded = is_coded(headers);
         if is_coded && self.found.rule.kind == Kind::Blob {
             return Err(unusable("a content coding that was not asked for"));
         }
-        let vary = rules::may_keep(status, headers, &self.found.rule.vary).map(|mut vary| {
-            if is_coded && !vary.iter().any(|name| name == "accept-encoding") {
-                vary.push("accept-encoding".into());
-            }
-            vary.retain(|name| name != "authorization");
-            vary
-        });
-        let is_kept = vary.is_ok();
+        // What began to come before a change of the path is only for those who asked before it.
+        let vary = self.chosen_by(status, headers).ok().filter(|_| self.changes() == since);
+        let is_kept = vary.is_some();
         let claim =
             if status == StatusCode::OK && is_kept { self.claim.filter(|_| !is_coded).or_else(|| self.named_by(headers)) } else { None };
         let name = match &vary {
-            Ok(vary) if status == StatusCode::OK => self.variant(vary),
-            Ok(_) => self.absence(),
-            Err(_) => Digest::from_bytes(rand::random()),
+            Some(vary) if status == StatusCode::OK => self.variant(vary),
+            Some(_) => self.absence(),
+            None => Digest::from_bytes(rand::random()),
         };
         let done: Done = match vary {
-            Ok(_) => {
+            Some(_) => {
                 let (subject, head) = (self.clone(), head.clone());
-                Arc::new(move |digest: &Digest, size: u64| subject.set_entry(head.status, &head.headers, Some((*digest, size))))
+                Arc::new(move |digest: &Digest, size: u64| subject.set_entry(head.status, &head.headers, Some((*digest, size)), since))
             }
-            Err(_) => Arc::new(|_: &Digest, _: u64| {}),
+            None => Arc::new(|_: &Digest, _: u64| {}),
         };
         let load = self.load(done, is_kept.then_some(name), self.expected.filter(|_| status == StatusCode::OK && !is_coded));
         let is_peers = answered.is_peers;
         let body = answered.body(0)?;
         let place =
             if is_kept { Place::new(load, Some(head.clone()), Some(body), is_peers) } else { Place::unkept(load, head.clone(), body) };
-        let resource = Resource { key: claim.map_or(Key::Name(name), Key::Blob), at: place };
-        if is_kept {
-            self.shared.coming.insert(name, resource.clone(), head.clone());
-        }
-        let begun = self.shared.cache.begin(&resource, self.asker);
-        if !begun.as_ref().is_some_and(|begun| begun.is_at(&resource)) {
-            self.shared.coming.remove(&name);
-        }
+        let begin = |key: Key, at: Arc<Place>| {
+            let resource = Resource { key, at };
+            if is_kept {
+                self.shared.coming.insert(name, resource.clone(), head.clone());
+            }
+            let begun = self.shared.cache.begin(&resource, self.asker);
+            let has_begun = matches!(&begun, Ok(Some(begun)) if begun.is_at(&resource));
+            if !has_begun || self.changes() != since {
+                self.shared.coming.remove(&name, &head);
+            }
+            begun.map(|begun| (resource, begun))
+        };
+        let (resource, begun) = match (begin(claim.map_or(Key::Name(name), Key::Blob), place.clone()), claim) {
+            // It is kept, or comes, for other clients only. What comes here is this location's own, once its bytes have proved that.
+            (Err(Fault::Hidden), Some(claim)) => begin(Key::Name(name), place.expecting(claim))?,
+            (begun, _) => begun?,
+        };
         if let (None, Some(digest)) = (&begun, claim) {
             // A tier has it: only the entry was missing.
             let size = self.shared.cache.kept_size_as(&digest, Visibility::Private).await.map(|(size, _)| size).or(size);
             if let Some(size) = size {
-                self.set_entry(status, &head.headers, Some((digest, size)));
+                self.set_entry(status, &head.headers, Some((digest, size)), since);
             }
         }
         Ok(Said::Coming(head, resource, Arc::new(Mutex::new(begun))))
@@ -877,8 +878,36 @@ impl Subject {
         age.unwrap_or(0).min(now())
     }
 
-    /// Notes what the upstream has said of this name.
-    fn set_entry(&self, status: StatusCode, headers: &HeaderMap, body: Option<(Digest, u64)>) {
+    /// The count of changes of this path; see [`super::Changes`].
+    fn changes(&self) -> u64 {
+        self.shared.changes.seen(self.route(), &self.found.path)
+    }
+
+    /// The headers of the request that choose between answers, for this one.
+    ///
+    /// # Errors
+    /// No cache may keep the answer.
+    fn chosen_by(&self, status: StatusCode, headers: &HeaderMap) -> Result<Vec<String>, rules::NotKept> {
+        let mut vary = rules::may_keep(status, headers, &self.found.rule.vary)?;
+        if is_coded(headers) && !vary.iter().any(|name| name == "accept-encoding") {
+            vary.push("accept-encoding".into());
+        }
+        vary.retain(|name| name != "authorization");
+        Ok(vary)
+    }
+
+    /// Notes what the upstream has said of this name. `since`: the count of changes when it was asked.
+    fn set_entry(&self, status: StatusCode, headers: &HeaderMap, body: Option<(Digest, u64)>, since: u64) {
+        if self.changes() != since {
+            return;
+        }
+        self.note_entry(status, headers, body);
+        if self.changes() != since {
+            self.drop_entries();
+        }
+    }
+
+    fn note_entry(&self, status: StatusCode, headers: &HeaderMap, body: Option<(Digest, u64)>) {
         let names = &self.shared.names;
         let entry = self.new_entry(status, headers, body);
         if let Some((digest, _)) = body.filter(|_| status == StatusCode::OK) {
@@ -895,41 +924,35 @@ impl Subject {
             // The manifest under its digest.
             names.set(self.blob_name(&digest), entry.clone());
         }
-        let Ok(mut vary) = rules::may_keep(status, headers, &self.found.rule.vary) else { return };
-        if headers.contains_key(header::CONTENT_ENCODING) && !vary.iter().any(|name| name == "accept-encoding") {
-            vary.push("accept-encoding".into());
-        }
-        vary.retain(|name| name != "authorization");
+        let Ok(vary) = self.chosen_by(status, headers) else { return };
         if vary.is_empty() {
             return names.set(self.primary(), entry);
         }
         let (name, primary) = (self.variant(&vary), self.primary());
         names.set(name, entry);
         let before = names.get(&primary).filter(|entry| entry.status == VARIANTS && vary_of(entry) == vary);
-        let is_own = |value: &String| *value == name.to_string();
-        let mut variants: Vec<String> = vec![name.to_string()];
-        variants.extend(
-            before
-                .iter()
-                .flat_map(|entry| &entry.headers)
-                .filter(|(name, _)| name == "variant")
-                .map(|(_, value)| value.clone())
-                .filter(|value| !is_own(value)),
-        );
+        let mut variants = vec![name];
+        variants.extend(before.iter().flat_map(|entry| variants_of(entry)).filter(|known| *known != name));
         variants.truncate(MOST_VARIANTS);
         let mut varies = self.new_entry(StatusCode::OK, &HeaderMap::new(), None);
         varies.status = VARIANTS;
         varies.headers = vary.into_iter().map(|name| ("vary".to_owned(), name)).collect();
-        varies.headers.extend(variants.into_iter().map(|value| ("variant".to_owned(), value)));
+        varies.headers.extend(variants.into_iter().map(|name| ("variant".to_owned(), name.to_string())));
         names.set(primary, varies);
     }
 
-    /// An entry holds still.
-    fn renew(&self, entry: &Entry, headers: &HeaderMap) {
+    /// An entry holds still. `since`: as for [`Self::set_entry`].
+    fn renew(&self, entry: &Entry, headers: &HeaderMap, since: u64) {
+        if self.changes() != since {
+            return;
+        }
         let mut merged = headers_of(entry);
         rules::merge(&mut merged, headers);
         let name = self.entry().map_or_else(|| self.name(), |(name, _)| name);
         self.shared.names.set(name, Entry { headers: kept_headers(&merged), fetched_at: now(), ..entry.clone() });
+        if self.changes() != since {
+            self.drop_entries();
+        }
     }
 
     /// The upstream no longer has it, or does not show it to these credentials. The latter says nothing to those who may read it.
@@ -969,17 +992,21 @@ impl Subject {
         Load { target, far, headers, size: Some(size), ..self.load(Arc::new(|_: &Digest, _: u64| {}), None, None) }
     }
 
-    /// A request that changes something went through: what is remembered of the path is over.
-    /// Returns whether anything was.
-    pub(super) fn changed(&self) -> bool {
-        let names = &self.shared.names;
-        // What is on its way may be of before the change.
-        self.shared.cache.forget_name(&self.name());
-        let mut had = names.remove(&self.absence());
-        if let Some((name, _)) = self.entry() {
-            had |= names.remove(&name);
-        }
-        names.remove(&self.primary()) || had
+    /// A request that changes something went through: what is remembered of the path, or on its way, may be of before. Returns how many answers were
+    /// kept.
+    pub(super) fn changed(&self) -> usize {
+        self.shared.changes.note(self.route(), &self.found.path);
+        self.drop_entries()
+    }
+
+    fn drop_entries(&self) -> usize {
+        let (names, primary) = (&self.shared.names, self.primary());
+        let varies = names.get(&primary).filter(|entry| entry.status == VARIANTS);
+        let mut own = vec![primary, self.name()];
+        own.extend(self.entry().map(|(name, _)| name));
+        own.extend(varies.iter().flat_map(|entry| variants_of(entry)));
+        self.shared.coming.leave(&self.shared.cache, Some(&own));
+        own.iter().filter(|name| names.remove(name)).count() - usize::from(varies.is_some())
     }
 
     /// What castier would do with a GET of this, for people.
@@ -1065,6 +1092,15 @@ fn vary_of(entry: &Entry) -> Vec<String> {
     entry.headers.iter().filter(|(name, _)| name == "vary").map(|(_, value)| value.clone()).collect()
 }
 
+/// The names of the answers that an entry with the status [`VARIANTS`] lists.
+fn variants_of(entry: &Entry) -> impl Iterator<Item = Digest> + '_ {
+    entry.headers.iter().filter(|(name, _)| name == "variant").filter_map(|(_, value)| Digest::parse(value.as_bytes()).ok())
+}
+
+fn is_coded(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
+}
+
 const fn is_refusal(status: StatusCode) -> bool {
     matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::PROXY_AUTHENTICATION_REQUIRED)
 }
@@ -1110,31 +1146,14 @@ fn upstream_headers(headers: &HeaderMap, vary: &[String], with_credentials: bool
 
 /// The headers of an answer that are kept, and sent with it again.
 fn kept_headers(headers: &HeaderMap) -> Vec<(String, String)> {
-    const NOT: [&str; 18] = [
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "content-length",
-        "content-range",
-        "accept-ranges",
-        "set-cookie",
-        "via",
-        "alt-svc",
-        "strict-transport-security",
-        "cache-status",
-        "server-timing",
-        "x-request-id",
-    ];
+    let mut kept = end_to_end(headers);
+    for name in ["accept-ranges", "set-cookie", "cache-status", "server-timing", "x-request-id"] {
+        kept.remove(name);
+    }
     let mut bytes = 0;
-    let lines =
-        headers.iter().filter(|(name, _)| !NOT.contains(&name.as_str())).filter_map(|(name, value): (&HeaderName, &HeaderValue)| {
-            bytes += name.as_str().len() + value.len();
-            (bytes <= MOST_HEADERS).then(|| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned()))).flatten()
-        });
+    let lines = kept.iter().filter_map(|(name, value)| {
+        bytes += name.as_str().len() + value.len();
+        (bytes <= MOST_HEADERS).then(|| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned()))).flatten()
+    });
     lines.collect()
 }

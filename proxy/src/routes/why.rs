@@ -51,16 +51,15 @@ impl Routes {
     pub fn purge_url(&self, url: &str) -> Option<usize> {
         let (host, target) = split(url);
         let found = self.find(host, false, target).ok().flatten()?;
-        let (method, headers, mut had) = (Method::GET, HeaderMap::new(), false);
+        let (method, headers, mut kept) = (Method::GET, HeaderMap::new(), 0);
         let path = found.path().as_str().to_owned();
         let id = found.route.id.clone();
         let request = Request { method: &method, version: Version::HTTP_11, target: Target::Other, path: &path, headers: &headers };
         if let Ok(subject) = Subject::of(self.shared.clone(), &request, found, Asker::Client) {
-            had = subject.changed();
+            kept = subject.changed();
         }
-        // All variants and all queries.
-        let before = usize::from(had);
-        Some(before + self.shared.names.remove_where(|entry| entry.route == id && entry.path == path))
+        // With any query, and what single clients were told.
+        Some(kept + self.shared.names.remove_where(|entry| entry.route == id && entry.path == path))
     }
 }
 

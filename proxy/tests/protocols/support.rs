@@ -451,7 +451,7 @@ impl Response {
         Self::new(200).with("Content-Type", content_type).body(body)
     }
 
-    /// With a header. A `Content-Length` here replaces the body's own.
+    /// With a header. A `Content-Length` or `Transfer-Encoding: chunked` here replaces the body's own length.
     pub(crate) fn with(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.to_owned(), value.to_owned()));
         self
@@ -931,13 +931,20 @@ fn write_answer(mut stream: &TcpStream, method: &str, answer: &Response) -> io::
     for (name, value) in &answer.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
-    if answer.header("content-length").is_none() && answer.status != 304 && answer.status != 204 {
+    let is_chunked = answer.header("transfer-encoding").is_some();
+    if answer.header("content-length").is_none() && !is_chunked && answer.status != 304 && answer.status != 204 {
         head.push_str(&format!("Content-Length: {}\r\n", answer.body.len()));
     }
     head.push_str("\r\n");
     let mut bytes = head.into_bytes();
     if method != "HEAD" && answer.status != 304 {
+        if is_chunked {
+            bytes.extend_from_slice(format!("{:x}\r\n", answer.body.len()).as_bytes());
+        }
         bytes.extend_from_slice(&answer.body);
+        if is_chunked {
+            bytes.extend_from_slice(b"\r\n0\r\n\r\n");
+        }
     }
     stream.write_all(&bytes)
 }
