@@ -63,6 +63,13 @@ const figure = name => page.evaluate(name => {
 }, name);
 
 /** axe-core finds nothing, and the texts of the plots, whose background it cannot tell, have contrast. */
+// The page draws its plots anew in the frame after the one in which their place has another size.
+async function resize(width, height) {
+  await page.setViewportSize({ width, height });
+  await until("the new width", ([width]) => innerWidth === width, [width]);
+  await page.evaluate(() => new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn))));
+}
+
 async function accessible(what) {
   await page.evaluate(axe);
   const faults = await page.evaluate(async () => {
@@ -127,7 +134,7 @@ assert.notEqual(await paper(), light, "dark is dark");
 await inBothSchemes("ok");
 
 step("a phone");
-await page.setViewportSize({ width: 360, height: 740 });
+await resize(360, 740);
 const overflow = await page.evaluate(() => ({
   page: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   // A digest is cut off, with an ellipsis.
@@ -135,7 +142,7 @@ const overflow = await page.evaluate(() => ({
 }));
 assert.deepEqual(overflow, { page: 0, parts: [] });
 await accessible("phone");
-await page.setViewportSize({ width: 1280, height: 900 });
+await resize(1280, 900);
 
 step("the keyboard");
 const reached = [];
@@ -213,7 +220,7 @@ await verdict("the upstream", /download is down since.*What castier keeps of it 
 assert.equal(await page.locator("#verdict").getAttribute("data-level"), "warning");
 await inBothSchemes("routes");
 for (const width of [1440, 1024, 970, 950, 641, 360]) {
-  await page.setViewportSize({ width, height: 800 });
+  await resize(width, 800);
   const wide = await page.evaluate(() => ({
     page: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     parts: [...document.querySelectorAll("#routes-panel *")].filter(part => part.getBoundingClientRect().right > innerWidth + 1).map(part => part.outerHTML.slice(0, 80)),
@@ -221,7 +228,7 @@ for (const width of [1440, 1024, 970, 950, 641, 360]) {
   assert.deepEqual({ width, ...wide }, { width, page: 0, parts: [] });
 }
 await inBothSchemes("routes on a phone");
-await page.setViewportSize({ width: 1280, height: 900 });
+await resize(1280, 900);
 await page.unroute("**/stats");
 await until("no routes again", () => document.getElementById("routes-panel").hidden);
 await verdict("ok", /^ok/);
@@ -236,14 +243,14 @@ const larger = (value, key) =>
 await page.route("**/stats", route => route.fulfill({ json: larger(none, "") }).catch(() => {}));
 await until("them", ([least]) => Number(document.querySelector("#counters tbody td").textContent.replaceAll(",", "")) === least, [larger(none.Gets, "Gets")]);
 for (const width of [1440, 1024, 961, 960, 705, 641, 640, 360]) {
-  await page.setViewportSize({ width, height: 800 });
+  await resize(width, 800);
   const wide = await page.evaluate(() => ({
     page: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     tables: [...document.querySelectorAll(".card table")].filter(table => table.getBoundingClientRect().right > table.closest(".card").getBoundingClientRect().right + 1).map(table => table.id),
   }));
   assert.deepEqual({ width, ...wide }, { width, page: 0, tables: [] });
 }
-await page.setViewportSize({ width: 1280, height: 900 });
+await resize(1280, 900);
 await page.unroute("**/stats");
 await verdict("ok", /^ok/);
 
