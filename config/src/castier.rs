@@ -1,6 +1,6 @@
 //! The configuration of `castier`, section by section.
 
-use crate::{Cluster, Log, OriginUrl, Otlp, Policy, Route, Shutdown, Size, Span, value::path_text};
+use crate::{Cluster, KeyTemplate, Log, OriginUrl, Otlp, Policy, Route, S3, Shutdown, Size, Span, value::path_text};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -86,7 +86,8 @@ impl Default for Listen {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Origin {
-    /// Where the origin is: `embedded:DIRECTORY`, `http://HOST:PORT` or `https://HOST:PORT`, without a path.
+    /// Where the origin is: `embedded:DIRECTORY`, `http://HOST:PORT` or `https://HOST:PORT` without a path, or a bucket of an object store:
+    /// `s3://BUCKET`, `gs://BUCKET` or `az://CONTAINER`, and a prefix of its keys if you want one (`s3://BUCKET/PREFIX`).
     ///
     /// `embedded:DIRECTORY` runs the origin in this process. castier calls it directly for blobs, and relays everything else to its HTTP
     /// server on a free loopback port. It is the default, so that castier works without any configuration. The URL must not lead to castier
@@ -128,6 +129,22 @@ pub struct Origin {
     ///
     /// - Type: 1 to 65536
     pub max_requests: usize,
+    /// For a bucket: how the key of a blob is made of its SHA-256, behind the prefix.
+    ///
+    /// `{sha256}` is the whole digest, `{sha256:2}` its first two characters, `{sha256:2:4}` those from the third to the fourth. With the
+    /// layout of another program castier reads what that program wrote, and the other way round: see object-stores.md. The default is that of
+    /// bazel-remote.
+    ///
+    /// - Type: key template
+    pub key: KeyTemplate,
+    /// For a bucket: how long castier relies on what it has seen to be stored there, when a client asks whether a blob is there or uploads it
+    /// once more. 0s: never.
+    ///
+    /// Most requests of build caches ask just that. What is deleted through castier is forgotten at once; another program that deletes objects is
+    /// noticed after this time. In the meantime castier would acknowledge an upload of such a blob without storing it.
+    pub existence_ttl: Span,
+    /// `[origin.s3]`.
+    pub s3: S3,
 }
 
 impl Default for Origin {
@@ -139,6 +156,9 @@ impl Default for Origin {
             read_timeout: Span::secs(30),
             retries: 2,
             max_requests: 256,
+            key: KeyTemplate::default(),
+            existence_ttl: Span::secs(60),
+            s3: S3::default(),
         }
     }
 }

@@ -18,7 +18,7 @@ impl Config for Castier {
     fn check(&self, problems: &mut Problems) {
         let Self {
             allow_delete: _,
-            ac_validation: _,
+            ac_validation,
             listen,
             origin,
             memory,
@@ -41,6 +41,9 @@ impl Config for Castier {
             }
         }
         check_origin(origin, problems);
+        if *ac_validation && matches!(origin.url, OriginUrl::Bucket(_)) {
+            problems.add("ac_validation", "cannot be had with a bucket as the origin; write false");
+        }
         check_loop(&origin.url, listen, cluster.as_ref(), problems);
         check_size("memory.capacity", memory.capacity, problems);
         check_size("memory.max_blob", memory.max_blob, problems);
@@ -138,6 +141,7 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
         problems.add("origin.retries", format!("{} is too many; write 0 to 100", origin.retries));
     }
     check_connections("origin.max_requests", origin.max_requests, problems);
+    origin.s3.check(problems);
     if !origin.ca_file.as_os_str().is_empty()
         && problems.ask_machine()
         && let Err(error) = first_byte(&origin.ca_file)

@@ -11,6 +11,7 @@
 //! needs no async runtime.
 
 mod address;
+mod bucket;
 mod castier;
 mod check;
 mod cluster;
@@ -23,6 +24,7 @@ mod route;
 mod shared;
 mod value;
 
+pub use bucket::{Bucket, KeyTemplate, S3, Service};
 pub use castier::{Castier, Disk, Fill, Limits, Listen, Memory, Origin, Verify};
 pub use cluster::{Cluster, ClusterTls, Peer, peer_secrets};
 pub use keys::{changed, keys, print};

@@ -1,5 +1,6 @@
 //! The types of single values.
 
+use crate::Bucket;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::{
     fmt,
@@ -170,6 +171,8 @@ pub enum OriginUrl {
     Embedded(PathBuf),
     /// `http://HOST[:PORT]` or `https://…`. No path, query or fragment: castier relays its clients' paths unchanged.
     Remote(Url),
+    /// `s3://BUCKET[/PREFIX]`, `gs://…` or `az://…`: a bucket of an object store.
+    Bucket(Bucket),
 }
 
 impl OriginUrl {
@@ -178,6 +181,7 @@ impl OriginUrl {
         match self {
             Self::Embedded(directory) => format!("embedded:{}", directory.display()),
             Self::Remote(url) => url.as_str().trim_end_matches('/').to_owned(),
+            Self::Bucket(bucket) => bucket.to_string(),
         }
     }
 }
@@ -187,13 +191,16 @@ impl FromStr for OriginUrl {
     fn from_str(text: &str) -> Result<Self, Malformed> {
         let bad = |why: &str| {
             Malformed(format!(
-                "{why}; write \"embedded:DIRECTORY\", \"http://HOST:PORT\" or \"https://HOST\", with nothing behind the port"
+                "{why}; write \"embedded:DIRECTORY\", \"http://HOST:PORT\" or \"https://HOST\", with nothing behind the port, or \"s3://BUCKET\", \"gs://BUCKET\" or \"az://CONTAINER\""
             ))
         };
         if let Some(directory) = text.strip_prefix("embedded:") {
             return if directory.is_empty() { Err(bad("names no directory")) } else { Ok(Self::Embedded(directory.into())) };
         }
         let url = Url::parse(text).map_err(|error| bad(&format!("is not a URL ({error})")))?;
+        if let Some(bucket) = Bucket::of(&url) {
+            return bucket.map(Self::Bucket).map_err(bad);
+        }
         if !matches!(url.scheme(), "http" | "https") {
             return Err(bad(&format!("has the scheme {:?}", url.scheme())));
         }

@@ -141,6 +141,7 @@ fn kind_of(ty: &str) -> Option<&'static str> {
         "usize" | "u32" | "u64" => "0 or more",
         "Share" => "0 to 0.9",
         "OriginUrl" => "URL",
+        "KeyTemplate" => "key template",
         "Policy" => "`tiny-lfu` or `lru`",
         "LogFormat" => "`text` or `json`",
         "Labels" => "list or table",
@@ -406,7 +407,7 @@ fn limits(kind: &str, default: Option<&Value>) -> (Vec<String>, Vec<String>) {
     match (kind, kind.split_once(" to ")) {
         ("true or false" | "list" | "list or table" | "list of HOST:PORT", _) => (texts(&["1"]), Vec::new()),
         ("list of HOST or HOST:PORT" | "list of header names", _) => (texts(&["1", "[\"a b\"]"]), texts(&["[]", "[\"a\", \"a-b\"]"])),
-        ("HOST:PORT" | "URL" | "path template" | "path without / at its end", _) => (texts(&["\"nowhere\""]), Vec::new()),
+        ("HOST:PORT" | "URL" | "path template" | "key template" | "path without / at its end", _) => (texts(&["\"nowhere\""]), Vec::new()),
         ("HOST or HOST:PORT" | "header name" | "name of a registry", _) => (texts(&["\"a b\""]), Vec::new()),
         (choice, _) if choice.starts_with('`') => {
             // `one`, `two` or `three`

@@ -55,7 +55,7 @@ impl Handler for Admin {
 
 impl Admin {
     fn metrics(&self) -> Response<Whole<Bytes>> {
-        match self.0.metrics.text(self.0.store.totals()) {
+        match self.0.metrics.text(self.0.totals()) {
             Ok(series) => text(prometheus::TEXT_FORMAT, series),
             Err(error) => {
                 tracing::error!(%error, "the metrics could not be written");

@@ -21,7 +21,10 @@
 //!
 //! All functions block. Call them off the async threads.
 
-use crate::store::{Fault, Reader, TempFile};
+use crate::{
+    service::Condition,
+    store::{Fault, Reader, TempFile},
+};
 use bytes::Bytes;
 use castier_blob::{Digest, Verifier};
 use castier_wire::entry::Name;
@@ -83,13 +86,10 @@ pub(crate) struct Found {
 /// An entry or a collection, as a list shows it.
 pub(crate) struct Member {
     pub(crate) name: Name,
-    /// Size and digest; a collection has none.
-    pub(crate) content: Option<(u64, Digest)>,
+    /// Size, and digest if it is known; a collection has none.
+    pub(crate) content: Option<(u64, Option<Digest>)>,
     pub(crate) modified: SystemTime,
 }
-
-/// The condition of a PUT or a DELETE. Its argument is the digest of the current version.
-pub(crate) type Condition = Box<dyn FnOnce(Option<&Digest>) -> bool + Send>;
 
 /// The result of a PUT.
 pub(crate) enum Put {
@@ -383,7 +383,7 @@ impl Found {
     }
 
     pub(crate) fn member(&self) -> Member {
-        Member { name: self.name.clone(), content: Some((self.trailer.size, self.trailer.digest)), modified: self.modified }
+        Member { name: self.name.clone(), content: Some((self.trailer.size, Some(self.trailer.digest))), modified: self.modified }
     }
 
     /// Reads the bytes in `range`, which must be within the entry.
@@ -439,7 +439,7 @@ impl Members {
         if name.is_collection() {
             return self.entries.collection(&name).map_err(|fault| io::Error::other(fault.to_string()));
         }
-        Ok(Some(Member { name, content: Some((trailer.size, trailer.digest)), modified: metadata.modified()? }))
+        Ok(Some(Member { name, content: Some((trailer.size, Some(trailer.digest))), modified: metadata.modified()? }))
     }
 }
 

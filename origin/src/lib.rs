@@ -11,9 +11,11 @@
 //! digest covers the whole blob.
 
 use arc_swap::ArcSwap;
+use castier_bucket::Bucket;
 use castier_config::{OriginLimits, OriginServer, Proxies};
 use castier_serverkit::otlp::Spans;
 use entries::Entries;
+use local::Local;
 use std::{
     io,
     path::Path,
@@ -29,8 +31,10 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 mod action;
 mod admin;
+mod bucket;
 mod connection_timeouts;
 mod entries;
+mod files;
 mod intake;
 mod local;
 mod metrics;
@@ -41,8 +45,6 @@ mod server;
 mod service;
 mod store;
 mod webdav;
-
-pub use local::Local;
 
 /// How many entries of the action cache are validated at once. Each is in memory meanwhile, together with one tree that it names.
 const VALIDATIONS: usize = 8;
@@ -86,8 +88,7 @@ pub struct Origin(Arc<Shared>);
 
 /// What all connections share.
 pub(crate) struct Shared {
-    store: Arc<Store>,
-    entries: Arc<Entries>,
+    backend: Backend,
     metrics: metrics::Metrics,
     allow_delete: bool,
     ac_validation: bool,
@@ -99,6 +100,19 @@ pub(crate) struct Shared {
     phase: AtomicU8,
     /// The number of running uploads and downloads.
     transfers: Arc<AtomicUsize>,
+}
+
+/// Where the blobs and entries are.
+pub(crate) enum Backend {
+    Files(Files),
+    Bucket(Arc<Bucket>),
+}
+
+/// Blobs and entries as files.
+#[derive(Clone)]
+pub(crate) struct Files {
+    store: Arc<Store>,
+    entries: Arc<Entries>,
 }
 
 /// What the origin is doing.
@@ -116,6 +130,14 @@ impl Shared {
 
     fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Relaxed);
+    }
+
+    /// What is stored; `None` for a bucket.
+    fn totals(&self) -> Option<&store::Totals> {
+        match &self.backend {
+            Backend::Files(files) => Some(files.store.totals()),
+            Backend::Bucket(_) => None,
+        }
     }
 
     /// Logs a fault of the store, and counts damaged blobs.
@@ -160,9 +182,20 @@ impl Origin {
                 tracing::error!(%error, "the blobs in the store could not be counted; castier_origin_blobs and castier_origin_bytes are too low");
             }
         })?;
+        Self::with(Backend::Files(Files { store, entries }), options)
+    }
+
+    /// An origin whose blobs and entries are in a bucket.
+    ///
+    /// # Errors
+    /// The metrics cannot be registered.
+    pub fn of_bucket(bucket: Arc<Bucket>, options: Options) -> io::Result<Self> {
+        Self::with(Backend::Bucket(bucket), options)
+    }
+
+    fn with(backend: Backend, options: Options) -> io::Result<Self> {
         Ok(Self(Arc::new(Shared {
-            store,
-            entries,
+            backend,
             metrics: metrics::Metrics::new().map_err(io::Error::other)?,
             allow_delete: options.allow_delete,
             ac_validation: options.ac_validation,
@@ -191,14 +224,17 @@ impl Origin {
         server::serve(listener, admin::Admin(Arc::clone(&self.0)), shutdown, Duration::ZERO).await;
     }
 
-    /// The blobs of this origin for a program that has it in its own process: read from and written to the disk, without HTTP.
-    pub fn local(&self, config: &castier_config::Origin) -> Local {
-        Local::new(Arc::clone(&self.0), config)
+    /// The blobs of this origin for a program that has it in its own process, without its HTTP server.
+    pub fn local(&self, config: &castier_config::Origin) -> Arc<dyn castier_cache::Store> {
+        match &self.0.backend {
+            Backend::Files(files) => Arc::new(Local::new(Arc::clone(&self.0), files.store.clone(), config)),
+            Backend::Bucket(bucket) => bucket.clone(),
+        }
     }
 
-    /// The numbers of blobs and bytes counted so far, for the log.
+    /// The numbers of blobs and bytes counted so far, for the log. The blobs of a bucket are not counted.
     pub fn figures(&self) -> (i64, i64) {
-        let totals = self.0.store.totals();
+        let Some(totals) = self.0.totals() else { return (0, 0) };
         (totals.blobs.load(Relaxed).max(0), totals.bytes.load(Relaxed).max(0))
     }
 

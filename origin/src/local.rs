@@ -32,8 +32,9 @@ const NAME: &str = "origin";
 const EXPECTED: Duration = Duration::from_secs(1);
 
 /// The blobs of an [`Origin`](crate::Origin), for the program that has it in its own process.
-pub struct Local {
+pub(crate) struct Local {
     shared: Arc<Shared>,
+    store: Arc<store::Store>,
     /// `origin.read_timeout`.
     limit: Duration,
     /// `origin.max_requests` permits, for all requests except reads and streamed uploads, which have other limits.
@@ -41,8 +42,8 @@ pub struct Local {
 }
 
 impl Local {
-    pub(crate) fn new(shared: Arc<Shared>, config: &castier_config::Origin) -> Self {
-        Self { shared, limit: config.read_timeout.get(), requests: Semaphore::new(config.max_requests) }
+    pub(crate) fn new(shared: Arc<Shared>, store: Arc<store::Store>, config: &castier_config::Origin) -> Self {
+        Self { shared, store, limit: config.read_timeout.get(), requests: Semaphore::new(config.max_requests) }
     }
 
     async fn permit(&self) -> Result<SemaphorePermit<'_>, Fault> {
@@ -66,7 +67,7 @@ impl Local {
     }
 
     async fn open_from(&self, digest: Digest, from: u64) -> Result<Answer, Fault> {
-        let (store, (slot, transfers)) = (Arc::clone(&self.shared.store), Slot::take(&self.shared.transfers));
+        let (store, (slot, transfers)) = (Arc::clone(&self.store), Slot::take(&self.shared.transfers));
         let chunk = chunk_for(transfers);
         let opened = self.blocking(move || {
             let blob = store.open_blob(&digest)?;
@@ -125,7 +126,7 @@ impl Local {
                 Next::Last(bytes) => (bytes, None),
             }))
         });
-        let store = Arc::clone(&self.shared.store);
+        let store = Arc::clone(&self.store);
         let begin = move || store.begin(claimed);
         let kept = receive(&self.shared.transfers, begin, Temporary::finish, most, Some(self.limit), pin!(chunks)).await;
         let kept = kept.map_err(|failed| match failed {
@@ -145,7 +146,7 @@ impl Source for Local {
     fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
         async move {
             let _permit = self.permit().await?;
-            let (store, digests) = (Arc::clone(&self.shared.store), digests.to_vec());
+            let (store, digests) = (Arc::clone(&self.store), digests.to_vec());
             let stat = move |digest: &Digest| {
                 let blob = store.open_blob(digest)?;
                 Ok(size(blob.as_ref(), digest).map_or(Stat::Absent, |size| Stat::Present(Some(size))))
@@ -167,7 +168,7 @@ impl Store for Local {
                 return Err(Fault::NotAllowed);
             }
             let _permit = self.permit().await?;
-            let (store, digest) = (Arc::clone(&self.shared.store), *digest);
+            let (store, digest) = (Arc::clone(&self.store), *digest);
             self.blocking(move || store.remove(&digest)).await
         }
         .boxed()
@@ -179,7 +180,7 @@ impl Store for Local {
                 return Ok(None);
             }
             let _permit = self.permit().await?;
-            let (store, digest) = (Arc::clone(&self.shared.store), *digest);
+            let (store, digest) = (Arc::clone(&self.store), *digest);
             let held = self.blocking(move || store.holds_durably(&digest));
             timeout(self.limit.min(EXPECTED), held).await.unwrap_or(Ok(None))
         }

@@ -61,10 +61,12 @@ impl Metrics {
     }
 
     /// All metrics in Prometheus' text format.
-    pub(crate) fn text(&self, totals: &Totals) -> Result<String, prometheus::Error> {
-        // If something else changes or removes files, the totals may be too low. They are never shown as negative.
-        self.blobs.set(totals.blobs.load(Relaxed).max(0));
-        self.bytes.set(totals.bytes.load(Relaxed).max(0));
+    pub(crate) fn text(&self, totals: Option<&Totals>) -> Result<String, prometheus::Error> {
+        if let Some(totals) = totals {
+            // If something else changes or removes files, the totals may be too low. They are never shown as negative.
+            self.blobs.set(totals.blobs.load(Relaxed).max(0));
+            self.bytes.set(totals.bytes.load(Relaxed).max(0));
+        }
         self.series.text()
     }
 }

@@ -57,6 +57,9 @@ pub(crate) enum Refused {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] Fault),
+    /// The object store failed.
+    #[error(transparent)]
+    Bucket(castier_cache::Fault),
 }
 
 impl From<FormError<Broken>> for Refused {
@@ -125,6 +128,7 @@ impl Refused {
                 (S::INTERNAL_SERVER_ERROR, "the stored bytes of this entry are damaged and were set aside; store it again".to_owned())
             }
             Self::Store(Fault::Io(_)) => (S::INTERNAL_SERVER_ERROR, ours.to_owned()),
+            Self::Bucket(fault) => of_bucket(fault),
         };
         let mut headers = match self {
             Self::Range(headers) => headers.clone(),
@@ -135,10 +139,29 @@ impl Refused {
         match self {
             Self::CollectionExists => drop(headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, PUT, DELETE, PROPFIND"))),
             Self::Method(allowed) => drop(headers.insert(header::ALLOW, HeaderValue::from_static(allowed))),
+            Self::Bucket(castier_cache::Fault::Busy(_)) => drop(headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"))),
             // The end of this body is unknown, so the start of the next request is unknown too.
             Self::Body(_) => drop(headers.insert(header::CONNECTION, HeaderValue::from_static("close"))),
             _ => {}
         }
         (status, headers, Problem::new(status, detail).to_json())
+    }
+}
+
+/// The answer to a fault of the object store.
+fn of_bucket(fault: &castier_cache::Fault) -> (StatusCode, String) {
+    use castier_cache::Fault as F;
+    match fault {
+        F::OriginFull => (StatusCode::INSUFFICIENT_STORAGE, "the store is full; nothing was stored".to_owned()),
+        F::OriginRefusesSize | F::TooLarge { .. } => {
+            (StatusCode::PAYLOAD_TOO_LARGE, "the object store does not take a blob of this size".to_owned())
+        }
+        F::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "the object store has too much to do; try again in a second".to_owned()),
+        F::Silent { .. } => (StatusCode::GATEWAY_TIMEOUT, "the object store did not answer in time".to_owned()),
+        F::Denied { why, .. } => (StatusCode::BAD_GATEWAY, format!("the object store refuses this server: {why}")),
+        F::Unreachable { .. } | F::Unusable { .. } | F::Corrupt { .. } => {
+            (StatusCode::BAD_GATEWAY, "the object store cannot be reached, or gave no usable answer; the log has the reason".to_owned())
+        }
+        _ => (StatusCode::INTERNAL_SERVER_ERROR, "the server has a fault of its own, which its log describes; try again later".to_owned()),
     }
 }

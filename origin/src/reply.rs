@@ -15,6 +15,7 @@ use castier_serverkit::{
     write_access_record,
 };
 use castier_wire::{forwarded, trace::Trace};
+use futures::{StreamExt as _, stream::BoxStream};
 use http::{HeaderValue, Method, StatusCode, Version, request};
 use http_body::{Body, Frame, SizeHint};
 use std::{
@@ -49,8 +50,10 @@ pub(crate) enum Content {
     Empty,
     /// Bytes in memory.
     Bytes(Bytes),
-    /// Bytes that are read while they are sent.
+    /// Bytes that are read from files while they are sent.
     Blob(Streaming),
+    /// Bytes that come from elsewhere.
+    Stream(BoxStream<'static, Result<Bytes, castier_cache::Fault>>),
 }
 
 /// Reads content that is too long for memory, one chunk at a time. Blocks.
@@ -136,10 +139,19 @@ impl Body for Reply {
             Content::Bytes(bytes) => Some(Ok(mem::take(bytes))),
             Content::Blob(streaming) => match streaming.poll_chunk(cx) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(chunk) => chunk,
+                Poll::Ready(chunk) => chunk.map(|chunk| {
+                    chunk.map_err(|fault| {
+                        this.record.shared.note(&fault);
+                        fault.to_string()
+                    })
+                }),
+            },
+            Content::Stream(bytes) => match bytes.poll_next_unpin(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(chunk) => chunk.map(|chunk| chunk.map_err(|fault| fault.to_string())),
             },
         };
-        if !matches!(this.content, Content::Blob(_)) {
+        if matches!(this.content, Content::Bytes(_)) {
             this.content = Content::Empty;
         }
         Poll::Ready(match chunk {
@@ -150,7 +162,6 @@ impl Body for Reply {
             }
             Some(Err(fault)) => {
                 this.content = Content::Empty;
-                this.record.shared.note(&fault);
                 this.record.error = Some(format!("cut: {fault}"));
                 Some(Err(Cut))
             }
@@ -162,6 +173,7 @@ impl Body for Reply {
             Content::Empty => true,
             Content::Bytes(bytes) => bytes.is_empty(),
             Content::Blob(streaming) => matches!(streaming.next, Next::End),
+            Content::Stream(_) => false,
         }
     }
 
@@ -170,7 +182,7 @@ impl Body for Reply {
         match &self.content {
             Content::Empty => SizeHint::with_exact(0),
             Content::Bytes(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Content::Blob(_) => SizeHint::default(),
+            Content::Blob(_) | Content::Stream(_) => SizeHint::default(),
         }
     }
 }

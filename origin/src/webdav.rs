@@ -2,11 +2,7 @@
 //!
 //! The answer always has all properties, no matter which ones the request names. Clients ignore the others.
 
-use crate::{
-    entries::{Member, Members},
-    reply::Source,
-    store::Fault,
-};
+use crate::{entries::Member, reply::Source, store::Fault};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, header};
 use quick_xml::{
@@ -44,17 +40,20 @@ pub(crate) fn headers() -> HeaderMap {
     headers
 }
 
+/// The members of a collection.
+type Listed = Box<dyn Iterator<Item = Result<Member, Fault>> + Send>;
+
 /// A `multistatus` document. Made in chunks, since a collection may have any number of members.
 pub(crate) struct Listing {
     writer: Writer<Vec<u8>>,
     /// `None`: all members are listed.
-    members: Option<Members>,
+    members: Option<Listed>,
     done: bool,
 }
 
 impl Listing {
     /// Lists the resource, then its members if there are any to list.
-    pub(crate) fn new(resource: &Member, members: Option<Members>) -> Result<Self, Fault> {
+    pub(crate) fn new(resource: &Member, members: Option<Listed>) -> Result<Self, Fault> {
         let mut writer = Writer::new(Vec::new());
         writer.write_event(Event::Decl(BytesDecl::new("1.0", Some("utf-8"), None)))?;
         writer.write_event(Event::Start(BytesStart::new("D:multistatus").with_attributes([("xmlns:D", "DAV:")])))?;
@@ -104,7 +103,7 @@ fn write(writer: &mut Writer<Vec<u8>>, member: &Member) -> io::Result<()> {
                         writer.create_element("D:resourcetype").write_empty()?;
                         text(writer, "D:getcontentlength", &size.to_string())?;
                         text(writer, "D:getcontenttype", "application/octet-stream")?;
-                        text(writer, "D:getetag", &digest.etag())
+                        digest.map_or(Ok(()), |digest| text(writer, "D:getetag", &digest.etag()))
                     })?;
                     text(writer, "D:status", "HTTP/1.1 200 OK")
                 })

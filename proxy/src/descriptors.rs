@@ -138,7 +138,7 @@ impl Descriptors {
 /// The descriptors of one connection to the origin. The server of an embedded origin needs the other end of the connection and a file too. Only relays go
 /// to that server. Blobs are read from and written to its files directly, and need fewer: for them this is an upper bound.
 const fn each(config: &Castier) -> u64 {
-    if matches!(config.origin.url, OriginUrl::Embedded(_)) { 3 } else { 1 }
+    if matches!(config.origin.url, OriginUrl::Embedded(_) | OriginUrl::Bucket(_)) { 3 } else { 1 }
 }
 
 /// The descriptors of all sources together:

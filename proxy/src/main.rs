@@ -13,6 +13,7 @@ use castier::{
     routes::{self, Routes},
 };
 use castier_blob::Digest;
+use castier_bucket::Bucket;
 use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Store, Tiers};
 use castier_cluster::{ClusterPlan, HttpProbe, Members, Peers, Purge, Secrets};
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
@@ -37,7 +38,7 @@ use pingora::{
 use std::{
     net::SocketAddr,
     os::fd::IntoRawFd,
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::{
         Arc,
@@ -123,11 +124,21 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let mut signals = Signals::new()?;
     let sockets = Sockets::bind(&config).await?;
     let (stop_origin, origin_stopped) = watch::channel(false);
+    let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
+    let spools = Spools::new(&config, Budget::new(config.fill.memory.get()), metrics.cache.clone());
+    spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
     let (origin_url, embedded) = match &config.origin.url {
         OriginUrl::Remote(url) => (url.clone(), None),
-        OriginUrl::Embedded(root) => Embedded::start(root, &config, origin_stopped).await.map(|(url, embedded)| (url, Some(embedded)))?,
+        OriginUrl::Embedded(root) => {
+            let origin = Embedded::open(root, &config)?;
+            Embedded::start(origin, origin_stopped).await.map(|(url, embedded)| (url, Some(embedded)))?
+        }
+        OriginUrl::Bucket(bucket) => {
+            let origin = Embedded::open_bucket(bucket, &config, &spools, &metrics)?;
+            Embedded::start(origin, origin_stopped).await.map(|(url, embedded)| (url, Some(embedded)))?
+        }
     };
-    let (parts, rotten) = Parts::new(&config, &sockets, &origin_url, embedded.as_ref())?;
+    let (parts, rotten) = Parts::new(&config, &sockets, &origin_url, embedded.as_ref(), metrics, spools)?;
     let instance = config.cluster.as_ref().map_or_else(|| log::instance(&sockets.public), |cluster| cluster.advertise.clone());
     log.name_instance(instance.clone());
     let exporter = otlp::start(&config.otlp, PROGRAM, instance)?.map(|(spans, exporter)| {
@@ -136,7 +147,7 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     });
     sockets.announce(&log, embedded.as_ref());
     let listeners = parts.listen(&config, sockets)?;
-    parts.start_background_tasks(&config, rotten);
+    parts.start_background_tasks(&config, embedded.as_ref().and_then(|embedded| embedded.bucket.clone()), rotten);
     if let Some(nodes) = &parts.nodes {
         nodes.wait_for_members().await;
     }
@@ -146,7 +157,7 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     parts.metrics.cache.disk_scrub_rate.set(config.disk.as_ref().map_or(0, |disk| gauged(disk.scrub_rate.get())));
     tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = %config.origin.url, "castier is ready");
 
-    let mut live = Live { config, parts, embedded: embedded.map(|embedded| embedded.origin), log };
+    let mut live = Live { config, parts, embedded, log };
     live.reload_until_told_to_end(args, &mut signals).await;
 
     let ending = end(live, listeners, stop_origin, exporter);
@@ -184,7 +195,7 @@ impl Sockets {
             log.say(&format!("listening peer {}", shown(peer)));
         }
         if let Some(embedded) = embedded {
-            log.say(&format!("listening origin {} (embedded, {})", embedded.address, embedded.root.display()));
+            log.say(&format!("listening origin {} ({})", embedded.address, embedded.place));
         }
         log.say(&format!("try: curl -F file=@README.md http://{public}/cas"));
     }
@@ -214,19 +225,18 @@ impl Parts {
         sockets: &Sockets,
         origin_url: &url::Url,
         embedded: Option<&Embedded>,
+        metrics: Arc<Metrics>,
+        spools: Spools,
     ) -> Result<(Self, mpsc::Receiver<Digest>), String> {
-        let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
         let shares = Shares::of(open_files::raise_limit(), config);
         let limits = Arc::new(ArcSwap::from_pointee(shares.within(&config.limits)));
         let nodes = Nodes::of(config, &metrics)?;
         let (tell_rotten, rotten) = mpsc::channel(REFETCHES);
-        let fill_memory = Budget::new(config.fill.memory.get());
-        let tiers = Tiers::open(config, shares.open_files, &fill_memory, &metrics.cache, tell_rotten).map_err(|error| error.to_string())?;
-        let spools = Spools::new(config, fill_memory, metrics.cache.clone());
-        spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
+        let tiers =
+            Tiers::open(config, shares.open_files, &spools.memory, &metrics.cache, tell_rotten).map_err(|error| error.to_string())?;
         let origin = Upstream::origin(origin_url, &config.origin, metrics.upstream.clone())?;
         let store: Arc<dyn Store> = match embedded {
-            Some(embedded) => Arc::new(EmbeddedStore::new(Arc::new(embedded.origin.local(&config.origin)), origin.clone())),
+            Some(embedded) => Arc::new(EmbeddedStore::new(embedded.origin.local(&config.origin), origin.clone())),
             None => Arc::new(origin.store()),
         };
         let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
@@ -237,7 +247,7 @@ impl Parts {
         let ca_file = upstream::ca_file(&config.origin)?;
         let ticket_key = nodes.as_ref().and_then(|nodes| nodes.secrets.derive("lfs tickets"));
         let routes = Routes::new(config, &node, client_memory.clone(), ticket_key, ca_file, origin_url)?;
-        let purge = Purge::new(cache, peers, own_name);
+        let purge = Purge::new(cache, node.origin.clone(), peers, own_name);
         let members = nodes.as_ref().map(|nodes| nodes.members.clone());
         let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone(), routes.clone()));
         let descriptors = Descriptors::new(shares);
@@ -266,12 +276,15 @@ impl Parts {
         Ok(Listeners { public, peer, admin })
     }
 
-    fn start_background_tasks(&self, config: &Castier, rotten: mpsc::Receiver<Digest>) {
+    fn start_background_tasks(&self, config: &Castier, bucket: Option<Arc<Bucket>>, rotten: mpsc::Receiver<Digest>) {
         tokio::spawn(refetch(self.node.cache.clone(), rotten));
         tokio::spawn(log_stats(self.admin.clone(), config.log.stats_interval.get()));
         tokio::spawn(keep_history(self.admin.clone()));
         if let OriginUrl::Remote(_) = config.origin.url {
             tokio::spawn(ask_origin(self.origin.clone(), config.origin.url.to_string()));
+        }
+        if let Some(bucket) = bucket {
+            tokio::spawn(ask_bucket(bucket, self.origin.clone(), self.node.origin.clone()));
         }
     }
 }
@@ -286,7 +299,7 @@ struct Listeners {
 
 /// Ends castier: clients and peers first, then the writes to disk, then the embedded origin, the admin listener, spans and logs.
 async fn end(live: Live, listeners: Listeners, stop_origin: watch::Sender<bool>, exporter: Option<otlp::Exporter>) {
-    let Live { config, parts, log, .. } = live;
+    let Live { config, parts, log, embedded } = live;
     parts.admin.enter(Phase::Draining);
     drain(&config, &parts.metrics, parts.nodes.as_ref(), listeners.public, listeners.peer).await;
     let routes = parts.routes;
@@ -295,6 +308,9 @@ async fn end(live: Live, listeners: Listeners, stop_origin: watch::Sender<bool>,
         && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
     {
         tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
+    }
+    if let Some(bucket) = embedded.and_then(|embedded| embedded.bucket) {
+        bucket.close(ABORT).await;
     }
     stop_origin.send_replace(true);
     listeners.admin.abort();
@@ -389,34 +405,74 @@ impl Nodes {
     }
 }
 
-/// The origin that runs in this process.
+/// The origin that runs in this process: over a directory, or over a bucket.
 struct Embedded {
     address: SocketAddr,
-    root: PathBuf,
+    /// Where its blobs are, for people.
+    place: String,
     origin: Origin,
+    bucket: Option<Arc<Bucket>>,
 }
 
+/// The configuration key of the embedded origin, for errors.
+const ROOT_KEY: &str = "origin.url (embedded)";
+
+/// How long the end waits until uploads to the bucket that were given up are aborted.
+const ABORT: Duration = Duration::from_secs(5);
+
 impl Embedded {
-    /// Opens the directory, and starts the origin's HTTP server on a free loopback port. Blobs are read and written without it ([`EmbeddedStore`]). It
-    /// answers relayed requests (`/ac`, `/kv`, PROPFIND and so on), as any other origin does. Also returns the server's URL.
-    async fn start(root: &Path, config: &Castier, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Self), String> {
-        let grace = config.shutdown.grace.get();
-        let root_key = "origin.url (embedded)";
-        let (allow_delete, ac_validation) = (config.allow_delete, config.ac_validation);
+    fn options(config: &Castier) -> castier_origin::Options {
         // castier is a proxy in front of it, so its `Forwarded` header names the client.
         let mut trusted_proxies = config.log.trusted_proxies.clone();
         trusted_proxies.0.extend("127.0.0.1".parse::<config::Network>());
-        let limits = (&config.limits).into();
-        let options = castier_origin::Options { allow_delete, ac_validation, limits, trusted_proxies, spans: None, grace, root_key };
-        let origin = Origin::open(root, options).map_err(|error| error.to_string())?;
-        let listener = bind(root_key, "127.0.0.1:0").await?;
+        castier_origin::Options {
+            allow_delete: config.allow_delete,
+            ac_validation: config.ac_validation,
+            limits: (&config.limits).into(),
+            trusted_proxies,
+            spans: None,
+            grace: config.shutdown.grace.get(),
+            root_key: ROOT_KEY,
+        }
+    }
+
+    fn open(root: &Path, config: &Castier) -> Result<(Origin, String, Option<Arc<Bucket>>), String> {
+        let origin = Origin::open(root, Self::options(config)).map_err(|error| error.to_string())?;
+        Ok((origin, format!("embedded, {}", root.display()), None))
+    }
+
+    fn open_bucket(
+        url: &config::Bucket,
+        config: &Castier,
+        spools: &Spools,
+        metrics: &Metrics,
+    ) -> Result<(Origin, String, Option<Arc<Bucket>>), String> {
+        let options = castier_bucket::Options {
+            memory: spools.memory.clone(),
+            spool: spools.disk.clone(),
+            spool_dir: spools.files.dir().to_owned(),
+            allow_delete: config.allow_delete,
+            metrics: metrics.bucket.clone(),
+        };
+        let bucket = Arc::new(Bucket::new(url, &config.origin, options)?);
+        let origin = Origin::of_bucket(bucket.clone(), Self::options(config)).map_err(|error| error.to_string())?;
+        Ok((origin, url.to_string(), Some(bucket)))
+    }
+
+    /// Starts the origin's HTTP server on a free loopback port. Blobs are read and written without it ([`EmbeddedStore`]). It answers relayed
+    /// requests (`/ac`, `/kv`, PROPFIND and so on), as any other origin does. Also returns the server's URL.
+    async fn start(
+        (origin, place, bucket): (Origin, String, Option<Arc<Bucket>>),
+        mut stopped: watch::Receiver<bool>,
+    ) -> Result<(url::Url, Self), String> {
+        let listener = bind(ROOT_KEY, "127.0.0.1:0").await?;
         let address = listener.local_addr().map_err(|error| error.to_string())?;
         let url = format!("http://{address}").parse().map_err(|error| format!("origin.url: {error}"))?;
         let server = origin.clone();
         tokio::spawn(async move {
             server.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await
         });
-        Ok((url, Self { address, root: root.to_owned(), origin }))
+        Ok((url, Self { address, place, origin, bucket }))
     }
 }
 
@@ -520,11 +576,25 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
     }
 }
 
+/// Asks at the start which operations the bucket allows, and says which it does not. Then asks a bucket that is down whether it is up again.
+async fn ask_bucket(bucket: Arc<Bucket>, origin: Arc<Upstream>, store: Arc<dyn Store>) {
+    for (operation, fault) in bucket.check().await {
+        tracing::warn!(operation, %fault, "the bucket of origin.url does not let castier do this; requests that need it fail");
+    }
+    loop {
+        tokio::time::sleep(ASK_AGAIN).await;
+        if origin.origin_state().is_some_and(|state| !state.up) {
+            // The store notes the outcome.
+            store.stat(&[Digest::of(b"castier: is the bucket up?")]).await.ok();
+        }
+    }
+}
+
 /// A running castier, and the config in force. SIGHUP changes it.
 struct Live {
     config: Castier,
     parts: Parts,
-    embedded: Option<Origin>,
+    embedded: Option<Embedded>,
     log: Guard,
 }
 
@@ -554,7 +624,7 @@ impl Live {
         if let Err(error) = self.log.set_level(&new.log.level) {
             return tracing::error!(%error, "the config was not reloaded");
         }
-        if let Some(origin) = &self.embedded {
+        if let Some(Embedded { origin, .. }) = &self.embedded {
             origin.set_limits((&new.limits).into());
         }
         self.parts.limits.store(Arc::new(self.parts.shares.within(&new.limits)));

@@ -121,6 +121,8 @@ pub struct Metrics {
     pub cache: Arc<castier_cache::Metrics>,
     /// The series of sources.
     pub upstream: Arc<castier_upstream::Metrics>,
+    /// Those of the bucket.
+    pub bucket: Arc<castier_bucket::Metrics>,
     /// The series of the cluster.
     pub cluster: Arc<castier_cluster::Metrics>,
     requests: IntCounterVec,
@@ -180,6 +182,7 @@ impl Metrics {
         let metrics = Self {
             cache: Arc::new(castier_cache::Metrics::new(&r)?),
             upstream: Arc::new(castier_upstream::Metrics::new(&r)?),
+            bucket: Arc::new(castier_bucket::Metrics::new(&r)?),
             cluster: Arc::new(castier_cluster::Metrics::new(&r)?),
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
             answered_gets: Default::default(),

@@ -182,7 +182,7 @@ impl Reply {
         Self::error(StatusCode::METHOD_NOT_ALLOWED, "the origin does not allow this; it takes GET, HEAD and PUT")
     }
 
-    /// The answer for any fault. It does not contain the cause, which is only for the log.
+    /// The answer for any fault. It does not contain the cause, which is only for the log, but for a refusal that somebody has to mend.
     pub fn fault(fault: &Fault) -> Self {
         let (status, detail) = match fault {
             Fault::Mismatch(mismatch) => (StatusCode::UNPROCESSABLE_ENTITY, mismatch.to_string()),
@@ -195,6 +195,7 @@ impl Reply {
             Fault::Unusable { source_name, .. } => {
                 (StatusCode::BAD_GATEWAY, format!("the {source_name} gave an unusable answer, and the request needs one"))
             }
+            Fault::Denied { source_name, why } => (StatusCode::BAD_GATEWAY, format!("the {source_name} refuses castier: {why}")),
             Fault::Corrupt { source_name, .. } => {
                 (StatusCode::BAD_GATEWAY, format!("the {source_name} sent bytes that do not match the digest"))
             }

@@ -48,6 +48,14 @@ pub enum Fault {
         /// What it said.
         why: String,
     },
+    /// The source refuses castier itself: its credentials, a permission, or the bucket that it names. The text names what is wrong.
+    #[error("{source_name} refuses castier: {why}")]
+    Denied {
+        /// Which source.
+        source_name: &'static str,
+        /// What it said, and what to do.
+        why: String,
+    },
     /// The source's bytes do not hash to the digest that was asked for.
     #[error("{source_name} sent corrupt bytes: {mismatch}")]
     Corrupt {
@@ -102,6 +110,7 @@ impl Fault {
             Self::Unreachable { .. } => "unreachable",
             Self::Silent { .. } => "silent",
             Self::Unusable { .. } => "unusable",
+            Self::Denied { .. } => "denied",
             Self::Corrupt { .. } => "corrupt",
             Self::Busy(_) => "busy",
             Self::OriginFull => "full",

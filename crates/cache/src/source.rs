@@ -111,6 +111,9 @@ pub trait Store: Source {
     /// [`Fault::NotAllowed`] if the store does not delete; else as [`Source::open`].
     fn delete<'a>(&'a self, digest: &'a Digest) -> BoxFuture<'a, Result<bool, Fault>>;
 
+    /// Drops what this store remembers about a blob, so that the next question goes to the store itself. A purge does this.
+    fn forget(&self, _digest: &Digest) {}
+
     /// The size of a blob that is stored durably, so that an upload of `size` bytes need not be sent. `None` if it must be.
     ///
     /// # Errors

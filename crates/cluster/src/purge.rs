@@ -10,7 +10,7 @@
 use crate::{members::Member, peers::Peers};
 use backon::{ExponentialBuilder, Retryable as _};
 use castier_blob::Digest;
-use castier_cache::Cache;
+use castier_cache::{Cache, Store};
 use futures::future::join_all;
 use serde::Serialize;
 use std::{sync::Arc, time::Duration};
@@ -23,6 +23,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// Purges blobs on this node and its peers.
 pub struct Purge {
     cache: Arc<Cache>,
+    /// It may remember what is stored.
+    origin: Arc<dyn Store>,
     /// `None` if this node is not in a cluster.
     peers: Option<Arc<Peers>>,
     /// This node's name in answers.
@@ -40,8 +42,8 @@ pub struct Purged {
 
 impl Purge {
     /// Purges on this node, called `name`, and on `peers` if there are any.
-    pub fn new(cache: Arc<Cache>, peers: Option<Arc<Peers>>, name: String) -> Arc<Self> {
-        Arc::new(Self { cache, peers, name })
+    pub fn new(cache: Arc<Cache>, origin: Arc<dyn Store>, peers: Option<Arc<Peers>>, name: String) -> Arc<Self> {
+        Arc::new(Self { cache, origin, peers, name })
     }
 
     /// Removes the blob from every member, including those that are down. Runs to its end even if the caller drops the future.
@@ -73,6 +75,7 @@ impl Purge {
 
     /// Removes the blob here and at these members. Returns the members that have removed it.
     async fn round(&self, digest: &Digest, members: &[Member]) -> Vec<Member> {
+        self.origin.forget(digest);
         self.cache.forget(digest).await;
         let Some(peers) = &self.peers else { return Vec::new() };
         let backoff = ExponentialBuilder::new().with_min_delay(PAUSE).with_max_times(RETRIES).with_jitter();

@@ -1,4 +1,4 @@
-//! The embedded origin as a store: its files, without HTTP. What is not about a blob (`/ac`, `/kv`) is relayed to its HTTP server on a loopback port, so
+//! The embedded origin as a store: its files or its bucket, without its HTTP server. What is not about a blob (`/ac`, `/kv`) is relayed to its HTTP server on a loopback port, so
 //! the state and the figures of the origin are those of both.
 
 use crate::http::Upstream;
@@ -61,7 +61,7 @@ impl Source for EmbeddedStore {
     }
 
     fn url(&self) -> Option<String> {
-        Some(self.server.url())
+        self.files.url().or_else(|| Some(self.server.url()))
     }
 }
 
@@ -74,6 +74,10 @@ impl Store for EmbeddedStore {
     fn delete<'a>(&'a self, digest: &'a Digest) -> BoxFuture<'a, Result<bool, Fault>> {
         let asked = Instant::now();
         self.files.delete(digest).map(move |deleted| self.found(asked, deleted)).boxed()
+    }
+
+    fn forget(&self, digest: &Digest) {
+        self.files.forget(digest);
     }
 
     fn holds<'a>(&'a self, digest: &'a Digest, size: Option<u64>) -> BoxFuture<'a, Result<Option<u64>, Fault>> {

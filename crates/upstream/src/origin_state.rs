@@ -73,7 +73,7 @@ impl OriginHealth {
                 match fault {
                     Fault::Unreachable { .. } => self.record_failure(origin, asked, true, fault, metrics),
                     Fault::Silent { .. } => self.record_failure(origin, asked, false, fault, metrics),
-                    Fault::Unusable { .. } | Fault::Corrupt { .. } => self.record_answer(origin, metrics),
+                    Fault::Unusable { .. } | Fault::Denied { .. } | Fault::Corrupt { .. } => self.record_answer(origin, metrics),
                     // A limit of this node: the origin was not asked.
                     _ => {
                         self.requests.fetch_sub(1, Relaxed);

@@ -1,5 +1,5 @@
 use super::*;
-use crate::{Options, Origin};
+use crate::{Backend, Options, Origin};
 use castier_blob::Verifier;
 use castier_cache::contract;
 use futures::StreamExt as _;
@@ -12,12 +12,18 @@ struct World {
     dir: TempDir,
 }
 
+fn local(origin: &Origin, config: &castier_config::Origin) -> Local {
+    let Backend::Files(files) = &origin.0.backend else { panic!("an origin of files") };
+    Local::new(origin.0.clone(), files.store.clone(), config)
+}
+
 impl World {
     fn new(allow_delete: bool) -> Self {
         let dir = TempDir::new().unwrap();
         let options = Options { allow_delete, ..Options::from(&castier_config::OriginServer::default()) };
         let origin = Origin::open(dir.path(), options).unwrap();
-        Self { local: origin.local(&castier_config::Origin::default()), origin, dir }
+        let local = local(&origin, &castier_config::Origin::default());
+        Self { local, origin, dir }
     }
 
     fn file(&self, digest: &Digest) -> PathBuf {
@@ -98,7 +104,7 @@ async fn a_rotten_blob_never_ends_well() {
         assert!(matches!(world.open(digest, 0).await, Ok(Answer::Absent)));
         assert_eq!(world.put(&blob).await.unwrap(), Put::Created);
     }
-    let metrics = world.origin.0.metrics.text(world.origin.0.store.totals()).unwrap();
+    let metrics = world.origin.0.metrics.text(world.origin.0.totals()).unwrap();
     assert!(metrics.contains("castier_origin_corrupt_blobs_total 2"), "{metrics}");
 }
 
@@ -107,7 +113,7 @@ async fn a_rotten_blob_never_ends_well() {
 async fn every_wait_ends() {
     let world = World::new(false);
     let config = castier_config::Origin { read_timeout: "50ms".parse().unwrap(), max_requests: 1, ..castier_config::Origin::default() };
-    let local = world.origin.local(&config);
+    let local = local(&world.origin, &config);
     let hang = local.blocking(|| {
         std::thread::sleep(Duration::from_millis(300));
         Ok(())

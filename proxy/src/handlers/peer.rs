@@ -25,6 +25,7 @@ impl Handlers {
             return Ok(Reply::error(StatusCode::MISDIRECTED_REQUEST, "this is another node than the one that the request names"));
         }
         if let Some(digest) = names("/purge/") {
+            self.node.origin.forget(&digest);
             self.node.cache.forget(&digest).await;
             tracing::info!(%digest, "purged at a peer's request");
             return Ok(Reply::done());

@@ -64,6 +64,7 @@ fn not_stored(digest: Option<&Digest>, fault: &Fault) {
         Fault::Unreachable { .. }
         | Fault::Silent { .. }
         | Fault::Unusable { .. }
+        | Fault::Denied { .. }
         | Fault::Corrupt { .. }
         | Fault::OriginFull
         | Fault::Internal(_) => {

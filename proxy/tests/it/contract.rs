@@ -41,7 +41,7 @@ async fn an_origin_over_http_is_a_store() {
 #[tokio::test]
 async fn the_embedded_origin_is_a_store() {
     let world = World::new().await;
-    let files = Arc::new(world.origin.local(&config::Origin::default()));
+    let files = world.origin.local(&config::Origin::default());
     let store = EmbeddedStore::new(files, world.upstream.clone());
     contract::store(&store).await;
     let state = world.upstream.origin_state().unwrap();

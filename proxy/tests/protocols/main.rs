@@ -15,6 +15,7 @@ mod lfs;
 mod matrix;
 mod nix;
 mod npm;
+mod object_store;
 mod oci;
 mod pack;
 mod pypi;

@@ -249,6 +249,12 @@ impl Running {
         let _ = kill_process_group(Pid::from_child(&self.child), signal);
     }
 
+    /// Ends it at once.
+    pub(crate) fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        let _ = self.child.wait();
+    }
+
     /// Ends it, with all that it has started.
     pub(crate) fn stop(&mut self) {
         self.signal(Signal::TERM);

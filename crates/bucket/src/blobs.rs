@@ -1,0 +1,309 @@
+//! The blobs of a bucket.
+
+use crate::{
+    fault::{NAME, fault, unusable},
+    metrics::Metrics,
+    transport::{Failure, Transport},
+};
+use castier_blob::Digest;
+use castier_cache::{Answer, Ask, Budget, Fault, Incoming, Put, Source, Stat, Store, Upload};
+use castier_config::{self as config, KeyTemplate, Service};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, future::BoxFuture, stream};
+use moka::sync::Cache as Known;
+use object_store::{
+    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, RetryConfig,
+    aws::{AmazonS3Builder, Checksum},
+    azure::MicrosoftAzureBuilder,
+    gcp::GoogleCloudStorageBuilder,
+    path::Path,
+};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+use tokio_util::task::TaskTracker;
+
+/// How many blobs are remembered as stored: some 15 MiB.
+const MOST_KNOWN: u64 = 100_000;
+/// How many blobs of one question are asked about at once.
+const STATS: usize = 16;
+
+/// A bucket, or the part of it below a prefix.
+pub struct Bucket {
+    pub(crate) store: Arc<dyn ObjectStore>,
+    name: String,
+    prefix: String,
+    key: KeyTemplate,
+    /// What was seen to be stored less than `origin.existence_ttl` ago, and its size.
+    known: Known<Digest, u64>,
+    /// `origin.read_timeout`.
+    pub(crate) limit: Duration,
+    /// `fill.memory`.
+    pub(crate) memory: Arc<Budget>,
+    /// `fill.spool`.
+    pub(crate) spool: Arc<Budget>,
+    /// `fill.spool_dir`.
+    pub(crate) spool_dir: PathBuf,
+    allow_delete: bool,
+    /// The bucket itself was seen.
+    exists: AtomicBool,
+    pub(crate) metrics: Arc<Metrics>,
+    /// The ends of uploads that were given up.
+    pub(crate) ends: TaskTracker,
+}
+
+/// What a [`Bucket`] needs beside the keys of the origin.
+pub struct Options {
+    /// `fill.memory`: uploads hold their parts in it.
+    pub memory: Arc<Budget>,
+    /// `fill.spool`: how many bytes may be in files.
+    pub spool: Arc<Budget>,
+    /// `fill.spool_dir`: an upload without a name is there until its end.
+    pub spool_dir: PathBuf,
+    /// `allow_delete`.
+    pub allow_delete: bool,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Bucket {
+    /// The bucket at `url`, as `config` says. Sends no request.
+    ///
+    /// # Errors
+    /// A text that names the key that cannot be used.
+    pub fn new(url: &config::Bucket, config: &config::Origin, options: Options) -> Result<Self, String> {
+        let Options { memory, spool, spool_dir, allow_delete, metrics } = options;
+        let transport = Transport::new(config, metrics.clone())?;
+        let ttl = config.existence_ttl.get();
+        Ok(Self {
+            store: open(url, config, transport)?,
+            name: url.to_string(),
+            prefix: if url.prefix.is_empty() { String::new() } else { format!("{}/", url.prefix) },
+            key: config.key.clone(),
+            known: Known::builder().max_capacity(if ttl.is_zero() { 0 } else { MOST_KNOWN }).time_to_live(ttl).build(),
+            limit: config.read_timeout.get(),
+            memory,
+            spool,
+            spool_dir,
+            allow_delete,
+            exists: AtomicBool::new(false),
+            metrics,
+            ends: TaskTracker::new(),
+        })
+    }
+
+    /// Tries what castier does in a bucket, and leaves nothing there. Returns each operation that failed, and why.
+    pub async fn check(&self) -> Vec<(&'static str, Fault)> {
+        let path = Path::from(format!("{}castier-check", self.prefix));
+        let begun = self.prefix.trim_end_matches('/');
+        let prefix = (!begun.is_empty()).then(|| Path::from(begun));
+        let mut lacks = Vec::new();
+        let mut note = |operation, done: Result<(), Fault>| lacks.extend(done.err().map(|fault| (operation, fault)));
+        note("get", found(self.store.get(&path).await).map_err(|error| fault("GET", &error)));
+        note("head", self.head(&path).await.map(drop));
+        note("list", self.store.list(prefix.as_ref()).next().await.transpose().map(drop).map_err(|error| fault("LIST", &error)));
+        match self.store.put_multipart(&path).await {
+            Ok(mut upload) => note("abort", upload.abort().await.map_err(|error| fault("ABORT", &error))),
+            Err(error) => note("put", Err(fault("PUT", &error))),
+        }
+        lacks
+    }
+
+    /// Waits for the ends of uploads that were given up, for `limit` at most.
+    pub async fn close(&self, limit: Duration) {
+        self.ends.close();
+        if tokio::time::timeout(limit, self.ends.wait()).await.is_err() {
+            tracing::warn!("some uploads to the bucket could not be aborted in time; the next start finds those older than a day");
+        }
+    }
+
+    pub(crate) fn path(&self, digest: &Digest) -> Path {
+        Path::from(format!("{}{}", self.prefix, self.key.key(&digest.to_string())))
+    }
+
+    /// The path of an entry, whose name begins with a slash.
+    pub(crate) fn entry_path(&self, name: &str) -> Path {
+        Path::from(format!("{}{}", self.prefix, name.trim_start_matches('/')))
+    }
+
+    /// The size of a blob in the store; `None` if it is not there.
+    pub(crate) async fn size(&self, digest: &Digest) -> Result<Option<u64>, Fault> {
+        if let Some(size) = self.known.get(digest) {
+            return Ok(Some(size));
+        }
+        let size = self.head(&self.path(digest)).await?;
+        if let Some(size) = size {
+            self.note(digest, size);
+        }
+        Ok(size)
+    }
+
+    pub(crate) async fn head(&self, path: &Path) -> Result<Option<u64>, Fault> {
+        match self.store.head(path).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(Error::NotFound { .. }) => {
+                // The answer to a HEAD has no body that would tell a missing key from a missing bucket.
+                self.check_bucket().await?;
+                Ok(None)
+            }
+            Err(error) => Err(self.named("HEAD", path, error).await),
+        }
+    }
+
+    /// The fault for an error that has no body, since a HEAD was answered: a GET of one byte is told the reason.
+    async fn named(&self, what: &str, path: &Path, error: Error) -> Fault {
+        if !matches!(Failure::of(&error), Some(Failure::Status { status, code: None, .. }) if status.is_client_error()) {
+            return fault(what, &error);
+        }
+        let options = GetOptions { range: Some(GetRange::Bounded(0..1)), ..GetOptions::default() };
+        match self.store.get_opts(path, options).await {
+            Err(reason) if matches!(Failure::of(&reason), Some(Failure::Status { code: Some(_), .. })) => fault(what, &reason),
+            _ => fault(what, &error),
+        }
+    }
+
+    /// The bucket exists, or this is a fault. Asked once.
+    async fn check_bucket(&self) -> Result<(), Fault> {
+        if self.exists.load(Relaxed) {
+            return Ok(());
+        }
+        let begun = self.prefix.trim_end_matches('/');
+        let first = self.store.list((!begun.is_empty()).then(|| Path::from(begun)).as_ref()).next().await;
+        match first.transpose() {
+            Ok(_) => self.exists.store(true, Relaxed),
+            // Who may not list cannot tell. Then the answer to the HEAD has to do.
+            Err(error) if !is_missing_bucket(&error) => {}
+            Err(error) => return Err(fault("HEAD", &error)),
+        }
+        Ok(())
+    }
+
+    /// This blob is stored.
+    pub(crate) fn note(&self, digest: &Digest, size: u64) {
+        self.known.insert(*digest, size);
+    }
+
+    async fn read(&self, ask: Ask) -> Result<Answer, Fault> {
+        let digest = ask.digest()?;
+        let range = (ask.from > 0).then_some(GetRange::Offset(ask.from));
+        let options = GetOptions { range, ..GetOptions::default() };
+        match self.store.get_opts(&self.path(&digest), options).await {
+            Ok(got) => {
+                let (size, start) = (got.meta.size, got.range.start);
+                if start != ask.from {
+                    return Err(unusable(format!("GET: bytes from {start} on in place of {}", ask.from)));
+                }
+                let bytes = got.into_stream().map_err(|error| match fault("GET", &error) {
+                    // The transfer has begun: it can be resumed.
+                    Fault::Unusable { why, .. } => Fault::Unreachable { source_name: NAME, why },
+                    fault => fault,
+                });
+                Ok(Answer::Bytes(Incoming::new(Some(size), bytes)))
+            }
+            Err(Error::NotFound { .. }) if digest == Digest::EMPTY => Ok(Answer::Bytes(Incoming::new(Some(0), stream::empty()))),
+            Err(Error::NotFound { .. }) => {
+                self.known.invalidate(&digest);
+                Ok(Answer::Absent)
+            }
+            Err(error) => Err(fault("GET", &error)),
+        }
+    }
+}
+
+/// An object that is not there is an answer.
+fn found<T>(answer: Result<T, Error>) -> Result<(), Error> {
+    match answer {
+        Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_missing_bucket(error: &Error) -> bool {
+    matches!(Failure::of(error), Some(Failure::Status { code: Some(code), .. }) if code == "NoSuchBucket")
+}
+
+/// The client of the service. It reads the usual variables; what the configuration says goes before them.
+fn open(url: &config::Bucket, config: &config::Origin, transport: Transport) -> Result<Arc<dyn ObjectStore>, String> {
+    let retries = RetryConfig { max_retries: 0, ..RetryConfig::default() };
+    let bad = |error: Error| format!("origin.url: {error}");
+    Ok(match url.service {
+        Service::S3 => {
+            let keys = &config.s3;
+            let mut builder = AmazonS3Builder::from_env()
+                .with_bucket_name(&url.name)
+                .with_virtual_hosted_style_request(!keys.path_style)
+                .with_checksum_algorithm(Checksum::SHA256)
+                // By default one object is deleted with the request for many, which fewer stores know.
+                .with_disable_bulk_delete(true)
+                .with_retry(retries)
+                .with_http_connector(transport);
+            if !keys.endpoint.is_empty() {
+                builder = builder.with_endpoint(keys.endpoint.trim_end_matches('/')).with_allow_http(keys.endpoint.starts_with("http://"));
+            }
+            if !keys.region.is_empty() {
+                builder = builder.with_region(&keys.region);
+            }
+            if !keys.access_key_id.is_empty() {
+                let secret = keys.secret().map_err(|error| format!("origin.s3.secret_access_key_file: {error}"))?;
+                builder = builder.with_access_key_id(&keys.access_key_id).with_secret_access_key(secret.unwrap_or_default());
+            }
+            Arc::new(builder.build().map_err(bad)?)
+        }
+        Service::Gs => {
+            let builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(&url.name).with_retry(retries);
+            Arc::new(builder.with_http_connector(transport).build().map_err(bad)?)
+        }
+        Service::Az => {
+            let builder = MicrosoftAzureBuilder::from_env().with_container_name(&url.name).with_retry(retries);
+            Arc::new(builder.with_http_connector(transport).build().map_err(bad)?)
+        }
+    })
+}
+
+impl Source for Bucket {
+    fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
+        self.read(ask).boxed()
+    }
+
+    fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
+        let stat =
+            move |digest: &'a Digest| async move { Ok(self.size(digest).await?.map_or(Stat::Absent, |size| Stat::Present(Some(size)))) };
+        stream::iter(digests).map(stat).buffered(STATS).try_collect().boxed()
+    }
+
+    fn url(&self) -> Option<String> {
+        Some(self.name.clone())
+    }
+}
+
+impl Store for Bucket {
+    fn put<'a>(&'a self, upload: &'a mut Upload<'_>) -> BoxFuture<'a, Result<Put, Fault>> {
+        self.store_upload(upload).boxed()
+    }
+
+    fn delete<'a>(&'a self, digest: &'a Digest) -> BoxFuture<'a, Result<bool, Fault>> {
+        async move {
+            if !self.allow_delete {
+                return Err(Fault::NotAllowed);
+            }
+            self.forget(digest);
+            let path = self.path(digest);
+            if self.head(&path).await?.is_none() {
+                return Ok(false);
+            }
+            self.store.delete(&path).await.map_err(|error| fault("DELETE", &error))?;
+            // An upload may have noted it in between.
+            self.forget(digest);
+            Ok(true)
+        }
+        .boxed()
+    }
+
+    fn forget(&self, digest: &Digest) {
+        self.known.invalidate(digest);
+    }
+}

@@ -1,0 +1,163 @@
+//! The entries of `/ac` and `/kv` in a bucket: one object each, named as its path. They are small, and are read whole.
+
+use crate::{
+    blobs::Bucket,
+    fault::{fault, unusable},
+};
+use bytes::{Bytes, BytesMut};
+use castier_blob::Digest;
+use castier_cache::Fault;
+use castier_wire::entry::Name;
+use futures::TryStreamExt as _;
+use object_store::{Error, ObjectStore as _, ObjectStoreExt as _, PutMode, PutOptions, UpdateVersion, path::Path};
+use percent_encoding::percent_decode_str;
+use std::time::SystemTime;
+
+/// One version of an entry.
+pub struct Entry {
+    /// Its bytes.
+    pub bytes: Bytes,
+    /// Their SHA-256, which is its version for clients.
+    pub digest: Digest,
+    /// The store's own version, for a condition.
+    version: UpdateVersion,
+}
+
+/// The condition of a PUT or a DELETE, on the digest of the current version.
+pub type Condition = Box<dyn FnOnce(Option<&Digest>) -> bool + Send>;
+
+/// The result of a PUT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutEntry {
+    /// There was no entry of this name.
+    Created(Digest),
+    /// It has replaced another version.
+    Replaced(Digest),
+    /// The condition did not hold, and nothing changed.
+    Refused,
+}
+
+/// The result of a DELETE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delete {
+    /// The entry was removed.
+    Done,
+    /// There is none.
+    Absent,
+    /// The condition did not hold, and nothing changed.
+    Refused,
+}
+
+/// An entry or a collection in a list.
+pub struct Listed {
+    /// Its last part, without a slash.
+    pub name: String,
+    /// The size of an entry; a collection has none.
+    pub size: Option<u64>,
+    /// When it was last changed, if the store tells it.
+    pub modified: Option<SystemTime>,
+}
+
+impl Bucket {
+    /// An entry of at most `most` bytes; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Source::open`]; a larger entry cannot be used.
+    pub async fn entry(&self, name: &Name, most: u64) -> Result<Option<Entry>, Fault> {
+        let got = match self.store.get(&self.entry_path(name.as_str())).await {
+            Ok(got) => got,
+            Err(Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(fault("GET", &error)),
+        };
+        if got.meta.size > most {
+            return Err(unusable(format!("GET: an entry of {} bytes, over limits.max_entry", got.meta.size)));
+        }
+        let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
+        let mut bytes = BytesMut::new();
+        let mut stream = got.into_stream();
+        while let Some(part) = stream.try_next().await.map_err(|error| fault("GET", &error))? {
+            bytes.extend_from_slice(&part);
+        }
+        let bytes = bytes.freeze();
+        Ok(Some(Entry { digest: Digest::of(&bytes), bytes, version }))
+    }
+
+    /// An entry as a list shows it; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Source::open`].
+    pub async fn find_entry(&self, name: &Name) -> Result<Option<Listed>, Fault> {
+        match self.store.head(&self.entry_path(name.as_str())).await {
+            Ok(meta) => Ok(Some(Listed { name: name.last().to_owned(), size: Some(meta.size), modified: Some(meta.last_modified.into()) })),
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(fault("HEAD", &error)),
+        }
+    }
+
+    /// Stores an entry, in place of the version that was there. `most`: the most bytes of that, if a condition asks about it.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Store::put`].
+    pub async fn put_entry(&self, name: &Name, bytes: Bytes, condition: Option<Condition>, most: u64) -> Result<PutEntry, Fault> {
+        let (path, digest) = (self.entry_path(name.as_str()), Digest::of(&bytes));
+        let Some(condition) = condition else {
+            let existed = self.head(&path).await?.is_some();
+            self.store.put(&path, bytes.into()).await.map_err(|error| fault("PUT", &error))?;
+            return Ok(if existed { PutEntry::Replaced(digest) } else { PutEntry::Created(digest) });
+        };
+        let current = self.entry(name, most).await?;
+        if !condition(current.as_ref().map(|entry| &entry.digest)) {
+            return Ok(PutEntry::Refused);
+        }
+        // The store makes sure that this is still the current version.
+        let (mode, done) = match current {
+            Some(entry) => (PutMode::Update(entry.version), PutEntry::Replaced(digest)),
+            None => (PutMode::Create, PutEntry::Created(digest)),
+        };
+        match self.store.put_opts(&path, bytes.into(), PutOptions { mode, ..PutOptions::default() }).await {
+            Ok(_) => Ok(done),
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(PutEntry::Refused),
+            Err(error) => Err(fault("PUT", &error)),
+        }
+    }
+
+    /// Removes an entry. A condition is looked at before, and not by the store: another client may come in between.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Store::delete`].
+    pub async fn remove_entry(&self, name: &Name, condition: Option<Condition>, most: u64) -> Result<Delete, Fault> {
+        let path = self.entry_path(name.as_str());
+        match condition {
+            Some(condition) => {
+                let current = self.entry(name, most).await?;
+                if !condition(current.as_ref().map(|entry| &entry.digest)) {
+                    return Ok(Delete::Refused);
+                }
+                if current.is_none() {
+                    return Ok(Delete::Absent);
+                }
+            }
+            None if self.head(&path).await?.is_none() => return Ok(Delete::Absent),
+            None => {}
+        }
+        self.store.delete(&path).await.map(|()| Delete::Done).map_err(|error| fault("DELETE", &error))
+    }
+
+    /// The members of a collection.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Source::open`].
+    pub async fn members(&self, collection: &Name) -> Result<Vec<Listed>, Fault> {
+        let path = self.entry_path(collection.as_str().trim_end_matches('/'));
+        let listed = self.store.list_with_delimiter(Some(&path)).await.map_err(|error| fault("LIST", &error))?;
+        // `object_store` encodes what not every store takes in a key.
+        let name = |path: &Path| percent_decode_str(path.filename().unwrap_or_default()).decode_utf8_lossy().into_owned();
+        let collections = listed.common_prefixes.iter().map(|path| Listed { name: name(path), size: None, modified: None });
+        let entries = listed.objects.iter().map(|meta| Listed {
+            name: name(&meta.location),
+            size: Some(meta.size),
+            modified: Some(meta.last_modified.into()),
+        });
+        Ok(collections.chain(entries).collect())
+    }
+}

@@ -1,0 +1,22 @@
+//! A bucket of an object store (S3, Google Cloud Storage, Azure Blob Storage) as a [`Source`] and a [`Store`] of blobs, and as a store of entries.
+//!
+//! - [`Bucket`]: the blobs, in `blobs`; the entries of `/ac` and `/kv`, in `entries`.
+//! - `transport`: the HTTP client, with `limiter`.
+//! - `upload`: how an upload gets there, in one request or in parts.
+//!
+//! Signatures, credentials and the three protocols are those of the crate `object_store`.
+//!
+//! Invariant: only the store's own word that it has no such key is an absence. A missing bucket, a permission that lacks and every other error is a
+//! fault.
+
+mod blobs;
+mod entries;
+mod fault;
+mod limiter;
+mod metrics;
+mod transport;
+mod upload;
+
+pub use blobs::{Bucket, Options};
+pub use entries::{Condition, Delete, Entry, Listed, PutEntry};
+pub use metrics::Metrics;

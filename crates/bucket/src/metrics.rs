@@ -1,0 +1,44 @@
+//! The metrics of a bucket.
+
+use castier_serverkit::series::{counter, gauge};
+use prometheus::{IntCounter, IntGauge, Registry};
+
+/// The metrics.
+#[derive(Debug)]
+pub struct Metrics {
+    limit: IntGauge,
+    throttled: IntCounter,
+    aborted: IntCounter,
+}
+
+impl Metrics {
+    /// All metrics, registered with `r`.
+    ///
+    /// # Errors
+    /// A name that is registered already.
+    pub fn new(r: &Registry) -> prometheus::Result<Self> {
+        Ok(Self {
+            limit: gauge(
+                r,
+                "castier_bucket_max_requests",
+                "How many requests may be at the object store at once; falls when it throttles",
+            )?,
+            throttled: counter(r, "castier_bucket_throttled_total", "Answers of the object store that say that it is too much (503, 429)")?,
+            aborted: counter(r, "castier_bucket_uploads_aborted_total", "Multipart uploads that were begun and given up")?,
+        })
+    }
+
+    pub(crate) fn set_limit(&self, limit: f64) {
+        // At most `origin.max_requests`.
+        #[expect(clippy::cast_possible_truncation, reason = "the limit is small and not negative")]
+        self.limit.set(limit as i64);
+    }
+
+    pub(crate) fn throttled(&self) {
+        self.throttled.inc();
+    }
+
+    pub(crate) fn aborted(&self) {
+        self.aborted.inc();
+    }
+}
