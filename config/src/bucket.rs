@@ -259,13 +259,15 @@ impl S3 {
         Ok(Some(secret.to_owned()))
     }
 
-    pub(crate) fn check(&self, problems: &mut Problems) {
+    /// `section`: `origin.s3` or `store.s3`.
+    pub(crate) fn check(&self, section: &str, problems: &mut Problems) {
+        let key = |key: &str| format!("{section}.{key}");
         if !self.endpoint.is_empty() {
             let url = Url::parse(&self.endpoint).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.host_str().is_some());
             if url.is_none_or(|url| {
                 url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() || url.password().is_some()
             }) {
-                problems.add("origin.s3.endpoint", format!("{:?} is no address; write http://HOST:PORT or https://HOST", self.endpoint));
+                problems.add(key("endpoint"), format!("{:?} is no address; write http://HOST:PORT or https://HOST", self.endpoint));
             }
         }
         if self.access_key_id.is_empty() != self.secret_access_key_file.as_os_str().is_empty() {
@@ -274,7 +276,7 @@ impl S3 {
         if problems.ask_machine()
             && let Err(why) = self.secret()
         {
-            problems.add("origin.s3.secret_access_key_file", why);
+            problems.add(key("secret_access_key_file"), why);
         }
     }
 }

@@ -87,11 +87,24 @@ impl Config for OriginServer {
     }
 
     fn check(&self, problems: &mut Problems) {
-        let Self { allow_delete: _, ac_validation: _, listen, store, limits, log, otlp, shutdown: _ } = self;
+        let Self { allow_delete: _, ac_validation, listen, store, limits, log, otlp, shutdown: _ } = self;
         check_addresses(&listen.public, &listen.admin, problems);
         if store.root.as_os_str().is_empty() {
             problems.add("store.root", "names no directory; write one, such as \"./castier-data/origin\"");
         }
+        if !store.url.is_empty() && store.bucket().is_none() {
+            problems.add(
+                "store.url",
+                format!(
+                    "{:?} is no bucket; write \"s3://BUCKET\", \"gs://BUCKET\" or \"az://CONTAINER\", or \"\" for store.root",
+                    store.url
+                ),
+            );
+        }
+        if *ac_validation && !store.url.is_empty() {
+            problems.add("ac_validation", "cannot be had with a bucket; write false");
+        }
+        store.s3.check("store.s3", problems);
         check_limits(limits, problems);
         check_log(log, problems);
         check_otlp(otlp, problems);
@@ -141,7 +154,7 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
         problems.add("origin.retries", format!("{} is too many; write 0 to 100", origin.retries));
     }
     check_connections("origin.max_requests", origin.max_requests, problems);
-    origin.s3.check(problems);
+    origin.s3.check("origin.s3", problems);
     if !origin.ca_file.as_os_str().is_empty()
         && problems.ask_machine()
         && let Err(error) = first_byte(&origin.ca_file)

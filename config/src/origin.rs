@@ -1,8 +1,9 @@
 //! The configuration of `castier-origin`: the names and meanings of [`crate::Castier`], and fewer of them.
 
-use crate::{Limits, Log, Otlp, Shutdown, Size, Span, value::path_text};
+use crate::{Bucket, KeyTemplate, Limits, Log, Origin, Otlp, S3, Shutdown, Size, Span, value::path_text};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use url::Url;
 
 /// The configuration of `castier-origin`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -66,11 +67,32 @@ pub struct Store {
     /// blobs, so that one can take over from the other.
     #[serde(serialize_with = "path_text")]
     pub root: PathBuf,
+    /// A bucket of an object store in place of the directory: `s3://BUCKET[/PREFIX]`, `gs://BUCKET` or `az://CONTAINER`. Empty: the directory.
+    ///
+    /// castier can have the bucket as its origin without castier-origin. This is for other clients of the interface. The default needs no
+    /// other server.
+    ///
+    /// - Type: URL
+    pub url: String,
+    /// As [`Origin::key`].
+    pub key: KeyTemplate,
+    /// As [`Origin::existence_ttl`].
+    pub existence_ttl: Span,
+    /// `[store.s3]`.
+    pub s3: S3,
 }
 
 impl Default for Store {
     fn default() -> Self {
-        Self { root: "./castier-data/origin".into() }
+        let Origin { key, existence_ttl, s3, .. } = Origin::default();
+        Self { root: "./castier-data/origin".into(), url: String::new(), key, existence_ttl, s3 }
+    }
+}
+
+impl Store {
+    /// The bucket that `url` names; `None` for the directory.
+    pub fn bucket(&self) -> Option<Bucket> {
+        Bucket::of(&Url::parse(&self.url).ok()?)?.ok()
     }
 }
 

@@ -16,6 +16,7 @@ use castier_config::{OriginLimits, OriginServer, Proxies};
 use castier_serverkit::otlp::Spans;
 use entries::Entries;
 use local::Local;
+use prometheus::Registry;
 use std::{
     io,
     path::Path,
@@ -182,21 +183,24 @@ impl Origin {
                 tracing::error!(%error, "the blobs in the store could not be counted; castier_origin_blobs and castier_origin_bytes are too low");
             }
         })?;
-        Self::with(Backend::Files(Files { store, entries }), options)
+        let metrics = metrics::Metrics::new().map_err(io::Error::other)?;
+        Ok(Self::with(Backend::Files(Files { store, entries }), metrics, options))
     }
 
-    /// An origin whose blobs and entries are in a bucket.
+    /// An origin whose blobs and entries are in the bucket that `open` returns. It may register metrics.
     ///
     /// # Errors
-    /// The metrics cannot be registered.
-    pub fn of_bucket(bucket: Arc<Bucket>, options: Options) -> io::Result<Self> {
-        Self::with(Backend::Bucket(bucket), options)
+    /// A text that says why the bucket cannot be used.
+    pub fn of_bucket(options: Options, open: impl FnOnce(&Registry) -> Result<Arc<Bucket>, String>) -> Result<Self, String> {
+        let metrics = metrics::Metrics::new().map_err(|error| error.to_string())?;
+        let bucket = open(metrics.registry())?;
+        Ok(Self::with(Backend::Bucket(bucket), metrics, options))
     }
 
-    fn with(backend: Backend, options: Options) -> io::Result<Self> {
-        Ok(Self(Arc::new(Shared {
+    fn with(backend: Backend, metrics: metrics::Metrics, options: Options) -> Self {
+        Self(Arc::new(Shared {
             backend,
-            metrics: metrics::Metrics::new().map_err(io::Error::other)?,
+            metrics,
             allow_delete: options.allow_delete,
             ac_validation: options.ac_validation,
             validations: Arc::new(Semaphore::new(VALIDATIONS)),
@@ -206,7 +210,15 @@ impl Origin {
             grace: options.grace,
             phase: AtomicU8::new(Phase::Starting as u8),
             transfers: Arc::default(),
-        })))
+        }))
+    }
+
+    /// The bucket; `None` for files.
+    pub fn bucket(&self) -> Option<&Arc<Bucket>> {
+        match &self.0.backend {
+            Backend::Files(_) => None,
+            Backend::Bucket(bucket) => Some(bucket),
+        }
     }
 
     /// Serves clients on `listener` until `shutdown` is done. Then accepts no more, and lets running requests finish within [`Options::grace`].

@@ -1,5 +1,7 @@
 //! `castier-origin`: the simple file origin as a program.
 
+use castier_bucket::Bucket;
+use castier_cache::Budget;
 use castier_config::{Loaded, OriginLimits, OriginServer, changed, environment};
 use castier_origin::{Options, Origin};
 use castier_serverkit::{
@@ -9,7 +11,7 @@ use castier_serverkit::{
     startup::{self, CommonArgs},
 };
 use clap::Parser;
-use std::{ffi::OsString, process::ExitCode, time::Duration};
+use std::{ffi::OsString, process::ExitCode, sync::Arc, time::Duration};
 use tokio::sync::oneshot;
 
 /// This program's name, in records and in Loki.
@@ -56,8 +58,8 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
     log.name_instance(instance.clone());
     let (spans, exporter) = otlp::start(&config.otlp, PROGRAM, instance)?.unzip();
     let options = Options { limits: within(&config.limits, granted), spans, ..Options::from(&config) };
-    let origin = Origin::open(&config.store.root, options).map_err(|error| error.to_string())?;
-    log.say(&format!("listening public {public_address} (blobs in {})", config.store.root.display()));
+    let (origin, place) = open(&config, options)?;
+    log.say(&format!("listening public {public_address} (blobs in {place})"));
     log.say(&format!("listening admin {admin_address}"));
     log.say(&format!("try: curl -F file=@README.md http://{public_address}/cas"));
     tell_files(&config.limits, granted);
@@ -67,7 +69,10 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
         let origin = origin.clone();
         tokio::spawn(async move { origin.serve_admin(admin, async { drop(stopped.await) }).await })
     };
-    tokio::spawn(log_figures(origin.clone(), config.log.stats_interval.get()));
+    match origin.bucket().cloned() {
+        Some(bucket) => drop(tokio::spawn(async move { bucket.log_check().await })),
+        None => drop(tokio::spawn(log_figures(origin.clone(), config.log.stats_interval.get()))),
+    }
     // The listener has a task of its own, so that nothing here holds up clients.
     let (drain, draining) = oneshot::channel::<()>();
     let serving = {
@@ -88,6 +93,9 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
     let ending = async {
         drop(drain);
         serving.await.ok();
+        if let Some(bucket) = origin.bucket() {
+            bucket.close(ABORT).await;
+        }
         // Probes may see that the program is draining until it is done.
         drop(stop);
         admin.await.ok();
@@ -102,6 +110,39 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
         () = signals.end() => tracing::warn!("told to end once more: what is in flight is cut"),
     }
     Ok(())
+}
+
+/// How many bytes uploads to a bucket may hold in memory, and in files, as castier's `fill.memory` and `fill.spool` by default.
+const MEMORY: u64 = 256 << 20;
+const SPOOL: u64 = 64 << 30;
+/// How long the end waits until uploads to a bucket that were given up are aborted.
+const ABORT: Duration = Duration::from_secs(5);
+
+/// The store that the configuration names, and where that is, for people.
+fn open(config: &OriginServer, options: Options) -> Result<(Origin, String), String> {
+    let store = &config.store;
+    let Some(url) = store.bucket() else {
+        let origin = Origin::open(&store.root, options).map_err(|error| error.to_string())?;
+        return Ok((origin, store.root.display().to_string()));
+    };
+    let keys = castier_config::Origin {
+        key: store.key.clone(),
+        existence_ttl: store.existence_ttl,
+        s3: store.s3.clone(),
+        ..castier_config::Origin::default()
+    };
+    let origin = Origin::of_bucket(options, |registry| {
+        let options = castier_bucket::Options {
+            memory: Budget::new(MEMORY),
+            spool: Budget::new(SPOOL),
+            spool_dir: std::env::temp_dir(),
+            allow_delete: config.allow_delete,
+            streams: config.limits.max_connections,
+            metrics: Arc::new(castier_bucket::Metrics::new(registry).map_err(|error| error.to_string())?),
+        };
+        Bucket::new(&url, &keys, options).map(Arc::new)
+    });
+    Ok((origin?, url.to_string()))
 }
 
 /// The limits that can be kept with so many open files. The admin listener has a share of its own, and a quarter is for the store's files,

@@ -2,7 +2,7 @@
 
 use crate::store::Totals;
 use castier_serverkit::series::{METHODS, Series, counter, counters, gauge, histograms, method_label, status_label};
-use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge};
+use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge, Registry};
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 /// The methods that have their own label, including those for entries.
@@ -48,6 +48,11 @@ impl Metrics {
             corrupt: counter(r, "castier_origin_corrupt_blobs_total", "Blobs whose stored bytes were found damaged and set aside.")?,
             series,
         })
+    }
+
+    /// For the metrics of a bucket.
+    pub(crate) const fn registry(&self) -> &Registry {
+        self.series.registry()
     }
 
     pub(crate) fn count_request(&self, method: &str, status: u16, duration: Duration) {

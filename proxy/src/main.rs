@@ -147,7 +147,7 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     });
     sockets.announce(&log, embedded.as_ref());
     let listeners = parts.listen(&config, sockets)?;
-    parts.start_background_tasks(&config, embedded.as_ref().and_then(|embedded| embedded.bucket.clone()), rotten);
+    parts.start_background_tasks(&config, embedded.as_ref().and_then(|embedded| embedded.origin.bucket().cloned()), rotten);
     if let Some(nodes) = &parts.nodes {
         nodes.wait_for_members().await;
     }
@@ -309,7 +309,7 @@ async fn end(live: Live, listeners: Listeners, stop_origin: watch::Sender<bool>,
     {
         tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
     }
-    if let Some(bucket) = embedded.and_then(|embedded| embedded.bucket) {
+    if let Some(bucket) = embedded.as_ref().and_then(|embedded| embedded.origin.bucket()) {
         bucket.close(ABORT).await;
     }
     stop_origin.send_replace(true);
@@ -411,7 +411,6 @@ struct Embedded {
     /// Where its blobs are, for people.
     place: String,
     origin: Origin,
-    bucket: Option<Arc<Bucket>>,
 }
 
 /// The configuration key of the embedded origin, for errors.
@@ -436,35 +435,27 @@ impl Embedded {
         }
     }
 
-    fn open(root: &Path, config: &Castier) -> Result<(Origin, String, Option<Arc<Bucket>>), String> {
+    fn open(root: &Path, config: &Castier) -> Result<(Origin, String), String> {
         let origin = Origin::open(root, Self::options(config)).map_err(|error| error.to_string())?;
-        Ok((origin, format!("embedded, {}", root.display()), None))
+        Ok((origin, format!("embedded, {}", root.display())))
     }
 
-    fn open_bucket(
-        url: &config::Bucket,
-        config: &Castier,
-        spools: &Spools,
-        metrics: &Metrics,
-    ) -> Result<(Origin, String, Option<Arc<Bucket>>), String> {
+    fn open_bucket(url: &config::Bucket, config: &Castier, spools: &Spools, metrics: &Metrics) -> Result<(Origin, String), String> {
         let options = castier_bucket::Options {
             memory: spools.memory.clone(),
             spool: spools.disk.clone(),
             spool_dir: spools.files.dir().to_owned(),
             allow_delete: config.allow_delete,
+            streams: config.fill.max_in_flight,
             metrics: metrics.bucket.clone(),
         };
         let bucket = Arc::new(Bucket::new(url, &config.origin, options)?);
-        let origin = Origin::of_bucket(bucket.clone(), Self::options(config)).map_err(|error| error.to_string())?;
-        Ok((origin, url.to_string(), Some(bucket)))
+        Ok((Origin::of_bucket(Self::options(config), |_| Ok(bucket))?, url.to_string()))
     }
 
     /// Starts the origin's HTTP server on a free loopback port. Blobs are read and written without it ([`EmbeddedStore`]). It answers relayed
     /// requests (`/ac`, `/kv`, PROPFIND and so on), as any other origin does. Also returns the server's URL.
-    async fn start(
-        (origin, place, bucket): (Origin, String, Option<Arc<Bucket>>),
-        mut stopped: watch::Receiver<bool>,
-    ) -> Result<(url::Url, Self), String> {
+    async fn start((origin, place): (Origin, String), mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Self), String> {
         let listener = bind(ROOT_KEY, "127.0.0.1:0").await?;
         let address = listener.local_addr().map_err(|error| error.to_string())?;
         let url = format!("http://{address}").parse().map_err(|error| format!("origin.url: {error}"))?;
@@ -472,7 +463,7 @@ impl Embedded {
         tokio::spawn(async move {
             server.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await
         });
-        Ok((url, Self { address, place, origin, bucket }))
+        Ok((url, Self { address, place, origin }))
     }
 }
 
@@ -578,9 +569,7 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
 
 /// Asks at the start which operations the bucket allows, and says which it does not. Then asks a bucket that is down whether it is up again.
 async fn ask_bucket(bucket: Arc<Bucket>, origin: Arc<Upstream>, store: Arc<dyn Store>) {
-    for (operation, fault) in bucket.check().await {
-        tracing::warn!(operation, %fault, "the bucket of origin.url does not let castier do this; requests that need it fail");
-    }
+    bucket.log_check().await;
     loop {
         tokio::time::sleep(ASK_AGAIN).await;
         if origin.origin_state().is_some_and(|state| !state.up) {

@@ -66,6 +66,8 @@ pub struct Options {
     pub spool_dir: PathBuf,
     /// `allow_delete`.
     pub allow_delete: bool,
+    /// How many transfers there may be beside the `origin.max_requests` small requests, which they must not keep out.
+    pub streams: usize,
     /// The metrics.
     pub metrics: Arc<Metrics>,
 }
@@ -76,8 +78,8 @@ impl Bucket {
     /// # Errors
     /// A text that names the key that cannot be used.
     pub fn new(url: &config::Bucket, config: &config::Origin, options: Options) -> Result<Self, String> {
-        let Options { memory, spool, spool_dir, allow_delete, metrics } = options;
-        let transport = Transport::new(config, metrics.clone())?;
+        let Options { memory, spool, spool_dir, allow_delete, streams, metrics } = options;
+        let transport = Transport::new(config, streams, metrics.clone())?;
         let ttl = config.existence_ttl.get();
         Ok(Self {
             store: open(url, config, transport)?,
@@ -97,7 +99,7 @@ impl Bucket {
     }
 
     /// Tries what castier does in a bucket, and leaves nothing there. Returns each operation that failed, and why.
-    pub async fn check(&self) -> Vec<(&'static str, Fault)> {
+    async fn check(&self) -> Vec<(&'static str, Fault)> {
         let path = Path::from(format!("{}castier-check", self.prefix));
         let begun = self.prefix.trim_end_matches('/');
         let prefix = (!begun.is_empty()).then(|| Path::from(begun));
@@ -111,6 +113,13 @@ impl Bucket {
             Err(error) => note("put", Err(fault("PUT", &error))),
         }
         lacks
+    }
+
+    /// Logs what [`Self::check`] finds.
+    pub async fn log_check(&self) {
+        for (operation, fault) in self.check().await {
+            tracing::warn!(bucket = self.name, operation, %fault, "the bucket does not let castier do this; requests that need it fail");
+        }
     }
 
     /// Waits for the ends of uploads that were given up, for `limit` at most.

@@ -15,7 +15,6 @@ const DECREASE: f64 = 0.7;
 pub(crate) struct Limiter {
     state: Mutex<State>,
     freed: Notify,
-    /// `origin.max_requests`.
     most: f64,
     metrics: Arc<Metrics>,
 }

@@ -29,7 +29,6 @@ impl Metrics {
     }
 
     pub(crate) fn set_limit(&self, limit: f64) {
-        // At most `origin.max_requests`.
         #[expect(clippy::cast_possible_truncation, reason = "the limit is small and not negative")]
         self.limit.set(limit as i64);
     }

@@ -87,7 +87,7 @@ pub(crate) struct Transport {
 impl Transport {
     /// # Errors
     /// The certificates cannot be used.
-    pub(crate) fn new(config: &castier_config::Origin, metrics: Arc<Metrics>) -> Result<Self, String> {
+    pub(crate) fn new(config: &castier_config::Origin, streams: usize, metrics: Arc<Metrics>) -> Result<Self, String> {
         let mut client = reqwest::Client::builder()
             .connect_timeout(config.connect_timeout.get())
             .read_timeout(config.read_timeout.get())
@@ -101,7 +101,7 @@ impl Transport {
         }
         Ok(Self {
             client: client.build().map_err(|error| format!("origin.url: {error}"))?,
-            limiter: Arc::new(Limiter::new(config.max_requests, metrics.clone())),
+            limiter: Arc::new(Limiter::new(config.max_requests + streams, metrics.clone())),
             metrics,
             limit: config.read_timeout.get(),
             retries: config.retries,

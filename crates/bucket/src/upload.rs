@@ -203,7 +203,9 @@ impl Part {
     /// Adds bytes when there is memory for them. Parts that are under way make some.
     async fn push(&mut self, bucket: &Bucket, bytes: Bytes, under_way: &mut Sending) -> Result<(), Fault> {
         let deadline = Instant::now() + bucket.limit;
+        // What is allocated counts, which may be twice what is in it.
         let size = self.payload.len() + bytes.len();
+        let size = if size > self.payload.capacity() { size.max(2 * self.payload.len()) } else { self.payload.capacity() };
         while !self.lease.cover(size as u64) {
             if sent(under_way).await? {
                 continue;

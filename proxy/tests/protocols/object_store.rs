@@ -2,7 +2,10 @@
 
 use crate::{
     checks::{gets, refused},
-    support::{Castier, Port, Request, Response, Running, Seen, Upstream, castier, command, eventually, noise, run, sha256, tool, turn},
+    support::{
+        Castier, Port, Request, Response, Running, Seen, Upstream, castier, castier_program, command, eventually, noise, run, sha256, tool,
+        turn,
+    },
 };
 use castier_bucket::{Bucket, Metrics, Options};
 use castier_cache::{Budget, contract};
@@ -10,7 +13,7 @@ use castier_config::{Origin, OriginUrl};
 use std::{
     fs,
     io::Write as _,
-    net::TcpStream,
+    net::{SocketAddr, TcpStream},
     path::PathBuf,
     sync::{
         Arc,
@@ -161,6 +164,7 @@ fn a_bucket_is_a_store() {
             spool: Budget::new(64 << 20),
             spool_dir: weed.dir.path().to_owned(),
             allow_delete: true,
+            streams: 64,
             metrics: Arc::new(Metrics::new(&prometheus::Registry::new()).unwrap()),
         };
         let bucket = Bucket::new(url, &origin, options).unwrap();
@@ -445,4 +449,58 @@ fn entries_are_in_the_bucket() {
     assert_eq!(Request::new("DELETE", "/kv/a/b%20c").send(castier.public).status, 204);
     assert_eq!(Request::get("/kv/a/b%20c").send(castier.public).status, 404);
     assert_eq!(Request::get("/elsewhere").send(castier.public).status, 404);
+}
+
+/// castier-origin has the same interface over a bucket as over files.
+#[test]
+fn castier_origin_over_a_bucket() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let dir = TempDir::new().unwrap();
+    let config = weed.config("").replace("origin.url", "store.url").replace("[origin.s3]", "[store.s3]");
+    fs::write(dir.path().join("origin.toml"), format!("listen.public = \"127.0.0.1:0\"\nlisten.admin = \"127.0.0.1:0\"\n{config}"))
+        .unwrap();
+    let program = castier_program().with_file_name("castier-origin");
+    let mut origin = Running::start(command(program, dir.path()).args(["--config", "origin.toml"]));
+    let [public, admin]: [SocketAddr; 2] = ["listening public ", "listening admin "].map(|prefix| {
+        origin.says(prefix, |log| log.lines().find_map(|line| line.split(prefix).nth(1)?.split([' ', '"']).next()?.parse().ok()))
+    });
+    for (size, form) in [(0, false), (70_000, false), (20 * MIB, false), (1000, true), (3 * MIB, true)] {
+        let body = noise(200 + size as u64, size);
+        let target = format!("/cas/{}", sha256(&body));
+        let request = if form { Request::new("POST", "/cas") } else { Request::new("PUT", &target) };
+        let stored = request.body(body.clone()).send(public);
+        assert_eq!(stored.status, 201, "{size}: {}", stored.text());
+        assert_eq!(Request::new("PUT", &target).body(body.clone()).send(public).status, 200);
+        let whole = gets(public, &Request::get(&target), &body);
+        assert_eq!(whole.header("etag").unwrap(), format!("\"{}\"", sha256(&body)));
+        assert_eq!(Request::head(&target).send(public).header("content-length").unwrap(), size.to_string());
+        assert_eq!(Request::get(&target).with("If-None-Match", &whole.header("etag").unwrap()).send(public).status, 304);
+        if size > 1000 {
+            let part = Request::get(&target).with("Range", "bytes=500-1499").send(public);
+            assert!(part.status == 206 && part.body == body[500..1500], "{}", part.status);
+        }
+    }
+    let absent = format!("/cas/{}", sha256(b"absent"));
+    for (request, status) in [
+        (Request::get(&absent), 404),
+        (Request::new("PUT", &absent).body("other bytes"), 422),
+        (Request::new("DELETE", &absent), 404),
+        (Request::get("/nothing"), 404),
+        (Request::get("/cas/short"), 400),
+    ] {
+        assert_eq!(request.send(public).status, status, "{request:?}");
+    }
+    // A whole blob that is damaged in the store never looks complete.
+    let body = noise(220, 200_000);
+    let digest = sha256(&body);
+    let wrong = [&body[..199_999], &[body[199_999] ^ 1]].concat();
+    assert_eq!(weed.curl("PUT", &format!("/blobs/cas/{}/{digest}", &digest[..2]), &wrong).0, 200);
+    refused(public, &Request::get(&format!("/cas/{digest}")));
+    // A castier before it.
+    let castier = castier(&format!("origin.url = \"http://{public}\""));
+    let body = noise(221, 100_000);
+    assert_eq!(put(&castier, &body).0, 201);
+    gets(castier.public, &Request::get(&format!("/cas/{}", sha256(&body))), &body);
+    assert!(Request::get("/metrics").send(admin).text().contains("castier_bucket_max_requests "));
 }
