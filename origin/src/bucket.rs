@@ -13,7 +13,7 @@ use crate::{
 use bytes::{Bytes, BytesMut};
 use castier_blob::{Digest, Sink, Verifier};
 use castier_bucket::{Bucket, Delete, Listed, PutEntry};
-use castier_cache::{Ask, Fault, Incoming, Key, Put, Source as _, Stat, Store as _, Upload};
+use castier_cache::{Ask, Fault, Incoming, Key, Lease, Limit, Put, Source as _, Stat, Store as _, Upload};
 use castier_serverkit::multipart;
 use castier_wire::{Selection, Stored, blob_head, entry::Name, entry_head, names_this_blob, select};
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
@@ -73,19 +73,23 @@ impl BucketOps<'_> {
     }
 
     /// The body of an entry, whole.
-    async fn whole(&self, mut intake: Intake) -> Result<Bytes, Refused> {
+    async fn whole(&self, mut intake: Intake) -> Result<(Bytes, Lease), Refused> {
         let most = self.most_entry();
         if intake.declared().is_some_and(|length| length > most) {
             return Err(Refused::EntryTooLarge(most));
         }
-        let mut bytes = BytesMut::new();
+        let (mut bytes, mut lease) = (BytesMut::new(), self.bucket.lease());
         while let Some(part) = intake.try_next().await? {
             if (bytes.len() + part.len()) as u64 > most {
                 return Err(Refused::EntryTooLarge(most));
             }
+            // What is allocated may be twice what is in it.
+            if !lease.cover(2 * (bytes.len() + part.len()) as u64) {
+                return Err(Fault::Busy(Limit::Fills).into());
+            }
             bytes.extend_from_slice(&part);
         }
-        Ok(bytes.freeze())
+        Ok((bytes.freeze(), lease))
     }
 }
 
@@ -181,7 +185,7 @@ impl Operations for BucketOps<'_> {
 
     async fn put_entry(&self, name: Name, headers: &HeaderMap, intake: Intake) -> Result<Answer, Refused> {
         let condition = condition(headers);
-        let bytes = self.whole(intake).await?;
+        let (bytes, _lease) = self.whole(intake).await?;
         let (status, digest) = match self.bucket.put_entry(&name, bytes, condition, self.most_entry()).await? {
             PutEntry::Created(digest) => (StatusCode::CREATED, digest),
             PutEntry::Replaced(digest) => (StatusCode::OK, digest),
@@ -213,8 +217,7 @@ impl Operations for BucketOps<'_> {
             None => {
                 // A bucket has no collections: one exists if it has members. The root always exists.
                 let name = name.to_collection();
-                let members = self.bucket.members(&name).await?;
-                if members.is_empty() && name != Name::root() {
+                if name != Name::root() && !self.bucket.has_members(&name).await? {
                     return Err(Refused::NoEntry);
                 }
                 let of = |listed: Listed| {
@@ -222,7 +225,8 @@ impl Operations for BucketOps<'_> {
                     let name = Name::from_stored(&format!("{}{}{slash}", name.as_str(), listed.name))?;
                     Some(member(name, listed.size, listed.modified))
                 };
-                let members = if depth == Depth::Members { members.into_iter().filter_map(of).collect() } else { Vec::new() };
+                let members = if depth == Depth::Members { self.bucket.members(&name).await? } else { Vec::new() };
+                let members = members.into_iter().filter_map(of).collect();
                 (member(name, None, None), members)
             }
         };

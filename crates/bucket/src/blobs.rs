@@ -9,10 +9,11 @@ use castier_blob::Digest;
 use castier_cache::{Answer, Ask, Budget, Fault, Incoming, Put, Source, Stat, Store, Upload};
 use castier_config::{self as config, KeyTemplate, Service};
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, future::BoxFuture, stream};
+use http::StatusCode;
 use moka::sync::Cache as Known;
 use object_store::{
-    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, RetryConfig,
-    aws::{AmazonS3Builder, Checksum},
+    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, RetryConfig, StaticCredentialProvider,
+    aws::{AmazonS3Builder, AmazonS3ConfigKey, AwsCredential, Checksum},
     azure::MicrosoftAzureBuilder,
     gcp::GoogleCloudStorageBuilder,
     path::Path,
@@ -21,7 +22,10 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{AcqRel, Acquire, Relaxed},
+        },
     },
     time::Duration,
 };
@@ -40,6 +44,12 @@ pub struct Bucket {
     key: KeyTemplate,
     /// What was seen to be stored less than `origin.existence_ttl` ago, and its size.
     known: Known<Digest, u64>,
+    /// Counts calls of [`Store::forget`]. What was seen before one must not be noted after it:
+    ///
+    /// 1. A HEAD says that a blob is there.
+    /// 2. A client deletes it, and it is forgotten.
+    /// 3. The HEAD's answer would be noted, and the next upload of the blob acknowledged without storing it.
+    forgotten: AtomicU64,
     /// `origin.read_timeout`.
     pub(crate) limit: Duration,
     /// `fill.memory`.
@@ -87,6 +97,7 @@ impl Bucket {
             prefix: if url.prefix.is_empty() { String::new() } else { format!("{}/", url.prefix) },
             key: config.key.clone(),
             known: Known::builder().max_capacity(if ttl.is_zero() { 0 } else { MOST_KNOWN }).time_to_live(ttl).build(),
+            forgotten: AtomicU64::new(0),
             limit: config.read_timeout.get(),
             memory,
             spool,
@@ -126,7 +137,9 @@ impl Bucket {
     pub async fn close(&self, limit: Duration) {
         self.ends.close();
         if tokio::time::timeout(limit, self.ends.wait()).await.is_err() {
-            tracing::warn!("some uploads to the bucket could not be aborted in time; the next start finds those older than a day");
+            tracing::warn!(
+                "some uploads to the bucket could not be aborted in time; their parts stay until a rule of the bucket removes them"
+            );
         }
     }
 
@@ -144,9 +157,10 @@ impl Bucket {
         if let Some(size) = self.known.get(digest) {
             return Ok(Some(size));
         }
+        let seen = self.seen();
         let size = self.head(&self.path(digest)).await?;
         if let Some(size) = size {
-            self.note(digest, size);
+            self.note(digest, size, seen);
         }
         Ok(size)
     }
@@ -185,15 +199,23 @@ impl Bucket {
         match first.transpose() {
             Ok(_) => self.exists.store(true, Relaxed),
             // Who may not list cannot tell. Then the answer to the HEAD has to do.
-            Err(error) if !is_missing_bucket(&error) => {}
+            Err(error) if is_forbidden(&error) => {}
             Err(error) => return Err(fault("HEAD", &error)),
         }
         Ok(())
     }
 
-    /// This blob is stored.
-    pub(crate) fn note(&self, digest: &Digest, size: u64) {
+    /// For [`Self::note`]. Call it before the store is asked.
+    pub(crate) fn seen(&self) -> u64 {
+        self.forgotten.load(Acquire)
+    }
+
+    /// This blob is stored, unless something was forgotten since `seen`.
+    pub(crate) fn note(&self, digest: &Digest, size: u64, seen: u64) {
         self.known.insert(*digest, size);
+        if self.seen() != seen {
+            self.known.invalidate(digest);
+        }
     }
 
     async fn read(&self, ask: Ask) -> Result<Answer, Fault> {
@@ -231,8 +253,17 @@ fn found<T>(answer: Result<T, Error>) -> Result<(), Error> {
     }
 }
 
-fn is_missing_bucket(error: &Error) -> bool {
-    matches!(Failure::of(error), Some(Failure::Status { code: Some(code), .. }) if code == "NoSuchBucket")
+fn is_forbidden(error: &Error) -> bool {
+    matches!(Failure::of(error), Some(Failure::Status { status: StatusCode::FORBIDDEN, .. }))
+}
+
+/// The address of the bucket with its name in the host.
+fn host_style(endpoint: &str, bucket: &str) -> Result<String, String> {
+    let (scheme, rest) = endpoint.split_once("://").ok_or("origin.s3.endpoint: is no URL")?;
+    if rest.starts_with('[') || rest.split([':', '/']).next().is_some_and(|host| host.parse::<std::net::Ipv4Addr>().is_ok()) {
+        return Err("origin.s3.path_style: is false, and the endpoint is an address, before which no name can be; write true".into());
+    }
+    Ok(format!("{scheme}://{bucket}.{rest}"))
 }
 
 /// The client of the service. It reads the usual variables; what the configuration says goes before them.
@@ -250,15 +281,20 @@ fn open(url: &config::Bucket, config: &config::Origin, transport: Transport) -> 
                 .with_disable_bulk_delete(true)
                 .with_retry(retries)
                 .with_http_connector(transport);
-            if !keys.endpoint.is_empty() {
-                builder = builder.with_endpoint(keys.endpoint.trim_end_matches('/')).with_allow_http(keys.endpoint.starts_with("http://"));
+            let named = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].into_iter().find_map(|name| std::env::var(name).ok());
+            if let Some(endpoint) = Some(keys.endpoint.clone()).filter(|endpoint| !endpoint.is_empty()).or(named) {
+                let endpoint = if keys.path_style { endpoint } else { host_style(&endpoint, &url.name)? };
+                let allow_http = endpoint.starts_with("http://");
+                builder = builder.with_config(AmazonS3ConfigKey::S3Endpoint, endpoint.trim_end_matches('/')).with_allow_http(allow_http);
             }
             if !keys.region.is_empty() {
                 builder = builder.with_region(&keys.region);
             }
             if !keys.access_key_id.is_empty() {
                 let secret = keys.secret().map_err(|error| format!("origin.s3.secret_access_key_file: {error}"))?;
-                builder = builder.with_access_key_id(&keys.access_key_id).with_secret_access_key(secret.unwrap_or_default());
+                // Without a session token of the environment, which belongs to other keys.
+                let keys = AwsCredential { key_id: keys.access_key_id.clone(), secret_key: secret.unwrap_or_default(), token: None };
+                builder = builder.with_credentials(Arc::new(StaticCredentialProvider::new(keys)));
             }
             Arc::new(builder.build().map_err(bad)?)
         }
@@ -304,15 +340,43 @@ impl Store for Bucket {
             if self.head(&path).await?.is_none() {
                 return Ok(false);
             }
-            self.store.delete(&path).await.map_err(|error| fault("DELETE", &error))?;
-            // An upload may have noted it in between.
+            let deleted = self.store.delete(&path).await;
+            // An upload may have noted it in between. A failed deletion may have been done all the same.
             self.forget(digest);
-            Ok(true)
+            deleted.map(|()| true).map_err(|error| fault("DELETE", &error))
+        }
+        .boxed()
+    }
+
+    fn holds<'a>(&'a self, digest: &'a Digest, size: Option<u64>) -> BoxFuture<'a, Result<Option<u64>, Fault>> {
+        async move {
+            let known = if *digest == Digest::EMPTY { Some(0) } else { self.size(digest).await? };
+            // An object of another size is to be replaced.
+            Ok(known.filter(|known| size.is_none_or(|size| size == *known)))
         }
         .boxed()
     }
 
     fn forget(&self, digest: &Digest) {
+        self.forgotten.fetch_add(1, AcqRel);
         self.known.invalidate(digest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_in_the_host() {
+        for (endpoint, expected) in [
+            ("https://s3.example", Some("https://blobs.s3.example")),
+            ("http://store:8333", Some("http://blobs.store:8333")),
+            ("http://127.0.0.1:8333", None),
+            ("http://[::1]:8333", None),
+            ("store", None),
+        ] {
+            assert_eq!(host_style(endpoint, "blobs").ok().as_deref(), expected, "{endpoint}");
+        }
     }
 }

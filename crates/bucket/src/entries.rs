@@ -3,15 +3,21 @@
 use crate::{
     blobs::Bucket,
     fault::{fault, unusable},
+    upload::lacks_conditions,
 };
 use bytes::{Bytes, BytesMut};
 use castier_blob::Digest;
-use castier_cache::Fault;
+use castier_cache::{Fault, Lease, Limit};
 use castier_wire::entry::Name;
-use futures::TryStreamExt as _;
-use object_store::{Error, ObjectStore as _, ObjectStoreExt as _, PutMode, PutOptions, UpdateVersion, path::Path};
+use futures::{StreamExt as _, TryStreamExt as _};
+use object_store::{Error, ObjectStore as _, ObjectStoreExt as _, PutMode, PutOptions, UpdateVersion};
 use percent_encoding::percent_decode_str;
-use std::time::SystemTime;
+use std::{collections::BTreeSet, time::SystemTime};
+
+/// The most members that a list may have.
+pub const MOST_MEMBERS: usize = 10_000;
+/// The most objects that are looked at for a list: stores give a thousand at a time.
+pub const MOST_LISTED: usize = 100_000;
 
 /// One version of an entry.
 pub struct Entry {
@@ -58,7 +64,24 @@ pub struct Listed {
     pub modified: Option<SystemTime>,
 }
 
+/// The bytes of an entry, and their share of `fill.memory`.
+struct Leased {
+    bytes: Bytes,
+    _lease: Lease,
+}
+
+impl AsRef<[u8]> for Leased {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 impl Bucket {
+    /// A share of `fill.memory` for an entry that comes from a client.
+    pub fn lease(&self) -> Lease {
+        self.memory.empty()
+    }
+
     /// An entry of at most `most` bytes; `None` if there is none.
     ///
     /// # Errors
@@ -72,13 +95,18 @@ impl Bucket {
         if got.meta.size > most {
             return Err(unusable(format!("GET: an entry of {} bytes, over limits.max_entry", got.meta.size)));
         }
+        // Held as long as somebody reads the bytes.
+        let Some(lease) = self.memory.lease(got.meta.size) else { return Err(Fault::Busy(Limit::Fills)) };
         let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
         let mut bytes = BytesMut::new();
         let mut stream = got.into_stream();
         while let Some(part) = stream.try_next().await.map_err(|error| fault("GET", &error))? {
+            if bytes.len() as u64 + part.len() as u64 > most {
+                return Err(unusable("GET: an entry is longer than the store has announced"));
+            }
             bytes.extend_from_slice(&part);
         }
-        let bytes = bytes.freeze();
+        let bytes = Bytes::from_owner(Leased { bytes: bytes.freeze(), _lease: lease });
         Ok(Some(Entry { digest: Digest::of(&bytes), bytes, version }))
     }
 
@@ -114,9 +142,16 @@ impl Bucket {
             Some(entry) => (PutMode::Update(entry.version), PutEntry::Replaced(digest)),
             None => (PutMode::Create, PutEntry::Created(digest)),
         };
-        match self.store.put_opts(&path, bytes.into(), PutOptions { mode, ..PutOptions::default() }).await {
+        match self.store.put_opts(&path, bytes.clone().into(), PutOptions { mode, ..PutOptions::default() }).await {
             Ok(_) => Ok(done),
-            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(PutEntry::Refused),
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => {
+                // The first attempt may have been done, and its answer lost.
+                let is_ours = self.entry(name, most).await?.is_some_and(|entry| entry.digest == digest);
+                Ok(if is_ours { done } else { PutEntry::Refused })
+            }
+            Err(error) if lacks_conditions(&error) => {
+                self.store.put(&path, bytes.into()).await.map(|_| done).map_err(|error| fault("PUT", &error))
+            }
             Err(error) => Err(fault("PUT", &error)),
         }
     }
@@ -143,21 +178,40 @@ impl Bucket {
         self.store.delete(&path).await.map(|()| Delete::Done).map_err(|error| fault("DELETE", &error))
     }
 
-    /// The members of a collection.
+    /// Whether a collection has members.
     ///
     /// # Errors
     /// As [`castier_cache::Source::open`].
+    pub async fn has_members(&self, collection: &Name) -> Result<bool, Fault> {
+        let path = self.entry_path(collection.as_str().trim_end_matches('/'));
+        Ok(self.store.list(Some(&path)).next().await.transpose().map_err(|error| fault("LIST", &error))?.is_some())
+    }
+
+    /// The members of a collection.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Source::open`]; [`Fault::Busy`] if there are more than [`MOST_MEMBERS`], or more than [`MOST_LISTED`] objects below it.
     pub async fn members(&self, collection: &Name) -> Result<Vec<Listed>, Fault> {
         let path = self.entry_path(collection.as_str().trim_end_matches('/'));
-        let listed = self.store.list_with_delimiter(Some(&path)).await.map_err(|error| fault("LIST", &error))?;
         // `object_store` encodes what not every store takes in a key.
-        let name = |path: &Path| percent_decode_str(path.filename().unwrap_or_default()).decode_utf8_lossy().into_owned();
-        let collections = listed.common_prefixes.iter().map(|path| Listed { name: name(path), size: None, modified: None });
-        let entries = listed.objects.iter().map(|meta| Listed {
-            name: name(&meta.location),
-            size: Some(meta.size),
-            modified: Some(meta.last_modified.into()),
-        });
-        Ok(collections.chain(entries).collect())
+        let decoded = |name: &str| percent_decode_str(name).decode_utf8_lossy().into_owned();
+        let (mut entries, mut collections, mut seen) = (Vec::new(), BTreeSet::new(), 0);
+        let mut objects = self.store.list(Some(&path));
+        while let Some(meta) = objects.next().await.transpose().map_err(|error| fault("LIST", &error))? {
+            let Some(mut below) = meta.location.prefix_match(&path) else { continue };
+            let Some(first) = below.next() else { continue };
+            let name = decoded(first.as_ref());
+            if below.next().is_some() {
+                collections.insert(name);
+            } else {
+                entries.push(Listed { name, size: Some(meta.size), modified: Some(meta.last_modified.into()) });
+            }
+            seen += 1;
+            if seen > MOST_LISTED || entries.len() + collections.len() > MOST_MEMBERS {
+                return Err(Fault::Busy(Limit::Fills));
+            }
+        }
+        entries.extend(collections.into_iter().map(|name| Listed { name, size: None, modified: None }));
+        Ok(entries)
     }
 }

@@ -8,6 +8,8 @@ use parking_lot::Mutex;
 use std::{sync::Arc, time::Instant};
 use tokio::sync::Notify;
 
+/// As few requests may always be at the store.
+const LEAST: f64 = 4.0;
 /// What is left of the limit when the store says that it is too much.
 const DECREASE: f64 = 0.7;
 
@@ -59,7 +61,7 @@ impl Limiter {
 
     fn take(&self) -> bool {
         let mut state = self.state.lock();
-        let is_free = f64::from(state.in_flight) < state.limit.floor().max(1.0);
+        let is_free = f64::from(state.in_flight) < state.limit.floor();
         state.in_flight += u32::from(is_free);
         is_free
     }
@@ -75,7 +77,7 @@ impl Permit {
     pub(crate) fn throttled(&self) {
         let mut state = self.limiter.state.lock();
         if state.decreased.is_none_or(|at| at < self.begun) {
-            state.limit = (state.limit.min(f64::from(state.in_flight)) * DECREASE).max(1.0);
+            state.limit = (state.limit.min(f64::from(state.in_flight)) * DECREASE).max(LEAST);
             state.decreased = Some(Instant::now());
             self.limiter.metrics.set_limit(state.limit);
         }
@@ -125,8 +127,8 @@ mod tests {
         for _ in 0..20 {
             limiter.permit(soon()).await.unwrap().throttled();
         }
-        assert_eq!(limiter.state.lock().limit, 1.0);
-        assert!(limiter.permit(soon()).await.is_some(), "one is always possible");
+        assert_eq!(limiter.state.lock().limit, LEAST);
+        assert!(limiter.permit(soon()).await.is_some(), "some are always possible");
     }
 
     #[tokio::test]

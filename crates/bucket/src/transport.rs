@@ -6,13 +6,17 @@ use crate::{limiter::Limiter, metrics::Metrics};
 use async_trait::async_trait;
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::{Bytes, BytesMut};
-use futures::TryStreamExt as _;
+use futures::{Stream, TryStreamExt as _, stream};
 use http::{Method, Response, StatusCode, header};
-use http_body_util::{BodyExt as _, BodyStream};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, BodyStream, StreamBody};
 use object_store::{
     ClientOptions,
-    client::{HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService},
+    client::{
+        HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody, HttpResponse, HttpResponseBody, HttpService,
+    },
 };
+use parking_lot::Mutex;
 use quick_xml::events::Event;
 use std::{
     error::Error,
@@ -20,11 +24,16 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::time::{timeout, timeout_at};
 
 /// How long a connection is kept without a request.
 const IDLE: Duration = Duration::from_secs(60);
 /// The most bytes of an error's body that are read.
 const ERROR_BODY: usize = 64 << 10;
+/// How long the body of an error may take.
+const ERROR_TIME: Duration = Duration::from_secs(10);
+/// A request's body is sent in pieces of this size.
+const PIECE: usize = 64 << 10;
 /// The pauses before a throttled request is sent again.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -90,7 +99,6 @@ impl Transport {
     pub(crate) fn new(config: &castier_config::Origin, streams: usize, metrics: Arc<Metrics>) -> Result<Self, String> {
         let mut client = reqwest::Client::builder()
             .connect_timeout(config.connect_timeout.get())
-            .read_timeout(config.read_timeout.get())
             .redirect(reqwest::redirect::Policy::none())
             .pool_idle_timeout(IDLE);
         if !config.ca_file.as_os_str().is_empty() {
@@ -108,11 +116,36 @@ impl Transport {
         })
     }
 
+    /// Until the head of the answer. The time runs while nothing of the body can be sent, and after its end: a large body may take longer.
     async fn send(&self, request: HttpRequest) -> Result<Response<reqwest::Body>, Failure> {
         let (parts, body) = request.into_parts();
-        let url = parts.uri.to_string();
-        let request = self.client.request(parts.method, url).headers(parts.headers).body(reqwest::Body::wrap(body));
-        request.send().await.map(Into::into).map_err(|error| Failure::from_client(&error))
+        let progress = Arc::new(Mutex::new(Instant::now()));
+        let body = StreamBody::new(in_pieces(body, progress.clone()));
+        let request = self.client.request(parts.method, parts.uri.to_string()).headers(parts.headers).body(reqwest::Body::wrap(body));
+        let mut sending = pin!(request.send());
+        loop {
+            let until = *progress.lock() + self.limit;
+            match timeout_at(until.into(), &mut sending).await {
+                Ok(answer) => return answer.map(Into::into).map_err(|error| Failure::from_client(&error)),
+                Err(_) if *progress.lock() + self.limit <= Instant::now() => return Err(Failure::Silent),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// The body of an answer, with a timeout between its frames.
+    fn timed(&self, body: reqwest::Body) -> HttpResponseBody {
+        let limit = self.limit;
+        let frames = stream::unfold(Some(body), move |body| async move {
+            let mut body = body?;
+            match timeout(limit, body.frame()).await {
+                Ok(Some(Ok(frame))) => Some((Ok(frame), Some(body))),
+                Ok(Some(Err(error))) => Some((Err(Failure::from_client(&error).into()), None)),
+                Ok(None) => None,
+                Err(_) => Some((Err(HttpError::from(Failure::Silent)), None)),
+            }
+        });
+        HttpResponseBody::new(StreamBody::new(frames))
     }
 }
 
@@ -125,7 +158,7 @@ impl HttpConnector for Transport {
 #[async_trait]
 impl HttpService for Transport {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let deadline = Instant::now() + self.limit;
+        let (deadline, method) = (Instant::now() + self.limit, request.method().clone());
         let pauses = || {
             ExponentialBuilder::default()
                 .with_min_delay(FIRST_PAUSE)
@@ -142,7 +175,7 @@ impl HttpService for Transport {
                 Ok(answer) if is_throttled(answer.status()) => {
                     permit.throttled();
                     self.metrics.throttled();
-                    retry_after(answer).or_else(|| pauses.next())
+                    pauses.next().map(|pause| pause.max(retry_after(answer).min(self.limit)))
                 }
                 // A GET is not sent again here: the fill resumes it. A POST may have been done.
                 Ok(answer) if answer.status().is_server_error() => retry(&request, &mut retries).then(|| pauses.next()).flatten(),
@@ -158,21 +191,18 @@ impl HttpService for Transport {
             if answer.status().is_success() {
                 permit.succeeded();
             }
+            // A body that comes slowly must not keep small requests out: fills have a limit of their own.
+            drop(permit);
             let (parts, body) = answer.into_parts();
-            if is_failure(parts.status) {
-                let (code, message) = described(body).await;
-                // Only this 404 is no absence.
-                if parts.status != StatusCode::NOT_FOUND || code.as_deref() == Some("NoSuchBucket") {
-                    return Err(Failure::Status { status: parts.status, code, message }.into());
-                }
+            let status = parts.status;
+            if status.as_u16() < 400 {
+                return Ok(HttpResponse::from_parts(parts, self.timed(body)));
+            }
+            let (code, message) = timeout(self.limit.min(ERROR_TIME), described(body)).await.unwrap_or_default();
+            if is_meant(&method, status, code.as_deref()) {
                 return Ok(HttpResponse::from_parts(parts, HttpResponseBody::from(Bytes::new())));
             }
-            // The permit is held until the body has been read.
-            let body = body.map_err(|error| HttpError::from(Failure::from_client(&error))).map_frame(move |frame| {
-                let _held = &permit;
-                frame
-            });
-            return Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(body)));
+            return Err(Failure::Status { status, code, message }.into());
         }
     }
 }
@@ -181,10 +211,13 @@ fn is_throttled(status: StatusCode) -> bool {
     matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS)
 }
 
-/// Whether the status is an error for `object_store` too. The others it knows how to read.
-fn is_failure(status: StatusCode) -> bool {
-    use StatusCode as S;
-    status.as_u16() >= 400 && !matches!(status, S::CONFLICT | S::PRECONDITION_FAILED | S::NOT_IMPLEMENTED)
+/// Whether the answer is one that a store of objects means: there is no such key, or a condition does not hold. A 404 can also come from a server
+/// that is no such store, or has no such bucket. The answer to a HEAD cannot tell these: see `Bucket::head`.
+fn is_meant(method: &Method, status: StatusCode, code: Option<&str>) -> bool {
+    match status {
+        StatusCode::NOT_FOUND => *method == Method::HEAD || matches!(code, Some("NoSuchKey" | "BlobNotFound" | "NoSuchVersion")),
+        status => matches!(status, StatusCode::CONFLICT | StatusCode::PRECONDITION_FAILED),
+    }
 }
 
 fn retry(request: &HttpRequest, retries: &mut u32) -> bool {
@@ -195,9 +228,27 @@ fn retry(request: &HttpRequest, retries: &mut u32) -> bool {
     may
 }
 
-fn retry_after(answer: &Response<reqwest::Body>) -> Option<Duration> {
-    let seconds = answer.headers().get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
-    Some(Duration::from_secs(seconds))
+fn retry_after(answer: &Response<reqwest::Body>) -> Duration {
+    let value = answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    Duration::from_secs(value.unwrap_or(0))
+}
+
+/// The bytes of a request in pieces. Each piece that is taken is progress.
+fn in_pieces(body: HttpRequestBody, progress: Arc<Mutex<Instant>>) -> impl Stream<Item = Result<Frame<Bytes>, HttpError>> {
+    stream::unfold((body, Bytes::new()), move |(mut body, mut rest)| {
+        let progress = progress.clone();
+        async move {
+            while rest.is_empty() {
+                match body.frame().await? {
+                    Ok(frame) => rest = frame.into_data().unwrap_or_default(),
+                    Err(error) => return Some((Err(error), (body, rest))),
+                }
+            }
+            *progress.lock() = Instant::now();
+            let piece = rest.split_to(rest.len().min(PIECE));
+            Some((Ok(Frame::data(piece)), (body, rest)))
+        }
+    })
 }
 
 /// The `Code` and the `Message` of an error, as S3 and Azure write them.

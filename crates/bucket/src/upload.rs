@@ -3,23 +3,31 @@
 use crate::{
     blobs::Bucket,
     fault::{fault, unusable},
+    metrics::Metrics,
+    transport::Failure,
 };
 use bytes::{Bytes, BytesMut};
 use castier_blob::Digest;
 use castier_cache::{Fault, Lease, Limit, Next, Put, Upload};
-use object_store::{Error, MultipartUpload, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, PutResult, UploadPart, path::Path};
+use http::StatusCode;
+use object_store::{Error, MultipartUpload, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, UploadPart, path::Path};
 use std::{
     fs::File,
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::{
+    sync::oneshot,
+    task::{JoinSet, spawn_blocking},
+};
 
 /// Up to this size a blob is one request.
 const ONE_REQUEST: u64 = 16 << 20;
-/// The size of a part. Stores take 10,000 of them, and none under 5 MiB but the last.
+/// The size of a part. Stores take 10,000 of them.
 const PART: u64 = 8 << 20;
+/// The least size of a part but the last.
+const LEAST: u64 = 5 << 20;
 /// A blob over this size has larger parts, so that there are not too many.
 const MANY_PARTS: u64 = PART * 8_000;
 /// How many parts of one upload are under way at once.
@@ -29,30 +37,40 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 impl Bucket {
     pub(crate) async fn store_upload(&self, upload: &mut Upload<'_>) -> Result<Put, Fault> {
+        let seen = self.seen();
         let named = upload.digest().copied();
-        if let Some(digest) = named.or_else(|| upload.verified().map(|(digest, _)| digest)) {
+        let (digest, size, put) = if let Some(digest) = named.or_else(|| upload.verified().map(|(digest, _)| digest)) {
             if let Some(size) = self.size(&digest).await?.filter(|size| upload.size().is_none_or(|announced| announced == *size)) {
-                // The bytes must be the blob all the same.
-                upload.drain().await?;
-                self.note(&digest, size);
-                return Ok(Put::Existed);
+                return self.take_for_stored(&digest, size, seen, upload).await;
             }
             let put = self.send(digest, &mut Pieces::Upload(upload)).await?;
             let (_, size) = upload.verified().ok_or_else(|| unusable("PUT: the store answered before it had all bytes"))?;
-            self.note(&digest, size);
-            return Ok(put);
-        }
-        // Without a name it is spooled until its end.
-        let (file, _lease) = self.spool(upload).await?;
-        let Some((digest, size)) = upload.verified() else {
-            return Err(Fault::Internal("an upload ended before its digest was known".into()));
+            (digest, size, put)
+        } else {
+            // Without a name it is spooled until its end.
+            let (file, _lease) = self.spool(upload).await?;
+            let Some((digest, size)) = upload.verified() else {
+                return Err(Fault::Internal("an upload ended before its digest was known".into()));
+            };
+            if self.size(&digest).await? == Some(size) {
+                return Ok(Put::Existed);
+            }
+            (digest, size, self.send(digest, &mut Pieces::File { file: Arc::new(file), at: 0, size }).await?)
         };
-        if self.size(&digest).await?.is_some() {
-            return Ok(Put::Existed);
-        }
-        let put = self.send(digest, &mut Pieces::File { file: Arc::new(file), at: 0, size }).await?;
-        self.note(&digest, size);
+        self.note(&digest, size, seen);
         Ok(put)
+    }
+
+    /// An upload of a blob that is there, of `size` bytes. Its bytes must be the blob all the same.
+    async fn take_for_stored(&self, digest: &Digest, size: u64, seen: u64, upload: &mut Upload<'_>) -> Result<Put, Fault> {
+        upload.drain().await?;
+        // It may have been deleted while the client sent it. Its bytes are gone: the client has to send them again.
+        let is_there = self.seen() == seen || self.head(&self.path(digest)).await?.is_some();
+        match upload.verified() {
+            Some((_, sent)) if sent != size => Err(unusable(format!("PUT: the object has {size} bytes in place of {sent}; delete it"))),
+            _ if is_there => Ok(Put::Existed),
+            _ => Err(Fault::Busy(Limit::Origin)),
+        }
     }
 
     /// Writes an upload to a file without a name.
@@ -87,65 +105,52 @@ impl Bucket {
     }
 
     async fn send(&self, digest: Digest, pieces: &mut Pieces<'_, '_>) -> Result<Put, Fault> {
-        let path = self.path(&digest);
+        let part_size = pieces.size().map_or(PART, |size| if size > MANY_PARTS { size / 8_000 } else { PART });
+        let mut parts = Parts { bucket: self, path: self.path(&digest), waiting: Vec::new(), upload: None, under_way: JoinSet::new() };
         let mut part = Part::empty(self);
-        while part.size() < ONE_REQUEST {
-            match pieces.next(self).await? {
-                Next::Part(bytes) => part.push(self, bytes, &mut JoinSet::new()).await?,
-                Next::Last(bytes) => {
-                    part.push(self, bytes, &mut JoinSet::new()).await?;
-                    return self.put_whole(&path, part.payload.freeze().into()).await;
+        loop {
+            let next = pieces.next(self).await?;
+            let is_last = matches!(next, Next::Last(_));
+            let (Next::Part(mut bytes) | Next::Last(mut bytes)) = next;
+            while !bytes.is_empty() {
+                if parts.waiting_bytes() >= ONE_REQUEST {
+                    parts.flush().await?;
+                }
+                let room = usize::try_from(part_size - part.size()).unwrap_or(usize::MAX);
+                let piece = bytes.split_to(bytes.len().min(room));
+                let deadline = Instant::now() + self.limit;
+                while !part.has_room(piece.len()) {
+                    parts.make_room(&mut part, deadline).await?;
+                }
+                // Copied, so that a client which sends single bytes costs no more than they are.
+                part.payload.extend_from_slice(&piece);
+                if part.size() >= part_size {
+                    parts.waiting.push(std::mem::replace(&mut part, Part::empty(self)));
                 }
             }
+            if is_last {
+                parts.waiting.push(part);
+                // All bytes have matched: see `Upload::next`.
+                return parts.finish().await;
+            }
         }
-        self.put_parts(&path, part, pieces).await
     }
 
     /// Creates an object that does not exist yet, where the store can tell; else it is replaced by the same bytes.
     async fn put_whole(&self, path: &Path, payload: PutPayload) -> Result<Put, Fault> {
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
         match self.store.put_opts(path, payload.clone(), options).await {
-            Ok(_) => Ok(Put::Created),
-            // 412, or a 409 for another upload at the same time, which may still fail.
-            Err(Error::AlreadyExists { .. }) if self.head(path).await?.is_some() => Ok(Put::Existed),
-            Err(Error::AlreadyExists { .. } | Error::NotImplemented { .. } | Error::NotSupported { .. }) => {
-                self.store.put(path, payload).await.map(|_| Put::Created).map_err(|error| fault("PUT", &error))
+            Ok(_) => return Ok(Put::Created),
+            // 412, or a 409 for another upload at the same time, which may still fail. An object of another size is replaced.
+            Err(Error::AlreadyExists { .. }) => {
+                if self.head(path).await? == Some(payload.content_length() as u64) {
+                    return Ok(Put::Existed);
+                }
             }
-            Err(error) if is_not_implemented(&error) => {
-                self.store.put(path, payload).await.map(|_| Put::Created).map_err(|error| fault("PUT", &error))
-            }
-            Err(error) => Err(fault("PUT", &error)),
+            Err(error) if lacks_conditions(&error) => {}
+            Err(error) => return Err(fault("PUT", &error)),
         }
-    }
-
-    async fn put_parts(&self, path: &Path, mut part: Part, pieces: &mut Pieces<'_, '_>) -> Result<Put, Fault> {
-        let part_size = pieces.size().map_or(PART, |size| if size > MANY_PARTS { size / 8_000 } else { PART });
-        let begun = self.store.put_multipart(path).await.map_err(|error| fault("PUT", &error))?;
-        let mut parts = Parts { bucket: self, upload: Some(begun) };
-        let mut under_way = JoinSet::new();
-        let mut is_last = false;
-        loop {
-            if part.size() >= part_size || is_last {
-                let full = std::mem::replace(&mut part, Part::empty(self));
-                if full.size() > 0 {
-                    parts.put(full, &mut under_way)?;
-                }
-                if is_last {
-                    break;
-                }
-                while under_way.len() >= PARTS_AT_ONCE {
-                    sent(&mut under_way).await?;
-                }
-            }
-            let next = pieces.next(self).await?;
-            is_last = matches!(next, Next::Last(_));
-            let (Next::Part(bytes) | Next::Last(bytes)) = next;
-            part.push(self, bytes, &mut under_way).await?;
-        }
-        while sent(&mut under_way).await? {}
-        // All bytes have matched: see `Upload::next`.
-        parts.complete().await?;
-        Ok(Put::Created)
+        self.store.put(path, payload).await.map(|_| Put::Created).map_err(|error| fault("PUT", &error))
     }
 }
 
@@ -188,9 +193,6 @@ struct Part {
     lease: Lease,
 }
 
-/// Parts on their way. If it is dropped, they are cut.
-type Sending = JoinSet<(Result<(), Error>, Lease)>;
-
 impl Part {
     fn empty(bucket: &Bucket) -> Self {
         Self { payload: BytesMut::new(), lease: bucket.memory.empty() }
@@ -200,78 +202,148 @@ impl Part {
         self.payload.len() as u64
     }
 
-    /// Adds bytes when there is memory for them. Parts that are under way make some.
-    async fn push(&mut self, bucket: &Bucket, bytes: Bytes, under_way: &mut Sending) -> Result<(), Fault> {
-        let deadline = Instant::now() + bucket.limit;
-        // What is allocated counts, which may be twice what is in it.
-        let size = self.payload.len() + bytes.len();
-        let size = if size > self.payload.capacity() { size.max(2 * self.payload.len()) } else { self.payload.capacity() };
-        while !self.lease.cover(size as u64) {
-            if sent(under_way).await? {
-                continue;
-            }
-            if Instant::now() >= deadline {
-                return Err(Fault::Busy(Limit::Fills));
-            }
-            tokio::time::sleep(PAUSE).await;
-        }
-        // Copied, so that a client which sends single bytes costs no more than they are.
-        self.payload.extend_from_slice(&bytes);
-        Ok(())
-    }
-}
-
-/// Waits until one part has been sent. False: none is under way.
-async fn sent(under_way: &mut Sending) -> Result<bool, Fault> {
-    match under_way.join_next().await {
-        Some(Ok((Ok(()), _lease))) => Ok(true),
-        Some(Ok((Err(error), _))) => Err(fault("PUT", &error)),
-        Some(Err(stopped)) => Err(Fault::Internal(stopped.to_string())),
-        None => Ok(false),
+    /// Whether there is memory for so many bytes more. What is allocated counts, which may be twice what is in it.
+    fn has_room(&mut self, more: usize) -> bool {
+        let (size, capacity) = (self.payload.len() + more, self.payload.capacity());
+        self.lease.cover(if size > capacity { size.max(2 * self.payload.len()) } else { capacity } as u64)
     }
 }
 
 /// An upload in parts. It is aborted unless it is completed: when the digest does not match, when the client leaves, or when a part fails.
 struct Parts<'b> {
     bucket: &'b Bucket,
+    path: Path,
+    /// Full parts. If there are few when the upload ends, they are one request.
+    waiting: Vec<Part>,
+    /// `None` until the upload has begun at the store.
     upload: Option<Box<dyn MultipartUpload>>,
+    under_way: JoinSet<(Result<(), Error>, Lease)>,
 }
 
 impl Parts<'_> {
-    fn put(&mut self, part: Part, under_way: &mut Sending) -> Result<(), Fault> {
-        let Some(upload) = &mut self.upload else { return Err(Fault::Internal("a part of an upload that has ended".into())) };
-        let sending: UploadPart = upload.put_part(part.payload.freeze().into());
-        under_way.spawn(async move { (sending.await, part.lease) });
+    fn waiting_bytes(&self) -> u64 {
+        self.waiting.iter().map(Part::size).sum()
+    }
+
+    /// Sends the parts that wait.
+    async fn flush(&mut self) -> Result<(), Fault> {
+        if self.upload.is_none() {
+            self.upload = Some(begin(self.bucket, self.path.clone()).await?);
+        }
+        for part in std::mem::take(&mut self.waiting) {
+            while self.under_way.len() >= PARTS_AT_ONCE {
+                self.sent().await?;
+            }
+            let Some(upload) = &mut self.upload else { continue };
+            let sending: UploadPart = upload.put_part(part.payload.freeze().into());
+            self.under_way.spawn(async move { (sending.await, part.lease) });
+        }
         Ok(())
     }
 
-    async fn complete(mut self) -> Result<PutResult, Fault> {
-        let Some(upload) = &mut self.upload else { return Err(Fault::Internal("an upload was completed twice".into())) };
-        let done = upload.complete().await.map_err(|error| fault("PUT", &error))?;
+    /// Waits until one part has been sent. False: none is under way.
+    async fn sent(&mut self) -> Result<bool, Fault> {
+        match self.under_way.join_next().await {
+            Some(Ok((Ok(()), _lease))) => Ok(true),
+            Some(Ok((Err(error), _))) => Err(fault("PUT", &error)),
+            Some(Err(stopped)) => Err(Fault::Internal(stopped.to_string())),
+            None => Ok(false),
+        }
+    }
+
+    /// Memory is short. Sends what can be sent, else waits for others to give some back.
+    async fn make_room(&mut self, part: &mut Part, deadline: Instant) -> Result<(), Fault> {
+        if !self.waiting.is_empty() {
+            return self.flush().await;
+        }
+        if self.sent().await? {
+            return Ok(());
+        }
+        if part.size() >= LEAST {
+            let full = std::mem::replace(part, Part::empty(self.bucket));
+            self.waiting.push(full);
+            return self.flush().await;
+        }
+        if Instant::now() >= deadline {
+            return Err(Fault::Busy(Limit::Fills));
+        }
+        tokio::time::sleep(PAUSE).await;
+        Ok(())
+    }
+
+    async fn finish(mut self) -> Result<Put, Fault> {
+        if self.upload.is_none() && self.waiting_bytes() <= ONE_REQUEST {
+            let parts = std::mem::take(&mut self.waiting);
+            let (payload, _leases): (Vec<_>, Vec<_>) = parts.into_iter().map(|part| (part.payload.freeze(), part.lease)).unzip();
+            return self.bucket.put_whole(&self.path, payload.into_iter().collect()).await;
+        }
+        self.waiting.retain(|part| part.size() > 0);
+        self.flush().await?;
+        while self.sent().await? {}
+        let Some(upload) = &mut self.upload else { return Err(Fault::Internal("an upload in parts was not begun".into())) };
+        upload.complete().await.map_err(|error| fault("PUT", &error))?;
         self.upload = None;
-        Ok(done)
+        Ok(Put::Created)
+    }
+}
+
+/// Begins the upload in a task of its own: if the client leaves meanwhile, it is aborted as soon as the store has named it.
+async fn begin(bucket: &Bucket, path: Path) -> Result<Box<dyn MultipartUpload>, Fault> {
+    let (tell, told) = oneshot::channel();
+    let (store, path, end) = (bucket.store.clone(), path, bucket.end());
+    bucket.ends.spawn(async move {
+        if let Err(Ok(upload)) = tell.send(store.put_multipart(&path).await) {
+            end.abort(upload).await;
+        }
+    });
+    match told.await {
+        Ok(begun) => begun.map_err(|error| fault("PUT", &error)),
+        Err(_) => Err(Fault::Internal("the beginning of an upload was not told".into())),
     }
 }
 
 impl Drop for Parts<'_> {
     fn drop(&mut self) {
-        let Some(mut upload) = self.upload.take() else { return };
-        let (limit, metrics) = (self.bucket.limit, self.bucket.metrics.clone());
+        let Some(upload) = self.upload.take() else { return };
+        let (end, mut under_way) = (self.bucket.end(), std::mem::take(&mut self.under_way));
         // A drop cannot wait. `Bucket::close` waits for it.
         self.bucket.ends.spawn(async move {
-            metrics.aborted();
-            match tokio::time::timeout(limit, upload.abort()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "an upload to the bucket could not be aborted; its parts stay until they are removed")
-                }
-                Err(_) => tracing::warn!("an upload to the bucket could not be aborted in time; its parts stay until they are removed"),
-            }
+            // A part that arrives after the abort would stay.
+            under_way.shutdown().await;
+            end.abort(upload).await;
         });
     }
 }
 
-/// 501, as the transport passes it on.
-fn is_not_implemented(error: &Error) -> bool {
-    error.to_string().contains("501 Not Implemented")
+/// Ends uploads that are given up.
+struct End {
+    limit: Duration,
+    metrics: Arc<Metrics>,
+}
+
+impl Bucket {
+    fn end(&self) -> End {
+        End { limit: self.limit, metrics: self.metrics.clone() }
+    }
+}
+
+impl End {
+    async fn abort(self, mut upload: Box<dyn MultipartUpload>) {
+        self.metrics.aborted();
+        match tokio::time::timeout(self.limit, upload.abort()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "an upload to the bucket could not be aborted; its parts stay until a rule of the bucket removes them")
+            }
+            Err(_) => tracing::warn!(
+                "an upload to the bucket could not be aborted in time; its parts stay until a rule of the bucket removes them"
+            ),
+        }
+    }
+}
+
+/// The store does not know conditional uploads.
+pub(crate) fn lacks_conditions(error: &Error) -> bool {
+    let is_unknown = matches!(Failure::of(error), Some(Failure::Status { status: StatusCode::NOT_IMPLEMENTED, .. }));
+    is_unknown || matches!(error, Error::NotImplemented { .. } | Error::NotSupported { .. })
 }

@@ -12,7 +12,7 @@ use castier_cache::{Budget, contract};
 use castier_config::{Origin, OriginUrl};
 use std::{
     fs,
-    io::Write as _,
+    io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     path::PathBuf,
     sync::{
@@ -420,6 +420,75 @@ fn deletion_and_purge_end_what_is_known() {
     assert_eq!(Request::new("POST", &format!("/purge/{digest}")).send(castier.admin).status, 200);
     assert_eq!(put(&castier, &body).0, 201, "it is stored again");
     gets(weed.castier("").public, &Request::get(&target), &body);
+}
+
+/// A client sends a blob that is there, slowly; meanwhile it is deleted. Neither that upload nor the next one is acknowledged without storing it.
+#[test]
+fn an_upload_over_a_deletion_is_not_taken_for_stored() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let castier = weed.castier("limits.negative_ttl = \"0s\"");
+    let body = noise(98, 3 * MIB);
+    let (status, target) = put(&castier, &body);
+    assert_eq!(status, 201);
+    let mut client = TcpStream::connect(castier.public).unwrap();
+    write!(client, "PUT {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len()).unwrap();
+    client.write_all(&body[..MIB]).unwrap();
+    eventually("castier reads it", || (castier.metric("castier_uploads_in_progress", &[]) > 0.0).then_some(()));
+    assert_eq!(Request::new("DELETE", &target).send(castier.public).status, 204);
+    client.write_all(&body[MIB..]).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    let is_stored = answer.starts_with("HTTP/1.1 20") && Request::get(&target).send(castier.public).status == 200;
+    assert!(is_stored || answer.starts_with("HTTP/1.1 503"), "{answer}");
+    let digest = sha256(&body);
+    assert!([200, 201].contains(&put(&castier, &body).0));
+    assert_eq!(weed.curl("GET", &format!("/blobs/cas/{}/{digest}", &digest[..2]), b""), (200, body));
+}
+
+/// What another program left there by half is replaced by an upload.
+#[test]
+fn an_object_of_another_size_is_replaced() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let castier = weed.castier("limits.negative_ttl = \"0s\"");
+    for (seed, size) in [(301, 10_000), (302, 20 * MIB)] {
+        for form in [false, true] {
+            let body = noise(seed + u64::from(form), size);
+            let digest = sha256(&body);
+            let object = format!("/blobs/cas/{}/{digest}", &digest[..2]);
+            assert_eq!(weed.curl("PUT", &object, &body[..size / 2]).0, 200);
+            let target = format!("/cas/{digest}");
+            let request = if form { Request::new("POST", "/cas") } else { Request::new("PUT", &target) };
+            let stored = request.body(body.clone()).send(castier.public);
+            assert!([200, 201].contains(&stored.status), "{size} {form}: {} {}", stored.status, stored.text());
+            assert!(weed.curl("GET", &object, b"") == (200, body.clone()), "{size} {form}");
+        }
+    }
+}
+
+fn castier_of(weed: &Weed) -> Castier {
+    castier(&weed.config("limits.negative_ttl = \"0s\""))
+}
+
+/// A 404 of a server that is no such store is no absence.
+#[test]
+fn only_the_stores_word_is_an_absence() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let castier = weed.castier("limits.negative_ttl = \"0s\"");
+    let get = Request::get(&format!("/cas/{}", sha256(b"absent")));
+    for body in ["<html>not here</html>", "", "<Error><Code>ContainerNotFound</Code></Error>", "<Error><Code>NoSuch"] {
+        weed.proxy.intercept(move |_| Some(Response::new(404).with("Content-Type", "text/html").body(body)));
+        assert_eq!(get.send(castier.public).status, 502, "{body}");
+    }
+    // What asks without a body is told by a list.
+    weed.proxy.intercept(|_| Some(Response::new(404)));
+    let castier = castier_of(&weed);
+    assert_eq!(Request::head(&get.target).send(castier.public).status, 502);
+    weed.proxy.intercept(|_| None);
+    assert_eq!(get.send(castier.public).status, 404);
+    assert_eq!(Request::head(&get.target).send(castier.public).status, 404);
 }
 
 #[test]
