@@ -870,6 +870,7 @@ not json
             ("https://H:443/a%?q=%2b#f", "https://h/a%?q=%2b"),
             ("https://h?a=/%2b", "https://h/?a=/%2b"),
             ("https://h/%", "https://h/%"),
+            ("https://h/a/%2e/./b/%2E", "https://h/a/b/"),
             ("https://h/%zz%2%61", "https://h/%zz%2%61"),
         ] {
             let once = spelled(&Url::parse(url).unwrap());
@@ -898,6 +899,8 @@ not json
         fn spellings_are_stable(path in "(/|%[0-9a-fA-F]{2}|%|[a-z+?é]){0,20}") {
             let once = spelled_path(&path);
             prop_assert_eq!(spelled_path(&once), once.clone());
+            // A segment `.` is in no path that is spelled: `Url` and `Path` drop it, also if it is escaped.
+            prop_assume!(!once.split('/').any(|segment| segment == "."));
             if let Ok(canonical) = Path::of(&path) {
                 prop_assert_eq!(spelled_path(canonical.as_str()), once, "looser than the canonical spelling");
             }

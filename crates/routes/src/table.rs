@@ -389,6 +389,8 @@ mod tests {
     proptest! {
         #[test]
         fn the_upstream_gets_the_clients_spelling(segments in prop::collection::vec("[a-z%0-9A-F]{1,6}", 1..4)) {
+            // A segment `.` is dropped: see `Path::of`.
+            prop_assume!(!segments.iter().any(|segment| segment.eq_ignore_ascii_case("%2e")));
             let target = format!("/npm/{}", segments.join("/"));
             let rules = vec![Rule { path: crate::Template::parse("/{all*}").unwrap(), ..preset("npm").unwrap()[0].clone() }];
             let table = Table::new(vec![Route { prefix: "/npm".into(), rules, ..Route::default() }]);
