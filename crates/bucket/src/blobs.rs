@@ -112,13 +112,11 @@ impl Bucket {
     /// Tries what castier does in a bucket, and leaves nothing there. Returns each operation that failed, and why.
     async fn check(&self) -> Vec<(&'static str, Fault)> {
         let path = Path::from(format!("{}castier-check", self.prefix));
-        let begun = self.prefix.trim_end_matches('/');
-        let prefix = (!begun.is_empty()).then(|| Path::from(begun));
         let mut lacks = Vec::new();
         let mut note = |operation, done: Result<(), Fault>| lacks.extend(done.err().map(|fault| (operation, fault)));
         note("get", found(self.store.get(&path).await).map_err(|error| fault("GET", &error)));
         note("head", self.head(&path).await.map(drop));
-        note("list", self.store.list(prefix.as_ref()).next().await.transpose().map(drop).map_err(|error| fault("LIST", &error)));
+        note("list", self.list_one().await.map_err(|error| fault("LIST", &error)));
         match self.store.put_multipart(&path).await {
             Ok(mut upload) => note("abort", upload.abort().await.map_err(|error| fault("ABORT", &error))),
             Err(error) => note("put", Err(fault("PUT", &error))),
@@ -194,15 +192,19 @@ impl Bucket {
         if self.exists.load(Relaxed) {
             return Ok(());
         }
-        let begun = self.prefix.trim_end_matches('/');
-        let first = self.store.list((!begun.is_empty()).then(|| Path::from(begun)).as_ref()).next().await;
-        match first.transpose() {
-            Ok(_) => self.exists.store(true, Relaxed),
+        match self.list_one().await {
+            Ok(()) => self.exists.store(true, Relaxed),
             // Who may not list cannot tell. Then the answer to the HEAD has to do.
             Err(error) if is_forbidden(&error) => {}
             Err(error) => return Err(fault("HEAD", &error)),
         }
         Ok(())
+    }
+
+    /// Lists the first objects below the prefix, to see whether that can be done.
+    async fn list_one(&self) -> Result<(), Error> {
+        let prefix = Some(self.prefix.trim_end_matches('/')).filter(|prefix| !prefix.is_empty()).map(Path::from);
+        self.store.list(prefix.as_ref()).next().await.transpose().map(drop)
     }
 
     /// For [`Self::note`]. Call it before the store is asked.

@@ -43,13 +43,13 @@ impl Limiter {
         Self { state: Mutex::new(State { limit: most, in_flight: 0, decreased: None }), freed: Notify::new(), most, metrics }
     }
 
-    /// Waits for a place; `None` if there is none until the deadline.
+    /// Waits for a permit; `None` if none is free until the deadline.
     pub(crate) async fn permit(self: &Arc<Self>, deadline: Instant) -> Option<Permit> {
         let taken = async {
             loop {
                 let freed = self.freed.notified();
                 if self.take() {
-                    // There may be more than one place.
+                    // More than one may be free.
                     self.freed.notify_one();
                     return Permit { limiter: self.clone(), begun: Instant::now() };
                 }

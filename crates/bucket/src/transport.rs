@@ -47,7 +47,7 @@ pub(crate) enum Failure {
     Silent,
     #[error("the connection broke: {0}")]
     Broke(String),
-    /// The limit on concurrency left no place within the time.
+    /// No permit was free within `origin.read_timeout`.
     #[error("too many requests at once")]
     Crowded,
     #[error("{status}{}{}", .code.as_ref().map(|code| format!(" {code}")).unwrap_or_default(), .message.as_ref().map(|text| format!(": {text}")).unwrap_or_default())]
@@ -159,15 +159,9 @@ impl HttpConnector for Transport {
 impl HttpService for Transport {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let (deadline, method) = (Instant::now() + self.limit, request.method().clone());
-        let pauses = || {
-            ExponentialBuilder::default()
-                .with_min_delay(FIRST_PAUSE)
-                .with_max_delay(LONGEST_PAUSE)
-                .with_jitter()
-                .without_max_times()
-                .build()
-        };
-        let (mut pauses, mut retries) = (pauses(), self.retries);
+        let pauses =
+            ExponentialBuilder::default().with_min_delay(FIRST_PAUSE).with_max_delay(LONGEST_PAUSE).with_jitter().without_max_times();
+        let (mut pauses, mut retries) = (pauses.build(), self.retries);
         loop {
             let permit = self.limiter.permit(deadline).await.ok_or(Failure::Crowded)?;
             let answer = self.send(request.clone()).await;

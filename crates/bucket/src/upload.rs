@@ -61,7 +61,7 @@ impl Bucket {
         Ok(put)
     }
 
-    /// An upload of a blob that is there, of `size` bytes. Its bytes must be the blob all the same.
+    /// Reads an upload of a blob that the bucket has, with `size` bytes. The client's bytes must be that blob all the same.
     async fn take_for_stored(&self, digest: &Digest, size: u64, seen: u64, upload: &mut Upload<'_>) -> Result<Put, Fault> {
         upload.drain().await?;
         // It may have been deleted while the client sent it. Its bytes are gone: the client has to send them again.
@@ -116,11 +116,11 @@ impl Bucket {
                 if parts.waiting_bytes() >= ONE_REQUEST {
                     parts.flush().await?;
                 }
-                let room = usize::try_from(part_size - part.size()).unwrap_or(usize::MAX);
-                let piece = bytes.split_to(bytes.len().min(room));
+                let missing = usize::try_from(part_size - part.size()).unwrap_or(usize::MAX);
+                let piece = bytes.split_to(bytes.len().min(missing));
                 let deadline = Instant::now() + self.limit;
-                while !part.has_room(piece.len()) {
-                    parts.make_room(&mut part, deadline).await?;
+                while !part.reserve(piece.len()) {
+                    parts.free_memory(&mut part, deadline).await?;
                 }
                 // Copied, so that a client which sends single bytes costs no more than they are.
                 part.payload.extend_from_slice(&piece);
@@ -202,8 +202,8 @@ impl Part {
         self.payload.len() as u64
     }
 
-    /// Whether there is memory for so many bytes more. What is allocated counts, which may be twice what is in it.
-    fn has_room(&mut self, more: usize) -> bool {
+    /// Leases memory for so many bytes more; false if there is none. What is allocated counts, which may be twice what is in it.
+    fn reserve(&mut self, more: usize) -> bool {
         let (size, capacity) = (self.payload.len() + more, self.payload.capacity());
         self.lease.cover(if size > capacity { size.max(2 * self.payload.len()) } else { capacity } as u64)
     }
@@ -252,7 +252,7 @@ impl Parts<'_> {
     }
 
     /// Memory is short. Sends what can be sent, else waits for others to give some back.
-    async fn make_room(&mut self, part: &mut Part, deadline: Instant) -> Result<(), Fault> {
+    async fn free_memory(&mut self, part: &mut Part, deadline: Instant) -> Result<(), Fault> {
         if !self.waiting.is_empty() {
             return self.flush().await;
         }
