@@ -1,6 +1,6 @@
 //! The configuration of `castier`, section by section.
 
-use crate::{Cluster, KeyTemplate, Log, OriginUrl, Otlp, Policy, Route, S3, Shutdown, Size, Span, value::path_text};
+use crate::{Cluster, KeyTemplate, Log, OriginUrl, Otlp, Policy, Route, S3, Shutdown, Size, Span, Write, value::path_text};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -143,6 +143,12 @@ pub struct Origin {
     /// Most requests of build caches ask just that. What is deleted through castier is forgotten at once; another program that deletes objects is
     /// noticed after this time. In the meantime castier would acknowledge an upload of such a blob without storing it.
     pub existence_ttl: Span,
+    /// For a bucket: when an upload is acknowledged. `through`: once the bucket has it. `behind`: once it is durable in the outbox of this node,
+    /// which is in `disk.path`, and castier uploads it after that.
+    ///
+    /// With `behind` uploads are as fast as the disk and go on while the bucket is down, but until they are uploaded other users of the bucket do
+    /// not see them, and they are lost if this disk is. So the default is `through`. object-stores.md has the details.
+    pub write: Write,
     /// `[origin.s3]`.
     pub s3: S3,
 }
@@ -158,6 +164,7 @@ impl Default for Origin {
             max_requests: 256,
             key: KeyTemplate::default(),
             existence_ttl: Span::secs(60),
+            write: Write::Through,
             s3: S3::default(),
         }
     }
@@ -254,6 +261,20 @@ pub struct Disk {
     ///
     /// - Type: 1 or more
     pub threads: usize,
+    /// How many bytes the outbox may take: uploads that are acknowledged and not yet in the bucket (`origin.write = "behind"`), and events that are
+    /// not yet delivered. Beyond it uploads get 507.
+    ///
+    /// It is below `disk.path`, and not a part of `disk.capacity`: nothing in it is evicted. Each upload counts 4 KiB more than its bytes, and takes
+    /// some 400 B of memory. The default holds what a busy build farm uploads in some minutes.
+    ///
+    /// - Type: 1MiB or more
+    pub outbox: Size,
+    /// How many uploads from the outbox may be on their way to the bucket at once.
+    ///
+    /// While the bucket fails it is one. The default is enough to hide its latency, and few beside the loads.
+    ///
+    /// - Type: 1 to 1024
+    pub outbox_workers: usize,
 }
 
 impl Default for Disk {
@@ -269,6 +290,8 @@ impl Default for Disk {
             cooldown: Span::secs(30),
             timeout: Span::secs(5),
             threads: 64,
+            outbox: Size::gib(4),
+            outbox_workers: 16,
         }
     }
 }

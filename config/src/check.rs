@@ -2,7 +2,7 @@
 
 use crate::{
     Castier, Cluster, Config, Disk, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp, Problems, Route,
-    Size, Span, address::Address, cluster::check_cluster, file::first_byte, route::check_routes,
+    Size, Span, Write, address::Address, cluster::check_cluster, file::first_byte, route::check_routes,
 };
 use url::Url;
 
@@ -43,6 +43,15 @@ impl Config for Castier {
         check_origin(origin, problems);
         if *ac_validation && matches!(origin.url, OriginUrl::Bucket(_)) {
             problems.add("ac_validation", "cannot be had with a bucket as the origin; write false");
+        }
+        if origin.write == Write::Behind {
+            if !matches!(origin.url, OriginUrl::Bucket(_)) {
+                problems.add("origin.write", "is \"behind\", which is for buckets (s3://, gs://, az://) only; write \"through\"");
+            }
+            if disk.is_none() {
+                problems
+                    .add("origin.write", "is \"behind\", and the outbox needs a disk; write a section [disk] with a path, or \"through\"");
+            }
         }
         check_loop(&origin.url, listen, cluster.as_ref(), problems);
         check_size("memory.capacity", memory.capacity, problems);
@@ -204,6 +213,13 @@ fn check_disk(disk: &Disk, problems: &mut Problems) {
     check_span("disk.cooldown", disk.cooldown, problems);
     check_span("disk.timeout", disk.timeout, problems);
     check_count("disk.threads", disk.threads, problems);
+    if disk.outbox < Size::mib(1) {
+        problems.add("disk.outbox", format!("{} is too little for an upload; write 1MiB or more", disk.outbox));
+    }
+    check_count("disk.outbox_workers", disk.outbox_workers, problems);
+    if disk.outbox_workers > 1024 {
+        problems.add("disk.outbox_workers", "must be 1024 or less");
+    }
 }
 
 /// Each is a connection to the origin, and towards one address this machine has no more ports than that.

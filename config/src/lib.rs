@@ -33,4 +33,4 @@ pub use origin::{OriginLimits, OriginListen, OriginServer, Store};
 pub use problems::Problems;
 pub use route::{Route, RouteAccess, RouteCredentials, RouteKind, RouteQuery};
 pub use shared::{Labels, Log, LogFormat, Loki, Network, Otlp, Proxies, Shutdown};
-pub use value::{Malformed, OriginUrl, Policy, Share, Size, Span};
+pub use value::{Malformed, OriginUrl, Policy, Share, Size, Span, Write};

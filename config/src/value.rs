@@ -299,6 +299,16 @@ pub(crate) fn path_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::
     serializer.collect_str(&path.display())
 }
 
+/// When an upload to a bucket is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Write {
+    /// Once the bucket has it.
+    Through,
+    /// Once this node has it, durably, in its outbox.
+    Behind,
+}
+
 /// Which blobs stay when a tier is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

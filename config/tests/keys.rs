@@ -143,6 +143,7 @@ fn kind_of(ty: &str) -> Option<&'static str> {
         "OriginUrl" => "URL",
         "KeyTemplate" => "key template",
         "Policy" => "`tiny-lfu` or `lru`",
+        "Write" => "`through` or `behind`",
         "LogFormat" => "`text` or `json`",
         "Labels" => "list or table",
         "Proxies" => "list",

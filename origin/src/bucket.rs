@@ -12,8 +12,8 @@ use crate::{
 };
 use bytes::{Bytes, BytesMut};
 use castier_blob::{Digest, Sink, Verifier};
-use castier_bucket::{Bucket, Delete, Listed, PutEntry};
-use castier_cache::{Ask, Fault, Incoming, Key, Lease, Limit, Put, Source as _, Stat, Store as _, Upload};
+use castier_bucket::{Delete, Listed, Objects, PutEntry};
+use castier_cache::{Ask, Fault, Incoming, Key, Lease, Limit, Put, Stat, Upload};
 use castier_serverkit::multipart;
 use castier_wire::{Selection, Stored, blob_head, entry::Name, entry_head, names_this_blob, select};
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
@@ -24,7 +24,7 @@ use std::{convert::Infallible, sync::Arc, time::SystemTime};
 /// The operations on a bucket.
 pub(crate) struct BucketOps<'s> {
     pub(crate) shared: &'s Shared,
-    pub(crate) bucket: &'s Arc<Bucket>,
+    pub(crate) bucket: &'s Arc<dyn Objects>,
 }
 
 impl BucketOps<'_> {

@@ -11,7 +11,7 @@
 //! digest covers the whole blob.
 
 use arc_swap::ArcSwap;
-use castier_bucket::Bucket;
+use castier_bucket::Objects;
 use castier_config::{OriginLimits, OriginServer, Proxies};
 use castier_serverkit::otlp::Spans;
 use entries::Entries;
@@ -106,7 +106,7 @@ pub(crate) struct Shared {
 /// Where the blobs and entries are.
 pub(crate) enum Backend {
     Files(Files),
-    Bucket(Arc<Bucket>),
+    Bucket(Arc<dyn Objects>),
 }
 
 /// Blobs and entries as files.
@@ -191,7 +191,7 @@ impl Origin {
     ///
     /// # Errors
     /// A text that says why the bucket cannot be used.
-    pub fn of_bucket(options: Options, open: impl FnOnce(&Registry) -> Result<Arc<Bucket>, String>) -> Result<Self, String> {
+    pub fn of_bucket(options: Options, open: impl FnOnce(&Registry) -> Result<Arc<dyn Objects>, String>) -> Result<Self, String> {
         let metrics = metrics::Metrics::new().map_err(|error| error.to_string())?;
         let bucket = open(metrics.registry())?;
         Ok(Self::with(Backend::Bucket(bucket), metrics, options))
@@ -213,14 +213,6 @@ impl Origin {
         }))
     }
 
-    /// The bucket; `None` for files.
-    pub fn bucket(&self) -> Option<&Arc<Bucket>> {
-        match &self.0.backend {
-            Backend::Files(_) => None,
-            Backend::Bucket(bucket) => Some(bucket),
-        }
-    }
-
     /// Serves clients on `listener` until `shutdown` is done. Then accepts no more, and lets running requests finish within [`Options::grace`].
     pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()>) {
         self.0.enter(Phase::Ready);
@@ -240,7 +232,7 @@ impl Origin {
     pub fn local(&self, config: &castier_config::Origin) -> Arc<dyn castier_cache::Store> {
         match &self.0.backend {
             Backend::Files(files) => Arc::new(Local::new(Arc::clone(&self.0), files.store.clone(), config)),
-            Backend::Bucket(bucket) => bucket.clone(),
+            Backend::Bucket(objects) => objects.clone(),
         }
     }
 

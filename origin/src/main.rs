@@ -58,7 +58,7 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
     log.name_instance(instance.clone());
     let (spans, exporter) = otlp::start(&config.otlp, PROGRAM, instance)?.unzip();
     let options = Options { limits: within(&config.limits, granted), spans, ..Options::from(&config) };
-    let (origin, place) = open(&config, options)?;
+    let (origin, bucket, place) = open(&config, options)?;
     log.say(&format!("listening public {public_address} (blobs in {place})"));
     log.say(&format!("listening admin {admin_address}"));
     log.say(&format!("try: curl -F file=@README.md http://{public_address}/cas"));
@@ -69,7 +69,7 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
         let origin = origin.clone();
         tokio::spawn(async move { origin.serve_admin(admin, async { drop(stopped.await) }).await })
     };
-    match origin.bucket().cloned() {
+    match bucket.clone() {
         Some(bucket) => drop(tokio::spawn(async move { bucket.log_check().await })),
         None => drop(tokio::spawn(log_figures(origin.clone(), config.log.stats_interval.get()))),
     }
@@ -93,7 +93,7 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
     let ending = async {
         drop(drain);
         serving.await.ok();
-        if let Some(bucket) = origin.bucket() {
+        if let Some(bucket) = bucket {
             bucket.close(ABORT).await;
         }
         // Probes may see that the program is draining until it is done.
@@ -118,12 +118,12 @@ const SPOOL: u64 = 64 << 30;
 /// How long the end waits until uploads to a bucket that were given up are aborted.
 const ABORT: Duration = Duration::from_secs(5);
 
-/// The store that the configuration names, and where that is, for people.
-fn open(config: &OriginServer, options: Options) -> Result<(Origin, String), String> {
+/// The store that the configuration names, its bucket if it is one, and where that is, for people.
+fn open(config: &OriginServer, options: Options) -> Result<(Origin, Option<Arc<Bucket>>, String), String> {
     let store = &config.store;
     let Some(url) = store.bucket() else {
         let origin = Origin::open(&store.root, options).map_err(|error| error.to_string())?;
-        return Ok((origin, store.root.display().to_string()));
+        return Ok((origin, None, store.root.display().to_string()));
     };
     let keys = castier_config::Origin {
         key: store.key.clone(),
@@ -131,6 +131,7 @@ fn open(config: &OriginServer, options: Options) -> Result<(Origin, String), Str
         s3: store.s3.clone(),
         ..castier_config::Origin::default()
     };
+    let mut opened = None;
     let origin = Origin::of_bucket(options, |registry| {
         let options = castier_bucket::Options {
             memory: Budget::new(MEMORY),
@@ -140,9 +141,11 @@ fn open(config: &OriginServer, options: Options) -> Result<(Origin, String), Str
             streams: config.limits.max_connections,
             metrics: Arc::new(castier_bucket::Metrics::new(registry).map_err(|error| error.to_string())?),
         };
-        Bucket::new(&url, &keys, options).map(Arc::new)
-    });
-    Ok((origin?, url.to_string()))
+        let bucket = Arc::new(Bucket::new(&url, &keys, options)?);
+        opened = Some(bucket.clone());
+        Ok(bucket)
+    })?;
+    Ok((origin, opened, url.to_string()))
 }
 
 /// The limits that can be kept with so many open files. The admin listener has a share of its own, and a quarter is for the store's files,

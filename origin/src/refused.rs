@@ -150,12 +150,16 @@ impl Refused {
 
 /// The answer to a fault of the object store.
 fn of_bucket(fault: &castier_cache::Fault) -> (StatusCode, String) {
-    use castier_cache::Fault as F;
+    use castier_cache::{Fault as F, Limit};
     match fault {
         F::OriginFull => (StatusCode::INSUFFICIENT_STORAGE, "the store is full; nothing was stored".to_owned()),
         F::OriginRefusesSize | F::TooLarge { .. } => {
             (StatusCode::PAYLOAD_TOO_LARGE, "the object store does not take a blob of this size".to_owned())
         }
+        F::Busy(Limit::Outbox) => (
+            StatusCode::INSUFFICIENT_STORAGE,
+            "the outbox is full, or its disk cannot be written; nothing was stored; try again".to_owned(),
+        ),
         F::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "the object store has too much to do; try again in a second".to_owned()),
         F::Silent { .. } => (StatusCode::GATEWAY_TIMEOUT, "the object store did not answer in time".to_owned()),
         F::Denied { why, .. } => (StatusCode::BAD_GATEWAY, format!("the object store refuses this server: {why}")),

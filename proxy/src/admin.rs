@@ -131,11 +131,15 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/purge/{digest}", post(purge))
         .route("/purge", post(purge_names))
         .route("/why", get(why))
+        .route("/drain", get(outbox_left).post(drain))
         .fallback(|| async {
-            problem(StatusCode::NOT_FOUND, "here are /metrics, /healthz, /readyz, /stats, /why?url=, /purge/<digest>, /purge and /")
+            problem(StatusCode::NOT_FOUND, "here are /metrics, /healthz, /readyz, /stats, /why?url=, /purge/<digest>, /purge, /drain and /")
         })
         .method_not_allowed_fallback(|| async {
-            problem(StatusCode::METHOD_NOT_ALLOWED, "everything here is GET, but /purge and /purge/<digest>, which are POST")
+            problem(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "everything here is GET, but /purge and /purge/<digest>, which are POST, and /drain, which is both",
+            )
         })
         .with_state(admin)
 }
@@ -247,6 +251,23 @@ async fn purge_names(State(admin): State<Arc<Admin>>, headers: HeaderMap, body: 
         Some(purged) => json(&purged),
         None => problem(StatusCode::NOT_FOUND, &format!("no such route; there are: {}", routes.labels().join(", "))),
     }
+}
+
+/// Begins to drain the outbox. The answer says what is left.
+async fn drain(state: State<Arc<Admin>>, headers: HeaderMap) -> Response {
+    if is_cross_site(&headers) {
+        return problem(StatusCode::FORBIDDEN, "a page of another site may not drain the outbox");
+    }
+    if let Some(outbox) = &state.node.outbox {
+        outbox.drain();
+    }
+    outbox_left(state).await
+}
+
+/// What waits in the outbox. Nothing without one.
+async fn outbox_left(State(admin): State<Arc<Admin>>) -> Response {
+    let left = admin.node.outbox.as_ref().map_or((0, 0), |outbox| (outbox.len(), outbox.bytes()));
+    json(&serde_json::json!({ "records": left.0, "bytes": left.1 }))
 }
 
 /// What `GET /why` takes.

@@ -9,18 +9,19 @@ use castier::{
     memory_plan,
     metrics::{Listener, Metrics},
     node::Node,
+    outboxes::PeerOutboxes,
     peer_access::PeerAccess,
     routes::{self, Routes},
 };
 use castier_blob::Digest;
-use castier_bucket::Bucket;
+use castier_bucket::{Bucket, Objects};
 use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, Store, Tiers};
 use castier_cluster::{ClusterPlan, HttpProbe, Members, Peers, Purge, Secrets};
-use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer};
+use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer, Write};
 use castier_origin::Origin;
+use castier_outbox::{Others, Outbox, WriteBehind};
 use castier_serverkit::{
     bind::{bind, shown},
-    health_check,
     log::{self, Guard},
     open_files, otlp,
     signals::{Order, Reading, Signals, sound},
@@ -44,13 +45,15 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
     task::JoinHandle,
 };
+
+mod commands;
 
 /// How many rotten blobs may wait to be loaded again. Those beyond it are loaded at their next get.
 const REFETCHES: usize = 1024;
@@ -85,32 +88,34 @@ enum Command {
         #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8082")]
         admin: String,
     },
-}
-
-/// Prints what a running castier knows about a URL, one fact a line.
-fn why(url: &str, admin: &str) -> ExitCode {
-    let encoded = percent_encoding::utf8_percent_encode(url, percent_encoding::NON_ALPHANUMERIC);
-    match health_check::get(&format!("http://{admin}/why?url={encoded}")) {
-        Ok(body) => {
-            match serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&body) {
-                Ok(facts) => facts
-                    .iter()
-                    .for_each(|(name, value)| println!("{name:>18}  {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))),
-                Err(_) => println!("{body}"),
-            }
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("castier why: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    /// Upload all that waits in the outbox (`origin.write = "behind"`), and return when it is empty. Run it before a node is removed.
+    ///
+    /// From then on the running castier acknowledges uploads only once the bucket has them, until it is started again. If no castier runs, and
+    /// --config is given, this program uploads what is in the outbox itself.
+    Drain {
+        /// The admin listener of the running castier. Default: listen.admin of --config, else 127.0.0.1:8082.
+        #[arg(long, value_name = "HOST:PORT")]
+        admin: Option<String>,
+        /// Give up after so long, such as 10m. Default: never.
+        #[arg(long, value_name = "DURATION")]
+        timeout: Option<config::Span>,
+        /// Return no sooner than this, such as 10s: for a preStop hook, so that load balancers learn first that the node goes.
+        #[arg(long, value_name = "DURATION")]
+        at_least: Option<config::Span>,
+    },
 }
 
 fn main() -> ExitCode {
     let Args { common, command } = Args::parse();
-    if let Some(Command::Why { url, admin }) = command {
-        return why(&url, &admin);
+    match command {
+        Some(Command::Why { url, admin }) => return commands::why(&url, &admin),
+        Some(Command::Drain { admin, timeout, at_least }) => {
+            let begun = Instant::now();
+            let ended = commands::drain(&common, admin, timeout.map(config::Span::get));
+            std::thread::sleep(at_least.map_or(Duration::ZERO, config::Span::get).saturating_sub(begun.elapsed()));
+            return ended;
+        }
+        None => {}
     }
     startup::main(PROGRAM, &common, || common.load_with(config::environment(), routes::check), |config| run(&common, config))
 }
@@ -127,18 +132,19 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let metrics = Arc::new(Metrics::new().map_err(|error| format!("metrics: {error}"))?);
     let spools = Spools::new(&config, Budget::new(config.fill.memory.get()), metrics.cache.clone());
     spools.files.check().map_err(|error| format!("fill.spool_dir: cannot write to {}: {error}", spools.files.dir().display()))?;
+    let outbox = open_outbox(&config, &metrics).await?;
     let (origin_url, embedded) = match &config.origin.url {
         OriginUrl::Remote(url) => (url.clone(), None),
         OriginUrl::Embedded(root) => {
             let origin = Embedded::open(root, &config)?;
-            Embedded::start(origin, origin_stopped).await.map(|(url, embedded)| (url, Some(embedded)))?
+            Embedded::start(origin, origin_stopped.clone()).await.map(|(url, embedded)| (url, Some(embedded)))?
         }
         OriginUrl::Bucket(bucket) => {
-            let origin = Embedded::open_bucket(bucket, &config, &spools, &metrics)?;
-            Embedded::start(origin, origin_stopped).await.map(|(url, embedded)| (url, Some(embedded)))?
+            let origin = Embedded::open_bucket(bucket, &config, &spools, &metrics, outbox.clone())?;
+            Embedded::start(origin, origin_stopped.clone()).await.map(|(url, embedded)| (url, Some(embedded)))?
         }
     };
-    let (parts, rotten) = Parts::new(&config, &sockets, &origin_url, embedded.as_ref(), metrics, spools)?;
+    let (parts, rotten) = Parts::new(&config, &sockets, &origin_url, embedded.as_ref(), outbox, metrics, spools)?;
     let instance = config.cluster.as_ref().map_or_else(|| log::instance(&sockets.public), |cluster| cluster.advertise.clone());
     log.name_instance(instance.clone());
     let exporter = otlp::start(&config.otlp, PROGRAM, instance)?.map(|(spans, exporter)| {
@@ -147,7 +153,7 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     });
     sockets.announce(&log, embedded.as_ref());
     let listeners = parts.listen(&config, sockets)?;
-    parts.start_background_tasks(&config, embedded.as_ref().and_then(|embedded| embedded.origin.bucket().cloned()), rotten);
+    let uploader = parts.start_background_tasks(&config, embedded.as_ref(), rotten, origin_stopped)?;
     if let Some(nodes) = &parts.nodes {
         nodes.wait_for_members().await;
     }
@@ -160,7 +166,7 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let mut live = Live { config, parts, embedded, log };
     live.reload_until_told_to_end(args, &mut signals).await;
 
-    let ending = end(live, listeners, stop_origin, exporter);
+    let ending = end(live, listeners, stop_origin, uploader, exporter);
     tokio::select! {
         () = ending => {}
         () = signals.end() => tracing::warn!("told to end once more: what is in flight is cut, and blobs that wait to be written are not kept"),
@@ -225,6 +231,7 @@ impl Parts {
         sockets: &Sockets,
         origin_url: &url::Url,
         embedded: Option<&Embedded>,
+        outbox: Option<Arc<Outbox>>,
         metrics: Arc<Metrics>,
         spools: Spools,
     ) -> Result<(Self, mpsc::Receiver<Digest>), String> {
@@ -236,12 +243,28 @@ impl Parts {
             Tiers::open(config, shares.open_files, &spools.memory, &metrics.cache, tell_rotten).map_err(|error| error.to_string())?;
         let origin = Upstream::origin(origin_url, &config.origin, metrics.upstream.clone())?;
         let store: Arc<dyn Store> = match embedded {
-            Some(embedded) => Arc::new(EmbeddedStore::new(embedded.origin.local(&config.origin), origin.clone())),
+            Some(embedded) => {
+                let blobs = match &embedded.bucket {
+                    Some(EmbeddedBucket { bucket, .. }) => bucket.clone(),
+                    None => embedded.origin.local(&config.origin),
+                };
+                Arc::new(EmbeddedStore::new(blobs, origin.clone()))
+            }
             None => Arc::new(origin.store()),
         };
         let peers = nodes.as_ref().map(|nodes| nodes.peers.clone());
-        let cache = Cache::new(config, limits.clone(), tiers.clone(), spools, planner(store.clone(), peers.clone()), metrics.cache.clone());
-        let node = Arc::new(Node { cache: cache.clone(), origin: store, peers: peers.clone(), metrics: metrics.clone() });
+        let store = match embedded.and_then(|embedded| embedded.bucket.as_ref()?.behind.clone()) {
+            Some(behind) => {
+                let most_entry = usize::try_from(config.limits.max_entry.get()).unwrap_or(usize::MAX);
+                let others = peers.clone().map(|peers| Arc::new(PeerOutboxes::new(peers, most_entry)) as Arc<dyn Others>);
+                behind.connect(store, others);
+                behind
+            }
+            None => store,
+        };
+        let planner = planner(store.clone(), peers.clone(), outbox.clone());
+        let cache = Cache::new(config, limits.clone(), tiers.clone(), spools, planner, metrics.cache.clone());
+        let node = Arc::new(Node { cache: cache.clone(), origin: store, outbox, peers: peers.clone(), metrics: metrics.clone() });
         let own_name = config.cluster.as_ref().map_or_else(|| shown(&sockets.public), |cluster| cluster.advertise.clone());
         let client_memory = Budget::new(config.limits.client_memory.get());
         let ca_file = upstream::ca_file(&config.origin)?;
@@ -276,16 +299,28 @@ impl Parts {
         Ok(Listeners { public, peer, admin })
     }
 
-    fn start_background_tasks(&self, config: &Castier, bucket: Option<Arc<Bucket>>, rotten: mpsc::Receiver<Digest>) {
+    /// Also returns the task that uploads from the outbox. It ends after `stopped`.
+    fn start_background_tasks(
+        &self,
+        config: &Castier,
+        embedded: Option<&Embedded>,
+        rotten: mpsc::Receiver<Digest>,
+        stopped: watch::Receiver<bool>,
+    ) -> Result<Option<JoinHandle<()>>, String> {
         tokio::spawn(refetch(self.node.cache.clone(), rotten));
         tokio::spawn(log_stats(self.admin.clone(), config.log.stats_interval.get()));
         tokio::spawn(keep_history(self.admin.clone()));
         if let OriginUrl::Remote(_) = config.origin.url {
             tokio::spawn(ask_origin(self.origin.clone(), config.origin.url.to_string()));
         }
-        if let Some(bucket) = bucket {
-            tokio::spawn(ask_bucket(bucket, self.origin.clone(), self.node.origin.clone()));
+        if let Some(EmbeddedBucket { bucket, behind }) = embedded.and_then(|embedded| embedded.bucket.as_ref()) {
+            tokio::spawn(ask_bucket(bucket.clone(), self.origin.clone(), self.node.origin.clone()));
+            if let (Some(behind), Some(disk)) = (behind, &config.disk) {
+                let uploader = behind.uploader(disk.outbox_workers, config.limits.max_entry.get(), stopped);
+                return Ok(Some(tokio::spawn(uploader.map_err(|fault| fault.to_string())?)));
+            }
         }
+        Ok(None)
     }
 }
 
@@ -298,7 +333,13 @@ struct Listeners {
 }
 
 /// Ends castier: clients and peers first, then the writes to disk, then the embedded origin, the admin listener, spans and logs.
-async fn end(live: Live, listeners: Listeners, stop_origin: watch::Sender<bool>, exporter: Option<otlp::Exporter>) {
+async fn end(
+    live: Live,
+    listeners: Listeners,
+    stop_origin: watch::Sender<bool>,
+    uploader: Option<JoinHandle<()>>,
+    exporter: Option<otlp::Exporter>,
+) {
     let Live { config, parts, log, embedded } = live;
     parts.admin.enter(Phase::Draining);
     drain(&config, &parts.metrics, parts.nodes.as_ref(), listeners.public, listeners.peer).await;
@@ -309,10 +350,14 @@ async fn end(live: Live, listeners: Listeners, stop_origin: watch::Sender<bool>,
     {
         tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
     }
-    if let Some(bucket) = embedded.as_ref().and_then(|embedded| embedded.origin.bucket()) {
+    stop_origin.send_replace(true);
+    if let Some(uploader) = uploader {
+        // What it has begun is given up, and is uploaded at the next start.
+        uploader.await.ok();
+    }
+    if let Some(EmbeddedBucket { bucket, .. }) = embedded.as_ref().and_then(|embedded| embedded.bucket.as_ref()) {
         bucket.close(ABORT).await;
     }
-    stop_origin.send_replace(true);
     listeners.admin.abort();
     tracing::info!("bye");
     if let Some(exporter) = exporter {
@@ -347,11 +392,13 @@ fn gauged(value: u64) -> i64 {
 }
 
 /// Plans which sources a flight asks: peers, if there is a cluster, and the origin. The spans of a flight belong to the request that started it.
-fn planner(origin: Arc<dyn Source>, peers: Option<Arc<Peers>>) -> Planner {
+fn planner(origin: Arc<dyn Source>, peers: Option<Arc<Peers>>, outbox: Option<Arc<Outbox>>) -> Planner {
     Box::new(move |digest| {
+        // What is in the outbox of this node is read from there, through `origin`.
+        let is_pending = outbox.as_ref().is_some_and(|outbox| outbox.pending(digest).is_some());
         let plan: Box<dyn castier_cache::Plan> = match &peers {
-            Some(peers) => Box::new(ClusterPlan::new(peers.clone(), origin.clone(), *digest)),
-            None => Box::new(OneSource(origin.clone())),
+            Some(peers) if !is_pending => Box::new(ClusterPlan::new(peers.clone(), origin.clone(), *digest)),
+            _ => Box::new(OneSource(origin.clone())),
         };
         Box::new(TracedPlan::new(plan, *digest))
     })
@@ -411,7 +458,37 @@ struct Embedded {
     /// Where its blobs are, for people.
     place: String,
     origin: Origin,
+    /// `None` over a directory.
+    bucket: Option<EmbeddedBucket>,
 }
+
+/// The bucket of the embedded origin.
+struct EmbeddedBucket {
+    bucket: Arc<Bucket>,
+    /// What stands before it with `origin.write = "behind"`.
+    behind: Option<Arc<WriteBehind>>,
+}
+
+/// The outbox, if the config wants one.
+async fn open_outbox(config: &Castier, metrics: &Metrics) -> Result<Option<Arc<Outbox>>, String> {
+    let Some(disk) = config.disk.as_ref().filter(|_| config.origin.write == Write::Behind) else { return Ok(None) };
+    let options = castier_outbox::Options {
+        capacity: disk.outbox.get(),
+        timeout: disk.timeout.get(),
+        cooldown: disk.cooldown.get(),
+        threads: disk.threads,
+        sinks: Vec::new(),
+        metrics: metrics.outbox.clone(),
+    };
+    let directory = disk.path.join(OUTBOX);
+    tokio::task::spawn_blocking(move || Outbox::open(&directory, options).map(Some)).await.map_err(|error| error.to_string())?
+}
+
+/// The directory of the outbox, in `disk.path`.
+const OUTBOX: &str = "outbox";
+
+/// An origin, where its blobs are, and its bucket if it has one.
+type Opened = (Origin, String, Option<EmbeddedBucket>);
 
 /// The configuration key of the embedded origin, for errors.
 const ROOT_KEY: &str = "origin.url (embedded)";
@@ -435,12 +512,29 @@ impl Embedded {
         }
     }
 
-    fn open(root: &Path, config: &Castier) -> Result<(Origin, String), String> {
+    fn open(root: &Path, config: &Castier) -> Result<Opened, String> {
         let origin = Origin::open(root, Self::options(config)).map_err(|error| error.to_string())?;
-        Ok((origin, format!("embedded, {}", root.display())))
+        Ok((origin, format!("embedded, {}", root.display()), None))
     }
 
-    fn open_bucket(url: &config::Bucket, config: &Castier, spools: &Spools, metrics: &Metrics) -> Result<(Origin, String), String> {
+    fn open_bucket(
+        url: &config::Bucket,
+        config: &Castier,
+        spools: &Spools,
+        metrics: &Metrics,
+        outbox: Option<Arc<Outbox>>,
+    ) -> Result<Opened, String> {
+        let bucket = Self::bucket(url, config, spools, metrics)?;
+        let behind = outbox.map(|outbox| Arc::new(WriteBehind::new(bucket.clone(), outbox, false)));
+        let objects: Arc<dyn Objects> = match &behind {
+            Some(behind) => behind.clone(),
+            None => bucket.clone(),
+        };
+        let origin = Origin::of_bucket(Self::options(config), |_| Ok(objects))?;
+        Ok((origin, url.to_string(), Some(EmbeddedBucket { bucket, behind })))
+    }
+
+    fn bucket(url: &config::Bucket, config: &Castier, spools: &Spools, metrics: &Metrics) -> Result<Arc<Bucket>, String> {
         let options = castier_bucket::Options {
             memory: spools.memory.clone(),
             spool: spools.disk.clone(),
@@ -449,13 +543,12 @@ impl Embedded {
             streams: config.fill.max_in_flight,
             metrics: metrics.bucket.clone(),
         };
-        let bucket = Arc::new(Bucket::new(url, &config.origin, options)?);
-        Ok((Origin::of_bucket(Self::options(config), |_| Ok(bucket))?, url.to_string()))
+        Bucket::new(url, &config.origin, options).map(Arc::new)
     }
 
     /// Starts the origin's HTTP server on a free loopback port. Blobs are read and written without it ([`EmbeddedStore`]). It answers relayed
     /// requests (`/ac`, `/kv`, PROPFIND and so on), as any other origin does. Also returns the server's URL.
-    async fn start((origin, place): (Origin, String), mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Self), String> {
+    async fn start((origin, place, bucket): Opened, mut stopped: watch::Receiver<bool>) -> Result<(url::Url, Self), String> {
         let listener = bind(ROOT_KEY, "127.0.0.1:0").await?;
         let address = listener.local_addr().map_err(|error| error.to_string())?;
         let url = format!("http://{address}").parse().map_err(|error| format!("origin.url: {error}"))?;
@@ -463,7 +556,7 @@ impl Embedded {
         tokio::spawn(async move {
             server.serve(listener, async move { stopped.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }).await
         });
-        Ok((url, Self { address, place, origin }))
+        Ok((url, Self { address, place, origin, bucket }))
     }
 }
 

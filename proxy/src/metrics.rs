@@ -123,6 +123,8 @@ pub struct Metrics {
     pub upstream: Arc<castier_upstream::Metrics>,
     /// Those of the bucket.
     pub bucket: Arc<castier_bucket::Metrics>,
+    /// Those of the outbox.
+    pub outbox: Arc<castier_outbox::Metrics>,
     /// The series of the cluster.
     pub cluster: Arc<castier_cluster::Metrics>,
     requests: IntCounterVec,
@@ -183,6 +185,7 @@ impl Metrics {
             cache: Arc::new(castier_cache::Metrics::new(&r)?),
             upstream: Arc::new(castier_upstream::Metrics::new(&r)?),
             bucket: Arc::new(castier_bucket::Metrics::new(&r)?),
+            outbox: Arc::new(castier_outbox::Metrics::new(&r)?),
             cluster: Arc::new(castier_cluster::Metrics::new(&r)?),
             requests: counters(&r, "castier_http_requests_total", "Requests answered", &["listener", "method", "route", "code"])?,
             answered_gets: Default::default(),

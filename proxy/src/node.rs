@@ -4,6 +4,7 @@ use crate::metrics::Metrics;
 use castier_blob::Digest;
 use castier_cache::{Asker, Body, Cache, CopyTo, Fault, Owner, Put, SourceKind, Stat, Store, Upload, Via};
 use castier_cluster::{Member, Peers};
+use castier_outbox::{Outbox, Pending};
 use futures::future::join_all;
 use std::sync::Arc;
 
@@ -13,6 +14,8 @@ pub struct Node {
     pub cache: Arc<Cache>,
     /// The origin.
     pub origin: Arc<dyn Store>,
+    /// Uploads that are acknowledged and that the origin does not have yet; `None` unless `origin.write = "behind"`.
+    pub outbox: Option<Arc<Outbox>>,
     /// The other nodes; `None` without a cluster.
     pub peers: Option<Arc<Peers>>,
     /// The metrics.
@@ -28,7 +31,8 @@ impl Node {
         if let Some(known) = self.cache.stat(digest).await {
             return Ok(known);
         }
-        if let Some((peers, owner)) = self.owner(digest, asker)
+        if self.pending(digest).is_none()
+            && let Some((peers, owner)) = self.owner(digest, asker)
             && let Ok(known) = peers.stat(&owner, digest).await
         {
             return Ok((known, Via::asked(SourceKind::Peer)));
@@ -36,6 +40,11 @@ impl Node {
         let known = self.origin.stat(std::slice::from_ref(digest)).await?;
         let known = known.first().ok_or_else(|| Fault::Internal("the origin was asked about a blob and said nothing".into()))?;
         Ok((*known, Via::asked(SourceKind::Origin)))
+    }
+
+    /// A blob that is in the outbox of this node.
+    pub fn pending(&self, digest: &Digest) -> Option<Pending> {
+        self.outbox.as_ref()?.pending(digest)
     }
 
     /// Asks the origin whether it has a blob that came through a route which checks credentials. If so, every request may see it.

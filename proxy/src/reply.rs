@@ -161,8 +161,13 @@ impl Reply {
     pub fn text(text: &'static str) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(text.len()));
-        Self { status: StatusCode::OK, headers, body: Body::Whole(Bytes::from_static(text.as_bytes())), served: Served::Miss, tier: None }
+        Self::whole(headers, Bytes::from_static(text.as_bytes()))
+    }
+
+    /// Success, with these bytes.
+    pub fn whole(mut headers: HeaderMap, body: Bytes) -> Self {
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        Self { status: StatusCode::OK, headers, body: Body::Whole(body), served: Served::Miss, tier: None }
     }
 
     /// `only-if-cached` missed: no tier keeps the blob.
@@ -200,6 +205,10 @@ impl Reply {
                 (StatusCode::BAD_GATEWAY, format!("the {source_name} sent bytes that do not match the digest"))
             }
             Fault::Silent { source_name, .. } => (StatusCode::GATEWAY_TIMEOUT, format!("the {source_name} was silent for too long")),
+            Fault::Busy(Limit::Outbox) => (
+                StatusCode::INSUFFICIENT_STORAGE,
+                "the outbox is full, or its disk cannot be written; nothing was stored; try again".into(),
+            ),
             Fault::Busy(Limit::Origin) => (StatusCode::SERVICE_UNAVAILABLE, "the origin is over a limit; try again".into()),
             Fault::Busy(limit) => (StatusCode::SERVICE_UNAVAILABLE, format!("over the limit on {limit}; try again")),
             Fault::OriginFull => (StatusCode::INSUFFICIENT_STORAGE, "the origin has no room for the blob".into()),
@@ -223,7 +232,7 @@ impl Reply {
         wire::Problem::set_headers(&mut headers);
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
         match status {
-            StatusCode::SERVICE_UNAVAILABLE => headers.insert(header::RETRY_AFTER, RETRY_AFTER),
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::INSUFFICIENT_STORAGE => headers.insert(header::RETRY_AFTER, RETRY_AFTER),
             StatusCode::METHOD_NOT_ALLOWED => headers.insert(header::ALLOW, BLOB_METHODS),
             _ => None,
         };

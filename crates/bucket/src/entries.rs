@@ -5,14 +5,18 @@ use crate::{
     fault::{fault, unusable},
     upload::lacks_conditions,
 };
+use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use castier_blob::Digest;
-use castier_cache::{Fault, Lease, Limit};
+use castier_cache::{Fault, Lease, Limit, Store};
 use castier_wire::entry::Name;
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{Error, ObjectStore as _, ObjectStoreExt as _, PutMode, PutOptions, UpdateVersion};
 use percent_encoding::percent_decode_str;
-use std::{collections::BTreeSet, time::SystemTime};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, SystemTime},
+};
 
 /// The most members that a list may have.
 pub const MOST_MEMBERS: usize = 10_000;
@@ -25,8 +29,15 @@ pub struct Entry {
     pub bytes: Bytes,
     /// Their SHA-256, which is its version for clients.
     pub digest: Digest,
-    /// The store's own version, for a condition.
-    version: UpdateVersion,
+    /// The store's own version, for a condition. `None`: it is not from the store.
+    version: Option<UpdateVersion>,
+}
+
+impl Entry {
+    /// An entry with these bytes, which the store does not have yet.
+    pub fn new(bytes: Bytes) -> Self {
+        Self { digest: Digest::of(&bytes), bytes, version: None }
+    }
 }
 
 /// The condition of a PUT or a DELETE, on the digest of the current version.
@@ -64,6 +75,56 @@ pub struct Listed {
     pub modified: Option<SystemTime>,
 }
 
+impl Listed {
+    /// An entry of so many bytes, changed so many milliseconds after 1970.
+    pub fn entry(name: &Name, size: u64, changed: u64) -> Self {
+        Self { name: name.last().to_owned(), size: Some(size), modified: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(changed)) }
+    }
+}
+
+/// A store of blobs and of entries: a bucket, or what stands before one.
+#[async_trait]
+pub trait Objects: Store {
+    /// A share of `fill.memory` for an entry that comes from a client.
+    fn lease(&self) -> Lease;
+
+    /// An entry of at most `most` bytes; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Source::open`]; a larger entry cannot be used.
+    async fn entry(&self, name: &Name, most: u64) -> Result<Option<Entry>, Fault>;
+
+    /// An entry as a list shows it; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Source::open`].
+    async fn find_entry(&self, name: &Name) -> Result<Option<Listed>, Fault>;
+
+    /// Stores an entry, in place of the version that was there. `most`: the most bytes of that, if a condition asks about it.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Store::put`].
+    async fn put_entry(&self, name: &Name, bytes: Bytes, condition: Option<Condition>, most: u64) -> Result<PutEntry, Fault>;
+
+    /// Removes an entry. A condition is looked at before, and not by the store: another client may come in between.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Store::delete`].
+    async fn remove_entry(&self, name: &Name, condition: Option<Condition>, most: u64) -> Result<Delete, Fault>;
+
+    /// Whether a collection has members.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Source::open`].
+    async fn has_members(&self, collection: &Name) -> Result<bool, Fault>;
+
+    /// The members of a collection.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Source::open`]; [`Fault::Busy`] if there are more than [`MOST_MEMBERS`], or more than [`MOST_LISTED`] objects below it.
+    async fn members(&self, collection: &Name) -> Result<Vec<Listed>, Fault>;
+}
+
 /// The bytes of an entry, and their share of `fill.memory`.
 struct Leased {
     bytes: Bytes,
@@ -76,17 +137,13 @@ impl AsRef<[u8]> for Leased {
     }
 }
 
-impl Bucket {
-    /// A share of `fill.memory` for an entry that comes from a client.
-    pub fn lease(&self) -> Lease {
+#[async_trait]
+impl Objects for Bucket {
+    fn lease(&self) -> Lease {
         self.memory.empty()
     }
 
-    /// An entry of at most `most` bytes; `None` if there is none.
-    ///
-    /// # Errors
-    /// As [`castier_cache::Source::open`]; a larger entry cannot be used.
-    pub async fn entry(&self, name: &Name, most: u64) -> Result<Option<Entry>, Fault> {
+    async fn entry(&self, name: &Name, most: u64) -> Result<Option<Entry>, Fault> {
         let got = match self.store.get(&self.entry_path(name.as_str())).await {
             Ok(got) => got,
             Err(Error::NotFound { .. }) => return Ok(None),
@@ -97,7 +154,7 @@ impl Bucket {
         }
         // Held as long as somebody reads the bytes.
         let Some(lease) = self.memory.lease(got.meta.size) else { return Err(Fault::Busy(Limit::Fills)) };
-        let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
+        let version = Some(UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() });
         let mut bytes = BytesMut::new();
         let mut stream = got.into_stream();
         while let Some(part) = stream.try_next().await.map_err(|error| fault("GET", &error))? {
@@ -110,11 +167,7 @@ impl Bucket {
         Ok(Some(Entry { digest: Digest::of(&bytes), bytes, version }))
     }
 
-    /// An entry as a list shows it; `None` if there is none.
-    ///
-    /// # Errors
-    /// As [`castier_cache::Source::open`].
-    pub async fn find_entry(&self, name: &Name) -> Result<Option<Listed>, Fault> {
+    async fn find_entry(&self, name: &Name) -> Result<Option<Listed>, Fault> {
         match self.store.head(&self.entry_path(name.as_str())).await {
             Ok(meta) => Ok(Some(Listed { name: name.last().to_owned(), size: Some(meta.size), modified: Some(meta.last_modified.into()) })),
             Err(Error::NotFound { .. }) => Ok(None),
@@ -122,11 +175,7 @@ impl Bucket {
         }
     }
 
-    /// Stores an entry, in place of the version that was there. `most`: the most bytes of that, if a condition asks about it.
-    ///
-    /// # Errors
-    /// As [`castier_cache::Store::put`].
-    pub async fn put_entry(&self, name: &Name, bytes: Bytes, condition: Option<Condition>, most: u64) -> Result<PutEntry, Fault> {
+    async fn put_entry(&self, name: &Name, bytes: Bytes, condition: Option<Condition>, most: u64) -> Result<PutEntry, Fault> {
         let (path, digest) = (self.entry_path(name.as_str()), Digest::of(&bytes));
         let Some(condition) = condition else {
             let existed = self.head(&path).await?.is_some();
@@ -139,7 +188,7 @@ impl Bucket {
         }
         // The store makes sure that this is still the current version.
         let (mode, done) = match current {
-            Some(entry) => (PutMode::Update(entry.version), PutEntry::Replaced(digest)),
+            Some(entry) => (entry.version.map_or(PutMode::Overwrite, PutMode::Update), PutEntry::Replaced(digest)),
             None => (PutMode::Create, PutEntry::Created(digest)),
         };
         match self.store.put_opts(&path, bytes.clone().into(), PutOptions { mode, ..PutOptions::default() }).await {
@@ -156,11 +205,7 @@ impl Bucket {
         }
     }
 
-    /// Removes an entry. A condition is looked at before, and not by the store: another client may come in between.
-    ///
-    /// # Errors
-    /// As [`castier_cache::Store::delete`].
-    pub async fn remove_entry(&self, name: &Name, condition: Option<Condition>, most: u64) -> Result<Delete, Fault> {
+    async fn remove_entry(&self, name: &Name, condition: Option<Condition>, most: u64) -> Result<Delete, Fault> {
         let path = self.entry_path(name.as_str());
         match condition {
             Some(condition) => {
@@ -178,20 +223,12 @@ impl Bucket {
         self.store.delete(&path).await.map(|()| Delete::Done).map_err(|error| fault("DELETE", &error))
     }
 
-    /// Whether a collection has members.
-    ///
-    /// # Errors
-    /// As [`castier_cache::Source::open`].
-    pub async fn has_members(&self, collection: &Name) -> Result<bool, Fault> {
+    async fn has_members(&self, collection: &Name) -> Result<bool, Fault> {
         let path = self.entry_path(collection.as_str().trim_end_matches('/'));
         Ok(self.store.list(Some(&path)).next().await.transpose().map_err(|error| fault("LIST", &error))?.is_some())
     }
 
-    /// The members of a collection.
-    ///
-    /// # Errors
-    /// As [`castier_cache::Source::open`]; [`Fault::Busy`] if there are more than [`MOST_MEMBERS`], or more than [`MOST_LISTED`] objects below it.
-    pub async fn members(&self, collection: &Name) -> Result<Vec<Listed>, Fault> {
+    async fn members(&self, collection: &Name) -> Result<Vec<Listed>, Fault> {
         let path = self.entry_path(collection.as_str().trim_end_matches('/'));
         // `object_store` encodes what not every store takes in a key.
         let decoded = |name: &str| percent_decode_str(name).decode_utf8_lossy().into_owned();

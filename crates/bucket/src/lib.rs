@@ -18,5 +18,5 @@ mod transport;
 mod upload;
 
 pub use blobs::{Bucket, Options};
-pub use entries::{Condition, Delete, Entry, Listed, MOST_LISTED, MOST_MEMBERS, PutEntry};
+pub use entries::{Condition, Delete, Entry, Listed, MOST_LISTED, MOST_MEMBERS, Objects, PutEntry};
 pub use metrics::Metrics;

@@ -140,11 +140,14 @@ pub enum Limit {
     Files,
     /// The origin itself said that it is over a limit.
     Origin,
+    /// `disk.outbox`, or the outbox cannot be written.
+    Outbox,
 }
 
 impl Limit {
     /// Every reason, for making the series exist from the start.
-    pub const ALL: [Self; 7] = [Self::Connections, Self::ClientMemory, Self::Fills, Self::Requests, Self::Spool, Self::Files, Self::Origin];
+    pub const ALL: [Self; 8] =
+        [Self::Connections, Self::ClientMemory, Self::Fills, Self::Requests, Self::Spool, Self::Files, Self::Origin, Self::Outbox];
 
     /// As it stands in labels and texts.
     pub const fn as_str(self) -> &'static str {
@@ -156,6 +159,7 @@ impl Limit {
             Self::Spool => "spool",
             Self::Files => "files",
             Self::Origin => "origin",
+            Self::Outbox => "outbox",
         }
     }
 }

@@ -80,6 +80,7 @@ pub use flights::{Asker, HOLD_BACK, InProgress};
 pub use memory::Memory;
 pub use metrics::{DiskError, DiskOp, LoadResult, Metrics, Skip};
 pub use plan::{OneSource, Outcome, Plan, Step, Then};
+pub use pool::{Pool, PoolError, PoolEvent};
 pub use reader::{Hit, PIECE, Part, Reader};
 pub use resource::{HOME, Key, Location, Resource, Visibility};
 pub use source::{Answer, Ask, Incoming, Put, Source, Stat, Store};

@@ -18,7 +18,7 @@ mod secret;
 
 pub use members::{Member, MemberFigures, MemberStatus, Members, NODE, Status};
 pub use metrics::Metrics;
-pub use peers::{FILLING, FLIGHT, HEALTH, Peers, ROUTE};
+pub use peers::{FILLING, FLIGHT, HEALTH, Only, Peers, ROUTE};
 pub use plan::ClusterPlan;
 pub use probe::HttpProbe;
 pub use purge::Purge;

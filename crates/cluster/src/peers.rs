@@ -13,6 +13,7 @@ use crate::{
     probe::peer_options,
     secret::{Asked, PROOF, Secrets},
 };
+use bytes::{Bytes, BytesMut};
 use castier_blob::Digest;
 use castier_cache::{Answer, Ask, Fault, Incoming, Limit, Put, Source, Stat, Upload};
 use castier_config as config;
@@ -355,6 +356,52 @@ impl Peers {
             };
             peer.upstream.finish(session, &connection).await;
             answered
+        };
+        self.in_time(member, self.stall_timeout, asked).await
+    }
+
+    /// The size of a blob that this member keeps or has in its outbox; `None` if it has not. It asks nobody.
+    ///
+    /// # Errors
+    /// The member did not answer.
+    pub async fn kept_size(&self, member: &Member, digest: &Digest) -> Result<Option<u64>, Fault> {
+        let peer = self.peer(member);
+        let mut request = peer.upstream.request(Method::HEAD, &wire::blob_path(digest))?;
+        insert(&mut request, header::CACHE_CONTROL, ONLY_IF_CACHED)?;
+        let asked = async {
+            let (session, connection) = peer.upstream.exchange(&request, &[]).await?;
+            let head = session.resp_header().ok_or_else(|| peer.upstream.unusable("no head"))?;
+            let size = match head.status {
+                StatusCode::OK => Ok(size_of(head, digest)),
+                StatusCode::GATEWAY_TIMEOUT => Ok(None),
+                status => Err(peer.upstream.unusable(format!("status {}", status.as_u16()))),
+            };
+            peer.upstream.finish(session, &connection).await;
+            size
+        };
+        self.in_time(member, self.stall_timeout, asked).await
+    }
+
+    /// A short answer of this member to a GET, of at most `most` bytes: its status, headers and body.
+    ///
+    /// # Errors
+    /// The member did not answer, or with more bytes.
+    pub async fn get(&self, member: &Member, path: &str, most: usize) -> Result<(StatusCode, HeaderMap, Bytes), Fault> {
+        let peer = self.peer(member);
+        let request = peer.upstream.request(Method::GET, path)?;
+        let asked = async {
+            let (mut session, connection) = peer.upstream.exchange(&request, &[]).await?;
+            let head = session.resp_header().ok_or_else(|| peer.upstream.unusable("no head"))?;
+            let (status, headers) = (head.status, head.headers.clone());
+            let mut body = BytesMut::new();
+            while let Some(part) = session.read_body_bytes().await.map_err(|error| peer.upstream.fault(&error))? {
+                body.extend_from_slice(&part);
+                if body.len() > most {
+                    return Err(peer.upstream.unusable(format!("an answer of more than {most} bytes")));
+                }
+            }
+            peer.upstream.finish(session, &connection).await;
+            Ok((status, headers, body.freeze()))
         };
         self.in_time(member, self.stall_timeout, asked).await
     }

@@ -16,7 +16,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// # Errors
 /// A text with the other answer, or the reason why there is none.
 pub(crate) fn health_check(url: &str) -> Result<(), String> {
-    ask(url, 12).map(drop)
+    ask("GET", url, 12).map(drop)
 }
 
 /// Sends a GET to this `http://` URL, and returns the body of a 2xx.
@@ -24,13 +24,25 @@ pub(crate) fn health_check(url: &str) -> Result<(), String> {
 /// # Errors
 /// A text with the other answer, or the reason why there is none.
 pub fn get(url: &str) -> Result<String, String> {
-    let answer = ask(url, MOST)?;
+    body("GET", url)
+}
+
+/// Sends a POST without a body to this `http://` URL, and returns the body of a 2xx.
+///
+/// # Errors
+/// As [`get`].
+pub fn post(url: &str) -> Result<String, String> {
+    body("POST", url)
+}
+
+fn body(method: &str, url: &str) -> Result<String, String> {
+    let answer = ask(method, url, MOST)?;
     let end = answer.windows(4).position(|end| end == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
     Ok(String::from_utf8_lossy(&answer[end..]).into_owned())
 }
 
-/// The answer to a GET, of which at most `most` bytes are read.
-fn ask(url: &str, most: usize) -> Result<Vec<u8>, String> {
+/// The answer to a request without a body, of which at most `most` bytes are read.
+fn ask(method: &str, url: &str, most: usize) -> Result<Vec<u8>, String> {
     let rest = url.strip_prefix("http://").ok_or_else(|| format!("{url}: write http://HOST:PORT/healthz"))?;
     let (authority, path) = rest.find('/').map_or((rest, "/healthz"), |slash| rest.split_at(slash));
     let with_port = if authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) {
@@ -46,7 +58,10 @@ fn ask(url: &str, most: usize) -> Result<Vec<u8>, String> {
             match TcpStream::connect_timeout(&address, left()) {
                 Ok(mut stream) => {
                     stream.set_write_timeout(Some(left()))?;
-                    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n").as_bytes())?;
+                    stream.write_all(
+                        format!("{method} {path} HTTP/1.1\r\nHost: {authority}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                            .as_bytes(),
+                    )?;
                     let mut line = Vec::new();
                     while line.len() < most {
                         stream.set_read_timeout(Some(left()))?;

@@ -21,7 +21,10 @@ impl Handlers {
             Some(Selection::NotModified | Selection::Unsatisfiable) => Part::Bytes(0..0),
         };
         let cache = &self.node.cache;
-        let hit = if matches!(self.asks, Asks::Peers { .. }) && peer::only_if_cached(request.headers) {
+        // What is in this node's outbox is here, though no tier may keep it.
+        let kept_only =
+            matches!(self.asks, Asks::Peers { .. }) && peer::only_if_cached(request.headers) && self.node.pending(digest).is_none();
+        let hit = if kept_only {
             match cache.kept(digest, part).await {
                 Some(hit) => Some(hit),
                 None => return Ok(Reply::not_kept()),
@@ -54,7 +57,7 @@ impl Handlers {
 
     pub(super) async fn head(&self, request: &Request<'_>, digest: &Digest) -> Result<Reply, Fault> {
         if matches!(self.asks, Asks::Peers { .. }) && peer::only_if_cached(request.headers) {
-            return Ok(peer::known(&self.node.cache, digest).await);
+            return Ok(peer::known(&self.node, digest).await);
         }
         let select = |size: u64| select(request.method, request.headers, digest, size);
         Ok(match self.node.stat(digest, self.asker()).await? {

@@ -4,9 +4,9 @@
 //! the two nodes have different rings. Nothing is relayed.
 
 use super::{Handlers, Request};
-use crate::reply::Reply;
+use crate::{node::Node, outboxes, reply::Reply};
 use castier_blob::Digest;
-use castier_cache::{Cache, Fault, Via};
+use castier_cache::{Fault, SourceKind, Via};
 use castier_cluster::{FILLING, FLIGHT, HEALTH, Members, NODE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,9 +40,17 @@ impl Handlers {
             self.node.cache.stored(&digest);
             return Ok(Reply::done());
         }
+        if let Some(outbox) = self.node.outbox.as_ref().filter(|_| *method == Method::GET) {
+            if path == outboxes::STATE {
+                return Ok(outboxes::answer_state(outbox));
+            }
+            if let Some(name) = path.strip_prefix(outboxes::ENTRY) {
+                return outboxes::answer_entry(outbox, name).await;
+            }
+        }
         Ok(match *method {
             Method::GET if path == HEALTH => health(members, leaving),
-            _ => Reply::error(StatusCode::NOT_FOUND, "here are blobs, /purge/<digest>, /stored/<digest> and /healthz"),
+            _ => Reply::error(StatusCode::NOT_FOUND, "here are blobs, /purge/<digest>, /stored/<digest>, /outbox and /healthz"),
         })
     }
 }
@@ -65,8 +73,12 @@ pub(super) fn only_if_cached(headers: &HeaderMap) -> bool {
     values.flat_map(|value| value.split(',')).any(|directive| directive.trim().eq_ignore_ascii_case("only-if-cached"))
 }
 
-/// The answer to `HEAD` with `only-if-cached`: whether a tier keeps the blob, and if not, whether a flight is loading it.
-pub(super) async fn known(cache: &Cache, digest: &Digest) -> Reply {
+/// The answer to `HEAD` with `only-if-cached`: whether a tier or the outbox has the blob, and if not, whether a flight is loading it.
+pub(super) async fn known(node: &Node, digest: &Digest) -> Reply {
+    let cache = &node.cache;
+    if let Some(pending) = node.pending(digest) {
+        return Reply::size(digest, pending.size, Via::asked(SourceKind::Origin));
+    }
     match cache.kept_size(digest).await {
         Some((size, tier)) => Reply::size(digest, size, Via::Tier(tier)),
         None => {

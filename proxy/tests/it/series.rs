@@ -227,6 +227,14 @@ const ELSEWHERE_TESTED: &[(&str, &str)] = &[
     ("castier_bucket_max_requests", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),
     ("castier_bucket_throttled_total", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),
     ("castier_bucket_uploads_aborted_total", "protocols, an_upload_that_fails_leaves_nothing: a bucket"),
+    ("castier_outbox_blobs", "protocols, uploads_go_on_while_the_store_is_down: a bucket"),
+    ("castier_outbox_entries", "protocols, uploads_go_on_while_the_store_is_down: a bucket"),
+    ("castier_outbox_bytes", "protocols, uploads_go_on_while_the_store_is_down: a bucket"),
+    ("castier_outbox_capacity_bytes", "protocols, uploads_go_on_while_the_store_is_down: a bucket"),
+    ("castier_outbox_oldest_seconds", "protocols, uploads_go_on_while_the_store_is_down: a bucket"),
+    ("castier_outbox_uploads_total", "protocols, uploads_go_on_while_the_store_is_down: a bucket"),
+    ("castier_outbox_refused_total", "protocols, a_full_outbox_and_a_broken_disk_are_507: a bucket"),
+    ("castier_outbox_lost_total", "outbox, damaged_bytes_are_named_and_do_not_hold_up_the_rest: a damaged disk"),
 ];
 
 /// All of castier-origin's.

@@ -17,6 +17,7 @@ mod nix;
 mod npm;
 mod object_store;
 mod oci;
+mod outbox;
 mod pack;
 mod pypi;
 mod races;

@@ -27,17 +27,17 @@ const SECRET: &str = "the-secret";
 const MIB: usize = 1 << 20;
 
 /// A running SeaweedFS with an empty bucket named `blobs`, and a proxy before it.
-struct Weed {
+pub(crate) struct Weed {
     process: Running,
-    dir: TempDir,
+    pub(crate) dir: TempDir,
     curl: PathBuf,
     /// The store itself.
     direct: String,
-    proxy: Upstream,
+    pub(crate) proxy: Upstream,
 }
 
 impl Weed {
-    fn start() -> Option<Self> {
+    pub(crate) fn start() -> Option<Self> {
         let (weed, curl) = (tool("weed")?, tool("curl")?);
         let dir = TempDir::new().unwrap();
         let keys = format!(
@@ -83,7 +83,7 @@ impl Weed {
     }
 
     /// A signed request to the store itself: status and body.
-    fn curl(&self, method: &str, target: &str, body: &[u8]) -> (u16, Vec<u8>) {
+    pub(crate) fn curl(&self, method: &str, target: &str, body: &[u8]) -> (u16, Vec<u8>) {
         let (sent, got) = (self.dir.path().join("sent"), self.dir.path().join("got"));
         fs::write(&sent, body).unwrap();
         let _ = fs::remove_file(&got);
@@ -92,6 +92,8 @@ impl Weed {
             .arg(format!("{KEY}:{SECRET}"));
         if method == "PUT" {
             curl.args(["-T", "sent"]);
+        } else if method == "HEAD" {
+            curl.arg("-I");
         } else {
             curl.args(["-X", method]);
         }
@@ -99,7 +101,7 @@ impl Weed {
         (status.trim().parse().unwrap(), fs::read(&got).unwrap_or_default())
     }
 
-    fn config(&self, more: &str) -> String {
+    pub(crate) fn config(&self, more: &str) -> String {
         self.config_as("s3://blobs", KEY, more)
     }
 
@@ -114,7 +116,7 @@ impl Weed {
     }
 
     /// Has asked the bucket what it may do there: that is not counted.
-    fn castier(&self, more: &str) -> Castier {
+    pub(crate) fn castier(&self, more: &str) -> Castier {
         self.take();
         let castier = castier(&self.config(more));
         let is_end = |seen: &Seen| seen.method == "DELETE" && seen.target.contains("castier-check");
@@ -124,7 +126,7 @@ impl Weed {
     }
 
     /// The requests that reached the store since the last time, without queries.
-    fn take(&self) -> Vec<String> {
+    pub(crate) fn take(&self) -> Vec<String> {
         self.proxy.take().iter().map(line).collect()
     }
 }

@@ -4,7 +4,7 @@
 
 use rustix::{
     net::{AddressFamily, SocketType, bind, getsockname, socket, sockopt::set_socket_reuseaddr},
-    process::{Pid, Signal, kill_process_group},
+    process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process_group, prlimit},
 };
 use std::{
     collections::BTreeMap,
@@ -314,6 +314,17 @@ impl Castier {
         self.process.stop();
         let public = self.public.to_string();
         Self::start(self.dir, &public, config)
+    }
+
+    /// Kills it at once (SIGKILL).
+    pub(crate) fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// The most bytes of each file that it writes from now on.
+    pub(crate) fn limit_file_sizes(&self, bytes: Option<u64>) {
+        let limit = Rlimit { current: bytes, maximum: getrlimit(Resource::Fsize).maximum };
+        prlimit(Some(Pid::from_child(&self.process.child)), Resource::Fsize, limit).unwrap();
     }
 
     pub(crate) fn url(&self) -> String {
