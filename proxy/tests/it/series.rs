@@ -227,6 +227,11 @@ const ELSEWHERE_TESTED: &[(&str, &str)] = &[
     ("castier_bucket_max_requests", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),
     ("castier_bucket_throttled_total", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),
     ("castier_bucket_uploads_aborted_total", "protocols, an_upload_that_fails_leaves_nothing: a bucket"),
+    ("castier_events_delivered_total", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
+    ("castier_events_failures_total", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
+    ("castier_events_pending", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
+    ("castier_events_oldest_seconds", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
+    ("castier_events_sink_up", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
 ];
 
 /// All of castier-origin's.
