@@ -1,14 +1,20 @@
 //! Checks the values that could be read: their ranges, and whether they fit together.
 
 use crate::{
-    Castier, Cluster, Config, Disk, EventSink, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp, Problems, Route,
-    Size, Span, address::Address, cluster::check_cluster, events::check_events, file::first_byte, route::check_routes,
+    Castier, Cluster, Config, Disk, EventSink, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp,
+    Problems, Route, Size, Span, address::Address, cluster::check_cluster, events::check_events, file::first_byte, route::check_routes,
 };
 use url::Url;
 
 impl Config for Castier {
     fn complete() -> Self {
-        Self { disk: Some(Disk::default()), cluster: Some(Cluster::example()), route: vec![Route::complete()], events: vec![EventSink::complete()], ..Self::default() }
+        Self {
+            disk: Some(Disk::default()),
+            cluster: Some(Cluster::example()),
+            route: vec![Route::complete()],
+            events: vec![EventSink::complete()],
+            ..Self::default()
+        }
     }
 
     fn one_or_many() -> &'static [&'static str] {

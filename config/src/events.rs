@@ -390,7 +390,8 @@ fn check_transport(sink: &EventSink, url: &SinkUrl, key: &impl Fn(&str) -> Strin
             problems.add(key("secret_file"), why);
         }
         if is_set(&sink.credentials_file) {
-            problems.add(key("credentials_file"), "is for NATS and RabbitMQ; leave it out, since secret_file signs the requests to a webhook");
+            problems
+                .add(key("credentials_file"), "is for NATS and RabbitMQ; leave it out, since secret_file signs the requests to a webhook");
         }
     } else {
         if is_set(&sink.secret_file) {
@@ -417,7 +418,10 @@ fn check_transport(sink: &EventSink, url: &SinkUrl, key: &impl Fn(&str) -> Strin
             && let Err(error) = first_byte(&sink.ca_file)
         {
             let path = sink.ca_file.display();
-            problems.add(key("ca_file"), format!("{path} cannot be read ({error}); name a PEM file, or write \"\" for the system's certificates"));
+            problems.add(
+                key("ca_file"),
+                format!("{path} cannot be read ({error}); name a PEM file, or write \"\" for the system's certificates"),
+            );
         }
     }
 }

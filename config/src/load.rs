@@ -198,7 +198,8 @@ fn note_lines(table: &DeTable<'_>, section: &str, line_at: &impl Fn(usize) -> us
 fn make_list(table: &mut Table, lines: &mut Lines, list: &str) -> bool {
     let Some(section) = table.get_mut(list).filter(|value| value.is_table()) else { return false };
     *section = Value::Array(vec![section.clone()]);
-    let own = |key: &str| key.strip_prefix(list).filter(|rest| rest.is_empty() || rest.starts_with('.')).map(|rest| format!("{list}[0]{rest}"));
+    let own =
+        |key: &str| key.strip_prefix(list).filter(|rest| rest.is_empty() || rest.starts_with('.')).map(|rest| format!("{list}[0]{rest}"));
     let more: Vec<_> = lines.iter().filter_map(|(key, line)| Some((own(key)?, *line))).collect();
     lines.extend(more);
     true
@@ -236,6 +237,9 @@ fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String
     let defaults = to_table(&C::complete());
     let known: BTreeMap<_, _> = leaves(&defaults).into_iter().map(|(key, value)| (variable_name(&key), (key, value))).collect();
     let names = || known.keys().map(String::as_str);
+    let is_of = |name: &str, list: &str| name.starts_with(&format!("{}__0__", variable_name(list)));
+    let may_be_short = |name: &&str| C::one_or_many().iter().any(|list| is_of(name, list));
+    let short: Vec<_> = names().filter(may_be_short).map(|name| name.replacen("__0__", "__", 1)).collect();
     let mut variables = BTreeMap::new();
     let mut env: Vec<_> = env.filter(|(name, _)| name.starts_with(PREFIX)).map(|(name, text)| (numbered(&name), name, text)).collect();
     // A new section stands behind those that are there, so the one with the lower number comes first. Of two pairs with one name the later one
@@ -243,7 +247,8 @@ fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String
     env.sort_by_key(|((_, number), _, _)| *number);
     for ((like, number), name, text) in env {
         // `CASTIER_EVENTS__URL` is that of the first section.
-        let first = |list: &&str| like.strip_prefix(&variable_name(list))?.strip_prefix("__").map(|rest| variable_name(list) + "__0__" + rest);
+        let first =
+            |list: &&str| like.strip_prefix(&variable_name(list))?.strip_prefix("__").map(|rest| variable_name(list) + "__0__" + rest);
         let first = C::one_or_many().iter().find_map(first).filter(|first| known.contains_key(first));
         let like = first.unwrap_or(like);
         if let Some((key, default)) = known.get(&like) {
@@ -261,7 +266,7 @@ fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String
         } else if let Some(without) = names().find(|known| known.replacen("__0__", "__", 1) == name) {
             problems.add(name, unknown("variable", Some(without)));
         } else if name.contains("__") {
-            let meant = suggestion(&like, names(), "__").map(|meant| with_number(meant, number));
+            let meant = suggestion(&like, names().chain(short.iter().map(String::as_str)), "__").map(|meant| with_number(meant, number));
             problems.add(name, unknown("variable", meant.as_deref()));
         } else if !is_of_kubernetes(&name)
             && let Some(meant) = resembling(&name, names())

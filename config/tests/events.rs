@@ -36,7 +36,9 @@ fn nats(host: &str) -> EventSink {
 #[test]
 fn one_section_needs_no_number() {
     let one = [nats("h")];
-    for text in ["[disk]\n[events]\nurl = \"nats://h\"", "[disk]\n[[events]]\nurl = \"nats://h\"", "disk = {}\nevents = { url = \"nats://h\" }"] {
+    for text in
+        ["[disk]\n[events]\nurl = \"nats://h\"", "[disk]\n[[events]]\nurl = \"nats://h\"", "disk = {}\nevents = { url = \"nats://h\" }"]
+    {
         assert_eq!(read(text, &[]).unwrap().config.events, one, "{text}");
     }
     for name in ["CASTIER_EVENTS__URL", "CASTIER_EVENTS__0__URL"] {
@@ -64,7 +66,7 @@ fn several_sections_and_their_variables() {
     assert_eq!(sinks, expected);
     assert_eq!(sinks.iter().map(EventSink::name).collect::<Vec<_>>(), ["a", "two", "c"]);
     assert_eq!(wrong(text, &[("CASTIER_EVENTS__5__URL", "nats://c")]).len(), 1);
-    assert!(wrong(text, &[("CASTIER_EVENTS__URLS", "nats://c")])[0].contains("CASTIER_EVENTS__0__URL"));
+    assert!(wrong(text, &[("CASTIER_EVENTS__URLS", "nats://c")])[0].contains("CASTIER_EVENTS__URL"));
 }
 
 /// A key is called as it was written.
@@ -75,7 +77,10 @@ fn problems_name_the_key_as_it_was_written() {
     assert_eq!(told("[disk]\n[events]\nurl = \"ftp://h\"", &[]), format!("3: events.url: {scheme}"));
     assert_eq!(told("[disk]\n[[events]]\nurl = \"ftp://h\"", &[]), format!("3: events[0].url: {scheme}"));
     assert_eq!(told("[disk]", &[("CASTIER_EVENTS__URL", "ftp://h")]), format!("events.url (set by CASTIER_EVENTS__URL): {scheme}"));
-    assert_eq!(told("[disk]", &[("CASTIER_EVENTS__0__URL", "ftp://h")]), format!("events[0].url (set by CASTIER_EVENTS__0__URL): {scheme}"));
+    assert_eq!(
+        told("[disk]", &[("CASTIER_EVENTS__0__URL", "ftp://h")]),
+        format!("events[0].url (set by CASTIER_EVENTS__0__URL): {scheme}")
+    );
     assert!(told("[disk]\n[events]\nurls = \"nats://h\"", &[]).contains("3: events.urls: "));
     assert_eq!(
         told("[events]\nurl = \"nats://h\"", &[]),

@@ -430,9 +430,13 @@ fn limits(kind: &str, default: Option<&Value>) -> (Vec<String>, Vec<String>) {
     match (kind, kind.split_once(" to ")) {
         ("true or false" | "list" | "list or table" | "list of HOST:PORT", _) => (texts(&["1"]), Vec::new()),
         ("list of HOST or HOST:PORT" | "list of header names", _) => (texts(&["1", "[\"a b\"]"]), texts(&["[]", "[\"a\", \"a-b\"]"])),
-        ("list of `stored`, `deleted` and `corrupt`", _) => (texts(&["1", "[\"nowhere\"]"]), texts(&["[\"stored\", \"deleted\"]", "[\"corrupt\"]"])),
+        ("list of `stored`, `deleted` and `corrupt`", _) => {
+            (texts(&["1", "[\"nowhere\"]"]), texts(&["[\"stored\", \"deleted\"]", "[\"corrupt\"]"]))
+        }
         ("HOST:PORT" | "URL" | "path template" | "key template" | "path without / at its end", _) => (texts(&["\"nowhere\""]), Vec::new()),
-        ("HOST or HOST:PORT" | "header name" | "name of a registry" | "name of a receiver" | "subject", _) => (texts(&["\"a b\""]), Vec::new()),
+        ("HOST or HOST:PORT" | "header name" | "name of a registry" | "name of a receiver" | "subject", _) => {
+            (texts(&["\"a b\""]), Vec::new())
+        }
         (choice, _) if choice.starts_with('`') => {
             // `one`, `two` or `three`
             let accepted = choice.split('`').skip(1).step_by(2).map(|one| format!("{one:?}"));

@@ -111,7 +111,11 @@ impl Dispatcher {
     fn wanted(&self, sequence: u64, json: Vec<u8>) -> Option<Record> {
         let Some(envelope) = Envelope::of(&json) else {
             self.series.failures.inc();
-            tracing::error!(sink = self.name, sequence, "an event in the journal cannot be read, and is left out: this is a bug; please report it");
+            tracing::error!(
+                sink = self.name,
+                sequence,
+                "an event in the journal cannot be read, and is left out: this is a bug; please report it"
+            );
             return None;
         };
         let wanted = envelope.kind.is_none_or(|kind| self.types.contains(&kind));
@@ -176,8 +180,12 @@ impl Dispatcher {
         self.trouble = Some(kind);
         let (sink, url, waiting, error) = (&self.name, &self.url, self.series.position.pending(), failure.to_string());
         match failure {
-            Failure::Unreachable(_) => tracing::warn!(sink, url, waiting, error, "events wait: their receiver cannot be reached; castier goes on trying"),
-            Failure::Refused(_) => tracing::warn!(sink, url, waiting, error, "events wait: their receiver does not take them; castier goes on trying"),
+            Failure::Unreachable(_) => {
+                tracing::warn!(sink, url, waiting, error, "events wait: their receiver cannot be reached; castier goes on trying")
+            }
+            Failure::Refused(_) => {
+                tracing::warn!(sink, url, waiting, error, "events wait: their receiver does not take them; castier goes on trying")
+            }
             Failure::Journal(_) => tracing::error!(sink, error, "events wait: their journal in disk.path cannot be used; look at the disk"),
         }
     }

@@ -100,7 +100,10 @@ struct Waiting {
 impl Waiting {
     fn new(positions: Vec<Arc<Position>>) -> Result<Self, prometheus::Error> {
         let pending = Opts::new("castier_events_pending", "Events of the journal that a receiver has not acknowledged yet");
-        let oldest = Opts::new("castier_events_oldest_seconds", "How long the oldest event has waited that a receiver has not acknowledged; 0: none waits");
+        let oldest = Opts::new(
+            "castier_events_oldest_seconds",
+            "How long the oldest event has waited that a receiver has not acknowledged; 0: none waits",
+        );
         Ok(Self { pending: IntGaugeVec::new(pending, &SINK)?, oldest: GaugeVec::new(oldest, &SINK)?, positions })
     }
 }

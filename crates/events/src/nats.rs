@@ -85,7 +85,8 @@ impl Sink for Nats {
             Err(error) if error.kind() == PublishErrorKind::StreamNotFound => {
                 self.context = Some(context);
                 let subject = &self.config.subject;
-                Failure::Refused(format!("no stream takes the subject {subject:?}; create one: nats stream add --subjects {subject}")).into()
+                Failure::Refused(format!("no stream takes the subject {subject:?}; create one: nats stream add --subjects {subject}"))
+                    .into()
             }
             // The stream is full, for example.
             Err(error) if error.kind() == PublishErrorKind::Other => {

@@ -28,8 +28,16 @@ mod stderr;
 use line::Line;
 
 /// The modules whose own modules `log.level` can name by their last word alone.
-const PARENTS: [&str; 8] =
-    ["castier", "castier::handlers", "castier_cache", "castier_cluster", "castier_events", "castier_origin", "castier_serverkit", "castier_upstream"];
+const PARENTS: [&str; 8] = [
+    "castier",
+    "castier::handlers",
+    "castier_cache",
+    "castier_cluster",
+    "castier_events",
+    "castier_origin",
+    "castier_serverkit",
+    "castier_upstream",
+];
 
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]

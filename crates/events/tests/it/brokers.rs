@@ -133,7 +133,9 @@ impl Broker {
                 fs::write(dir.join("rabbitmq.conf"), config).unwrap();
                 fs::write(dir.join("plugins"), "[].").unwrap();
                 let (_, epmd) = self.epmd.as_ref().unwrap();
-                command.env("RABBITMQ_NODENAME", format!("castier{}@localhost", self.port)).env("RABBITMQ_CONFIG_FILE", dir.join("rabbitmq.conf"));
+                command
+                    .env("RABBITMQ_NODENAME", format!("castier{}@localhost", self.port))
+                    .env("RABBITMQ_CONFIG_FILE", dir.join("rabbitmq.conf"));
                 command.env("RABBITMQ_MNESIA_BASE", dir.join("data")).env("RABBITMQ_LOG_BASE", dir.join("log"));
                 command.env("RABBITMQ_ENABLED_PLUGINS_FILE", dir.join("plugins")).env("RABBITMQ_PID_FILE", dir.join("pid"));
                 command.env("RABBITMQ_DIST_PORT", free_port().to_string()).env("RABBITMQ_CONF_ENV_FILE", dir.join("none"));
@@ -294,7 +296,8 @@ async fn over_tls(broker: Broker, url: &str, authority: &Path, password: &str) {
     broker.create_queue_over(authority).await;
     let credentials_file = broker.dir.path().join("credentials");
     fs::write(&credentials_file, format!("{password}\n")).unwrap();
-    let good = EventSink { url: url.parse().ok(), name: "good".into(), ca_file: authority.into(), credentials_file, ..EventSink::default() };
+    let good =
+        EventSink { url: url.parse().ok(), name: "good".into(), ca_file: authority.into(), credentials_file, ..EventSink::default() };
     let bad = EventSink { ca_file: PathBuf::new(), name: "bad".into(), ..good.clone() };
     let wrong_file = broker.dir.path().join("wrong");
     fs::write(&wrong_file, "castier:wrong").unwrap();

@@ -108,7 +108,7 @@ impl Started {
         let families = self.registry.gather();
         let family = families.iter().find(|family| family.name() == name).unwrap_or_else(|| panic!("no {name}"));
         let metric = family.get_metric().iter().find(|metric| metric.get_label()[0].value() == sink).unwrap();
-        metric.get_counter().value() + metric.get_gauge().value()
+        metric.get_counter().get_value() + metric.get_gauge().get_value()
     }
 
     pub(crate) fn failures(&self, sink: &str) -> f64 {
@@ -148,9 +148,10 @@ pub(crate) fn tool(name: &str) -> Option<PathBuf> {
     let tools = env::var_os("CASTIER_TEST_TOOLS").map_or_else(beside, PathBuf::from);
     let own = ["bin", "venv/bin"].map(|folder| tools.join(folder)).into_iter();
     let path = env::var_os("PATH").unwrap_or_default();
-    let found = own.chain(env::split_paths(&path)).chain(["/usr/sbin".into()]).find_map(|folder| {
-        Some(folder.join(name)).filter(|file| file.is_file())
-    });
+    let found = own
+        .chain(env::split_paths(&path))
+        .chain(["/usr/sbin".into()])
+        .find_map(|folder| Some(folder.join(name)).filter(|file| file.is_file()));
     if found.is_none() {
         skip(&format!("{name} is not installed (scripts/setup-tests installs it)"));
     }
