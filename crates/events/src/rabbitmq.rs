@@ -46,14 +46,34 @@ struct Open {
 /// Ends the connection when it is dropped. The thread that `lapin` has for a connection waits for the broker's goodbye, and a broker that hangs
 /// says none.
 #[derive(Default)]
-struct Socket(Arc<Mutex<Option<TcpStream>>>);
+struct Socket(Arc<Mutex<SocketState>>);
+
+#[derive(Default)]
+enum SocketState {
+    #[default]
+    Connecting,
+    Connected(TcpStream),
+    /// Nobody waits for the connection any more.
+    Ended,
+}
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if let Some(socket) = self.0.lock().take() {
+        if let SocketState::Connected(socket) = std::mem::replace(&mut *self.0.lock(), SocketState::Ended) {
             // Fails if the connection has ended, which is as good.
             socket.shutdown(Shutdown::Both).ok();
         }
+    }
+}
+
+impl SocketState {
+    /// Refuses a connection that comes too late, since nobody would end it.
+    fn connected(&mut self, socket: TcpStream) -> io::Result<()> {
+        if matches!(self, Self::Ended) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        *self = Self::Connected(socket);
+        Ok(())
     }
 }
 
@@ -88,7 +108,7 @@ impl RabbitMq {
             let connecting = async move {
                 let host = uri.authority.host.as_str();
                 let stream = tokio::net::TcpStream::connect((host, uri.authority.port)).await?.into_std()?;
-                *slot.lock() = Some(stream.try_clone()?);
+                slot.lock().connected(stream.try_clone()?)?;
                 let plain = AsyncTcpStream::Plain(Compat::new(tokio::net::TcpStream::from_std(stream)?));
                 match uri.scheme {
                     AMQPScheme::AMQP => Ok(plain),
