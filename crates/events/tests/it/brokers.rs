@@ -32,6 +32,18 @@ impl Group {
     fn signal(&self, signal: Signal) {
         let _ = kill_process_group(Pid::from_child(&self.0), signal);
     }
+
+    /// A signal takes a while: whether all processes have stopped.
+    fn is_stopped(&self) -> bool {
+        let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("stat")).ok());
+        // `PID (NAME) STATE PARENT GROUP …`
+        let states = processes.filter_map(|stat| {
+            let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+            let (state, _, group) = (fields.next()?.to_owned(), fields.next()?, fields.next()?.parse::<u32>().ok()?);
+            (group == self.0.id()).then_some(state)
+        });
+        states.into_iter().all(|state| state == "T")
+    }
 }
 
 impl Drop for Group {
@@ -240,6 +252,7 @@ async fn survives_everything(mut broker: Broker) {
     // 2. The broker hangs, with its connections open. The timeout notices that.
     let failures = started.failures("broker");
     broker.signal(Signal::STOP);
+    eventually("the broker has stopped", async || broker.process.as_ref().unwrap().is_stopped()).await;
     journal.append(1000);
     eventually("the timeout is noticed", async || started.failures("broker") >= failures + 2.0).await;
     assert_eq!(journal.at("broker"), 1000);
