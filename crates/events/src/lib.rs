@@ -1,6 +1,6 @@
 //! Tells others of blobs: webhooks, NATS JetStream and RabbitMQ get a CloudEvent for each blob that was stored, deleted or found corrupt.
 //!
-//! - [`Event`]: the CloudEvent. Whoever appends to the journal makes it.
+//! - [`Event`]: the CloudEvent, which the outbox appends to the journal.
 //! - [`Journal`]: where events wait, with a cursor for each receiver. This crate reads it; the outbox implements it.
 //! - [`start`]: a task for each receiver (`dispatcher.rs`), which delivers in order, and advances the cursor only behind what was acknowledged. So
 //!   each event is delivered at least once, and a receiver that is away holds up neither requests nor other receivers.

@@ -113,7 +113,7 @@ impl Server {
 fn sink(dir: &TempDir, url: String) -> EventSink {
     let secret_file = dir.path().join("secret");
     fs::write(&secret_file, SECRET).unwrap();
-    EventSink { url: url.parse().ok(), name: "hook".into(), secret_file, timeout: Span::millis(500), ..EventSink::default() }
+    EventSink { url: url.parse().ok(), name: "hook".into(), secret_file, timeout: Span::secs(5), ..EventSink::default() }
 }
 
 /// Every failure is followed by another attempt with the same event, and no event is left out.
