@@ -56,9 +56,12 @@ impl Dispatcher {
         let mut pauses = pauses();
         loop {
             let finish = self.finish.clone();
+            // Looked at before the journal is read. Otherwise: 1. the round reads, and finds nothing; 2. an event is appended; 3. castier is told
+            // to end; 4. the dispatcher would end, and leave the event for the next start.
+            let finishing = finish.is_cancelled();
             match self.round().await {
                 Ok(true) => pauses = self::pauses(),
-                Ok(false) if finish.is_cancelled() => break,
+                Ok(false) if finishing => break,
                 Ok(false) => tokio::select! {
                     () = self.more() => {}
                     () = finish.cancelled() => {}
