@@ -1,6 +1,6 @@
 //! The configuration of `castier`, section by section.
 
-use crate::{Cluster, KeyTemplate, Log, OriginUrl, Otlp, Policy, Route, S3, Shutdown, Size, Span, Write, value::path_text};
+use crate::{Cluster, EventSink, KeyTemplate, Log, OriginUrl, Otlp, Policy, Route, S3, Shutdown, Size, Span, Write, value::path_text};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -43,6 +43,9 @@ pub struct Castier {
     /// `[[route]]`, in the order of the file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub route: Vec<Route>,
+    /// `[[events]]`, in the order of the file; `[events]` for one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub events: Vec<EventSink>,
 }
 
 /// The addresses that castier listens on. `0.0.0.0:PORT` is every interface; with port 0 the system picks a free port.

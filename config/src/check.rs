@@ -1,14 +1,25 @@
 //! Checks the values that could be read: their ranges, and whether they fit together.
 
 use crate::{
-    Castier, Cluster, Config, Disk, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp, Problems, Route,
-    Size, Span, Write, address::Address, cluster::check_cluster, file::first_byte, route::check_routes,
+    Castier, Cluster, Config, Disk, EventSink, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp,
+    Problems, Route, Size, Span, Write, address::Address, cluster::check_cluster, events::check_events, file::first_byte,
+    route::check_routes,
 };
 use url::Url;
 
 impl Config for Castier {
     fn complete() -> Self {
-        Self { disk: Some(Disk::default()), cluster: Some(Cluster::example()), route: vec![Route::complete()], ..Self::default() }
+        Self {
+            disk: Some(Disk::default()),
+            cluster: Some(Cluster::example()),
+            route: vec![Route::complete()],
+            events: vec![EventSink::complete()],
+            ..Self::default()
+        }
+    }
+
+    fn one_or_many() -> &'static [&'static str] {
+        &["events"]
     }
 
     fn log(&self) -> &Log {
@@ -31,6 +42,7 @@ impl Config for Castier {
             otlp,
             shutdown: _,
             route,
+            events,
         } = self;
         check_addresses(&listen.public, &listen.admin, problems);
         let peer = check_address("listen.peer", &listen.peer, problems);
@@ -87,6 +99,7 @@ impl Config for Castier {
             problems.add("listen.external_url", format!("{why}; write \"https://HOST\" or \"http://HOST:PORT/PATH\", or \"\" for none"));
         }
         check_routes(route, listen, cluster.as_ref(), problems);
+        check_events(events, disk.as_ref(), problems);
     }
 }
 

@@ -24,6 +24,11 @@ pub trait Config: Clone + Default + PartialEq + Serialize + DeserializeOwned {
         Self::default()
     }
 
+    /// The lists of sections of which one may be written as a section, without a number: `[events]` for `[[events]]`.
+    fn one_or_many() -> &'static [&'static str] {
+        &[]
+    }
+
     /// The section `[log]`.
     fn log(&self) -> &Log;
 
@@ -105,9 +110,12 @@ fn load_noting<C: Config>(
     env: impl Iterator<Item = (String, String)>,
     check: impl FnOnce(&C, &mut Problems),
 ) -> Result<Loaded<C>, Problems> {
-    let (mut table, lines) = file.map(|file| parse(file, &mut problems)).unwrap_or_default();
+    let (mut table, mut lines) = file.map(|file| parse(file, &mut problems)).unwrap_or_default();
     let file_is_sound = problems.is_empty();
+    let mut single: Vec<_> = C::one_or_many().iter().filter(|list| make_list(&mut table, &mut lines, list)).collect();
     let variables = merge::<C>(&mut table, env.filter(|(_, text)| !text.is_empty()), &mut problems);
+    let by_variable = |list: &str| variables.iter().any(|(key, name)| list_of(key) == Some(list) && !name.contains("__0__"));
+    single.extend(C::one_or_many().iter().filter(|list| by_variable(list)));
     let known: BTreeSet<_> = keys::<C>().into_iter().collect();
     let explicit = leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(&unnumbered(key))).collect();
     let config = read::<C>(table, &mut problems);
@@ -126,6 +134,9 @@ fn load_noting<C: Config>(
         (None, Some(file), Some(line)) => SetBy::File(format!("{}:{line}", file.display())),
         _ => SetBy::Unknown,
     });
+    for list in single {
+        problems.name_as_single(list);
+    }
     match config {
         Some(config) if problems.is_empty() => Ok(Loaded { config, notes: problems.notes(), explicit }),
         _ => Err(problems),
@@ -183,6 +194,17 @@ fn note_lines(table: &DeTable<'_>, section: &str, line_at: &impl Fn(usize) -> us
     }
 }
 
+/// Makes a list of one of a section that may be written without a number. Returns whether it was written so.
+fn make_list(table: &mut Table, lines: &mut Lines, list: &str) -> bool {
+    let Some(section) = table.get_mut(list).filter(|value| value.is_table()) else { return false };
+    *section = Value::Array(vec![section.clone()]);
+    let own =
+        |key: &str| key.strip_prefix(list).filter(|rest| rest.is_empty() || rest.starts_with('.')).map(|rest| format!("{list}[0]{rest}"));
+    let more: Vec<_> = lines.iter().filter_map(|(key, line)| Some((own(key)?, *line))).collect();
+    lines.extend(more);
+    true
+}
+
 const PREFIX: &str = "CASTIER_";
 
 /// The variable of a key: `CASTIER_MEMORY__CAPACITY` for `memory.capacity`, `CASTIER_ROUTE__1__PATH` for `route[1].path`.
@@ -215,12 +237,20 @@ fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String
     let defaults = to_table(&C::complete());
     let known: BTreeMap<_, _> = leaves(&defaults).into_iter().map(|(key, value)| (variable_name(&key), (key, value))).collect();
     let names = || known.keys().map(String::as_str);
+    let is_of = |name: &str, list: &str| name.starts_with(&format!("{}__0__", variable_name(list)));
+    let may_be_short = |name: &&str| C::one_or_many().iter().any(|list| is_of(name, list));
+    let short: Vec<_> = names().filter(may_be_short).map(|name| name.replacen("__0__", "__", 1)).collect();
     let mut variables = BTreeMap::new();
     let mut env: Vec<_> = env.filter(|(name, _)| name.starts_with(PREFIX)).map(|(name, text)| (numbered(&name), name, text)).collect();
     // A new section stands behind those that are there, so the one with the lower number comes first. Of two pairs with one name the later one
     // still is the later one.
     env.sort_by_key(|((_, number), _, _)| *number);
     for ((like, number), name, text) in env {
+        // `CASTIER_EVENTS__URL` is that of the first section.
+        let first =
+            |list: &&str| like.strip_prefix(&variable_name(list))?.strip_prefix("__").map(|rest| variable_name(list) + "__0__" + rest);
+        let first = C::one_or_many().iter().find_map(first).filter(|first| known.contains_key(first));
+        let like = first.unwrap_or(like);
         if let Some((key, default)) = known.get(&like) {
             let key = key.replacen("[0]", &format!("[{number}]"), 1);
             variables.insert(key.clone(), name);
@@ -236,7 +266,7 @@ fn merge<C: Config>(table: &mut Table, env: impl Iterator<Item = (String, String
         } else if let Some(without) = names().find(|known| known.replacen("__0__", "__", 1) == name) {
             problems.add(name, unknown("variable", Some(without)));
         } else if name.contains("__") {
-            let meant = suggestion(&like, names(), "__").map(|meant| with_number(meant, number));
+            let meant = suggestion(&like, names().chain(short.iter().map(String::as_str)), "__").map(|meant| with_number(meant, number));
             problems.add(name, unknown("variable", meant.as_deref()));
         } else if !is_of_kubernetes(&name)
             && let Some(meant) = resembling(&name, names())

@@ -95,6 +95,16 @@ impl Problems {
         !self.subjects().any(|subject| keys.contains(&subject))
     }
 
+    /// Calls the only section of a list by the name of the list: `events.url` for `events[0].url`.
+    pub(crate) fn name_as_single(&mut self, list: &str) {
+        let first = format!("{list}[0]");
+        for problem in self.list.iter_mut().chain(&mut self.notes) {
+            if let Some(rest) = problem.subject.strip_prefix(&first) {
+                problem.subject = format!("{list}{rest}");
+            }
+        }
+    }
+
     /// Says for each problem and note what set the value.
     pub(crate) fn say_who_set(&mut self, set_by: impl Fn(&str) -> SetBy) {
         for problem in self.list.iter_mut().chain(&mut self.notes) {

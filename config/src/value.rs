@@ -224,14 +224,15 @@ impl fmt::Debug for OriginUrl {
     }
 }
 
-/// The text with `***` for user and password, if it is a URL that has them. It works on the text and not on a parsed URL, so that it
-/// masks the secrets of a malformed URL too.
+/// The text with `***` for user and password and for the query, if it is a URL that has them. It works on the text and not on a parsed URL, so
+/// that it masks the secrets of a malformed URL too.
 pub(crate) fn masked(text: &str) -> String {
     let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
-    let authority = rest.find(['/', '?', '#', '\\']).unwrap_or(rest.len());
+    let (rest, query) = rest.split_once('?').map_or((rest, ""), |(rest, _)| (rest, "?***"));
+    let authority = rest.find(['/', '#', '\\']).unwrap_or(rest.len());
     match rest[..authority].rfind('@') {
-        Some(at) => format!("{scheme}://***{}", &rest[at..]),
-        None => text.to_owned(),
+        Some(at) => format!("{scheme}://***{}{query}", &rest[at..]),
+        None => format!("{scheme}://{rest}{query}"),
     }
 }
 
@@ -389,7 +390,8 @@ mod tests {
         for (text, shown) in [
             ("http://u:p@h:1", "http://***@h:1"),
             ("http://u:p@x@h/a@b", "http://***@h/a@b"),
-            ("https://token@h?x=@", "https://***@h?x=@"),
+            ("https://token@h?x=@", "https://***@h?***"),
+            ("https://h/hook?token=hunter2", "https://h/hook?***"),
             ("http://h/a@b", "http://h/a@b"),
             ("embedded:./a@b", "embedded:./a@b"),
             ("a@b", "a@b"),

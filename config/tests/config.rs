@@ -27,7 +27,7 @@ fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {
     lines
 }
 
-/// The example is the default. With its optional sections it has every key. Its routes are examples, and sound ones.
+/// The example is the default. With its optional sections it has every key. Its routes and receivers of events are examples, and sound ones.
 fn example_shows_every_default<C: Config + std::fmt::Debug>(name: &str) {
     let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
     assert_eq!(read::<C>(&example, &[]).unwrap().config, C::default());
@@ -37,9 +37,9 @@ fn example_shows_every_default<C: Config + std::fmt::Debug>(name: &str) {
     let complete = file(&complete.join("\n").replace("10.0.0.", "127.0.0."));
     let loaded = load_offline::<C>(Some(complete.path()), std::iter::empty()).unwrap();
     let differs = changed(&loaded.config, &C::complete());
-    assert!(differs.iter().all(|key| ["cluster.advertise", "cluster.peers", "route"].contains(&key.as_str())), "{differs:?}");
-    let is_set =
-        |key: &str| loaded.is_set(key) || (0..3).any(|number| loaded.is_set(&key.replacen("route", &format!("route[{number}]"), 1)));
+    assert!(differs.iter().all(|key| ["cluster.advertise", "cluster.peers", "route", "events"].contains(&key.as_str())), "{differs:?}");
+    let in_list = |key: &str, list: &str| (0..3).any(|number| loaded.is_set(&key.replacen(list, &format!("{list}[{number}]"), 1)));
+    let is_set = |key: &str| loaded.is_set(key) || in_list(key, "route") || in_list(key, "events");
     let missing: Vec<_> = keys::<C>().into_iter().filter(|key| !is_set(key)).collect();
     assert_eq!(missing, Vec::<String>::new(), "keys that {name} does not show");
 }
@@ -53,9 +53,9 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 110);
+    assert_eq!(keys.len(), 121);
     assert_eq!(&keys[..4], ["allow_delete", "ac_validation", "listen.public", "listen.admin"]);
-    assert_eq!(keys.last().unwrap(), "route.credentials.netrc_file");
+    assert_eq!(keys.last().unwrap(), "events.timeout");
 }
 
 #[test]
@@ -414,7 +414,7 @@ fn printing_masks_secrets_and_nothing_else() {
     let printed = print(&config);
     assert!(printed.contains("url = \"http://***@origin:9000\"") && printed.contains("loki_url = \"https://***@loki/x@y\""), "{printed}");
     assert!(!printed.contains("hunter2") && !format!("{config:?}").contains("hunter2"));
-    let is_optional = |key: &str| ["cluster.", "disk.", "route."].iter().any(|section| key.starts_with(section));
+    let is_optional = |key: &str| ["cluster.", "disk.", "route.", "events."].iter().any(|section| key.starts_with(section));
     let shown = |config: &Castier| print(config).lines().filter(|line| line.contains(" = ")).count();
     assert_eq!(shown(&Castier::complete()), keys::<Castier>().len());
     assert_eq!(shown(&config), keys::<Castier>().iter().filter(|key| !is_optional(key)).count());
@@ -436,8 +436,8 @@ fn one_key_puts_a_section_in_force() {
     assert!(loaded.is_set("disk.capacity") && !loaded.is_set("disk.path"));
     assert_eq!(read::<Castier>("[disk]", &[]).unwrap().config.disk, Castier::complete().disk);
     let changes = changed(&Castier::default(), &Castier::complete());
-    assert_eq!((changes.len(), changes.last().unwrap().as_str()), (24, "route"));
-    assert!(changes[..23].iter().all(|key| key.starts_with("disk.") || key.starts_with("cluster.")), "{changes:?}");
+    assert_eq!((changes.len(), &changes[25..]), (27, &["route".to_owned(), "events".to_owned()][..]));
+    assert!(changes[..25].iter().all(|key| key.starts_with("disk.") || key.starts_with("cluster.")), "{changes:?}");
     assert_eq!(changed(&Castier::complete(), &Castier::default()), changes);
 }
 
@@ -510,7 +510,7 @@ proptest! {
         let loaded = read::<Castier>(&print(&config), &[]).unwrap();
         prop_assert_eq!(&loaded.config, &config);
         let absent = |key: &str| {
-            (!clustered && key.starts_with("cluster.")) || (!disk && key.starts_with("disk.")) || key.starts_with("route.")
+            (!clustered && key.starts_with("cluster.")) || (!disk && key.starts_with("disk.")) || key.starts_with("route.") || key.starts_with("events.")
         };
         prop_assert!(keys::<Castier>().iter().all(|key| loaded.is_set(key) || absent(key)));
 

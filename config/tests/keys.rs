@@ -11,10 +11,10 @@
 //! - Or only ``As [`Struct::field`].``: described there.
 //!
 //! The doc comment of a section's struct is its comment in the example file. A section that can be there several times (`[[route]]`) is shown by
-//! a few examples ([`EXAMPLES`]), and has a line of its own in the table.
+//! a few examples ([`examples`]), and has a line of its own in the table.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
-use castier_config::{Castier, Config, OriginServer, Route, Size, keys, load_offline};
+use castier_config::{Castier, Config, EventSink, OriginServer, Route, Size, keys, load_offline};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
@@ -67,7 +67,7 @@ struct Section {
 
 /// The routes in the example file. Together they have every key, and each of them could be one of a real configuration. The first one shows the
 /// defaults.
-const EXAMPLES: [(&str, &str); 3] = [
+const ROUTES: [(&str, &str); 3] = [
     ("", "protocol = \"oci\"\nupstream = \"https://registry.example\""),
     (
         "A route by hand, with castier's own credentials.",
@@ -76,6 +76,25 @@ const EXAMPLES: [(&str, &str); 3] = [
     ),
     ("A route for Nix.", "protocol = \"nix\"\nupstream = \"https://cache.nixos.org\"\nprefix = \"/nix\"\npriority = 30"),
 ];
+
+/// The receivers of events in the example file, likewise.
+const EVENTS: [(&str, &str); 3] = [
+    ("", "url = \"https://events.example/castier\"\nsecret_file = \"/run/secrets/castier-webhook\""),
+    (
+        "RabbitMQ, with an exchange.",
+        "url = \"amqps://rabbitmq.example/castier\"\nexchange = \"amq.topic\"\ncredentials_file = \"/run/secrets/castier-rabbitmq\"",
+    ),
+    ("NATS, for what is stored.", "url = \"nats://nats.example:4222\"\ntypes = [\"stored\"]"),
+];
+
+/// The examples of a section that can be there several times.
+fn examples(section: &str) -> &'static [(&'static str, &'static str)] {
+    match section {
+        "route" => &ROUTES,
+        "events" => &EVENTS,
+        _ => panic!("teach this test examples of [[{section}]]"),
+    }
+}
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -186,9 +205,13 @@ fn add_section(structs: &Structs, name: &str, place: &Place, complete: &Table, d
                 add_section(structs, &inner.unwrap_or(ty), &place, below, defaults, found);
             }
             Value::Array(items) if items.first().is_some_and(Value::is_table) => {
-                assert_eq!(key, "route", "teach this test the defaults of [[{key}]]");
+                let defaults = match key.as_str() {
+                    "route" => Table::try_from(Route::default()),
+                    "events" => Table::try_from(EventSink::default()),
+                    _ => panic!("teach this test the defaults of [[{key}]]"),
+                };
+                let defaults = defaults.unwrap();
                 let place = Place { name: key, optional: true, repeated: true };
-                let defaults = Table::try_from(Route::default()).unwrap();
                 add_section(structs, &inner.unwrap(), &place, items[0].as_table().unwrap(), &defaults, found);
             }
             _ => {
@@ -268,7 +291,7 @@ fn line(key: &Key, off: &str, value: &Value) -> String {
 fn add_examples(sections: &[&Section], text: &mut String) {
     let name = &sections[0].name;
     let mut described = BTreeSet::new();
-    for (i, (title, example)) in EXAMPLES.iter().enumerate() {
+    for (i, (title, example)) in examples(name).iter().enumerate() {
         let example: Table = example.parse().unwrap();
         let title = if i == 0 { &sections[0].comment } else { *title };
         write!(text, "\n{}#[[{name}]]\n", comment(title)).unwrap();
@@ -360,8 +383,8 @@ fn generated() -> [(&'static str, String); 3] {
     let described = castier.iter().flat_map(|section| &section.keys).map(|key| key.described_at.as_str()).collect();
     let manual = fs::read_to_string(root().join(OPERATIONS)).unwrap();
     let manual = with_table(&manual, "castier", &table(&castier, &BTreeSet::new()));
-    let optional = "\nThe sections [disk], [cluster] and [[route]] are absent by default. To have one, remove the # in front of its name and of \
-                    the keys that you change.";
+    let optional = "\nThe sections [disk], [cluster], [[route]] and [[events]] are absent by default. To have one, remove the # in front of its name \
+                    and of the keys that you change.";
     let header_of_castier = header("castier", "memory.capacity", "CASTIER_MEMORY__CAPACITY") + optional;
     let header_of_origin = header("castier-origin", "store.root", "CASTIER_STORE__ROOT");
     [
@@ -408,8 +431,13 @@ fn limits(kind: &str, default: Option<&Value>) -> (Vec<String>, Vec<String>) {
     match (kind, kind.split_once(" to ")) {
         ("true or false" | "list" | "list or table" | "list of HOST:PORT", _) => (texts(&["1"]), Vec::new()),
         ("list of HOST or HOST:PORT" | "list of header names", _) => (texts(&["1", "[\"a b\"]"]), texts(&["[]", "[\"a\", \"a-b\"]"])),
+        ("list of `stored`, `deleted` and `corrupt`", _) => {
+            (texts(&["1", "[\"nowhere\"]"]), texts(&["[\"stored\", \"deleted\"]", "[\"corrupt\"]"]))
+        }
         ("HOST:PORT" | "URL" | "path template" | "key template" | "path without / at its end", _) => (texts(&["\"nowhere\""]), Vec::new()),
-        ("HOST or HOST:PORT" | "header name" | "name of a registry", _) => (texts(&["\"a b\""]), Vec::new()),
+        ("HOST or HOST:PORT" | "header name" | "name of a registry" | "name of a receiver" | "subject", _) => {
+            (texts(&["\"a b\""]), Vec::new())
+        }
         (choice, _) if choice.starts_with('`') => {
             // `one`, `two` or `three`
             let accepted = choice.split('`').skip(1).step_by(2).map(|one| format!("{one:?}"));
@@ -436,8 +464,20 @@ fn limits(kind: &str, default: Option<&Value>) -> (Vec<String>, Vec<String>) {
     }
 }
 
-/// A file in which one key has this value. For a key of a route: with a route in which the key may be.
+/// A file in which one key has this value. For a key of a route or of a receiver of events: with one in which the key may be.
 fn file_with(key: &str, value: &str) -> (String, String) {
+    if let Some(below) = key.strip_prefix("events.") {
+        let base = match below {
+            "exchange" | "credentials_file" => "url = \"amqp://h\"",
+            _ => "url = \"https://h\"\nsecret_file = \"/x\"",
+        };
+        let mut sink: Table = base.parse().unwrap();
+        sink.extend(format!("{below} = {value}").parse::<Table>().unwrap());
+        return (format!("[disk]\n[[events]]\n{sink}"), format!("events[0].{below}"));
+    }
+    if key == "origin.write" {
+        return (format!("[origin]\nurl = \"s3://b\"\nwrite = {value}\n[disk]"), key.to_owned());
+    }
     let Some(below) = key.strip_prefix("route.") else { return (format!("{key} = {value}"), key.to_owned()) };
     let base = match below {
         "path" | "kind" => "path = \"/{sha256}\"\nkind = \"frozen\"",

@@ -9,6 +9,7 @@ pub mod access_log;
 pub mod admin;
 pub mod connection;
 pub mod descriptors;
+pub mod events;
 mod fast_path;
 pub mod groupcache;
 pub mod handlers;

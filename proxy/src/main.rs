@@ -4,6 +4,7 @@ use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin, Phase},
     descriptors::{Descriptors, Shares},
+    events::OutboxJournal,
     handlers::{Asks, Handlers, relay::Relay},
     listener::{Audience, Front},
     memory_plan,
@@ -19,7 +20,7 @@ use castier_cache::{Budget, Cache, Fault, OneSource, Planner, Source, Spools, St
 use castier_cluster::{ClusterPlan, HttpProbe, Members, Peers, Purge, Secrets};
 use castier_config::{self as config, Castier, Cluster, Limits, OriginUrl, Peer, Write};
 use castier_origin::Origin;
-use castier_outbox::{Others, Outbox, WriteBehind};
+use castier_outbox::{Announced, Others, Outbox, WriteBehind};
 use castier_serverkit::{
     bind::{bind, shown},
     log::{self, Guard},
@@ -152,6 +153,7 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
         exporter
     });
     sockets.announce(&log, embedded.as_ref());
+    let events = parts.start_events(&config)?;
     let listeners = parts.listen(&config, sockets)?;
     let uploader = parts.start_background_tasks(&config, embedded.as_ref(), rotten, origin_stopped)?;
     if let Some(nodes) = &parts.nodes {
@@ -166,7 +168,7 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
     let mut live = Live { config, parts, embedded, log };
     live.reload_until_told_to_end(args, &mut signals).await;
 
-    let ending = end(live, listeners, stop_origin, uploader, exporter);
+    let ending = end(live, listeners, stop_origin, uploader, events, exporter);
     tokio::select! {
         () = ending => {}
         () = signals.end() => tracing::warn!("told to end once more: what is in flight is cut, and blobs that wait to be written are not kept"),
@@ -222,6 +224,8 @@ struct Parts {
     purge: Arc<Purge>,
     routes: Arc<Routes>,
     admin: Arc<Admin>,
+    /// This node's name.
+    name: String,
 }
 
 impl Parts {
@@ -260,7 +264,10 @@ impl Parts {
                 behind.connect(store, others);
                 behind
             }
-            None => store,
+            None => match &outbox {
+                Some(outbox) => Arc::new(Announced::new(store, outbox.clone())),
+                None => store,
+            },
         };
         let planner = planner(store.clone(), peers.clone(), outbox.clone());
         let cache = Cache::new(config, limits.clone(), tiers.clone(), spools, planner, metrics.cache.clone());
@@ -270,11 +277,24 @@ impl Parts {
         let ca_file = upstream::ca_file(&config.origin)?;
         let ticket_key = nodes.as_ref().and_then(|nodes| nodes.secrets.derive("lfs tickets"));
         let routes = Routes::new(config, &node, client_memory.clone(), ticket_key, ca_file, origin_url)?;
-        let purge = Purge::new(cache, node.origin.clone(), peers, own_name);
+        let purge = Purge::new(cache, node.origin.clone(), peers, own_name.clone());
         let members = nodes.as_ref().map(|nodes| nodes.members.clone());
         let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone(), routes.clone()));
         let descriptors = Descriptors::new(shares);
-        Ok((Self { metrics, limits, shares, descriptors, client_memory, nodes, tiers, origin, node, purge, routes, admin }, rotten))
+        Ok((
+            Self { metrics, limits, shares, descriptors, client_memory, nodes, tiers, origin, node, purge, routes, admin, name: own_name },
+            rotten,
+        ))
+    }
+
+    /// Starts to deliver events. `None`: nobody wants any.
+    fn start_events(&self, config: &Castier) -> Result<Option<castier_events::Running>, String> {
+        let Some(outbox) = self.node.outbox.as_ref().filter(|_| !config.events.is_empty()) else { return Ok(None) };
+        let told = outbox.clone();
+        self.metrics.cache.tell_of_corrupt(move |source, digest| told.announce_corrupt(digest, source));
+        tokio::spawn(outbox.clone().settle_intents(self.node.origin.clone()));
+        let journal: Arc<dyn castier_events::Journal> = Arc::new(OutboxJournal::new(outbox.clone(), self.name.clone()));
+        castier_events::start(&config.events, &journal, self.metrics.registry()).map(Some)
     }
 
     /// Accepts connections at every socket.
@@ -338,6 +358,7 @@ async fn end(
     listeners: Listeners,
     stop_origin: watch::Sender<bool>,
     uploader: Option<JoinHandle<()>>,
+    events: Option<castier_events::Running>,
     exporter: Option<otlp::Exporter>,
 ) {
     let Live { config, parts, log, embedded } = live;
@@ -349,6 +370,10 @@ async fn end(
         && tokio::time::timeout(FLUSH, tokio::task::spawn_blocking(move || disk.close())).await.is_err()
     {
         tracing::warn!("the disk is too slow: some blobs that waited to be written are not kept");
+    }
+    if let Some(events) = events {
+        // What is left is delivered after the next start.
+        events.stop(DELIVER).await;
     }
     stop_origin.send_replace(true);
     if let Some(uploader) = uploader {
@@ -469,20 +494,24 @@ struct EmbeddedBucket {
     behind: Option<Arc<WriteBehind>>,
 }
 
-/// The outbox, if the config wants one.
+/// The outbox, if the config wants one: for uploads, or for events.
 async fn open_outbox(config: &Castier, metrics: &Metrics) -> Result<Option<Arc<Outbox>>, String> {
-    let Some(disk) = config.disk.as_ref().filter(|_| config.origin.write == Write::Behind) else { return Ok(None) };
+    let is_needed = config.origin.write == Write::Behind || !config.events.is_empty();
+    let Some(disk) = config.disk.as_ref().filter(|_| is_needed) else { return Ok(None) };
     let options = castier_outbox::Options {
         capacity: disk.outbox.get(),
         timeout: disk.timeout.get(),
         cooldown: disk.cooldown.get(),
         threads: disk.threads,
-        sinks: Vec::new(),
+        sinks: config.events.iter().map(|sink| sink.name().to_owned()).collect(),
         metrics: metrics.outbox.clone(),
     };
     let directory = disk.path.join(OUTBOX);
     tokio::task::spawn_blocking(move || Outbox::open(&directory, options).map(Some)).await.map_err(|error| error.to_string())?
 }
+
+/// How long the end waits for events to be delivered.
+const DELIVER: Duration = Duration::from_secs(2);
 
 /// The directory of the outbox, in `disk.path`.
 const OUTBOX: &str = "outbox";
@@ -525,7 +554,8 @@ impl Embedded {
         outbox: Option<Arc<Outbox>>,
     ) -> Result<Opened, String> {
         let bucket = Self::bucket(url, config, spools, metrics)?;
-        let behind = outbox.map(|outbox| Arc::new(WriteBehind::new(bucket.clone(), outbox, false)));
+        let behind = outbox.filter(|_| config.origin.write == Write::Behind);
+        let behind = behind.map(|outbox| Arc::new(WriteBehind::new(bucket.clone(), outbox, !config.events.is_empty())));
         let objects: Arc<dyn Objects> = match &behind {
             Some(behind) => behind.clone(),
             None => bucket.clone(),

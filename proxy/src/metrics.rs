@@ -155,6 +155,11 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// For series that depend on the config.
+    pub fn registry(&self) -> &prometheus::Registry {
+        self.series.registry()
+    }
+
     /// Registers all series. Those with known labels start at 0.
     ///
     /// # Errors

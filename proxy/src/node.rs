@@ -95,7 +95,7 @@ impl Node {
     pub async fn put(&self, digest: Option<Digest>, size: Option<u64>, body: Body<'_>, asker: Asker) -> Result<(Put, Digest, u64), Fault> {
         self.store(digest, size, body, asker).await.inspect_err(|fault| {
             if matches!(fault, Fault::Mismatch(_)) {
-                self.metrics.cache.corrupt("client");
+                self.metrics.cache.corrupt("client", digest.as_ref());
             }
         })
     }

@@ -14,7 +14,7 @@ use crate::{
     routes::{Match, is_batch},
 };
 use bytes::{Bytes, BytesMut};
-use castier_cache::{Fault, Limit};
+use castier_cache::{Asker, Fault, Limit};
 use castier_cluster::Asked;
 use castier_config::Limits;
 use castier_upstream::{trace, via_header};
@@ -112,7 +112,7 @@ impl Front {
         let target = Target::of(&path);
         let request = Request { method: &method, version, target, path: &path, headers: &headers };
         let before = via_header::of(&headers);
-        let answer = self.answer(&mut session, &request, limits, arrived.routed);
+        let answer = self.answer(&mut session, &request, limits, arrived);
         let answered = via_header::along(before, trace::along(Some(trace.clone()), answer)).await;
         let sent = self.send_answer(&mut session, answered, arrived, &trace, started).await;
         self.record_session(&session, &request, &sent, arrived, &trace, started);
@@ -234,9 +234,11 @@ impl Front {
         session: &mut ServerSession,
         request: &Request<'_>,
         limits: &Limits,
-        routed: Option<&Match>,
+        Arrived { routed, client, .. }: &Arrived<'_>,
     ) -> Result<Reply, Fault> {
-        if let Some(found) = routed {
+        // A peer is no client.
+        let client = client.filter(|_| self.handlers.asker() == Asker::Client);
+        if let Some(found) = *routed {
             return self.answer_route(session, request, limits, found).await;
         }
         if let Some(reply) = self.handlers.at_once(request) {
@@ -245,11 +247,12 @@ impl Front {
         if self.handlers.is_upload(request) {
             // Boxed, so that a GET does not hold memory for the state of an upload.
             let outgoing = || self.outgoing().ok_or(Fault::Busy(Limit::Files));
-            return Box::pin(self.handlers.upload(request, RequestBody::of(session), limits, outgoing)).await;
+            let upload = self.handlers.upload(request, RequestBody::of(session), limits, outgoing);
+            return Box::pin(castier_outbox::of_client(client, upload)).await;
         }
         request_body::discard(session).await?;
         if *request.method != Method::GET {
-            return Box::pin(self.handlers.answer(request)).await;
+            return Box::pin(castier_outbox::of_client(client, self.handlers.answer(request))).await;
         }
         tokio::select! {
             biased;

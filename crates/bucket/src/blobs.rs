@@ -150,9 +150,14 @@ impl Bucket {
         Path::from(format!("{}{}", self.prefix, name.trim_start_matches('/')))
     }
 
+    /// The size of a blob that was seen to be stored lately.
+    pub(crate) fn seen_lately(&self, digest: &Digest) -> Option<u64> {
+        self.known.get(digest)
+    }
+
     /// The size of a blob in the store; `None` if it is not there.
     pub(crate) async fn size(&self, digest: &Digest) -> Result<Option<u64>, Fault> {
-        if let Some(size) = self.known.get(digest) {
+        if let Some(size) = self.seen_lately(digest) {
             return Ok(Some(size));
         }
         let seen = self.seen();

@@ -85,6 +85,9 @@ impl Listed {
 /// A store of blobs and of entries: a bucket, or what stands before one.
 #[async_trait]
 pub trait Objects: Store {
+    /// The size of a blob that was seen to be stored less than `origin.existence_ttl` ago. Asks nobody.
+    fn known(&self, digest: &Digest) -> Option<u64>;
+
     /// A share of `fill.memory` for an entry that comes from a client.
     fn lease(&self) -> Lease;
 
@@ -139,6 +142,10 @@ impl AsRef<[u8]> for Leased {
 
 #[async_trait]
 impl Objects for Bucket {
+    fn known(&self, digest: &Digest) -> Option<u64> {
+        self.seen_lately(digest)
+    }
+
     fn lease(&self) -> Lease {
         self.memory.empty()
     }

@@ -287,7 +287,7 @@ impl Fill {
         let new = new_verifier(&self.cache, &self.flight, UseTier::IfItTakes);
         let verified = std::mem::replace(&mut self.verifier, new).finish().map_err(|mismatch| {
             let from = if self.has_peers_bytes { SourceKind::Peer } else { SourceKind::Origin };
-            self.cache.metrics.corrupt(from.as_str());
+            self.cache.metrics.corrupt(from.as_str(), self.flight.key.digest().as_ref());
             Fault::Corrupt { source_name: from.as_str(), mismatch }
         })?;
         let named = (verified.digest(), verified.size());

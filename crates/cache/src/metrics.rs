@@ -10,6 +10,7 @@ use crate::{
     tier::TierStats,
     via::{SourceKind, Tier},
 };
+use castier_blob::Digest;
 use parking_lot::Mutex;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, core::Collector,
@@ -17,7 +18,7 @@ use prometheus::{
     register_int_counter_vec_with_registry, register_int_counter_with_registry, register_int_gauge_vec_with_registry,
     register_int_gauge_with_registry,
 };
-use std::time::Duration;
+use std::{sync::OnceLock, time::Duration};
 
 /// Buckets of durations, in seconds: from what a client does not notice to a blob of many gigabytes.
 const SECONDS: [f64; 16] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
@@ -186,8 +187,12 @@ impl Skip {
     }
 }
 
+/// Is told of blobs whose bytes were wrong: the source, and the digest of the right bytes.
+type TellCorrupt = Box<dyn Fn(&str, &Digest) + Send + Sync>;
+
 /// The series.
 pub struct Metrics {
+    tell_corrupt: OnceLock<TellCorrupt>,
     gets: IntCounter,
     loads: IntCounter,
     flights: IntCounter,
@@ -261,6 +266,7 @@ impl Metrics {
         )?;
         let fill_wait = HistogramOpts::new("castier_fill_wait_seconds", "Time that fills waited for a permit").buckets(SECONDS.to_vec());
         let metrics = Self {
+            tell_corrupt: OnceLock::new(),
             gets: register_int_counter_with_registry!("castier_gets_total", "Requests for the bytes of a blob", r)?,
             loads: register_int_counter_with_registry!("castier_loads_total", "Gets that no tier could answer", r)?,
             flights: register_int_counter_with_registry!("castier_flights_total", "Loads that started a flight", r)?,
@@ -497,9 +503,17 @@ impl Metrics {
         self.source_resumes.with_label_values(&[source.as_str()]).inc();
     }
 
-    /// Counts a blob from `source` whose bytes did not match its digest.
-    pub fn corrupt(&self, source: &str) {
+    /// Counts a blob from `source` whose bytes did not match its digest. `digest`: that of the right bytes, if it is known.
+    pub fn corrupt(&self, source: &str, digest: Option<&Digest>) {
         self.corrupt.with_label_values(&[source]).inc();
+        if let (Some(tell), Some(digest)) = (self.tell_corrupt.get(), digest) {
+            tell(source, digest);
+        }
+    }
+
+    /// Calls `tell` for each blob whose bytes were wrong, with the source of the bytes, from now on. It must not wait.
+    pub fn tell_of_corrupt(&self, tell: impl Fn(&str, &Digest) + Send + Sync + 'static) {
+        self.tell_corrupt.set(Box::new(tell)).ok();
     }
 
     /// The number of such blobs from `source`.

@@ -11,10 +11,19 @@ use crate::{
 use castier_blob::Digest;
 use castier_cache::{Answer, Ask, Fault, Limit, Put, Source, Stat, Store, Upload};
 use futures::{FutureExt as _, future::BoxFuture};
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 /// The pause before the store is asked again about what was about to happen.
 const AGAIN: Duration = Duration::from_secs(10);
+
+tokio::task_local! {
+    static CLIENT: Option<IpAddr>;
+}
+
+/// Does work for a client: events that come of it name the client.
+pub fn of_client<T>(client: Option<IpAddr>, work: impl Future<Output = T>) -> impl Future<Output = T> {
+    CLIENT.scope(client, work)
+}
 
 /// A store whose new and deleted blobs become events.
 pub struct Announced {
@@ -25,7 +34,8 @@ pub struct Announced {
 impl Event {
     /// An event that happens now.
     pub fn now(kind: Kind, digest: &Digest, size: Option<u64>) -> Self {
-        Self { kind, digest: digest.to_string(), size, at: now(), client: None, source: None }
+        let client = CLIENT.try_with(Clone::clone).ok().flatten().map(|client| client.to_string());
+        Self { kind, digest: digest.to_string(), size, at: now(), client, source: None }
     }
 }
 
@@ -124,6 +134,16 @@ impl Outbox {
                 Err(Fault::Busy(Limit::Outbox))
             }
         }
+    }
+
+    /// Notes that wrong bytes came for a blob. Does not wait.
+    pub fn announce_corrupt(&self, digest: &Digest, source: &str) {
+        let event = Event { source: Some(source.to_owned()), ..Event::now(Kind::Corrupt, digest, None) };
+        self.journal.write(Change::Announce(event), |done| {
+            if let Err(broken) = done {
+                tracing::warn!(%broken, "an event of a corrupt blob cannot be noted");
+            }
+        });
     }
 
     /// Settles what was about to happen when the last process ended: it has happened if the store says so. Asks the store until it answers.

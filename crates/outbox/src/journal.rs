@@ -151,8 +151,7 @@ pub(crate) struct Contents {
 
 /// The events that some sink has not delivered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct EventRange {
-    /// How many there are.
+pub(crate) struct EventRange {
     pub count: u64,
     /// The last sequence number, whether its event is still there or not.
     pub last: u64,
@@ -204,6 +203,13 @@ impl Journal {
         let (tell, told) = tokio::sync::oneshot::channel();
         self.write(change, move |done| drop(tell.send(done)));
         told.await.unwrap_or_else(|_| Err(Broken("its thread has ended".into())))
+    }
+
+    /// As [`Self::commit`], and blocks.
+    pub(crate) fn commit_here(&self, change: Change) -> Result<u64, Broken> {
+        let (tell, told) = sync_channel(1);
+        self.write(change, move |done| drop(tell.send(done)));
+        told.recv().unwrap_or_else(|_| Err(Broken("its thread has ended".into())))
     }
 
     /// For reading.

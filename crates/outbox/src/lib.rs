@@ -26,8 +26,8 @@ mod write_behind;
 #[cfg(test)]
 mod tests;
 
-pub use announced::Announced;
-pub use journal::{Event, EventRange, Kind};
+pub use announced::{Announced, of_client};
+pub use journal::{Event, Kind};
 pub use metrics::Metrics;
 pub use outbox::{Options, Outbox, Pending, PendingEntry};
 pub use write_behind::{Others, WriteBehind};

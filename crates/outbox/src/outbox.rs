@@ -50,7 +50,8 @@ pub struct Outbox {
     accepting: AtomicUsize,
     /// How many records were taken out without being uploaded.
     taken_out: AtomicU64,
-    events: watch::Receiver<EventRange>,
+    /// The number of the last event.
+    events: watch::Receiver<u64>,
     /// Events of what was about to happen when the last process ended.
     pub(crate) unsettled: Mutex<Vec<(u64, Event)>>,
     id: u64,
@@ -131,13 +132,17 @@ impl Outbox {
             Unavailable::NotCreated(error) | Unavailable::NotWritable(error) => failed(&error),
         })?;
         let path = directory.join("journal.redb");
-        let (tell, events) = watch::channel(EventRange::default());
+        let (tell, events) = watch::channel(0);
         let budget = Budget::new(capacity);
         let (charged, budget_of_events) = (Mutex::new(budget.empty()), budget.clone());
         let note_events = Arc::new(move |range: EventRange| {
             // Charged whether or not it is left: the events are on the disk already.
             *charged.lock() = budget_of_events.charge(range.count * EVENT_COST);
-            tell.send_replace(range);
+            tell.send_if_modified(|last| {
+                let is_new = range.last != *last;
+                *last = range.last;
+                is_new
+            });
         });
         let note = note_events.clone();
         let (journal, contents) = Journal::open(&path, move |range| note(range)).map_err(|error| {
@@ -175,11 +180,7 @@ impl Outbox {
             timeout,
             _lock: lock,
         });
-        this.journal.write(Change::Sinks(sinks), |done| {
-            if let Err(broken) = done {
-                tracing::error!(%broken, "the sinks of events could not be noted");
-            }
-        });
+        this.journal.commit_here(Change::Sinks(sinks)).map_err(|broken| failed(&broken))?;
         let (records, bytes) = (this.state.lock().items.len(), this.budget.used());
         if records > 0 {
             tracing::info!(records, bytes, "the outbox has uploads that the store may not have yet; they are sent to it now");
@@ -519,16 +520,16 @@ impl Outbox {
         cursor.ok_or_else(|| format!("the outbox has no sink {sink}"))
     }
 
-    /// A sink has delivered all events up to this one. What all sinks have delivered is removed.
+    /// A sink has delivered all events up to this one. What all sinks have delivered is removed. Blocks.
     ///
     /// # Errors
     /// A text: the journal cannot be written.
-    pub async fn advance(&self, sink: &str, to: u64) -> Result<(), String> {
-        self.journal.commit(Change::Advance { sink: sink.to_owned(), to }).await.map(drop).map_err(|broken| broken.to_string())
+    pub fn advance(&self, sink: &str, to: u64) -> Result<(), String> {
+        self.journal.commit_here(Change::Advance { sink: sink.to_owned(), to }).map(drop).map_err(|broken| broken.to_string())
     }
 
-    /// How many events there are, and the number of the last one, whenever that changes.
-    pub fn event_range(&self) -> watch::Receiver<EventRange> {
+    /// The number of the last event, whenever it changes.
+    pub fn last_event(&self) -> watch::Receiver<u64> {
         self.events.clone()
     }
 

@@ -167,7 +167,10 @@ impl Source for WriteBehind {
 impl Store for WriteBehind {
     fn put<'a>(&'a self, upload: &'a mut Upload<'_>) -> BoxFuture<'a, Result<Put, Fault>> {
         async move {
-            if self.outbox.is_draining() {
+            // What the store is known to have needs no outbox, and no question.
+            let known = upload.digest().and_then(|digest| self.store.known(digest));
+            let is_known = known.is_some_and(|known| upload.size().is_none_or(|announced| announced == known));
+            if is_known || self.outbox.is_draining() {
                 return self.connected()?.through.put(upload).await;
             }
             let event = |digest: &Digest, size| self.announces.then(|| Event::now(Kind::Stored, digest, Some(size)));
@@ -201,6 +204,10 @@ impl Store for WriteBehind {
 
 #[async_trait]
 impl Objects for WriteBehind {
+    fn known(&self, digest: &Digest) -> Option<u64> {
+        self.store.known(digest)
+    }
+
     fn lease(&self) -> Lease {
         self.store.lease()
     }

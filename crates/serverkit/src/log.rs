@@ -28,8 +28,16 @@ mod stderr;
 use line::Line;
 
 /// The modules whose own modules `log.level` can name by their last word alone.
-const PARENTS: [&str; 7] =
-    ["castier", "castier::handlers", "castier_cache", "castier_cluster", "castier_origin", "castier_serverkit", "castier_upstream"];
+const PARENTS: [&str; 8] = [
+    "castier",
+    "castier::handlers",
+    "castier_cache",
+    "castier_cluster",
+    "castier_events",
+    "castier_origin",
+    "castier_serverkit",
+    "castier_upstream",
+];
 
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +126,10 @@ fn targets(level: &str) -> Result<Targets, ParseError> {
         let most = all.default_level().unwrap_or(LevelFilter::OFF).min(LevelFilter::WARN);
         all = all.with_target("pingora_core", most).with_target("pingora_proxy", LevelFilter::OFF);
         all = all.with_target("pingora_core::connectors", LevelFilter::OFF);
+    }
+    // castier says itself that a broker is away, and does so once.
+    for client in ["async_nats", "lapin"].into_iter().filter(|client| !level.contains(client)) {
+        all = all.with_target(client, LevelFilter::OFF);
     }
     let named: Targets = level.parse()?;
     let parts = || named.iter().filter(|(part, _)| !part.contains("::"));

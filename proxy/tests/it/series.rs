@@ -235,6 +235,11 @@ const ELSEWHERE_TESTED: &[(&str, &str)] = &[
     ("castier_outbox_uploads_total", "protocols, uploads_go_on_while_the_store_is_down: a bucket"),
     ("castier_outbox_refused_total", "protocols, a_full_outbox_and_a_broken_disk_are_507: a bucket"),
     ("castier_outbox_lost_total", "outbox, damaged_bytes_are_named_and_do_not_hold_up_the_rest: a damaged disk"),
+    ("castier_events_delivered_total", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
+    ("castier_events_failures_total", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
+    ("castier_events_pending", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
+    ("castier_events_oldest_seconds", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
+    ("castier_events_sink_up", "castier-events, rabbitmq_gets_every_event_in_order: a broker"),
 ];
 
 /// All of castier-origin's.

@@ -422,7 +422,7 @@ impl Store {
                 fs::remove_file(&path).ok();
             }
         }
-        self.metrics.corrupt("disk");
+        self.metrics.corrupt("disk", Some(digest));
         tracing::warn!(%digest, why, path = %self.root.display(), "a blob in the disk tier is damaged; its file was moved to quarantine/, and clients get the blob from elsewhere");
         self.trim_quarantine();
         true
