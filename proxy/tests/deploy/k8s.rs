@@ -496,7 +496,8 @@ fn an_object_store_is_in_place_of_castier_origin() {
     for (set, file) in [("seaweedfs", s3_config), ("castier", &secret.unwrap().1)] {
         let set = named(&objects, "StatefulSet", set);
         let (folder, file) = file.rsplit_once('/').unwrap();
-        let mount = items(&container(set)["volumeMounts"]).iter().find(|mount| mount["mountPath"] == folder).expect("the secret is mounted");
+        let mount =
+            items(&container(set)["volumeMounts"]).iter().find(|mount| mount["mountPath"] == folder).expect("the secret is mounted");
         let volume = items(&pod(set)["volumes"]).iter().find(|volume| volume["name"] == mount["name"]).unwrap();
         assert_eq!(volume["secret"]["secretName"], "castier-store");
         assert_eq!(volume["secret"]["items"], json!([{"key": file, "path": file}]), "each pod has its own part of the Secret alone");
@@ -545,9 +546,8 @@ fn seaweedfs(objects: &[Value], dir: &Path) -> Option<(Running, String)> {
     let ports: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
     drop(listeners);
     let own = ["s3", "master", "volume", "filer"].into_iter().enumerate();
-    let own = own.flat_map(|(at, of)| {
-        [format!("-{of}.port={}", ports[2 * at].port()), format!("-{of}.port.grpc={}", ports[2 * at + 1].port())]
-    });
+    let own =
+        own.flat_map(|(at, of)| [format!("-{of}.port={}", ports[2 * at].port()), format!("-{of}.port.grpc={}", ports[2 * at + 1].port())]);
     let mut store = Running::start(Command::new(weed).current_dir(dir).args(args.chain(own)));
     store.wait_for(ports[0]);
     Some((store, format!("http://{}", ports[0])))

@@ -212,7 +212,9 @@ fn compose_with_seaweedfs_is_sound() {
         let mut variables: Vec<_> = services[node]["environment"].as_object().unwrap().iter().collect();
         variables.retain(|(name, _)| !name.contains("SECRET"));
         let mut variables: Vec<_> = variables.into_iter().map(|(name, value)| (name.as_str(), value.as_str().unwrap())).collect();
-        assert!(variables.contains(&("CASTIER_ORIGIN__URL", "s3://blobs")) && variables.iter().any(|(name, _)| name.ends_with("ADVERTISE")));
+        assert!(
+            variables.contains(&("CASTIER_ORIGIN__URL", "s3://blobs")) && variables.iter().any(|(name, _)| name.ends_with("ADVERTISE"))
+        );
         let file = secret.to_str().unwrap();
         variables.extend([("CASTIER_CLUSTER__SECRET_FILE", file), ("CASTIER_ORIGIN__S3__SECRET_ACCESS_KEY_FILE", file)]);
         check("castier", &root().join("config/compose/castier.toml"), &variables);

@@ -20,4 +20,5 @@ mod oci;
 mod pack;
 mod pypi;
 mod races;
+mod stores;
 mod support;

@@ -7,9 +7,6 @@ use crate::{
         turn,
     },
 };
-use castier_bucket::{Bucket, Metrics, Options};
-use castier_cache::{Budget, contract};
-use castier_config::{Origin, OriginUrl};
 use std::{
     fs,
     io::{Read as _, Write as _},
@@ -22,14 +19,14 @@ use std::{
 };
 use tempfile::TempDir;
 
-const KEY: &str = "castier";
+pub(crate) const KEY: &str = "castier";
 const SECRET: &str = "the-secret";
 const MIB: usize = 1 << 20;
 
 /// A running SeaweedFS with an empty bucket named `blobs`, and a proxy before it.
-struct Weed {
+pub(crate) struct Weed {
     process: Running,
-    dir: TempDir,
+    pub(crate) dir: TempDir,
     curl: PathBuf,
     /// The store itself.
     direct: String,
@@ -37,7 +34,7 @@ struct Weed {
 }
 
 impl Weed {
-    fn start() -> Option<Self> {
+    pub(crate) fn start() -> Option<Self> {
         let (weed, curl) = (tool("weed")?, tool("curl")?);
         let dir = TempDir::new().unwrap();
         let keys = format!(
@@ -83,7 +80,7 @@ impl Weed {
     }
 
     /// A signed request to the store itself: status and body.
-    fn curl(&self, method: &str, target: &str, body: &[u8]) -> (u16, Vec<u8>) {
+    pub(crate) fn curl(&self, method: &str, target: &str, body: &[u8]) -> (u16, Vec<u8>) {
         let (sent, got) = (self.dir.path().join("sent"), self.dir.path().join("got"));
         fs::write(&sent, body).unwrap();
         let _ = fs::remove_file(&got);
@@ -104,7 +101,7 @@ impl Weed {
     }
 
     /// `more`: top-level keys.
-    fn config_as(&self, url: &str, key: &str, more: &str) -> String {
+    pub(crate) fn config_as(&self, url: &str, key: &str, more: &str) -> String {
         let secret = self.dir.path().join("secret");
         format!(
             "origin.url = \"{url}\"\nallow_delete = true\n{more}\n[origin.s3]\nendpoint = \"{}\"\naccess_key_id = \"{key}\"\nsecret_access_key_file = \"{}\"\n",
@@ -146,30 +143,6 @@ fn line(seen: &Seen) -> String {
 fn put(castier: &Castier, body: &[u8]) -> (u16, String) {
     let target = format!("/cas/{}", sha256(body));
     (Request::new("PUT", &target).body(body).send(castier.public).status, target)
-}
-
-#[test]
-fn a_bucket_is_a_store() {
-    let _turn = turn();
-    let Some(weed) = Weed::start() else { return };
-    for ttl in ["0s", "60s"] {
-        let file = weed.dir.path().join("castier.toml");
-        let config = weed.config_as(&format!("s3://blobs/{ttl}"), KEY, &format!("origin.existence_ttl = \"{ttl}\""));
-        fs::write(&file, config).unwrap();
-        let loaded = castier_config::load::<castier_config::Castier>(Some(&file), std::iter::empty()).unwrap();
-        let origin: Origin = loaded.config.origin;
-        let OriginUrl::Bucket(url) = &origin.url else { panic!("a bucket") };
-        let options = Options {
-            memory: Budget::new(64 << 20),
-            spool: Budget::new(64 << 20),
-            spool_dir: weed.dir.path().to_owned(),
-            allow_delete: true,
-            streams: 64,
-            metrics: Arc::new(Metrics::new(&prometheus::Registry::new()).unwrap()),
-        };
-        let bucket = Bucket::new(url, &origin, options).unwrap();
-        tokio::runtime::Runtime::new().unwrap().block_on(contract::store(&bucket));
-    }
 }
 
 #[test]
