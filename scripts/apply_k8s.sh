@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs castier in the cluster: the namespace, the nodes' secret if there is none, and an overlay. Then waits until all pods are ready.
+# For an overlay with the component seaweedfs it makes the store's key as well.
 #
 #   scripts/apply_k8s.sh                 the overlay minikube
 #   scripts/apply_k8s.sh production      another folder of k8s/overlays, or the path of your own overlay
@@ -55,7 +56,21 @@ if [[ -n $dry_run ]] || ! kubectl get secret castier-peer --namespace "$namespac
     openssl rand -hex 32 | kubectl create secret generic castier-peer --namespace "$namespace" --from-file=peer=/dev/stdin
   fi
 fi
+store=castier-origin
+if grep -q components/seaweedfs "$overlay/kustomization.yaml"; then
+  store=seaweedfs
+  # Created only once: the store and castier must have the same key.
+  if [[ -n $dry_run ]]; then
+    echo "openssl rand -hex 32  # the key, as below"
+    echo "kubectl create secret generic castier-store --namespace $namespace --from-file=secret=KEY --from-file=s3.json=IDENTITIES"
+  elif ! kubectl get secret castier-store --namespace "$namespace" >/dev/null 2>&1; then
+    key=$(openssl rand -hex 32)
+    identities='{"identities":[{"name":"castier","credentials":[{"accessKey":"castier","secretKey":"%s"}],"actions":["Admin","Read","Write","List"]}]}'
+    # shellcheck disable=SC2059 # the format has a %s for the key
+    kubectl create secret generic castier-store --namespace "$namespace" --from-file=secret=<(printf %s "$key") --from-file=s3.json=<(printf "$identities" "$key")
+  fi
+fi
 run kubectl apply --server-side -k "$overlay"
-run kubectl rollout status statefulset/castier-origin --namespace "$namespace" --timeout=300s
+run kubectl rollout status "statefulset/$store" --namespace "$namespace" --timeout=300s
 run kubectl rollout status statefulset/castier --namespace "$namespace" --timeout=600s
 say "castier runs; scripts/port_forward.sh opens a way to it"

@@ -11,6 +11,8 @@ import sys
 import time
 import urllib.request
 
+import seaweedfs
+
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TARGET = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(HERE, "target")), "release")
 PROGRAMS = ["castier", "castier-origin", "castier-load"]
@@ -39,16 +41,17 @@ def is_free(port):
 
 
 class Ports:
-    """The ports of a cluster: nine for the cluster, then ten for each node."""
+    """The ports of a cluster: nine for the cluster, then ten for each node, then ten for a store of objects."""
 
     def __init__(self, first, count):
         self.first, self.count = first, count
+        self.store = [first + 10 * (count + 1) + n for n in range(seaweedfs.PORTS)]
         self.origin, self.origin_admin = first + 2, first + 3
         # Public, admin, peer, as in scripts/cluster.
         self.nodes = [(first + 10 * n, first + 10 * n + 2, first + 10 * n + 1) for n in range(1, count + 1)]
 
     def all(self):
-        return [*range(self.first, self.first + 5), *(port for node in self.nodes for port in node)]
+        return [*range(self.first, self.first + 5), *(port for node in self.nodes for port in node), *self.store]
 
     def taken(self):
         return [port for port in self.all() if not is_free(port)]
@@ -61,7 +64,7 @@ class Ports:
                 end = int(file.read().split()[0])
         except OSError:
             end = 32768
-        bases = list(range(8200, end - 10 * count - 10, 100))
+        bases = list(range(8200, end - 10 * count - 20, 100))
         # Random, so that two runs that start at the same moment rarely choose the same.
         random.shuffle(bases)
         for base in bases:
@@ -120,8 +123,9 @@ class Server:
         self.process.send_signal(number)
 
     def kill(self):
-        self.signal(signal.SIGKILL)
-        self.process.wait()
+        if self.process and self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
 
     def ask_to_end(self):
         if self.process and self.process.poll() is None:
@@ -149,15 +153,16 @@ class Server:
 class Cluster:
     """An origin, and nodes with disk tiers. Entering the context starts them."""
 
-    def __init__(self, directory, ports, origin_config="", node_config="", asked_at=None, **server):
-        """`node_config`: further TOML for each node, of other sections. `asked_at`: the URL that the nodes use as origin, if it is not the origin's own."""
+    def __init__(self, directory, ports, origin_config="", node_config="", asked_at=None, bucket=None, **server):
+        """`node_config`: further TOML for each node, of other sections. `asked_at`: the URL that the nodes use as origin, if it is not the origin's own.
+        `bucket`: a `seaweedfs.Store` with all blobs. Then the nodes ask it, at `asked_at`, and the origin is only an HTTP interface over it."""
         self.origin_url = f"http://127.0.0.1:{ports.origin}"
         self.origin_admin = f"http://127.0.0.1:{ports.origin_admin}"
         self.store = os.path.join(directory, "origin")
         origin = os.path.join(directory, "origin.toml")
         with open(origin, "w") as file:
             file.write(f'{origin_config}\n[listen]\npublic = "127.0.0.1:{ports.origin}"\nadmin = "127.0.0.1:{ports.origin_admin}"\n')
-            file.write(f'[store]\nroot = "{self.store}"\n')
+            file.write(bucket.config("store") if bucket else f'[store]\nroot = "{self.store}"\n')
         command = [f"{TARGET}/castier-origin", "--config", origin]
         self.origin = Server("origin", directory, command, f"{self.origin_admin}/healthz", **server)
         peers = ", ".join(f'"127.0.0.1:{peer}"' for _, _, peer in ports.nodes)
@@ -174,7 +179,7 @@ class Cluster:
             config = os.path.join(directory, f"{names[n]}.toml")
             with open(config, "w") as file:
                 file.write(f'[listen]\npublic = "127.0.0.1:{public}"\nadmin = "127.0.0.1:{admin}"\npeer = "127.0.0.1:{peer}"\n')
-                file.write(f'[origin]\nurl = "{asked_at or self.origin_url}"\n')
+                file.write(bucket.config("origin", asked_at) if bucket else f'[origin]\nurl = "{asked_at or self.origin_url}"\n')
                 file.write(f'[cluster]\nadvertise = "127.0.0.1:{peer}"\npeers = [{peers}]\nsecret_file = "{secret}"\n')
                 file.write(node_config.replace("DISK", self.disks[n]))
             command = [f"{TARGET}/castier", "--config", config]

@@ -106,7 +106,8 @@ impl Bucket {
 
     async fn send(&self, digest: Digest, pieces: &mut Pieces<'_, '_>) -> Result<Put, Fault> {
         let part_size = pieces.size().map_or(PART, |size| if size > MANY_PARTS { size / 8_000 } else { PART });
-        let mut parts = Parts { bucket: self, path: self.path(&digest), waiting: Vec::new(), upload: None, under_way: JoinSet::new() };
+        let mut parts =
+            Parts { bucket: self, path: self.path(&digest), waiting: Vec::new(), upload: None, size: 0, under_way: JoinSet::new() };
         let mut part = Part::empty(self);
         loop {
             let next = pieces.next(self).await?;
@@ -217,6 +218,8 @@ struct Parts<'b> {
     waiting: Vec<Part>,
     /// `None` until the upload has begun at the store.
     upload: Option<Box<dyn MultipartUpload>>,
+    /// The bytes of all parts so far.
+    size: u64,
     under_way: JoinSet<(Result<(), Error>, Lease)>,
 }
 
@@ -235,6 +238,7 @@ impl Parts<'_> {
                 self.sent().await?;
             }
             let Some(upload) = &mut self.upload else { continue };
+            self.size += part.size();
             let sending: UploadPart = upload.put_part(part.payload.freeze().into());
             self.under_way.spawn(async move { (sending.await, part.lease) });
         }
@@ -281,9 +285,17 @@ impl Parts<'_> {
         self.flush().await?;
         while self.sent().await? {}
         let Some(upload) = &mut self.upload else { return Err(Fault::Internal("an upload in parts was not begun".into())) };
-        upload.complete().await.map_err(|error| fault("PUT", &error))?;
-        self.upload = None;
-        Ok(Put::Created)
+        match upload.complete().await {
+            Ok(_) => {
+                self.upload = None;
+                Ok(Put::Created)
+            }
+            // Of several uploads of one blob at once, the first that is completed takes the parts of the others away, in Azure.
+            Err(error) => match self.bucket.head(&self.path).await {
+                Ok(Some(size)) if size == self.size => Ok(Put::Existed),
+                _ => Err(fault("PUT", &error)),
+            },
+        }
     }
 }
 

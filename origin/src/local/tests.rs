@@ -44,7 +44,7 @@ impl World {
 
 #[tokio::test]
 async fn the_disk_is_a_store() {
-    contract::store(&World::new(true).local).await;
+    assert_eq!(contract::store(&World::new(true).local).await, contract::Lacks::default());
 }
 
 #[tokio::test]

@@ -35,8 +35,16 @@ fn left(dir: &Path) -> Vec<String> {
 
 #[test]
 fn each_fault_of_the_demo_raises_its_alert_and_no_client_notices() {
+    faults(&[]);
+    // The same with a bucket takes as long again.
+    if std::env::var_os("TEST_FULL").is_some() && tool("weed").is_some() {
+        faults(&["--store"]);
+    }
+}
+
+fn faults(more: &[&str]) {
     let dir = TempDir::new().unwrap();
-    let Some(mut demo) = demo(dir.path(), &["--for", "60s", "--check"]) else { return };
+    let Some(mut demo) = demo(dir.path(), &[&["--for", "60s", "--check"], more].concat()) else { return };
     let start = Instant::now();
     let output = run(&mut demo, b"");
     let told = text(&output);
@@ -116,7 +124,7 @@ fn the_demo_explains_itself_and_refuses_what_makes_no_sense() {
     let dir = TempDir::new().unwrap();
     let Some(mut help) = demo(dir.path(), &["--help"]) else { return };
     let told = stdout(&mut help, b"");
-    assert!(told.contains("scripts/demo --for 60s --check") && told.contains("--port"), "{told}");
+    assert!(told.contains("scripts/demo --for 60s --check") && told.contains("--port") && told.contains("--store"), "{told}");
     for (args, says) in [
         (&["--check"][..], "--for 60s"),
         (&["--check", "--for", "40s"], "--for 60s"),

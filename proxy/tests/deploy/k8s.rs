@@ -1,11 +1,12 @@
 //! Every overlay is built, validated, and followed from the way in to the port. Its configuration starts castier.
 
 use crate::tools::{Running, bin, node_packages, parse_yaml, read, root, run, skipped, stdout, text, tool};
-use castier_config::{Castier, OriginServer};
+use castier_config::{Castier, OriginServer, OriginUrl};
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    net::TcpListener,
     path::Path,
     process::Command,
     sync::OnceLock,
@@ -24,6 +25,9 @@ const EXCEPTIONS: &[(&str, &str)] = &[
 
 /// Every component at once, beside the overlays of the project: a way in that none of them has, and the autoscaler.
 const EVERYTHING: &str = "everything";
+
+/// The overlay whose blobs are in an object store, and which has no castier-origin.
+const BUCKET: &str = "seaweedfs";
 
 fn overlay(name: &str) -> Option<Vec<Value>> {
     parse_yaml(build(name)?)
@@ -59,7 +63,7 @@ fn build(name: &str) -> Option<&'static str> {
 
 /// The overlays by name; none if there is nothing to build them with.
 fn overlays() -> Vec<&'static str> {
-    let names = ["minikube", "production", EVERYTHING];
+    let names = ["minikube", "production", BUCKET, EVERYTHING];
     let folders = fs::read_dir(root().join("k8s/overlays")).unwrap().count();
     assert_eq!(folders + 1, names.len(), "name the new overlay here");
     if build("minikube").is_none() { Vec::new() } else { names.to_vec() }
@@ -218,13 +222,11 @@ fn every_way_in_leads_to_castiers_port() {
         }
         assert_eq!(ways, 1, "{name} has one way in");
         // The rest of the Services: the nodes among each other, the origin, metrics.
-        let expected = [
-            ("castier-peers", "peer", 8081),
-            ("castier-peers", "admin", 8082),
-            ("castier-origin", "http", 9000),
-            ("castier-origin", "admin", 9001),
-        ];
-        for (service, port, leads_to) in expected {
+        let store: &[_] = match name {
+            BUCKET => &[("seaweedfs", "s3", 8333)],
+            _ => &[("castier-origin", "http", 9000), ("castier-origin", "admin", 9001)],
+        };
+        for &(service, port, leads_to) in [("castier-peers", "peer", 8081), ("castier-peers", "admin", 8082)].iter().chain(store) {
             assert_eq!(follow_service(&objects, named(&objects, "Service", service), &json!(port)), leads_to, "{name}");
         }
         for monitor in of_kind(&objects, "ServiceMonitor") {
@@ -255,6 +257,9 @@ fn effective<C: castier_config::Config>(objects: &[Value], set: &str) -> C {
     }
     if set == "castier" {
         fs::write(path("secret"), "0123456789abcdef0123456789abcdef\n").unwrap();
+        for (_, value) in variables.iter_mut().filter(|(key, _)| key.ends_with("__SECRET_ACCESS_KEY_FILE")) {
+            *value = path("secret");
+        }
         variables.push(("CASTIER_CLUSTER__SECRET_FILE".to_owned(), path("secret")));
         variables.push(("CASTIER_FILL__SPOOL_DIR".to_owned(), path("")));
     }
@@ -364,9 +369,8 @@ fn memory_disk_and_grace_fit_the_configuration() {
         let needed = (disk.capacity.get() + disk.quarantine.get() + config.fill.spool.get()) as f64 * 1.05;
         assert!(claim as f64 >= needed, "{name}: {} MiB are needed, the claim has {}", needed as u64 / MIB, claim / MIB);
 
-        for (set, grace) in
-            [("castier", config.shutdown.grace), ("castier-origin", effective::<OriginServer>(&objects, "castier-origin").shutdown.grace)]
-        {
+        let origin = (name != BUCKET).then(|| ("castier-origin", effective::<OriginServer>(&objects, "castier-origin").shutdown.grace));
+        for (set, grace) in [("castier", config.shutdown.grace)].into_iter().chain(origin) {
             let set = named(&objects, "StatefulSet", set);
             let sleep = container(set)["lifecycle"]["preStop"]["sleep"]["seconds"].as_u64().unwrap();
             let kill = pod(set)["terminationGracePeriodSeconds"].as_u64().unwrap();
@@ -394,8 +398,9 @@ fn pods_may_do_no_more_than_they_need() {
             assert_eq!(of_container["allowPrivilegeEscalation"], false);
             assert_eq!(of_container["capabilities"], json!({"drop": ["ALL"]}));
             assert!(container["resources"]["limits"]["cpu"].is_null());
-            for (probe, path) in [("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")] {
-                assert_eq!(container[probe]["httpGet"], json!({"path": path, "port": "admin"}), "{name}: {probe}");
+            let (port, ready) = if set["metadata"]["name"] == "seaweedfs" { ("s3", "/healthz") } else { ("admin", "/readyz") };
+            for (probe, path) in [("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", ready)] {
+                assert_eq!(container[probe]["httpGet"], json!({"path": path, "port": port}), "{name}: {probe}");
             }
         }
         let budget = named(&objects, "PodDisruptionBudget", "castier");
@@ -456,17 +461,49 @@ fn network_policies_admit_whom_they_should() {
         let (castier, ingress, prometheus, stranger) =
             (("cas", "castier"), ("ingress-nginx", "x"), ("monitoring", "x"), ("elsewhere", "x"));
         assert!(may(ingress, "castier", 8080) && may(stranger, "castier", 8080), "clients");
-        assert!(may(castier, "castier", 8081) && may(castier, "castier-origin", 9000), "nodes");
-        assert!(may(prometheus, "castier", 8082) && may(prometheus, "castier-origin", 9001), "Prometheus");
-        for from in [ingress, prometheus, stranger, ("cas", "castier-origin")] {
+        let (store, port) = if name == BUCKET { ("seaweedfs", 8333) } else { ("castier-origin", 9000) };
+        assert!(may(castier, "castier", 8081) && may(castier, store, port), "{name}: nodes");
+        assert!(may(prometheus, "castier", 8082) && (name == BUCKET || may(prometheus, "castier-origin", 9001)), "Prometheus");
+        for from in [ingress, prometheus, stranger, ("cas", store)] {
             assert!(!may(from, "castier", 8081), "{name}: only nodes reach the peer port, not {from:?}");
-            assert!(!may(from, "castier-origin", 9000), "{name}: only nodes reach the origin, not {from:?}");
+            assert!(!may(from, store, port), "{name}: only nodes reach the store, not {from:?}");
         }
-        for from in [castier, ingress, stranger, ("cas", "castier-origin")] {
+        for from in [castier, ingress, stranger, ("cas", store)] {
             assert!(
                 !may(from, "castier", 8082) && !may(from, "castier-origin", 9001),
                 "{name}: only Prometheus reaches the admin listener, not {from:?}"
             );
+        }
+    }
+}
+
+/// The store and castier agree on the key, the Secret has the files that both read, and no castier-origin is left.
+#[test]
+fn an_object_store_is_in_place_of_castier_origin() {
+    let Some(objects) = overlay(BUCKET) else { return };
+    let names: Vec<_> = objects.iter().filter_map(|object| object["metadata"]["name"].as_str()).collect();
+    assert!(!names.iter().any(|name| *name == "castier-origin" || name.starts_with("castier-origin-")), "{names:?}");
+    let config = effective::<Castier>(&objects, "castier");
+    assert!(matches!(&config.origin.url, OriginUrl::Bucket(bucket) if bucket.name == "blobs"), "{:?}", config.origin.url);
+    let service = named(&objects, "Service", "seaweedfs");
+    let port = service["spec"]["ports"][0]["port"].as_u64().unwrap();
+    assert_eq!(config.origin.s3.endpoint, format!("http://seaweedfs.cas.svc.cluster.local:{port}"));
+    let store = named(&objects, "StatefulSet", "seaweedfs");
+    let args: Vec<_> = items(&container(store)["args"]).iter().map(|arg| arg.as_str().unwrap()).collect();
+    let s3_config = args.iter().find_map(|arg| arg.strip_prefix("-s3.config=")).unwrap();
+    assert!(args.contains(&"-ip.bind=127.0.0.1") && args.contains(&"-s3.ip.bind=0.0.0.0"), "only S3 is open: {args:?}");
+    let secret = variables(named(&objects, "StatefulSet", "castier")).into_iter().find(|(key, _)| key.ends_with("SECRET_ACCESS_KEY_FILE"));
+    for (set, file) in [("seaweedfs", s3_config), ("castier", &secret.unwrap().1)] {
+        let set = named(&objects, "StatefulSet", set);
+        let (folder, file) = file.rsplit_once('/').unwrap();
+        let mount =
+            items(&container(set)["volumeMounts"]).iter().find(|mount| mount["mountPath"] == folder).expect("the secret is mounted");
+        let volume = items(&pod(set)["volumes"]).iter().find(|volume| volume["name"] == mount["name"]).unwrap();
+        assert_eq!(volume["secret"]["secretName"], "castier-store");
+        assert_eq!(volume["secret"]["items"], json!([{"key": file, "path": file}]), "each pod has its own part of the Secret alone");
+        // What makes the Secret.
+        for text in [read("docs/kubernetes.md"), read("scripts/apply_k8s.sh")] {
+            assert!(text.contains(&format!("--from-file={file}=")), "{file}");
         }
     }
 }
@@ -487,6 +524,35 @@ fn the_prometheus_rule_is_made_of_the_rule_files() {
 
 // ---- the configuration starts castier ----
 
+/// SeaweedFS as its container is started, with what only a pod has replaced. It, and the URL of its S3 listener.
+fn seaweedfs(objects: &[Value], dir: &Path) -> Option<(Running, String)> {
+    let weed = tool("weed")?;
+    let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+    fs::create_dir(path("data")).unwrap();
+    fs::write(path("store-secret"), "0123456789abcdef").unwrap();
+    // As scripts/apply_k8s.sh makes it.
+    let script = read("scripts/apply_k8s.sh");
+    let identities = script.lines().find_map(|line| line.trim().strip_prefix("identities='")?.strip_suffix('\'')).unwrap();
+    fs::write(path("s3.json"), identities.replace("%s", "0123456789abcdef")).unwrap();
+    let container = container(named(objects, "StatefulSet", "seaweedfs"));
+    let args = items(&container["args"]).iter().map(|arg| arg.as_str().unwrap());
+    let args = args.map(|arg| match arg.split_once('=').unwrap_or((arg, "")).0 {
+        "-dir" => format!("-dir={}", path("data")),
+        "-s3.config" => format!("-s3.config={}", path("s3.json")),
+        "-s3.ip.bind" => "-s3.ip.bind=127.0.0.1".to_owned(),
+        _ => arg.to_owned(),
+    });
+    let listeners: Vec<_> = (0..8).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let ports: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
+    drop(listeners);
+    let own = ["s3", "master", "volume", "filer"].into_iter().enumerate();
+    let own =
+        own.flat_map(|(at, of)| [format!("-{of}.port={}", ports[2 * at].port()), format!("-{of}.port.grpc={}", ports[2 * at + 1].port())]);
+    let mut store = Running::start(Command::new(weed).current_dir(dir).args(args.chain(own)));
+    store.wait_for(ports[0]);
+    Some((store, format!("http://{}", ports[0])))
+}
+
 #[test]
 fn the_config_maps_start_both_programs() {
     for name in overlays() {
@@ -504,8 +570,14 @@ fn the_config_maps_start_both_programs() {
         let own =
             |set: &str| variables(named(&objects, "StatefulSet", set)).into_iter().filter(|(key, _)| !key.contains("__TLS__")).collect();
         let (public, admin) = (("LISTEN__PUBLIC", "127.0.0.1:0"), ("LISTEN__ADMIN", "127.0.0.1:0"));
-        let mut origin = start("castier-origin", own("castier-origin"), &[public, admin, ("STORE__ROOT", &path("store"))]);
-        let url = format!("http://{}", origin.address("listening public "));
+        let (_store, url, endpoint) = if name == BUCKET {
+            let Some((store, endpoint)) = seaweedfs(&objects, dir.path()) else { continue };
+            (store, "s3://blobs".to_owned(), endpoint)
+        } else {
+            let mut origin = start("castier-origin", own("castier-origin"), &[public, admin, ("STORE__ROOT", &path("store"))]);
+            let url = format!("http://{}", origin.address("listening public "));
+            (origin, url, String::new())
+        };
         fs::write(path("secret"), "0123456789abcdef0123456789abcdef\n").unwrap();
         fs::create_dir(path("claim")).unwrap();
         let here = [
@@ -517,6 +589,9 @@ fn the_config_maps_start_both_programs() {
             ("FILL__SPOOL_DIR", &path("claim")),
             ("CLUSTER__SECRET_FILE", &path("secret")),
         ];
+        let store_secret = path("store-secret");
+        let s3 = [("ORIGIN__S3__ENDPOINT", &*endpoint), ("ORIGIN__S3__SECRET_ACCESS_KEY_FILE", &*store_secret)];
+        let here: Vec<_> = here.iter().copied().chain(s3.into_iter().filter(|_| name == BUCKET)).collect();
         let mut castier = start("castier", own("castier"), &here);
         let address = castier.address("listening public ");
         castier.wait_for(address);

@@ -144,7 +144,10 @@ fn the_final_stage_builds_and_says_what_it_is() {
 #[test]
 fn compose_is_sound() {
     if let Some(compose) = tool("docker-compose") {
-        stdout(Command::new(compose).arg("--file").arg(root().join("compose.yaml")).args(["config", "--quiet"]), b"");
+        let files = |names: &[&str]| names.iter().flat_map(|name| ["--file".into(), root().join(name)]).collect::<Vec<_>>();
+        for names in [&["compose.yaml"][..], &["compose.yaml", "compose.seaweedfs.yaml"]] {
+            stdout(Command::new(&compose).args(files(names)).args(["config", "--quiet"]), b"");
+        }
     }
     let Some(documents) = parse_yaml(&read("compose.yaml")) else { return };
     let services = documents[0]["services"].as_object().unwrap();
@@ -189,6 +192,41 @@ fn compose_is_sound() {
             b"",
         );
     }
+}
+
+/// What compose.seaweedfs.yaml changes: the nodes ask the bucket, and nothing else is left of castier-origin.
+#[test]
+fn compose_with_seaweedfs_is_sound() {
+    let Some(compose) = tool("docker-compose") else { return };
+    let files = ["--file", "compose.yaml", "--file", "compose.seaweedfs.yaml", "config"];
+    let Some(documents) = parse_yaml(&stdout(Command::new(compose).current_dir(root()).args(files), b"")) else { return };
+    let services = &documents[0]["services"];
+    let store = &services["origin"];
+    assert_eq!(store["image"].as_str().unwrap(), container_image("k8s/components/seaweedfs/seaweedfs.yaml"), "one version everywhere");
+    assert!(store["ports"].is_null() && store["cap_drop"][0] == "ALL" && store["read_only"] == true, "{store}");
+    assert_eq!(store["entrypoint"][0], "/usr/bin/weed");
+    let dir = TempDir::new().unwrap();
+    let secret = dir.path().join("secret");
+    fs::write(&secret, "0123456789abcdef0123456789abcdef\n").unwrap();
+    for node in ["node-1", "node-2", "node-3"] {
+        let mut variables: Vec<_> = services[node]["environment"].as_object().unwrap().iter().collect();
+        variables.retain(|(name, _)| !name.contains("SECRET"));
+        let mut variables: Vec<_> = variables.into_iter().map(|(name, value)| (name.as_str(), value.as_str().unwrap())).collect();
+        assert!(
+            variables.contains(&("CASTIER_ORIGIN__URL", "s3://blobs")) && variables.iter().any(|(name, _)| name.ends_with("ADVERTISE"))
+        );
+        let file = secret.to_str().unwrap();
+        variables.extend([("CASTIER_CLUSTER__SECRET_FILE", file), ("CASTIER_ORIGIN__S3__SECRET_ACCESS_KEY_FILE", file)]);
+        check("castier", &root().join("config/compose/castier.toml"), &variables);
+        let secrets = services[node]["secrets"].to_string();
+        assert!(secrets.contains("castier-peer") && secrets.contains("castier-store") && !secrets.contains("store-s3"), "{secrets}");
+    }
+}
+
+/// The image in a manifest that has one.
+fn container_image(manifest: &str) -> String {
+    let text = read(manifest);
+    text.lines().find_map(|line| line.trim().strip_prefix("image: ")).unwrap().to_owned()
 }
 
 #[test]

@@ -37,7 +37,7 @@ impl World {
         let dir = TempDir::new().unwrap();
         let project = dir.path().join("project");
         fs::create_dir_all(&project).unwrap();
-        for part in ["scripts", "k8s", "config/kubernetes", "grafana", "compose.yaml"] {
+        for part in ["scripts", "k8s", "config/kubernetes", "grafana", "compose.yaml", "compose.seaweedfs.yaml"] {
             let to = project.join(part);
             fs::create_dir_all(to.parent().unwrap()).unwrap();
             stdout(Command::new("cp").arg("-r").arg(root().join(part)).arg(to), b"");
@@ -116,13 +116,15 @@ fn every_script_explains_itself_and_refuses_what_it_does_not_know() {
 #[test]
 fn a_dry_run_changes_nothing() {
     let world = World::new();
-    let runs: [(&str, &[&str], &str); 9] = [
+    let runs: [(&str, &[&str], &str); 11] = [
         ("docker_start.sh", &[], "docker build"),
         ("docker_start.sh", &["--stop"], "down"),
+        ("docker_start.sh", &["--seaweedfs"], "compose.seaweedfs.yaml up"),
         ("docker_start.sh", &["--minikube"], "minikube image build"),
         ("enable_ingress.sh", &[], "minikube addons enable ingress"),
         ("enable_ingress.sh", &["--helm"], "helm upgrade --install ingress-nginx"),
         ("apply_k8s.sh", &["production"], "kubectl apply --server-side -k"),
+        ("apply_k8s.sh", &["seaweedfs"], "create secret generic castier-store"),
         ("apply_k8s.sh", &["--delete"], "kubectl delete"),
         ("monitoring.sh", &[], "helm upgrade --install kube-prometheus-stack"),
         ("port_forward.sh", &["grafana"], "kubectl port-forward"),
@@ -159,6 +161,29 @@ fn castier_is_applied_again_and_again_with_one_secret() {
     ];
     let at = order.map(|what| second.iter().position(|call| call.contains(what)).unwrap_or_else(|| panic!("{what}: {second:?}")));
     assert!(at.is_sorted(), "{second:?}");
+
+    // The key of a store of its own, which the real kubectl reads from the two files.
+    fs::write(
+        world.path("bin/kubectl"),
+        STAND_IN.replace(
+            "  *\" secret generic \"*)",
+            r#"  *" secret generic castier-store "*)
+    for argument; do case $argument in --from-file=*) file=${argument#--from-file=}; cat "${file#*=}" >"store-${file%%=*}" ;; esac; done ;;
+  "kubectl get secret castier-store "*) test -e store-secret ;;
+  *" secret generic "*)"#,
+        ),
+    )
+    .unwrap();
+    fs::write(world.path("bin/secret"), &secret).unwrap();
+    let (_, first) = world.ok("apply_k8s.sh", &["seaweedfs"]);
+    assert!(first.iter().any(|call| call.contains("rollout status statefulset/seaweedfs")), "{first:?}");
+    assert!(!first.iter().any(|call| call.contains("castier-origin")), "{first:?}");
+    let key = fs::read_to_string(world.path("bin/store-secret")).unwrap();
+    let identities: serde_json::Value = serde_json::from_str(&fs::read_to_string(world.path("bin/store-s3.json")).unwrap()).unwrap();
+    assert!(key.len() == 64 && identities["identities"][0]["credentials"][0]["secretKey"] == key, "{identities}");
+    assert!(first.iter().all(|call| !call.contains(&key)), "arguments can be read by everybody");
+    world.ok("apply_k8s.sh", &["seaweedfs"]);
+    assert_eq!(fs::read_to_string(world.path("bin/store-secret")).unwrap(), key, "it is made once");
 
     // A difference is no failure; a folder that is not there is.
     world.ok("apply_k8s.sh", &["--diff", "production"]);
@@ -222,6 +247,12 @@ fn docker_starts_again_and_again_with_one_secret() {
     let (_, second) = world.ok("docker_start.sh", &[]);
     assert_eq!((fs::read_to_string(&file).unwrap(), &second), (secret, &first));
     assert!(first[1].starts_with("docker build") && first[2].ends_with("up --detach --wait"), "{first:?}");
+    let (_, with_store) = world.ok("docker_start.sh", &["--seaweedfs", "--no-build"]);
+    assert!(with_store.last().unwrap().ends_with("compose.seaweedfs.yaml up --detach --wait"), "{with_store:?}");
+    let key = fs::read_to_string(world.path("project/castier-data/compose-store-secret")).unwrap();
+    let identities = fs::read_to_string(world.path("project/castier-data/compose-store-s3.json")).unwrap();
+    let identities: serde_json::Value = serde_json::from_str(&identities).unwrap();
+    assert_eq!(identities["identities"][0]["credentials"][0]["secretKey"], key.trim());
     assert!(!world.ok("docker_start.sh", &["--no-build"]).1.iter().any(|call| call.contains("build")));
     assert!(world.ok("docker_start.sh", &["--stop"]).1[0].ends_with(" down"), "the data stays");
     fs::write(world.path("bin/no-daemon"), "").unwrap();

@@ -35,7 +35,7 @@ impl World {
 #[tokio::test]
 async fn an_origin_over_http_is_a_store() {
     let world = World::new().await;
-    contract::store(&world.upstream.store()).await;
+    assert_eq!(contract::store(&world.upstream.store()).await, contract::Lacks::default());
 }
 
 #[tokio::test]
@@ -43,7 +43,7 @@ async fn the_embedded_origin_is_a_store() {
     let world = World::new().await;
     let files = world.origin.local(&config::Origin::default());
     let store = EmbeddedStore::new(files, world.upstream.clone());
-    contract::store(&store).await;
+    assert_eq!(contract::store(&store).await, contract::Lacks::default());
     let state = world.upstream.origin_state().unwrap();
     assert!(state.up && state.requests > 50 && state.errors == 0, "{state:?}");
     assert!(world.metrics.upstream.received_bytes().0 > 3_000_000);

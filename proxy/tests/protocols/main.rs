@@ -22,4 +22,5 @@ mod outbox;
 mod pack;
 mod pypi;
 mod races;
+mod stores;
 mod support;

@@ -7,9 +7,6 @@ use crate::{
         turn,
     },
 };
-use castier_bucket::{Bucket, Metrics, Options};
-use castier_cache::{Budget, contract};
-use castier_config::{Origin, OriginUrl};
 use std::{
     fs,
     io::{Read as _, Write as _},
@@ -22,7 +19,7 @@ use std::{
 };
 use tempfile::TempDir;
 
-const KEY: &str = "castier";
+pub(crate) const KEY: &str = "castier";
 const SECRET: &str = "the-secret";
 const MIB: usize = 1 << 20;
 
@@ -106,7 +103,7 @@ impl Weed {
     }
 
     /// `more`: top-level keys.
-    fn config_as(&self, url: &str, key: &str, more: &str) -> String {
+    pub(crate) fn config_as(&self, url: &str, key: &str, more: &str) -> String {
         let secret = self.dir.path().join("secret");
         format!(
             "origin.url = \"{url}\"\nallow_delete = true\n{more}\n[origin.s3]\nendpoint = \"{}\"\naccess_key_id = \"{key}\"\nsecret_access_key_file = \"{}\"\n",
@@ -148,30 +145,6 @@ fn line(seen: &Seen) -> String {
 fn put(castier: &Castier, body: &[u8]) -> (u16, String) {
     let target = format!("/cas/{}", sha256(body));
     (Request::new("PUT", &target).body(body).send(castier.public).status, target)
-}
-
-#[test]
-fn a_bucket_is_a_store() {
-    let _turn = turn();
-    let Some(weed) = Weed::start() else { return };
-    for ttl in ["0s", "60s"] {
-        let file = weed.dir.path().join("castier.toml");
-        let config = weed.config_as(&format!("s3://blobs/{ttl}"), KEY, &format!("origin.existence_ttl = \"{ttl}\""));
-        fs::write(&file, config).unwrap();
-        let loaded = castier_config::load::<castier_config::Castier>(Some(&file), std::iter::empty()).unwrap();
-        let origin: Origin = loaded.config.origin;
-        let OriginUrl::Bucket(url) = &origin.url else { panic!("a bucket") };
-        let options = Options {
-            memory: Budget::new(64 << 20),
-            spool: Budget::new(64 << 20),
-            spool_dir: weed.dir.path().to_owned(),
-            allow_delete: true,
-            streams: 64,
-            metrics: Arc::new(Metrics::new(&prometheus::Registry::new()).unwrap()),
-        };
-        let bucket = Bucket::new(url, &origin, options).unwrap();
-        tokio::runtime::Runtime::new().unwrap().block_on(contract::store(&bucket));
-    }
 }
 
 #[test]

@@ -290,18 +290,25 @@ pub(crate) struct Castier {
 /// Starts castier with these lines of configuration. Top-level keys come first, then tables. The addresses, and an embedded origin unless `origin.url`
 /// is there, are added.
 pub(crate) fn castier(config: &str) -> Castier {
-    Castier::start(TempDir::new().unwrap(), "127.0.0.1:0", config)
+    castier_with(config, &[])
+}
+
+/// The same with these variables in its environment.
+pub(crate) fn castier_with(config: &str, variables: &[(&str, String)]) -> Castier {
+    Castier::start(TempDir::new().unwrap(), "127.0.0.1:0", config, variables)
 }
 
 impl Castier {
-    fn start(dir: TempDir, public: &str, config: &str) -> Self {
+    fn start(dir: TempDir, public: &str, config: &str, variables: &[(&str, String)]) -> Self {
         let mut text = format!("listen.public = \"{public}\"\nlisten.admin = \"127.0.0.1:0\"\n");
         if !config.contains("origin.url") {
             text.push_str("origin.url = \"embedded:./origin\"\n");
         }
         text.push_str(config);
         fs::write(dir.path().join("castier.toml"), text).unwrap();
-        let mut process = Running::start(command(castier_program(), dir.path()).args(["--config", "castier.toml"]));
+        let mut program = command(castier_program(), dir.path());
+        program.args(["--config", "castier.toml"]).envs(variables.iter().map(|(name, value)| (name, value)));
+        let mut process = Running::start(&mut program);
         let [public, admin] = ["listening public ", "listening admin "].map(|prefix| {
             process.says(prefix, |log| log.lines().find_map(|line| line.split(prefix).nth(1)?.split([' ', '"']).next()?.parse().ok()))
         });
@@ -313,7 +320,7 @@ impl Castier {
     pub(crate) fn restart(mut self, config: &str) -> Self {
         self.process.stop();
         let public = self.public.to_string();
-        Self::start(self.dir, &public, config)
+        Self::start(self.dir, &public, config, &[])
     }
 
     /// Kills it at once (SIGKILL).
