@@ -267,8 +267,8 @@ pub struct Disk {
     /// How many bytes the outbox may take: uploads that are acknowledged and not yet in the bucket (`origin.write = "behind"`), and events that are
     /// not yet delivered. Beyond it uploads get 507.
     ///
-    /// It is below `disk.path`, and not a part of `disk.capacity`: nothing in it is evicted. Each upload counts 4 KiB more than its bytes, and takes
-    /// some 400 B of memory. The default holds what a busy build farm uploads in some minutes.
+    /// It is below `disk.path`, and not a part of `disk.capacity`: nothing in it is evicted. Each upload counts 16 KiB more than its bytes, and takes
+    /// 512 B of memory. The default holds what a busy build farm uploads in some minutes.
     ///
     /// - Type: 1MiB or more
     pub outbox: Size,

@@ -8,7 +8,7 @@ use crate::{
     routes,
 };
 use castier_cache::SMALL;
-use castier_config::{Castier, Limits, Size};
+use castier_config::{Castier, Limits, Size, Write};
 use std::{fs, path::Path};
 
 /// The program itself, its threads, and freed memory that the allocator keeps.
@@ -71,6 +71,8 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     let sources = 1 + config.cluster.as_ref().map_or(0, |cluster| cluster.peers.len() as u64);
     let fills = config.fill.max_in_flight as u64 * FILL + config.origin.max_requests as u64 * UPSTREAM;
     let disk = config.disk.as_ref().map_or(0, |disk| disk.write_behind.get() + disk.open_files * OPEN_FILE + BUFFERS);
+    let outbox = config.disk.as_ref().filter(|_| config.origin.write == Write::Behind || !config.events.is_empty());
+    let outbox = outbox.map_or(0, |disk| castier_outbox::most_memory(disk.outbox.get()));
     let names = routes::most_names(config);
     let logged = if config.log.loki_url.is_empty() { 0 } else { config.log.loki.buffer.get() };
     let traced = if config.otlp.endpoint.is_empty() { 0 } else { config.otlp.buffer.get() };
@@ -87,6 +89,7 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
         connections * CONNECTION,
         sources * fills,
         disk,
+        outbox,
     ];
     parts.into_iter().fold(0, u64::saturating_add)
 }

@@ -29,5 +29,5 @@ mod tests;
 pub use announced::{Announced, of_client};
 pub use journal::{Event, Kind};
 pub use metrics::Metrics;
-pub use outbox::{Options, Outbox, Pending, PendingEntry};
+pub use outbox::{Options, Outbox, Pending, PendingEntry, most_memory};
 pub use write_behind::{Others, WriteBehind};

@@ -31,7 +31,7 @@ impl Metrics {
         Ok(Self {
             blobs: gauge(r, "castier_outbox_blobs", "Blobs that are acknowledged and that the store does not have yet")?,
             entries: gauge(r, "castier_outbox_entries", "Versions of entries that are acknowledged and that the store does not have yet")?,
-            bytes: gauge(r, "castier_outbox_bytes", "Bytes of the outbox in use, 4 KiB for each record and undelivered events included")?,
+            bytes: gauge(r, "castier_outbox_bytes", "Bytes of the outbox in use, 16 KiB for each record and undelivered events included")?,
             capacity: gauge(r, "castier_outbox_capacity_bytes", "disk.outbox: beyond it uploads get 507")?,
             oldest: gauge(r, "castier_outbox_oldest_seconds", "How long the oldest upload in the outbox has waited; 0 if there is none")?,
             uploads,

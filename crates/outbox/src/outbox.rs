@@ -25,14 +25,25 @@ use std::{
 };
 use tokio::sync::{Notify, watch};
 
-/// What a record costs of `disk.outbox` beside its body: a block of the file system, a row of the journal, and some 300 bytes of memory.
-const RECORD_COST: u64 = 4096;
+/// What a record costs of `disk.outbox` beside its body: a block of the file system, a row of the journal, and [`RECORD_MEMORY`]. It is more than that on
+/// the disk, so that a full outbox of tiny blobs does not take too much memory.
+const RECORD_COST: u64 = 16 << 10;
 /// What an event costs.
 const EVENT_COST: u64 = 512;
 /// Larger bodies are files. Up to this size an upload is in memory anyway.
 const INLINE: usize = castier_cache::SMALL;
 /// Bytes of an upload that are written at once, and those of a body that are read at once.
 const PIECE: usize = 1 << 20;
+
+/// What a record takes in memory.
+const RECORD_MEMORY: u64 = 512;
+/// The most memory of an outbox beside its records: the cache of its journal, and bodies that wait to be written.
+const BASE_MEMORY: u64 = 40 << 20;
+
+/// The most memory that an outbox of this capacity takes.
+pub const fn most_memory(capacity: u64) -> u64 {
+    BASE_MEMORY + capacity / RECORD_COST * RECORD_MEMORY
+}
 
 /// The outbox of a node.
 pub struct Outbox {

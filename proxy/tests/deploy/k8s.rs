@@ -61,6 +61,42 @@ fn build(name: &str) -> Option<&'static str> {
     Some(built.as_ref()?.get(name).unwrap_or_else(|| panic!("there is no overlay {name}")))
 }
 
+/// A node uploads what waits in its outbox before its pod ends.
+#[test]
+fn write_behind_drains_before_a_pod_ends() {
+    let Some(kubectl) = tool("kubectl") else { return };
+    let dir = TempDir::new().unwrap();
+    let dir = dir.path().canonicalize().unwrap();
+    let up = "../".repeat(dir.components().count() - 1);
+    let at = |path: &str| format!("{up}{}", root().join("k8s").join(path).to_str().unwrap().trim_start_matches('/'));
+    let kustomization = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "cas", "resources": [at("overlays/seaweedfs")],
+        "components": [at("components/write-behind")],
+    });
+    fs::write(dir.join("kustomization.yaml"), kustomization.to_string()).unwrap();
+    let yaml = stdout(Command::new(&kubectl).arg("kustomize").arg(&dir), b"");
+    if let Some(validate) = tool("kubernetes-validate") {
+        let file = dir.join("all.yaml");
+        fs::write(&file, &yaml).unwrap();
+        for version in VERSIONS {
+            let output = run(Command::new(&validate).args(["--strict", "-k", version]).arg(&file), b"");
+            assert!(output.status.success(), "Kubernetes {version}: {}", text(&output));
+        }
+    }
+    let Some(objects) = parse_yaml(&yaml) else { return };
+    let config = effective::<Castier>(&objects, "castier");
+    assert_eq!(config.origin.write, castier_config::Write::Behind);
+    let set = named(&objects, "StatefulSet", "castier");
+    assert_eq!(
+        container(set)["lifecycle"]["preStop"],
+        json!({"exec": {"command": ["/usr/bin/castier", "drain", "--timeout", "10m", "--at-least", "10s"]}})
+    );
+    let grace = pod(set)["terminationGracePeriodSeconds"].as_u64().unwrap();
+    assert!(grace >= 600 + config.shutdown.grace.get().as_secs() + 12, "{grace}");
+    let admin = config.listen.admin.rsplit_once(':').unwrap();
+    assert_eq!(admin, ("0.0.0.0", "8082"), "`castier drain` asks 127.0.0.1:8082");
+}
+
 /// The overlays by name; none if there is nothing to build them with.
 fn overlays() -> Vec<&'static str> {
     let names = ["minikube", "production", BUCKET, EVERYTHING];
