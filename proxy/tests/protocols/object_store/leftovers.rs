@@ -1,10 +1,16 @@
 //! Multipart uploads that were left behind are aborted at the start.
 
-use super::{KEY, Weed, castier_origin, is_list_of_uploads};
+use super::{Weed, castier_origin, is_list_of_uploads};
 use crate::support::{Response, castier, eventually, sha256, turn};
 use tempfile::TempDir;
 
 impl Weed {
+    /// The configuration with this age.
+    fn config_after(&self, after: &str) -> String {
+        // The section [origin.s3] is the last one.
+        format!("{}abort_leftovers_after = \"{after}\"\n", self.config(""))
+    }
+
     fn begin(&self, key: &str) {
         let (status, body) = self.curl("POST", &format!("/blobs/{key}?uploads="), b"");
         assert_eq!(status, 200, "{}", String::from_utf8_lossy(&body));
@@ -39,7 +45,7 @@ fn only_old_uploads_of_blobs_are_aborted() {
     // Too young, or switched off.
     for (after, asks) in [("1h", true), ("0s", false)] {
         weed.take();
-        let castier = castier(&weed.config_as("s3://blobs", KEY, &format!("origin.s3.abort_leftovers_after = \"{after}\"")));
+        let castier = castier(&weed.config_after(after));
         let is_checked = || weed.proxy.count(|seen| seen.method == "DELETE" && seen.target.contains("castier-check")) > 0;
         eventually("the bucket is checked", || is_checked().then_some(()));
         if asks {
@@ -59,7 +65,7 @@ fn only_old_uploads_of_blobs_are_aborted() {
             )
         })
     });
-    let config = weed.config_as("s3://blobs", KEY, "origin.s3.abort_leftovers_after = \"1ms\"");
+    let config = weed.config_after("1ms");
     let castier = castier(&config);
     eventually("they are aborted", || (castier.metric("castier_bucket_uploads_aborted_total", &[]) >= 2.0).then_some(()));
     let mut left = theirs.to_vec();
@@ -69,7 +75,7 @@ fn only_old_uploads_of_blobs_are_aborted() {
 
     // The same for castier-origin below a prefix. A list that fails keeps nothing from starting.
     let dir = TempDir::new().unwrap();
-    let config = config.replace("origin.url", "store.url").replace("origin.s3", "store.s3").replace("s3://blobs", "s3://blobs/team");
+    let config = config.replace("origin.", "store.").replace("s3://blobs", "s3://blobs/team");
     let (origin, ..) = castier_origin(dir.path(), &config, |_| {});
     eventually("it is aborted", || (weed.unfinished() == left[..2]).then_some(()));
     drop(origin);
