@@ -1,7 +1,7 @@
 //! Object stores as the origin: their URLs, the layout of their keys, and how castier logs in.
 
 use crate::{
-    Malformed, Problems,
+    Malformed, Problems, Span,
     file::read_text,
     value::{as_text, path_text},
 };
@@ -109,6 +109,14 @@ impl KeyTemplate {
         self.parts.iter().map(part).collect()
     }
 
+    /// What all keys begin with.
+    pub fn literal_prefix(&self) -> &str {
+        match self.parts.first() {
+            Some(KeyPart::Text(text)) => text,
+            _ => "",
+        }
+    }
+
     /// The digest of the blob whose key this is; `None` if it is the key of no blob.
     pub fn digest<'k>(&self, key: &'k str) -> Option<String> {
         let mut digest: [Option<char>; DIGEST] = [None; DIGEST];
@@ -197,7 +205,7 @@ impl FromStr for KeyTemplate {
 as_text!(KeyTemplate);
 
 /// How castier reaches an S3 store. What is empty here comes from the usual variables (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`,
-/// `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, …). If there are no keys, castier takes those of a web identity
+/// `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, …), then from a profile in `~/.aws`. If there are no keys, castier takes those of a web identity
 /// (`AWS_WEB_IDENTITY_TOKEN_FILE` and `AWS_ROLE_ARN`), of the container or of the machine, and renews them before they end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -221,10 +229,20 @@ pub struct S3 {
     /// It is a file, so that anybody may read this configuration.
     #[serde(serialize_with = "path_text")]
     pub secret_access_key_file: PathBuf,
+    /// The profile in `~/.aws/credentials` and `~/.aws/config` to log in with. Empty: `AWS_PROFILE`, else `default` if there is one.
+    ///
+    /// If it is set, its keys go before those of the environment. `AWS_SHARED_CREDENTIALS_FILE` and `AWS_CONFIG_FILE` name other files. castier
+    /// reads the keys again every minute, and when the store refuses them. The default is that of the AWS tools.
+    pub profile: String,
     /// Whether the bucket's name is in the path of URLs (`true`), or in the host name.
     ///
     /// Stores of your own need it in the path. Amazon takes both for most buckets.
     pub path_style: bool,
+    /// At the start castier aborts uploads to keys of blobs that were begun longer ago than this and have not ended. 0s: never.
+    ///
+    /// A castier that is killed in the middle of an upload of over 16 MiB leaves such a one behind. Its parts take space and are not listed as
+    /// objects. The default is longer than any upload should take. Uploads of other programs to other keys stay.
+    pub abort_leftovers_after: Span,
 }
 
 impl Default for S3 {
@@ -234,7 +252,9 @@ impl Default for S3 {
             region: String::new(),
             access_key_id: String::new(),
             secret_access_key_file: PathBuf::new(),
+            profile: String::new(),
             path_style: true,
+            abort_leftovers_after: Span::secs(24 * 3600),
         }
     }
 }
@@ -271,7 +291,10 @@ impl S3 {
             }
         }
         if self.access_key_id.is_empty() != self.secret_access_key_file.as_os_str().is_empty() {
-            problems.add("origin.s3.access_key_id", "and origin.s3.secret_access_key_file belong together; set both or none".to_owned());
+            problems.add(key("access_key_id"), format!("and {section}.secret_access_key_file belong together; set both or none"));
+        }
+        if !self.access_key_id.is_empty() && !self.profile.is_empty() {
+            problems.add(key("profile"), format!("and {section}.access_key_id are two ways to log in; set one of them"));
         }
         if problems.ask_machine()
             && let Err(why) = self.secret()
@@ -299,6 +322,7 @@ mod tests {
             let template: KeyTemplate = template.parse().unwrap();
             assert_eq!(template.key(OF_NOTHING), key);
             assert_eq!(template.digest(&key).as_deref(), Some(OF_NOTHING), "{key}");
+            assert!(key.starts_with(template.literal_prefix()));
             for other in [key.replace("e3", "00"), format!("{key}x"), format!("x{key}"), key.to_uppercase(), String::new()] {
                 assert_ne!(template.digest(&other).as_deref(), Some(OF_NOTHING), "{other}");
             }

@@ -131,13 +131,49 @@ impl Entries {
         }
         sync_dir(&own)?;
         sync_dir(root)?;
-        Ok(Self {
-            root: own,
+        Ok(Self::for_reading(root))
+    }
+
+    /// The entries below `root`, whose lock another process may hold. Only [`Self::name_at`] and [`Self::read_untouched`] are allowed.
+    pub(crate) fn for_reading(root: &Path) -> Self {
+        Self {
+            root: root.join("entries"),
             tmp: root.join("tmp"),
             quarantine: root.join("quarantine"),
             locks: (0..FAN_OUT).map(|_| Mutex::new(())).collect(),
             durable: Mutex::default(),
-        })
+        }
+    }
+
+    /// The name of the entry whose file this is; `None` if the file is no complete entry.
+    pub(crate) fn name_at(&self, path: &Path) -> io::Result<Option<Name>> {
+        let (file, metadata) = match look(path)? {
+            At::Nothing => return Err(ErrorKind::NotFound.into()),
+            At::File(file, metadata) => (file, metadata),
+            At::Foreign => return Ok(None),
+        };
+        let trailer = Trailer::read(&file, metadata.len())?;
+        Ok(trailer.and_then(|trailer| Name::from_stored(&trailer.name)).filter(|name| self.path(name) == path))
+    }
+
+    /// Digest and bytes of an entry of at most `most` bytes; `None` if it does not exist. Leaves a damaged one where it is.
+    pub(crate) fn read_untouched(&self, name: &Name, most: u64) -> Result<Option<(Digest, Bytes)>, Fault> {
+        let damaged = || Fault::RottenEntry { name: name.to_string(), found: false };
+        let (file, metadata) = match look(&self.path(name))? {
+            At::Nothing => return Ok(None),
+            At::File(file, metadata) => (file, metadata),
+            At::Foreign => return Err(damaged()),
+        };
+        let trailer = Trailer::read(&file, metadata.len())?.filter(|trailer| trailer.name == name.as_str()).ok_or_else(damaged)?;
+        if trailer.size > most {
+            return Err(Fault::Io(io::Error::other(format!("{} bytes, over limits.max_entry", trailer.size))));
+        }
+        let mut bytes = vec![0; usize::try_from(trailer.size).unwrap_or(usize::MAX)];
+        file.read_exact_at(&mut bytes, 0)?;
+        let mut verifier = Verifier::of(trailer.digest, ());
+        verifier.update(&bytes);
+        verifier.finish()?;
+        Ok(Some((trailer.digest, bytes.into())))
     }
 
     /// Opens an entry; `None` if it does not exist.

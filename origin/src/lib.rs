@@ -5,7 +5,7 @@
 //! The binary `castier-origin` and the embedded origin of `castier` are this very server. An upload passes through `server` (a connection) → `service`
 //! (which request does what) → `intake` (its body) → `receive` (batches) → `store` (temp file, verified, synced, renamed, synced again) and is
 //! answered; a download through `service` → `store` → `reply` (read and hashed one chunk ahead of the client, the last chunk only if the digest
-//! matches). `local` does the same for blobs without a connection: castier uses it for its embedded origin.
+//! matches). `local` does the same for blobs without a connection: castier uses it for its embedded origin. `copy` moves a store.
 //!
 //! Invariant: a read of a whole blob is hashed while it is sent, and cut before its end if it is damaged. A read of a part is *not* checked, since the
 //! digest covers the whole blob.
@@ -34,6 +34,7 @@ mod action;
 mod admin;
 mod bucket;
 mod connection_timeouts;
+pub mod copy;
 mod entries;
 mod files;
 mod intake;
@@ -172,19 +173,23 @@ impl Origin {
     /// # Errors
     /// `root` cannot be written to, or another process uses it. The text names `root` and says what to do.
     pub fn open(root: impl AsRef<Path>, options: Options) -> io::Result<Self> {
-        let store = Arc::new(Store::open(root.as_ref(), options.root_key)?);
-        let entries = Entries::open(root.as_ref()).map_err(|e| {
-            io::Error::new(e.kind(), format!("{}: {}: entries/ cannot be made: {e}", options.root_key, root.as_ref().display()))
-        })?;
-        let entries = Arc::new(entries);
-        let counted = Arc::clone(&store);
+        let (origin, counted) = Self::open_uncounted(root, options)?;
         thread::Builder::new().name("count".to_owned()).spawn(move || {
             if let Err(error) = counted.count() {
                 tracing::error!(%error, "the blobs in the store could not be counted; castier_origin_blobs and castier_origin_bytes are too low");
             }
         })?;
+        Ok(origin)
+    }
+
+    fn open_uncounted(root: impl AsRef<Path>, options: Options) -> io::Result<(Self, Arc<Store>)> {
+        let store = Arc::new(Store::open(root.as_ref(), options.root_key)?);
+        let entries = Entries::open(root.as_ref()).map_err(|e| {
+            io::Error::new(e.kind(), format!("{}: {}: entries/ cannot be made: {e}", options.root_key, root.as_ref().display()))
+        })?;
+        let entries = Arc::new(entries);
         let metrics = metrics::Metrics::new().map_err(io::Error::other)?;
-        Ok(Self::with(Backend::Files(Files { store, entries }), metrics, options))
+        Ok((Self::with(Backend::Files(Files { store: Arc::clone(&store), entries }), metrics, options), store))
     }
 
     /// An origin whose blobs and entries are in the bucket that `open` returns. It may register metrics.

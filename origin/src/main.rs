@@ -2,8 +2,11 @@
 
 use castier_bucket::Bucket;
 use castier_cache::Budget;
-use castier_config::{Loaded, OriginLimits, OriginServer, changed, environment};
-use castier_origin::{Options, Origin};
+use castier_config::{Loaded, OriginLimits, OriginServer, Problems, changed, environment};
+use castier_origin::{
+    Options, Origin,
+    copy::{self, CopyArgs},
+};
 use castier_serverkit::{
     bind::{bind, shown},
     log, open_files, otlp,
@@ -11,6 +14,7 @@ use castier_serverkit::{
     startup::{self, CommonArgs},
 };
 use clap::Parser;
+use prometheus::Registry;
 use std::{ffi::OsString, process::ExitCode, sync::Arc, time::Duration};
 use tokio::sync::oneshot;
 
@@ -22,7 +26,7 @@ const PROGRAM: &str = "castier-origin";
 /// Every key of the configuration can also be set from the environment: CASTIER_ and the key with __ for the dot, as in
 /// CASTIER_LIMITS__MAX_BLOB=1GiB. Options win over the environment, and the environment over the file.
 #[derive(Clone, Parser)]
-#[command(name = "castier-origin", version)]
+#[command(name = "castier-origin", version, args_conflicts_with_subcommands = true)]
 struct Arguments {
     /// Where clients connect, HOST:PORT (listen.public)
     #[arg(long, value_name = "ADDR")]
@@ -32,10 +36,17 @@ struct Arguments {
     root: Option<OsString>,
     #[command(flatten)]
     common: CommonArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Clone, clap::Subcommand)]
+enum Command {
+    Copy(CopyArgs),
 }
 
 impl Arguments {
-    fn load(&self) -> Result<Loaded<OriginServer>, castier_config::Problems> {
+    fn load(&self) -> Result<Loaded<OriginServer>, Problems> {
         let listen = self.listen.clone().map(|listen| ("CASTIER_LISTEN__PUBLIC".to_owned(), listen));
         let root = self.root.as_ref().map(|root| ("CASTIER_STORE__ROOT".to_owned(), root.to_string_lossy().into_owned()));
         self.common.load(environment().chain(listen).chain(root))
@@ -44,7 +55,10 @@ impl Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    startup::main(PROGRAM, &arguments.common, || arguments.load(), |config| run(&arguments, config))
+    if let Some(Command::Copy(args)) = &arguments.command {
+        return copy::run(args);
+    }
+    startup::main(PROGRAM, &arguments.common, || arguments.load(), ("store.url", ask), |config| run(&arguments, config))
 }
 
 async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> {
@@ -70,7 +84,10 @@ async fn run(arguments: &Arguments, config: OriginServer) -> Result<(), String> 
         tokio::spawn(async move { origin.serve_admin(admin, async { drop(stopped.await) }).await })
     };
     match bucket.clone() {
-        Some(bucket) => drop(tokio::spawn(async move { bucket.log_check().await })),
+        Some(bucket) => drop(tokio::spawn(async move {
+            bucket.log_check().await;
+            bucket.abort_leftovers().await;
+        })),
         None => drop(tokio::spawn(log_figures(origin.clone(), config.log.stats_interval.get()))),
     }
     // The listener has a task of its own, so that nothing here holds up clients.
@@ -125,27 +142,47 @@ fn open(config: &OriginServer, options: Options) -> Result<(Origin, Option<Arc<B
         let origin = Origin::open(&store.root, options).map_err(|error| error.to_string())?;
         return Ok((origin, None, store.root.display().to_string()));
     };
+    let mut opened = None;
+    let origin = Origin::of_bucket(options, |registry| {
+        let bucket = Arc::new(open_bucket(&url, config, registry)?);
+        opened = Some(bucket.clone());
+        Ok(bucket)
+    })?;
+    Ok((origin, opened, url.to_string()))
+}
+
+fn open_bucket(url: &castier_config::Bucket, config: &OriginServer, registry: &Registry) -> Result<Bucket, String> {
+    let store = &config.store;
     let keys = castier_config::Origin {
         key: store.key.clone(),
         existence_ttl: store.existence_ttl,
         s3: store.s3.clone(),
         ..castier_config::Origin::default()
     };
-    let mut opened = None;
-    let origin = Origin::of_bucket(options, |registry| {
-        let options = castier_bucket::Options {
-            memory: Budget::new(MEMORY),
-            spool: Budget::new(SPOOL),
-            spool_dir: std::env::temp_dir(),
-            allow_delete: config.allow_delete,
-            streams: config.limits.max_connections,
-            metrics: Arc::new(castier_bucket::Metrics::new(registry).map_err(|error| error.to_string())?),
-        };
-        let bucket = Arc::new(Bucket::new(&url, &keys, options)?);
-        opened = Some(bucket.clone());
-        Ok(bucket)
-    })?;
-    Ok((origin, opened, url.to_string()))
+    let options = castier_bucket::Options {
+        memory: Budget::new(MEMORY),
+        spool: Budget::new(SPOOL),
+        spool_dir: std::env::temp_dir(),
+        allow_delete: config.allow_delete,
+        streams: config.limits.max_connections,
+        metrics: Arc::new(castier_bucket::Metrics::new(registry).map_err(|error| error.to_string())?),
+    };
+    // The keys of this program are the same, in another section.
+    Bucket::new(url, &keys, options).map_err(|why| why.replacen("origin.", "store.", 1))
+}
+
+/// Asks the bucket, if there is one, whether it lets this program do what it needs.
+async fn ask(config: OriginServer) -> Problems {
+    let mut problems = Problems::default();
+    let Some(url) = config.store.bucket() else { return problems };
+    match open_bucket(&url, &config, &Registry::new()) {
+        Ok(bucket) => return bucket.problems("store").await,
+        Err(why) => {
+            let (key, why) = why.split_once(": ").unwrap_or(("store.url", &why));
+            problems.add(key, why);
+        }
+    }
+    problems
 }
 
 /// The limits that can be kept with so many open files. The admin listener has a share of its own, and a quarter is for the store's files,

@@ -185,9 +185,8 @@ impl Store {
 
     /// Opens a blob for reading; none if it is not here.
     pub(crate) fn open_blob(self: &Arc<Self>, digest: &Digest) -> Result<Option<Blob>, Fault> {
-        let Some(file) = root::open_file(&self.path(digest))? else { return Ok(None) };
-        let metadata = file.metadata()?;
-        Ok(metadata.is_file().then(|| Blob { store: Arc::clone(self), digest: *digest, file, size: metadata.len() }))
+        let opened = open_blob_in(self.root.path(), digest)?;
+        Ok(opened.map(|(file, size)| Blob { store: Arc::clone(self), digest: *digest, file, size }))
     }
 
     /// The size of a blob that is here *and* would outlive a power cut: what an upload that need not be sent is acknowledged with.
@@ -336,8 +335,7 @@ impl Store {
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {
-        let [a, b, ..] = *digest.as_bytes();
-        self.root.path().join(format!("{a:02x}/{b:02x}/{digest}"))
+        path_in(self.root.path(), digest)
     }
 }
 
@@ -390,6 +388,23 @@ impl Upload {
         verified.content().as_file().sync_all()?;
         self.store.place(verified)
     }
+}
+
+/// Whether this is a name in the root that is neither a blob's nor the entries'.
+pub(crate) fn is_own(name: &str) -> bool {
+    matches!(name, "lock" | "tmp" | "quarantine")
+}
+
+/// Opens a blob in the store at `root`, whose lock another process may hold. Also returns its size; none if it is not there.
+pub(crate) fn open_blob_in(root: &Path, digest: &Digest) -> Result<Option<(File, u64)>, Fault> {
+    let Some(file) = root::open_file(&path_in(root, digest))? else { return Ok(None) };
+    let metadata = file.metadata()?;
+    Ok(metadata.is_file().then(|| (file, metadata.len())))
+}
+
+fn path_in(root: &Path, digest: &Digest) -> PathBuf {
+    let [a, b, ..] = *digest.as_bytes();
+    root.join(format!("{a:02x}/{b:02x}/{digest}"))
 }
 
 /// Makes renames, creations and removals in a directory outlive a power cut.

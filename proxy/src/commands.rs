@@ -1,7 +1,7 @@
 //! What can be asked of a running castier from the command line.
 
 use super::{Embedded, open_outbox};
-use castier::{metrics::Metrics, routes};
+use castier::{metrics::Metrics, online_check, routes};
 use castier_cache::{Budget, Spools};
 use castier_config::{self as config, Castier, OriginUrl};
 use castier_outbox::{Outbox, WriteBehind};
@@ -84,7 +84,8 @@ pub(super) fn drain(args: &CommonArgs, admin: Option<String>, limit: Option<Dura
     let outcome = match health_check::post(&url) {
         Err(_) if args.config.is_some() && !is_named => {
             let load = || args.load_with(config::environment(), routes::check);
-            return startup::main(super::PROGRAM, args, load, move |config| drain_here(config, limit));
+            let ask = ("origin.url", online_check::ask);
+            return startup::main(super::PROGRAM, args, load, ask, move |config| drain_here(config, limit));
         }
         Err(error) => Err(error),
         Ok(body) => read(body).and_then(|_| wait(limit, || read(health_check::get(&url)?))),

@@ -17,6 +17,7 @@ pub mod listener;
 pub mod memory_plan;
 pub mod metrics;
 pub mod node;
+pub mod online_check;
 pub mod outboxes;
 pub mod peer_access;
 mod peer_tls;

@@ -10,6 +10,7 @@ use castier::{
     memory_plan,
     metrics::{Listener, Metrics},
     node::Node,
+    online_check,
     outboxes::PeerOutboxes,
     peer_access::PeerAccess,
     routes::{self, Routes},
@@ -118,7 +119,13 @@ fn main() -> ExitCode {
         }
         None => {}
     }
-    startup::main(PROGRAM, &common, || common.load_with(config::environment(), routes::check), |config| run(&common, config))
+    startup::main(
+        PROGRAM,
+        &common,
+        || common.load_with(config::environment(), routes::check),
+        ("origin.url", online_check::ask),
+        |config| run(&common, config),
+    )
 }
 
 /// Starts everything, reloads the config at each SIGHUP, and ends at SIGTERM or SIGINT.
@@ -690,9 +697,10 @@ async fn ask_origin(origin: Arc<Upstream>, url: String) {
     }
 }
 
-/// Asks at the start which operations the bucket allows, and says which it does not. Then asks a bucket that is down whether it is up again.
+/// Asks at the start which operations the bucket allows, and says which it does not. Aborts uploads that were left behind. Then asks a bucket that is down whether it is up again.
 async fn ask_bucket(bucket: Arc<Bucket>, origin: Arc<Upstream>, store: Arc<dyn Store>) {
     bucket.log_check().await;
+    tokio::spawn(async move { bucket.abort_leftovers().await });
     loop {
         tokio::time::sleep(ASK_AGAIN).await;
         if origin.origin_state().is_some_and(|state| !state.up) {

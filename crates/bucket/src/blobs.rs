@@ -2,7 +2,9 @@
 
 use crate::{
     fault::{NAME, fault, unusable},
+    leftovers::Raw,
     metrics::Metrics,
+    s3,
     transport::{Failure, Transport},
 };
 use castier_blob::Digest;
@@ -12,11 +14,8 @@ use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, future::BoxFutu
 use http::StatusCode;
 use moka::sync::Cache as Known;
 use object_store::{
-    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, RetryConfig, StaticCredentialProvider,
-    aws::{AmazonS3Builder, AmazonS3ConfigKey, AwsCredential, Checksum},
-    azure::MicrosoftAzureBuilder,
-    gcp::GoogleCloudStorageBuilder,
-    path::Path,
+    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, RetryConfig, azure::MicrosoftAzureBuilder,
+    gcp::GoogleCloudStorageBuilder, path::Path,
 };
 use std::{
     path::PathBuf,
@@ -39,9 +38,12 @@ const STATS: usize = 16;
 /// A bucket, or the part of it below a prefix.
 pub struct Bucket {
     pub(crate) store: Arc<dyn ObjectStore>,
-    name: String,
-    prefix: String,
-    key: KeyTemplate,
+    /// `None` for other services than S3.
+    pub(crate) raw: Option<Raw>,
+    pub(crate) name: String,
+    /// What all keys begin with: empty, or with a slash at its end.
+    pub(crate) prefix: String,
+    pub(crate) key: KeyTemplate,
     /// What was seen to be stored less than `origin.existence_ttl` ago, and its size.
     known: Known<Digest, u64>,
     /// Counts calls of [`Store::forget`]. What was seen before one must not be noted after it:
@@ -91,8 +93,10 @@ impl Bucket {
         let Options { memory, spool, spool_dir, allow_delete, streams, metrics } = options;
         let transport = Transport::new(config, streams, metrics.clone())?;
         let ttl = config.existence_ttl.get();
+        let (store, raw) = open(url, config, transport)?;
         Ok(Self {
-            store: open(url, config, transport)?,
+            store,
+            raw,
             name: url.to_string(),
             prefix: if url.prefix.is_empty() { String::new() } else { format!("{}/", url.prefix) },
             key: config.key.clone(),
@@ -107,28 +111,6 @@ impl Bucket {
             metrics,
             ends: TaskTracker::new(),
         })
-    }
-
-    /// Tries what castier does in a bucket, and leaves nothing there. Returns each operation that failed, and why.
-    async fn check(&self) -> Vec<(&'static str, Fault)> {
-        let path = Path::from(format!("{}castier-check", self.prefix));
-        let mut lacks = Vec::new();
-        let mut note = |operation, done: Result<(), Fault>| lacks.extend(done.err().map(|fault| (operation, fault)));
-        note("get", found(self.store.get(&path).await).map_err(|error| fault("GET", &error)));
-        note("head", self.head(&path).await.map(drop));
-        note("list", self.list_one().await.map_err(|error| fault("LIST", &error)));
-        match self.store.put_multipart(&path).await {
-            Ok(mut upload) => note("abort", upload.abort().await.map_err(|error| fault("ABORT", &error))),
-            Err(error) => note("put", Err(fault("PUT", &error))),
-        }
-        lacks
-    }
-
-    /// Logs what [`Self::check`] finds.
-    pub async fn log_check(&self) {
-        for (operation, fault) in self.check().await {
-            tracing::warn!(bucket = self.name, operation, %fault, "the bucket does not let castier do this; requests that need it fail");
-        }
     }
 
     /// Waits for the ends of uploads that were given up, for `limit` at most.
@@ -207,7 +189,7 @@ impl Bucket {
     }
 
     /// Lists the first objects below the prefix, to see whether that can be done.
-    async fn list_one(&self) -> Result<(), Error> {
+    pub(crate) async fn list_one(&self) -> Result<(), Error> {
         let prefix = Some(self.prefix.trim_end_matches('/')).filter(|prefix| !prefix.is_empty()).map(Path::from);
         self.store.list(prefix.as_ref()).next().await.transpose().map(drop)
     }
@@ -252,66 +234,27 @@ impl Bucket {
     }
 }
 
-/// An object that is not there is an answer.
-fn found<T>(answer: Result<T, Error>) -> Result<(), Error> {
-    match answer {
-        Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
 fn is_forbidden(error: &Error) -> bool {
     matches!(Failure::of(error), Some(Failure::Status { status: StatusCode::FORBIDDEN, .. }))
 }
 
-/// The address of the bucket with its name in the host.
-fn host_style(endpoint: &str, bucket: &str) -> Result<String, String> {
-    let (scheme, rest) = endpoint.split_once("://").ok_or("origin.s3.endpoint: is no URL")?;
-    if rest.starts_with('[') || rest.split([':', '/']).next().is_some_and(|host| host.parse::<std::net::Ipv4Addr>().is_ok()) {
-        return Err("origin.s3.path_style: is false, and the endpoint is an address, before which no name can be; write true".into());
-    }
-    Ok(format!("{scheme}://{bucket}.{rest}"))
-}
-
-/// The client of the service. It reads the usual variables; what the configuration says goes before them.
-fn open(url: &config::Bucket, config: &config::Origin, transport: Transport) -> Result<Arc<dyn ObjectStore>, String> {
+/// A client of the service, and what only that of S3 has. It reads the usual variables; what the configuration says goes before them.
+fn open(url: &config::Bucket, config: &config::Origin, transport: Transport) -> Result<(Arc<dyn ObjectStore>, Option<Raw>), String> {
     let retries = RetryConfig { max_retries: 0, ..RetryConfig::default() };
     let bad = |error: Error| format!("origin.url: {error}");
     Ok(match url.service {
         Service::S3 => {
-            let keys = &config.s3;
-            let mut builder = AmazonS3Builder::from_env()
-                .with_bucket_name(&url.name)
-                .with_virtual_hosted_style_request(!keys.path_style)
-                .with_checksum_algorithm(Checksum::SHA256)
-                // By default one object is deleted with the request for many, which fewer stores know.
-                .with_disable_bulk_delete(true)
-                .with_retry(retries)
-                .with_http_connector(transport);
-            let named = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].into_iter().find_map(|name| std::env::var(name).ok());
-            if let Some(endpoint) = Some(keys.endpoint.clone()).filter(|endpoint| !endpoint.is_empty()).or(named) {
-                let endpoint = if keys.path_style { endpoint } else { host_style(&endpoint, &url.name)? };
-                let allow_http = endpoint.starts_with("http://");
-                builder = builder.with_config(AmazonS3ConfigKey::S3Endpoint, endpoint.trim_end_matches('/')).with_allow_http(allow_http);
-            }
-            if !keys.region.is_empty() {
-                builder = builder.with_region(&keys.region);
-            }
-            if !keys.access_key_id.is_empty() {
-                let secret = keys.secret().map_err(|error| format!("origin.s3.secret_access_key_file: {error}"))?;
-                // Without a session token of the environment, which belongs to other keys.
-                let keys = AwsCredential { key_id: keys.access_key_id.clone(), secret_key: secret.unwrap_or_default(), token: None };
-                builder = builder.with_credentials(Arc::new(StaticCredentialProvider::new(keys)));
-            }
-            Arc::new(builder.build().map_err(bad)?)
+            let client = Arc::new(s3::open(url, &config.s3, retries, transport.clone())?);
+            let after = Some(config.s3.abort_leftovers_after.get()).filter(|after| !after.is_zero());
+            (client.clone(), Some(Raw { client, transport, after }))
         }
         Service::Gs => {
             let builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(&url.name).with_retry(retries);
-            Arc::new(builder.with_http_connector(transport).build().map_err(bad)?)
+            (Arc::new(builder.with_http_connector(transport).build().map_err(bad)?), None)
         }
         Service::Az => {
             let builder = MicrosoftAzureBuilder::from_env().with_container_name(&url.name).with_retry(retries);
-            Arc::new(builder.with_http_connector(transport).build().map_err(bad)?)
+            (Arc::new(builder.with_http_connector(transport).build().map_err(bad)?), None)
         }
     })
 }
@@ -367,23 +310,5 @@ impl Store for Bucket {
     fn forget(&self, digest: &Digest) {
         self.forgotten.fetch_add(1, AcqRel);
         self.known.invalidate(digest);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bucket_in_the_host() {
-        for (endpoint, expected) in [
-            ("https://s3.example", Some("https://blobs.s3.example")),
-            ("http://store:8333", Some("http://blobs.store:8333")),
-            ("http://127.0.0.1:8333", None),
-            ("http://[::1]:8333", None),
-            ("store", None),
-        ] {
-            assert_eq!(host_style(endpoint, "blobs").ok().as_deref(), expected, "{endpoint}");
-        }
     }
 }

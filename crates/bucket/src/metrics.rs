@@ -24,7 +24,11 @@ impl Metrics {
                 "How many requests may be at the object store at once; falls when it throttles",
             )?,
             throttled: counter(r, "castier_bucket_throttled_total", "Answers of the object store that say that it is too much (503, 429)")?,
-            aborted: counter(r, "castier_bucket_uploads_aborted_total", "Multipart uploads that were begun and given up")?,
+            aborted: counter(
+                r,
+                "castier_bucket_uploads_aborted_total",
+                "Multipart uploads that were given up, and those that were left behind and were aborted at the start",
+            )?,
         })
     }
 

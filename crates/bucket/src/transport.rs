@@ -21,7 +21,10 @@ use quick_xml::events::Event;
 use std::{
     error::Error,
     pin::pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Release},
+    },
     time::{Duration, Instant},
 };
 use tokio::time::{timeout, timeout_at};
@@ -91,6 +94,8 @@ pub(crate) struct Transport {
     limit: Duration,
     /// `origin.retries`, for a request that has no reader yet, and can be sent again.
     retries: u32,
+    /// The store has refused castier's keys.
+    refused: Arc<AtomicBool>,
 }
 
 impl Transport {
@@ -113,7 +118,13 @@ impl Transport {
             metrics,
             limit: config.read_timeout.get(),
             retries: config.retries,
+            refused: Arc::default(),
         })
+    }
+
+    /// Is set when the store refuses castier's keys. The credentials clear it when they have read the keys again.
+    pub(crate) fn refused(&self) -> Arc<AtomicBool> {
+        self.refused.clone()
     }
 
     /// Until the head of the answer. The time runs while nothing of the body can be sent, and after its end: a large body may take longer.
@@ -193,6 +204,9 @@ impl HttpService for Transport {
                 return Ok(HttpResponse::from_parts(parts, self.timed(body)));
             }
             let (code, message) = timeout(self.limit.min(ERROR_TIME), described(body)).await.unwrap_or_default();
+            if matches!(code.as_deref(), Some("ExpiredToken" | "InvalidToken" | "InvalidAccessKeyId" | "SignatureDoesNotMatch")) {
+                self.refused.store(true, Release);
+            }
             if is_meant(&method, status, code.as_deref()) {
                 return Ok(HttpResponse::from_parts(parts, HttpResponseBody::from(Bytes::new())));
             }

@@ -61,6 +61,14 @@ impl Bucket {
         Ok(put)
     }
 
+    /// Stores a blob that the caller has just seen to be absent, or to have another size. Asks no more about it.
+    ///
+    /// # Errors
+    /// As [`castier_cache::Store::put`].
+    pub async fn put_absent(&self, digest: Digest, upload: &mut Upload<'_>) -> Result<Put, Fault> {
+        self.send(digest, &mut Pieces::Upload(upload)).await
+    }
+
     /// Reads an upload of a blob that the bucket has, with `size` bytes. The client's bytes must be that blob all the same.
     async fn take_for_stored(&self, digest: &Digest, size: u64, seen: u64, upload: &mut Upload<'_>) -> Result<Put, Fault> {
         upload.drain().await?;

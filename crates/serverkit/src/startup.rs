@@ -24,6 +24,9 @@ pub struct CommonArgs {
     /// With --check-config: look at no directory, file or secret of this machine.
     #[arg(long, requires = "check_config")]
     pub offline: bool,
+    /// With --check-config: also ask the origin whether it can be reached, and whether it lets this program do what it needs, within 10 s.
+    #[arg(long, requires = "check_config", conflicts_with = "offline")]
+    pub online: bool,
     /// Ask this URL, such as http://127.0.0.1:8082/healthz, and exit: 0 if it answers with 2xx, 1 if not.
     #[arg(long, value_name = "URL")]
     pub health: Option<String>,
@@ -55,11 +58,16 @@ impl CommonArgs {
     }
 }
 
+/// How long `--online` may take.
+const ONLINE: Duration = Duration::from_secs(10);
+
 /// Handles the options that only print or check something. Otherwise loads the configuration and runs the program. `program` is its name in records.
-pub fn main<C: Config, F: Future<Output = Result<(), String>>>(
+/// `ask` is for `--online`: it asks the origin, which `origin_key` names.
+pub fn main<C: Config, A: Future<Output = Problems>, F: Future<Output = Result<(), String>>>(
     program: &'static str,
     args: &CommonArgs,
     load: impl FnOnce() -> Result<Loaded<C>, Problems>,
+    (origin_key, ask): (&str, impl FnOnce(C) -> A),
     run: impl FnOnce(C) -> F,
 ) -> ExitCode {
     let fail = |format, why: &str| {
@@ -87,6 +95,8 @@ pub fn main<C: Config, F: Future<Output = Result<(), String>>>(
     if args.check_config {
         // On stderr, as problems are: stdout has the verdict.
         notes.iter().for_each(|note| eprintln!("note: {note}"));
+    }
+    if args.check_config && !args.online {
         say("the configuration is sound");
         return ExitCode::SUCCESS;
     }
@@ -98,6 +108,23 @@ pub fn main<C: Config, F: Future<Output = Result<(), String>>>(
         Ok(runtime) => runtime,
         Err(error) => return fail(format, &format!("no threads to run on: {error}")),
     };
+    if args.check_config {
+        let problems = runtime.block_on(async { tokio::time::timeout(ONLINE, ask(config)).await }).unwrap_or_else(|_| {
+            let mut problems = Problems::default();
+            problems.add(
+                origin_key,
+                format!("has not answered everything within {} s; is it up, and can this machine reach it?", ONLINE.as_secs()),
+            );
+            problems
+        });
+        runtime.shutdown_timeout(Duration::from_millis(100));
+        if problems.is_empty() {
+            say("the configuration is sound, and the origin answers");
+            return ExitCode::SUCCESS;
+        }
+        eprintln!("{problems}");
+        return ExitCode::from(2);
+    }
     let ended = runtime.block_on(run(config));
     // Do not wait for tasks that have not ended within shutdown.grace.
     runtime.shutdown_timeout(Duration::from_millis(100));

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod contract;
+mod copy;
 mod durability;
 mod empty;
 mod entries;

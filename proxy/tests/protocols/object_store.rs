@@ -11,13 +11,19 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
 };
 use tempfile::TempDir;
+
+mod copy;
+mod leftovers;
+mod online;
+mod profile;
 
 pub(crate) const KEY: &str = "castier";
 const SECRET: &str = "the-secret";
@@ -116,8 +122,8 @@ impl Weed {
     pub(crate) fn castier(&self, more: &str) -> Castier {
         self.take();
         let castier = castier(&self.config(more));
-        let is_end = |seen: &Seen| seen.method == "DELETE" && seen.target.contains("castier-check");
-        eventually("the check of the bucket ends", || (self.proxy.count(is_end) > 0).then_some(()));
+        // The last question at the start is for uploads that were left behind.
+        eventually("the check of the bucket ends", || (self.proxy.count(is_list_of_uploads) > 0).then_some(()));
         self.take();
         castier
     }
@@ -133,6 +139,22 @@ impl Drop for Weed {
         // Its own end would take ten seconds.
         self.process.kill();
     }
+}
+
+fn is_list_of_uploads(seen: &Seen) -> bool {
+    seen.method == "GET" && seen.target.contains("uploads=")
+}
+
+/// A castier-origin with these lines of configuration. Top-level keys come first. Returns its addresses for clients and for metrics, too.
+fn castier_origin(dir: &Path, config: &str, more: impl FnOnce(&mut Command)) -> (Running, SocketAddr, SocketAddr) {
+    fs::write(dir.join("origin.toml"), format!("listen.public = \"127.0.0.1:0\"\nlisten.admin = \"127.0.0.1:0\"\n{config}")).unwrap();
+    let mut program = command(castier_program().with_file_name("castier-origin"), dir);
+    more(program.args(["--config", "origin.toml"]));
+    let mut origin = Running::start(&mut program);
+    let [public, admin]: [SocketAddr; 2] = ["listening public ", "listening admin "].map(|prefix| {
+        origin.says(prefix, |log| log.lines().find_map(|line| line.split(prefix).nth(1)?.split([' ', '"']).next()?.parse().ok()))
+    });
+    (origin, public, admin)
 }
 
 fn line(seen: &Seen) -> String {
@@ -502,13 +524,7 @@ fn castier_origin_over_a_bucket() {
     let Some(weed) = Weed::start() else { return };
     let dir = TempDir::new().unwrap();
     let config = weed.config("").replace("origin.url", "store.url").replace("[origin.s3]", "[store.s3]");
-    fs::write(dir.path().join("origin.toml"), format!("listen.public = \"127.0.0.1:0\"\nlisten.admin = \"127.0.0.1:0\"\n{config}"))
-        .unwrap();
-    let program = castier_program().with_file_name("castier-origin");
-    let mut origin = Running::start(command(program, dir.path()).args(["--config", "origin.toml"]));
-    let [public, admin]: [SocketAddr; 2] = ["listening public ", "listening admin "].map(|prefix| {
-        origin.says(prefix, |log| log.lines().find_map(|line| line.split(prefix).nth(1)?.split([' ', '"']).next()?.parse().ok()))
-    });
+    let (_origin, public, admin) = castier_origin(dir.path(), &config, |_| {});
     for (size, form) in [(0, false), (70_000, false), (20 * MIB, false), (1000, true), (3 * MIB, true)] {
         let body = noise(200 + size as u64, size);
         let target = format!("/cas/{}", sha256(&body));
