@@ -335,6 +335,18 @@ pub struct Fill {
     ///
     /// - Type: size over 0
     pub memory: Size,
+    /// A blob with more bytes than this is loaded in several ranges at once (`fill.parallel`). 0: none is.
+    ///
+    /// That needs a bucket, or an HTTP origin that sends `Accept-Ranges: bytes` and a strong `ETag`, as castier-origin does. With the default a load
+    /// that one connection does in a second or two costs the origin no more requests.
+    pub parallel_over: Size,
+    /// How many ranges of one blob castier may read at once. 1: never more than one.
+    ///
+    /// Stores give each connection only so many bytes a second. Ranges have 8 MiB each. Those that are read ahead take at most half of `fill.memory`;
+    /// without memory a blob is read over one connection. The default reads four times as fast, and leaves the origin to other blobs too.
+    ///
+    /// - Type: 1 to 64
+    pub parallel: usize,
     /// How long a fill waits for a permit (`fill.max_in_flight`) before its clients get 503. 0: it does not wait.
     ///
     /// For a permit to ask a peer it waits half as long, and then asks the next source. The default evens out a burst. After that
@@ -374,6 +386,8 @@ impl Default for Fill {
     fn default() -> Self {
         Self {
             max_in_flight: 256,
+            parallel_over: Size::mib(32),
+            parallel: 4,
             memory: Size::mib(256),
             max_wait: Span::secs(2),
             spool_dir: PathBuf::new(),

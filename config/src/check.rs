@@ -245,6 +245,10 @@ fn check_connections(key: &str, count: usize, problems: &mut Problems) {
 
 fn check_fill(fill: &Fill, problems: &mut Problems) {
     check_connections("fill.max_in_flight", fill.max_in_flight, problems);
+    check_count("fill.parallel", fill.parallel, problems);
+    if fill.parallel > 64 {
+        problems.add("fill.parallel", "must be 64 or less");
+    }
     check_size("fill.memory", fill.memory, problems);
     check_size("fill.spool", fill.spool, problems);
     check_span("fill.spool_timeout", fill.spool_timeout, problems);

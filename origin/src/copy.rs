@@ -199,7 +199,7 @@ impl Named {
 
     fn side(&self, memory: u64, jobs: u16) -> Result<Side, Refusal> {
         if self.bucket.is_some() {
-            return self.open_bucket(memory, jobs, None).map(Side::Bucket);
+            return self.open_bucket(memory, jobs).map(Side::Bucket);
         }
         let root = Path::new(&self.text);
         if !root.is_dir() && self.what == "FROM" {
@@ -209,22 +209,18 @@ impl Named {
     }
 
     fn destination(&self, memory: u64, jobs: u16) -> Result<Destination, Refusal> {
+        if self.bucket.is_some() {
+            return self.open_bucket(memory, jobs).map(Destination::Bucket);
+        }
         let mut limits = self.config.limits.clone();
         limits.max_blob = Size::new(u64::MAX);
         let options = Options { limits, root_key: self.what, ..Options::from(&self.config) };
         let keys = castier_config::Origin::default();
-        let origin = if self.bucket.is_some() {
-            let broken = |why: Refusal| match why {
-                Refusal::Usage(why) | Refusal::Broken(why) => why,
-            };
-            Origin::of_bucket(options, |registry| self.open_bucket(memory, jobs, Some(registry)).map_err(broken)).map_err(Refusal::Usage)?
-        } else {
-            Origin::open_uncounted(&self.text, options).map_err(|error| Refusal::Broken(error.to_string()))?.0
-        };
-        Ok(Destination::new(origin, &keys))
+        let origin = Origin::open_uncounted(&self.text, options).map_err(|error| Refusal::Broken(error.to_string()))?.0;
+        Ok(Destination::directory(origin, &keys))
     }
 
-    fn open_bucket(&self, memory: u64, jobs: u16, registry: Option<&prometheus::Registry>) -> Result<Arc<Bucket>, Refusal> {
+    fn open_bucket(&self, memory: u64, jobs: u16) -> Result<Arc<Bucket>, Refusal> {
         let Some(url) = &self.bucket else { return Err(Refusal::Usage(format!("{}: is no bucket", self.what))) };
         let store = &self.config.store;
         let keys = castier_config::Origin {
@@ -234,14 +230,15 @@ impl Named {
             s3: store.s3.clone(),
             ..castier_config::Origin::default()
         };
-        let own = prometheus::Registry::new();
         let options = castier_bucket::Options {
             memory: Budget::new(memory),
             spool: Budget::new(0),
             spool_dir: std::env::temp_dir(),
             allow_delete: false,
             streams: usize::from(jobs),
-            metrics: Arc::new(castier_bucket::Metrics::new(registry.unwrap_or(&own)).map_err(|error| Refusal::Broken(error.to_string()))?),
+            metrics: Arc::new(
+                castier_bucket::Metrics::new(&prometheus::Registry::new()).map_err(|error| Refusal::Broken(error.to_string()))?,
+            ),
         };
         let bucket = Bucket::new(url, &keys, options);
         bucket.map(Arc::new).map_err(|why| Refusal::Usage(format!("{}: {}", self.what, why.replacen("origin.", "store.", 1))))

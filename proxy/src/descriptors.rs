@@ -141,8 +141,14 @@ const fn each(config: &Castier) -> u64 {
     if matches!(config.origin.url, OriginUrl::Embedded(_) | OriginUrl::Bucket(_)) { 3 } else { 1 }
 }
 
+/// The connections of ranges of large blobs, beside the one that each fill has anyway. The files of an embedded origin need none.
+pub fn ahead(config: &Castier) -> u64 {
+    if matches!(config.origin.url, OriginUrl::Embedded(_)) { 0 } else { castier_cache::most_ahead(&config.fill) }
+}
+
 /// The descriptors of all sources together:
 /// - each fill from the origin: a connection and a file, and the embedded origin's;
+/// - each range of a large blob that is read ahead: a connection;
 /// - each small request to the origin: a connection, and the embedded origin's;
 /// - in a cluster, the same for each peer;
 /// - idle keep-alive connections.
@@ -150,7 +156,7 @@ fn fills(config: &Castier) -> u64 {
     let each = each(config);
     let peers = config.cluster.as_ref().map_or(0, |cluster| 1 + (cluster.peers.len() as u64).saturating_sub(1).max(1));
     let (fills, requests) = (config.fill.max_in_flight as u64, config.origin.max_requests as u64);
-    fills * (each + 1) + requests * each + peers * (2 * fills + requests) + IDLE * (each + 1) / 2
+    fills * (each + 1) + ahead(config) + requests * each + peers * (2 * fills + requests) + IDLE * (each + 1) / 2
 }
 
 #[cfg(test)]

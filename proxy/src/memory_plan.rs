@@ -4,6 +4,7 @@
 //! count the memory of the process; the cost of a connection also includes its socket in the kernel.
 
 use crate::{
+    descriptors,
     request_head::{Framing, Head},
     routes,
 };
@@ -88,6 +89,8 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
         names,
         connections * CONNECTION,
         sources * fills,
+        // Their bytes are in `fill.memory`.
+        descriptors::ahead(config) * FILL,
         disk,
         outbox,
     ];

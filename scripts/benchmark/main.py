@@ -66,7 +66,7 @@ def about(bench, in_memory, load_average):
         f"Disk: as hits, with the caches on a disk and in the kernel's cache of it; castier with [disk] and memory.max_blob = 16 KiB, so that each hit "
         f"is one of the disk, which its Cache-Status and its counters confirm. Fill: curl, {bench.fill['rounds']} rounds, a new server for each; curl "
         "shares the load's core with the origin, and where there is no tier between them has the other core to itself.",
-        "castier: defaults but memory.capacity = 1 GiB, log.level = warn, and large flights spooled beside the caches. "
+        "castier: defaults but memory.capacity = 1 GiB, fill.parallel = 1, so that a load is one request as with the others, log.level = warn, and large flights spooled beside the caches. "
         "nginx: one worker, proxy_cache, open_file_cache, sendfile, "
         "tcp_nopush off, access_log off, proxy_cache_lock on without a timeout. Varnish: malloc 1 GiB, one thread pool.",
         "Peak memory is what is resident. It leaves out the kernel's cache of files, where nginx keeps its blobs and castier spools large flights.",

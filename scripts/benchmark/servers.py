@@ -182,7 +182,7 @@ class Castier(Server):
         with open(config, "w") as file:
             file.write(
                 f'allow_delete = true\n[listen]\npublic = "127.0.0.1:{self.port}"\nadmin = "127.0.0.1:{self.admin}"\n'
-                f'[origin]\nurl = "{self.origin.url}"\n[fill]\nspool_dir = "{self.directory}"\n[log]\nlevel = "warn"\n'
+                f'[origin]\nurl = "{self.origin.url}"\n[fill]\nparallel = 1\nspool_dir = "{self.directory}"\n[log]\nlevel = "warn"\n'
                 f'[memory]\ncapacity = "{self.memory.replace("m", "MiB")}"\n{self.more.format(d=self.directory)}'
             )
         return [self.program, "--config", config]

@@ -7,17 +7,23 @@ use crate::{
     s3,
     transport::{Failure, Transport},
 };
+use bytes::Bytes;
 use castier_blob::Digest;
-use castier_cache::{Answer, Ask, Budget, Fault, Incoming, Put, Source, Stat, Store, Upload};
+use castier_cache::{Answer, Ask, Budget, Fault, Incoming, NoRange, Put, RangeSupport, Ranges, Source, Stat, Store, Upload};
 use castier_config::{self as config, KeyTemplate, Service};
-use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, future::BoxFuture, stream};
+use futures::{
+    FutureExt as _, StreamExt as _, TryStreamExt as _,
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
 use http::StatusCode;
 use moka::sync::Cache as Known;
 use object_store::{
-    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, RetryConfig, azure::MicrosoftAzureBuilder,
+    Error, GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt as _, RetryConfig, azure::MicrosoftAzureBuilder,
     gcp::GoogleCloudStorageBuilder, path::Path,
 };
 use std::{
+    ops::Range,
     path::PathBuf,
     sync::{
         Arc,
@@ -64,6 +70,8 @@ pub struct Bucket {
     /// The bucket itself was seen.
     exists: AtomicBool,
     pub(crate) metrics: Arc<Metrics>,
+    /// Whether the store gives ranges.
+    range_support: Arc<RangeSupport>,
     /// The ends of uploads that were given up.
     pub(crate) ends: TaskTracker,
 }
@@ -109,6 +117,7 @@ impl Bucket {
             allow_delete,
             exists: AtomicBool::new(false),
             metrics,
+            range_support: Arc::default(),
             ends: TaskTracker::new(),
         })
     }
@@ -207,6 +216,13 @@ impl Bucket {
         }
     }
 
+    /// Further parts of the version that this answer is of, if the store has a strong name for the version.
+    fn version(&self, got: &GetResult) -> Option<Arc<dyn Ranges>> {
+        let etag = got.meta.e_tag.clone().filter(|etag| !etag.starts_with("W/") && self.range_support.is_assumed())?;
+        let (store, path) = (self.store.clone(), got.meta.location.clone());
+        Some(Arc::new(Version { store, path, etag, size: got.meta.size, support: self.range_support.clone() }))
+    }
+
     async fn read(&self, ask: Ask) -> Result<Answer, Fault> {
         let digest = ask.digest()?;
         let range = (ask.from > 0).then_some(GetRange::Offset(ask.from));
@@ -217,12 +233,8 @@ impl Bucket {
                 if start != ask.from {
                     return Err(unusable(format!("GET: bytes from {start} on in place of {}", ask.from)));
                 }
-                let bytes = got.into_stream().map_err(|error| match fault("GET", &error) {
-                    // The transfer has begun: it can be resumed.
-                    Fault::Unusable { why, .. } => Fault::Unreachable { source_name: NAME, why },
-                    fault => fault,
-                });
-                Ok(Answer::Bytes(Incoming::new(Some(size), bytes)))
+                let ranges = self.version(&got);
+                Ok(Answer::Bytes(Incoming::new(Some(size), bytes(got)).with_ranges(ranges)))
             }
             Err(Error::NotFound { .. }) if digest == Digest::EMPTY => Ok(Answer::Bytes(Incoming::new(Some(0), stream::empty()))),
             Err(Error::NotFound { .. }) => {
@@ -231,6 +243,57 @@ impl Bucket {
             }
             Err(error) => Err(fault("GET", &error)),
         }
+    }
+}
+
+fn bytes(got: GetResult) -> BoxStream<'static, Result<Bytes, Fault>> {
+    let fault = |error| match fault("GET", &error) {
+        // The transfer has begun: it can be resumed.
+        Fault::Unusable { why, .. } => Fault::Unreachable { source_name: NAME, why },
+        fault => fault,
+    };
+    got.into_stream().map_err(fault).boxed()
+}
+
+/// A version of a blob.
+struct Version {
+    store: Arc<dyn ObjectStore>,
+    path: Path,
+    etag: String,
+    /// The size of the whole blob.
+    size: u64,
+    support: Arc<RangeSupport>,
+}
+
+impl Ranges for Version {
+    fn read(&self, range: Range<u64>) -> BoxFuture<'static, Result<BoxStream<'static, Result<Bytes, Fault>>, NoRange>> {
+        let (store, path, etag, size) = (self.store.clone(), self.path.clone(), self.etag.clone(), self.size);
+        let wanted = Some(GetRange::Bounded(range.clone()));
+        let options = GetOptions { range: wanted, if_match: Some(etag.clone()), ..GetOptions::default() };
+        async move {
+            match store.get_opts(&path, options).await {
+                // A store may overlook the condition.
+                Ok(got) if got.meta.size != size => Err(NoRange::Replaced),
+                Ok(got) => match &got.meta.e_tag {
+                    Some(now) if *now != etag => Err(NoRange::Replaced),
+                    None => Err(NoRange::Ignored),
+                    Some(_) if got.range != range => Err(NoRange::Fault(unusable("GET: another range than was asked for"))),
+                    Some(_) => Ok(bytes(got)),
+                },
+                Err(Error::Precondition { .. } | Error::NotFound { .. }) => Err(NoRange::Replaced),
+                Err(error) => Err(match Failure::of(&error) {
+                    Some(Failure::Status { status: StatusCode::RANGE_NOT_SATISFIABLE, .. }) => NoRange::Replaced,
+                    Some(Failure::Whole) => NoRange::Ignored,
+                    _ => NoRange::Fault(fault("GET", &error)),
+                }),
+            }
+        }
+        .boxed()
+    }
+
+    fn give_up(&self) {
+        tracing::debug!("the store gives no ranges: large blobs are read over one connection for a while");
+        self.support.give_up();
     }
 }
 

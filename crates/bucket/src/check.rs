@@ -86,7 +86,7 @@ fn concerns_all(error: &Error) -> Option<Option<&'static str>> {
             "RequestTimeTooSkewed" => None,
             _ => return None,
         },
-        Some(Failure::Crowded) => return None,
+        Some(Failure::Crowded | Failure::Whole) => return None,
         // There are no credentials, for instance.
         None => Some("s3.access_key_id"),
     })

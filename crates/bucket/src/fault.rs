@@ -19,6 +19,7 @@ pub(crate) fn fault(what: &str, error: &Error) -> Fault {
         Some(Failure::Silent) => Fault::Silent { source_name: NAME, why: format!("{what} got no byte in time") },
         Some(Failure::Crowded) => Fault::Busy(Limit::Requests),
         Some(failure @ (Failure::Connect(_) | Failure::Broke(_))) => Fault::Unreachable { source_name: NAME, why: failure.to_string() },
+        Some(Failure::Whole) => unusable(format!("{what}: {}", Failure::Whole)),
         Some(Failure::Status { status, code, message }) => answered(what, *status, code.as_deref(), message.as_deref()),
         None => {
             let cause = std::iter::successors(error.source(), |&error| error.source()).last();

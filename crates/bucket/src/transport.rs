@@ -53,6 +53,9 @@ pub(crate) enum Failure {
     /// No permit was free within `origin.read_timeout`.
     #[error("too many requests at once")]
     Crowded,
+    /// `object_store` does not take such an answer, and its error does not say why.
+    #[error("the whole object in place of a range")]
+    Whole,
     #[error("{status}{}{}", .code.as_ref().map(|code| format!(" {code}")).unwrap_or_default(), .message.as_ref().map(|text| format!(": {text}")).unwrap_or_default())]
     Status { status: StatusCode, code: Option<String>, message: Option<String> },
 }
@@ -200,6 +203,9 @@ impl HttpService for Transport {
             drop(permit);
             let (parts, body) = answer.into_parts();
             let status = parts.status;
+            if status == StatusCode::OK && method == Method::GET && request.headers().contains_key(header::RANGE) {
+                return Err(Failure::Whole.into());
+            }
             if status.as_u16() < 400 {
                 return Ok(HttpResponse::from_parts(parts, self.timed(body)));
             }

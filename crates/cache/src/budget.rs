@@ -39,6 +39,12 @@ impl Budget {
         lease.grow(amount).then_some(lease)
     }
 
+    /// Takes `amount` bytes if no more than `most` are taken afterwards: what is above is left to others.
+    pub fn lease_up_to(self: &Arc<Self>, amount: u64, most: u64) -> Option<Lease> {
+        let mut lease = self.empty();
+        lease.grow_within(amount, most.min(self.limit())).then_some(lease)
+    }
+
     /// Takes `amount` bytes that are held already, whether or not they are left. Beyond the limit nothing more is leased until enough has
     /// come back.
     pub fn charge(self: &Arc<Self>, amount: u64) -> Lease {
@@ -67,7 +73,10 @@ impl Lease {
 
     /// Makes the lease larger by `more`; false, and unchanged, if the budget does not have that.
     pub fn grow(&mut self, more: u64) -> bool {
-        let limit = self.budget.limit.load(Ordering::Relaxed);
+        self.grow_within(more, self.budget.limit())
+    }
+
+    fn grow_within(&mut self, more: u64, limit: u64) -> bool {
         let within = |used: u64| used.checked_add(more).filter(|sum| *sum <= limit);
         let taken = self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok();
         if taken {

@@ -7,6 +7,7 @@ use crate::{
     flights::{Asker, DiskIndex, Flights, InProgress, Joined},
     memory::Memory,
     metrics::Metrics,
+    parallel::Settings,
     plan::{OneSource, Plan},
     purges::Purges,
     reader::{FlightReader, Hit, PIECE, Part, Reader},
@@ -75,6 +76,8 @@ pub struct Cache {
     pub(crate) retries: usize,
     /// `fill.max_wait`.
     pub(crate) max_wait: Duration,
+    /// How large blobs are read.
+    pub(crate) parallel: Settings,
     /// `fill.finish_under`.
     pub(crate) finish_under: u64,
     /// `verify.buffer_up_to`.
@@ -103,6 +106,7 @@ impl Cache {
             spools: Arc::new(spools),
             retries: config.origin.retries as usize,
             max_wait: config.fill.max_wait.get(),
+            parallel: Settings::new(config),
             finish_under: config.fill.finish_under.get(),
             buffer_up_to: config.verify.buffer_up_to.get(),
             limits,

@@ -5,6 +5,7 @@ use crate::{
     fault::{Fault, Limit},
     flights::{Flight, Phase},
     metrics::LoadResult,
+    parallel::{Broke, Reading},
     plan::{Outcome, Plan, Step, Then},
     resource::{HOME, Key},
     retries::Retries,
@@ -36,6 +37,8 @@ pub(crate) struct Fill {
     has_peers_bytes: bool,
     /// The origin has sent wrong bytes already.
     origin_was_wrong: bool,
+    /// The blob was replaced while ranges of it were read, so the rest of this flight asks for none.
+    one_transfer: bool,
     /// How many bytes, and which, had come before the file that held them was lost.
     lost: Option<(u64, Digest)>,
 }
@@ -47,6 +50,8 @@ enum End {
     NotKept,
     Unable,
     StartOver,
+    /// The source has another version by now than the one that some bytes are of.
+    Replaced,
     Left,
 }
 
@@ -56,7 +61,18 @@ impl Fill {
         let plan = flight.at.plan(&flight.key);
         let verifier = new_verifier(&cache, &flight, UseTier::IfItTakes);
         let retries = Retries::new(cache.retries);
-        Self { cache, flight, plan, verifier, retries, permit: None, has_peers_bytes: false, origin_was_wrong: false, lost: None }
+        Self {
+            cache,
+            flight,
+            plan,
+            verifier,
+            retries,
+            permit: None,
+            has_peers_bytes: false,
+            origin_was_wrong: false,
+            one_transfer: false,
+            lost: None,
+        }
     }
 
     /// Runs the flight from start to end.
@@ -149,6 +165,18 @@ impl Fill {
                     self.begin_anew(unusable(step.from, "it has other bytes by now, and does not go on with those that came"))?;
                     continue;
                 }
+                Ok(End::Replaced) => {
+                    // Nothing of the new version was added to the old one. Readers may have been given the old one's front: then the load goes on
+                    // behind it, as after any transfer that broke, and the digest decides.
+                    let fault = unusable(step.from, "the blob was replaced midway");
+                    self.one_transfer = true;
+                    if !self.flight.state.lock().released {
+                        self.plan.report(Outcome::Left, bytes);
+                        self.begin_anew(fault)?;
+                        continue;
+                    }
+                    fault
+                }
                 Ok(End::Left) => {
                     self.plan.report(Outcome::Left, bytes);
                     continue;
@@ -187,7 +215,7 @@ impl Fill {
     /// Asks one source for the bytes that are missing, and takes all that comes.
     async fn read_source(&mut self, step: &Step) -> Result<End, Fault> {
         let ask = Ask { key: self.flight.key, from: self.verifier.seen() };
-        let mut incoming = match open(&self.flight, step, ask).await? {
+        let incoming = match open(&self.flight, step, ask).await? {
             None => return Ok(End::Left),
             Some(Answer::Bytes(incoming)) => incoming,
             Some(Answer::Absent) => return Ok(End::Absent),
@@ -196,6 +224,8 @@ impl Fill {
             Some(Answer::StartOver) => return Ok(End::StartOver),
         };
         let size = self.announced(step.from, &incoming)?;
+        let mut incoming =
+            if self.one_transfer { Reading::One(incoming) } else { Reading::new(incoming, ask.from, step.from.as_str(), &self.cache) };
         loop {
             if size == Some(self.verifier.seen()) {
                 return Ok(End::Whole);
@@ -212,7 +242,11 @@ impl Fill {
                         return Ok(End::Left);
                     }
                     tokio::select! {
-                        chunk = &mut next => break chunk?,
+                        chunk = &mut next => break match chunk {
+                            Ok(chunk) => chunk,
+                            Err(Broke::Replaced) => return Ok(End::Replaced),
+                            Err(Broke::Fault(fault)) => return Err(fault),
+                        },
                         () = self.flight.wake.notified() => {}
                     }
                 }

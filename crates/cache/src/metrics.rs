@@ -187,6 +187,40 @@ impl Skip {
     }
 }
 
+/// What became of a range of a large blob: the `result` label of `castier_fill_ranges_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RangeResult {
+    /// All of it came.
+    Ok,
+    /// It was asked for again after a fault.
+    Retried,
+    /// It was asked for a second time, because it was slow.
+    Hedged,
+    /// It did not come, in spite of its retries.
+    Failed,
+    /// The source has another version of the blob by now.
+    Replaced,
+    /// The source did not answer with the range.
+    Ignored,
+    /// It was not asked for ahead of time, because `fill.memory` had no memory for it.
+    NoMemory,
+}
+
+impl RangeResult {
+    const ALL: [Self; 7] = [Self::Ok, Self::Retried, Self::Hedged, Self::Failed, Self::Replaced, Self::Ignored, Self::NoMemory];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Retried => "retried",
+            Self::Hedged => "hedged",
+            Self::Failed => "failed",
+            Self::Replaced => "replaced",
+            Self::Ignored => "ignored",
+            Self::NoMemory => "no_memory",
+        }
+    }
+}
 /// Is told of blobs whose bytes were wrong: the source, and the digest of the right bytes.
 type TellCorrupt = Box<dyn Fn(&str, &Digest) + Send + Sync>;
 
@@ -207,6 +241,7 @@ pub struct Metrics {
     source_loads_given_up: IntCounterVec,
     source_duration: [Histogram; 2],
     source_resumes: IntCounterVec,
+    fill_ranges: IntCounterVec,
     pub(crate) flights_in_progress: IntGauge,
     pub(crate) flight_followers: IntGauge,
     tier_bytes: IntGaugeVec,
@@ -302,6 +337,12 @@ impl Metrics {
                 &["source"],
                 r
             )?,
+            fill_ranges: register_int_counter_vec_with_registry!(
+                "castier_fill_ranges_total",
+                "Ranges of large blobs that were read beside each other, by what became of them",
+                &["result"],
+                r
+            )?,
             flights_in_progress: register_int_gauge_with_registry!("castier_flights_in_progress", "Flights in progress", r)?,
             flight_followers: register_int_gauge_with_registry!(
                 "castier_flight_followers",
@@ -390,6 +431,9 @@ impl Metrics {
             for reason in GiveUp::ALL {
                 self.source_loads_given_up.with_label_values(&[source.as_str(), reason.as_str()]);
             }
+        }
+        for result in RangeResult::ALL {
+            self.fill_ranges.with_label_values(&[result.as_str()]);
         }
         for source in ["origin", "peer", "disk", "client"] {
             self.corrupt.with_label_values(&[source]);
@@ -501,6 +545,17 @@ impl Metrics {
     /// Counts a broken transfer that was resumed.
     pub(crate) fn resumed(&self, source: SourceKind) {
         self.source_resumes.with_label_values(&[source.as_str()]).inc();
+    }
+
+    /// Counts what became of a range of a large blob.
+    pub(crate) fn range(&self, result: RangeResult) {
+        self.fill_ranges.with_label_values(&[result.as_str()]).inc();
+    }
+
+    /// How often that was.
+    #[cfg(test)]
+    pub(crate) fn ranges(&self, result: RangeResult) -> u64 {
+        self.fill_ranges.with_label_values(&[result.as_str()]).get()
     }
 
     /// Counts a blob from `source` whose bytes did not match its digest. `digest`: that of the right bytes, if it is known.

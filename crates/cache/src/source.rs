@@ -5,6 +5,7 @@ use crate::{fault::Fault, resource::Key, upload::Upload};
 use bytes::Bytes;
 use castier_blob::Digest;
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::BoxStream};
+use std::{ops::Range, sync::Arc};
 
 /// What a source is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,12 +55,40 @@ pub struct Incoming {
     pub size: Option<u64>,
     /// The bytes from the wanted offset on.
     pub bytes: BoxStream<'static, Result<Bytes, Fault>>,
+    /// Further requests for parts of the same version of the blob, if the source can answer such. Of use only with `size`.
+    pub ranges: Option<Arc<dyn Ranges>>,
+}
+
+/// One version of a blob at a source that gives parts of it.
+pub trait Ranges: Send + Sync {
+    /// Asks for these bytes of exactly this version. The stream has them all, or ends with an error. The request is sent when the future is polled.
+    fn read(&self, range: Range<u64>) -> BoxFuture<'static, Result<BoxStream<'static, Result<Bytes, Fault>>, NoRange>>;
+
+    /// Notes that asking this source for ranges is of no use, so that it gives no [`Ranges`] for a while.
+    fn give_up(&self);
+}
+
+/// Why a source did not give a range.
+#[derive(Clone, Debug)]
+pub enum NoRange {
+    /// The request failed. Another try may succeed.
+    Fault(Fault),
+    /// The source does not have this version any more.
+    Replaced,
+    /// The source answers with something else than the range, or does not say of which version it is.
+    Ignored,
 }
 
 impl Incoming {
     /// `bytes` begin at the wanted offset. They end with an error if the transfer breaks. Dropping the stream ends the transfer.
     pub fn new(size: Option<u64>, bytes: impl futures::Stream<Item = Result<Bytes, Fault>> + Send + 'static) -> Self {
-        Self { size, bytes: bytes.boxed() }
+        Self { size, bytes: bytes.boxed(), ranges: None }
+    }
+
+    /// The same, from a source that also gives ranges.
+    #[must_use]
+    pub fn with_ranges(self, ranges: Option<Arc<dyn Ranges>>) -> Self {
+        Self { ranges, ..self }
     }
 
     /// The next bytes, at least one; `None` at the end of the source's answer. Safe to cancel and call again.

@@ -4,10 +4,10 @@
 use crate::http::Upstream;
 use bytes::Bytes;
 use castier_blob::Digest;
-use castier_cache::{Answer, Ask, Fault, Incoming, Put, Source, Stat, Store, Upload};
-use futures::{FutureExt as _, StreamExt as _, future::BoxFuture};
+use castier_cache::{Answer, Ask, Fault, Incoming, NoRange, Put, Ranges, Source, Stat, Store, Upload};
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::BoxStream};
 use http::StatusCode;
-use std::{sync::Arc, time::Instant};
+use std::{ops::Range, sync::Arc, time::Instant};
 
 /// Counts what the files of the embedded origin are asked for as if its server had been asked.
 pub struct EmbeddedStore {
@@ -36,18 +36,44 @@ impl EmbeddedStore {
     }
 }
 
+fn counted(bytes: BoxStream<'static, Result<Bytes, Fault>>, server: Arc<Upstream>) -> BoxStream<'static, Result<Bytes, Fault>> {
+    let count = move |bytes: &Result<Bytes, Fault>| match bytes {
+        Ok(bytes) => server.received(bytes.len() as u64),
+        Err(_) => server.report_broken_body(),
+    };
+    bytes.inspect(count).boxed()
+}
+
+/// Counts ranges in the same way.
+struct Counted {
+    ranges: Arc<dyn Ranges>,
+    server: Arc<Upstream>,
+}
+
+impl Ranges for Counted {
+    fn read(&self, range: Range<u64>) -> BoxFuture<'static, Result<BoxStream<'static, Result<Bytes, Fault>>, NoRange>> {
+        let (asked, server, read) = (Instant::now(), self.server.clone(), self.ranges.read(range));
+        async move {
+            let answer = read.await;
+            server.report_outcome(asked, if let Err(NoRange::Fault(fault)) = &answer { Err(fault) } else { Ok(StatusCode::OK) });
+            answer.map(|bytes| counted(bytes, server))
+        }
+        .boxed()
+    }
+
+    fn give_up(&self) {
+        self.ranges.give_up();
+    }
+}
+
 impl Source for EmbeddedStore {
     fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
         let asked = Instant::now();
         async move {
             Ok(match self.found(asked, self.files.open(ask).await)? {
-                Answer::Bytes(Incoming { size, bytes }) => {
-                    let server = self.server.clone();
-                    let count = move |bytes: &Result<Bytes, Fault>| match bytes {
-                        Ok(bytes) => server.received(bytes.len() as u64),
-                        Err(_) => server.report_broken_body(),
-                    };
-                    Answer::Bytes(Incoming::new(size, bytes.inspect(count)))
+                Answer::Bytes(Incoming { size, bytes, ranges }) => {
+                    let ranges = ranges.map(|ranges| Arc::new(Counted { ranges, server: self.server.clone() }) as Arc<dyn Ranges>);
+                    Answer::Bytes(Incoming::new(size, counted(bytes, self.server.clone())).with_ranges(ranges))
                 }
                 other => other,
             })

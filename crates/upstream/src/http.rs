@@ -11,13 +11,15 @@ use crate::{
 use async_trait::async_trait;
 use bytes::{Buf, Bytes};
 use castier_blob::Digest;
-use castier_cache::{Answer, Ask, Fault, Incoming, Limit, Put, Source, Stat, Store, Upload, ran_out_of_files};
+use castier_cache::{
+    Answer, Ask, Fault, Incoming, Limit, NoRange, Put, RangeSupport, Ranges, Source, Stat, Store, Upload, ran_out_of_files,
+};
 use castier_config as config;
 use castier_wire as wire;
 use futures::{
-    FutureExt as _,
+    FutureExt as _, StreamExt as _,
     future::{BoxFuture, try_join_all},
-    stream,
+    stream::{self, BoxStream},
 };
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use parking_lot::Mutex;
@@ -35,6 +37,7 @@ use pingora::{
 use std::{
     fmt, io,
     net::{IpAddr, SocketAddr},
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -78,6 +81,8 @@ pub struct Upstream {
     trust: Option<Box<dyn Trust>>,
     /// Addresses that are not connected to.
     refuses: fn(IpAddr) -> bool,
+    /// Whether it gives the ranges that it announces.
+    range_support: RangeSupport,
 }
 
 /// A server that a route uses.
@@ -179,6 +184,7 @@ impl Upstream {
             replays: Semaphore::new(REPLAYS),
             trust: None,
             refuses: |_| false,
+            range_support: RangeSupport::default(),
         }))
     }
 
@@ -205,6 +211,7 @@ impl Upstream {
             replays: Semaphore::new(REPLAYS),
             trust: None,
             refuses: server.refuses,
+            range_support: RangeSupport::default(),
         }))
     }
 
@@ -232,6 +239,7 @@ impl Upstream {
             replays: Semaphore::new(REPLAYS),
             trust: Some(server.trust),
             refuses: |_| false,
+            range_support: RangeSupport::default(),
         })
     }
 
@@ -290,7 +298,7 @@ impl Upstream {
             // A source without ranges sends the whole blob. The first `from` bytes are skipped.
             StatusCode::OK => (number(head.headers.get(header::CONTENT_LENGTH)), from),
             StatusCode::PARTIAL_CONTENT if from > 0 => {
-                let (first, size) = head
+                let (first, _, size) = head
                     .headers
                     .get(header::CONTENT_RANGE)
                     .and_then(content_range)
@@ -303,8 +311,26 @@ impl Upstream {
             StatusCode::NOT_FOUND | StatusCode::GONE if from == 0 => (number(head.headers.get(header::CONTENT_LENGTH)), 0),
             status => return Err(self.unusable(format!("status {}", status.as_u16()))),
         };
+        Ok(Incoming::new(size, self.body(session, peer, skip)))
+    }
+
+    /// The body of an answer, without its first `skip` bytes.
+    fn body(self: &Arc<Self>, session: HttpSession, peer: HttpPeer, skip: u64) -> BoxStream<'static, Result<Bytes, Fault>> {
         let transfer = Transfer { upstream: self.clone(), session, peer, skip };
-        Ok(Incoming::new(size, stream::try_unfold(Some(transfer), Transfer::next)))
+        stream::try_unfold(Some(transfer), Transfer::next).boxed()
+    }
+
+    /// Further parts of the version that this answer is of, if its server gives such: it says so, and has a strong name for the version.
+    fn ranges(self: &Arc<Self>, session: &HttpSession, ask: &Ask) -> Option<Arc<dyn Ranges>> {
+        let (head, digest) = (session.resp_header()?, ask.digest().ok()?);
+        let size = match head.status {
+            StatusCode::OK if ask.from == 0 && accepts_ranges(&head.headers) => number(head.headers.get(header::CONTENT_LENGTH)),
+            StatusCode::PARTIAL_CONTENT => head.headers.get(header::CONTENT_RANGE).and_then(content_range).and_then(|(_, _, size)| size),
+            _ => None,
+        }?;
+        let etag = head.headers.get(header::ETAG).filter(|etag| etag.as_bytes().starts_with(b"\""))?.clone();
+        let version = Version { upstream: self.clone(), digest, etag, size };
+        self.range_support.is_assumed().then(|| Arc::new(version) as Arc<dyn Ranges>)
     }
 
     /// Rejects coded bytes: neither their length nor their digest is the blob's.
@@ -622,7 +648,10 @@ impl Source for HttpStore {
                     Ok(Answer::Absent)
                 }
                 Some(StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) => Err(Fault::Busy(Limit::Origin)),
-                _ => self.0.incoming(session, peer, ask.from).map(Answer::Bytes),
+                _ => {
+                    let ranges = self.0.ranges(&session, &ask);
+                    self.0.incoming(session, peer, ask.from).map(|incoming| Answer::Bytes(incoming.with_ranges(ranges)))
+                }
             }
         }
         .boxed()
@@ -662,6 +691,63 @@ impl Store for HttpStore {
 
     fn holds<'a>(&'a self, digest: &'a Digest, size: Option<u64>) -> BoxFuture<'a, Result<Option<u64>, Fault>> {
         self.0.holds_durably(digest, size).boxed()
+    }
+}
+
+/// A version of a blob at a server that gives ranges.
+struct Version {
+    upstream: Arc<Upstream>,
+    digest: Digest,
+    /// A strong validator.
+    etag: HeaderValue,
+    /// The size of the whole blob.
+    size: u64,
+}
+
+impl Ranges for Version {
+    fn read(&self, range: Range<u64>) -> BoxFuture<'static, Result<BoxStream<'static, Result<Bytes, Fault>>, NoRange>> {
+        let (upstream, digest, etag, size) = (self.upstream.clone(), self.digest, self.etag.clone(), self.size);
+        async move {
+            let (session, peer) = async {
+                let mut request = upstream.get_request(&digest, 0)?;
+                insert(&mut request, header::RANGE, &format!("bytes={}-{}", range.start, range.end - 1))?;
+                request.insert_header(header::IF_MATCH, etag.clone()).map_err(|error| Fault::Internal(error.to_string()))?;
+                upstream.exchange(&request, &[]).await
+            }
+            .await
+            .map_err(NoRange::Fault)?;
+            let fault = |why: &str| Err(NoRange::Fault(upstream.unusable(why)));
+            let Some(head) = session.resp_header() else { return fault("no head") };
+            match head.status {
+                StatusCode::PARTIAL_CONTENT => {}
+                // The whole body would follow, so the connection is of no more use.
+                StatusCode::OK => return Err(NoRange::Ignored),
+                StatusCode::NOT_FOUND | StatusCode::GONE | StatusCode::PRECONDITION_FAILED | StatusCode::RANGE_NOT_SATISFIABLE => {
+                    upstream.finish(session, &peer).await;
+                    return Err(NoRange::Replaced);
+                }
+                StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => return Err(NoRange::Fault(Fault::Busy(Limit::Origin))),
+                status => return fault(&format!("status {} to a range", status.as_u16())),
+            }
+            upstream.must_be_uncoded(&head.headers).map_err(NoRange::Fault)?;
+            // A server may overlook `If-Match`, but not say that its bytes are of the version that they are not of.
+            match head.headers.get(header::ETAG) {
+                Some(now) if *now == etag => {}
+                Some(_) => return Err(NoRange::Replaced),
+                None => return Err(NoRange::Ignored),
+            }
+            match head.headers.get(header::CONTENT_RANGE).and_then(content_range) {
+                Some((_, _, Some(now))) if now != size => Err(NoRange::Replaced),
+                Some((first, last, _)) if first == range.start && last == range.end - 1 => Ok(upstream.body(session, peer, 0)),
+                _ => fault("another range than was asked for"),
+            }
+        }
+        .boxed()
+    }
+
+    fn give_up(&self) {
+        tracing::debug!(origin = %self.upstream.url(), "it announces ranges, and gives none: large blobs are read over one connection for a while");
+        self.upstream.range_support.give_up();
     }
 }
 
@@ -791,13 +877,19 @@ fn number(value: Option<&http::HeaderValue>) -> Option<u64> {
     value?.to_str().ok()?.trim().parse().ok()
 }
 
-/// `bytes 5-9/10` → (5, Some(10)); `bytes 5-9/*` → (5, None).
-fn content_range(value: &http::HeaderValue) -> Option<(u64, Option<u64>)> {
+/// Whether a server says that it gives parts of this body.
+fn accepts_ranges(headers: &HeaderMap) -> bool {
+    let units = headers.get_all(header::ACCEPT_RANGES).iter().filter_map(|value| value.to_str().ok());
+    units.flat_map(|units| units.split(',')).any(|unit| unit.trim().eq_ignore_ascii_case("bytes"))
+}
+
+/// `bytes 5-9/10` → (5, 9, Some(10)); `bytes 5-9/*` → (5, 9, None).
+fn content_range(value: &http::HeaderValue) -> Option<(u64, u64, Option<u64>)> {
     let (range, size) = value.to_str().ok()?.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
     let size = if size == "*" { None } else { Some(size.parse().ok()?) };
-    (first <= last && size.is_none_or(|size: u64| last < size)).then_some((first, size))
+    (first <= last && size.is_none_or(|size: u64| last < size)).then_some((first, last, size))
 }
 
 #[cfg(test)]
@@ -807,8 +899,8 @@ mod tests {
     #[test]
     fn content_ranges() {
         let parse = |text: &'static str| content_range(&http::HeaderValue::from_static(text));
-        assert_eq!(parse("bytes 5-9/10"), Some((5, Some(10))));
-        assert_eq!(parse("bytes 5-9/*"), Some((5, None)));
+        assert_eq!(parse("bytes 5-9/10"), Some((5, 9, Some(10))));
+        assert_eq!(parse("bytes 5-9/*"), Some((5, 9, None)));
         for bad in ["bytes 5-9/9", "bytes 9-5/10", "bytes */10", "lines 5-9/10", "bytes 5-9", "bytes -/10", ""] {
             assert_eq!(parse(bad), None, "{bad}");
         }

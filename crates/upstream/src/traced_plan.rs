@@ -2,15 +2,21 @@
 //! those of the request that starts the flight, not of requests that join it.
 
 use crate::{trace, via_header};
+use bytes::Bytes;
 use castier_blob::Digest;
-use castier_cache::{Answer, Ask, Asker, Fault, Incoming, Outcome, Plan, Source, Stat, Step, Then};
+use castier_cache::{Answer, Ask, Asker, Fault, Incoming, NoRange, Outcome, Plan, Ranges, Source, Stat, Step, Then};
 use castier_wire::{
     self as wire,
     trace::{Attributes, Trace, Value},
 };
-use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
+use futures::{
+    FutureExt as _, StreamExt as _,
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
 use http::HeaderValue;
 use std::{
+    ops::Range,
     sync::{Arc, OnceLock},
     time::Instant,
 };
@@ -84,8 +90,9 @@ impl Source for InContext {
         let open = self.source.open(ask).map(move |answer| {
             Ok(match answer? {
                 // Reading may send a request too: the stall watchdog asks a slow peer for its health.
-                Answer::Bytes(Incoming { size, mut bytes }) => {
-                    Answer::Bytes(Incoming::new(size, stream::poll_fn(move |cx| context.sync(|| bytes.poll_next_unpin(cx)))))
+                Answer::Bytes(Incoming { size, bytes, ranges }) => {
+                    let ranges = ranges.map(|ranges| Arc::new(RangesInContext { ranges, context: context.clone() }) as Arc<dyn Ranges>);
+                    Answer::Bytes(Incoming::new(size, context.along_bytes(bytes)).with_ranges(ranges))
                 }
                 other => other,
             })
@@ -102,7 +109,30 @@ impl Source for InContext {
     }
 }
 
+type ByteStream = BoxStream<'static, Result<Bytes, Fault>>;
+
+/// The ranges of a source, whose requests get the headers in `context` too.
+struct RangesInContext {
+    ranges: Arc<dyn Ranges>,
+    context: Context,
+}
+
+impl Ranges for RangesInContext {
+    fn read(&self, range: Range<u64>) -> BoxFuture<'static, Result<ByteStream, NoRange>> {
+        let context = self.context.clone();
+        self.context.along(self.ranges.read(range)).map(move |answer| answer.map(|bytes| context.along_bytes(bytes))).boxed()
+    }
+
+    fn give_up(&self) {
+        self.ranges.give_up();
+    }
+}
+
 impl Context {
+    fn along_bytes(self, mut bytes: ByteStream) -> ByteStream {
+        stream::poll_fn(move |cx| self.sync(|| bytes.poll_next_unpin(cx))).boxed()
+    }
+
     fn along<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
         via_header::along(self.via.clone(), trace::along(self.trace.clone(), work))
     }

@@ -1,10 +1,10 @@
 //! The two sides of a copy, each a directory or a bucket.
 
 use super::directory::{self, Directory};
-use crate::{Backend, Files, Origin};
+use crate::{Backend, Files, Origin, entries::Entries};
 use bytes::Bytes;
 use castier_blob::Digest;
-use castier_bucket::{Bucket, Object};
+use castier_bucket::{Bucket, Object, Objects as _};
 use castier_cache::{Answer, Ask, Fault, Incoming, Key, Put, Source as _, Store, Upload};
 use castier_wire::entry::Name;
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream::BoxStream};
@@ -97,20 +97,22 @@ fn bucket_objects(bucket: Arc<Bucket>) -> impl Stream<Item = Result<Found, Fault
 pub(super) enum Destination {
     /// Nothing is written there.
     Dry(Side),
-    Real(Origin, Arc<dyn Store>),
+    Bucket(Arc<Bucket>),
+    Directory(Origin, Arc<dyn Store>),
 }
 
 impl Destination {
-    pub(super) fn new(origin: Origin, config: &castier_config::Origin) -> Self {
+    pub(super) fn directory(origin: Origin, config: &castier_config::Origin) -> Self {
         let store = origin.local(config);
-        Self::Real(origin, store)
+        Self::Directory(origin, store)
     }
 
     /// Whether it has a blob of this size, durably.
     pub(super) async fn holds(&self, digest: Digest, size: u64) -> Result<bool, Fault> {
         let known = match self {
             Self::Dry(side) => side.size(digest).await?,
-            Self::Real(_, store) => store.holds(&digest, Some(size)).await?,
+            Self::Bucket(bucket) => bucket.holds(&digest, Some(size)).await?,
+            Self::Directory(_, store) => store.holds(&digest, Some(size)).await?,
         };
         Ok(known == Some(size))
     }
@@ -119,10 +121,8 @@ impl Destination {
     pub(super) async fn put(&self, digest: Digest, upload: &mut Upload<'_>) -> Result<(), Fault> {
         let put = match self {
             Self::Dry(_) => Ok(Put::Existed),
-            Self::Real(origin, store) => match origin.bucket() {
-                Some(bucket) => bucket.put_absent(digest, upload).await,
-                None => store.put(upload).await,
-            },
+            Self::Bucket(bucket) => bucket.put_absent(digest, upload).await,
+            Self::Directory(_, store) => store.put(upload).await,
         };
         put.map(drop)
     }
@@ -131,39 +131,42 @@ impl Destination {
     pub(super) async fn entry(&self, name: &Name, most: u64) -> Result<Option<Digest>, Fault> {
         match self {
             Self::Dry(side) => Ok(side.entry(name, most).await?.map(|(digest, _)| digest)),
-            Self::Real(origin, _) => match &origin.0.backend {
-                Backend::Bucket(bucket) => Ok(bucket.entry(name, most).await?.map(|entry| entry.digest)),
-                Backend::Files(Files { entries, .. }) => {
-                    let (entries, name) = (entries.clone(), name.clone());
-                    blocking(move || Ok(entries.find(&name)?.map(|found| found.digest()))).await
-                }
-            },
+            Self::Bucket(bucket) => Ok(bucket.entry(name, most).await?.map(|entry| entry.digest)),
+            Self::Directory(origin, _) => {
+                let (entries, name) = (entries(origin)?, name.clone());
+                blocking(move || Ok(entries.find(&name)?.map(|found| found.digest()))).await
+            }
         }
     }
 
     pub(super) async fn put_entry(&self, name: &Name, bytes: Bytes, most: u64) -> Result<(), Fault> {
         match self {
             Self::Dry(_) => Ok(()),
-            Self::Real(origin, _) => match &origin.0.backend {
-                Backend::Bucket(bucket) => bucket.put_entry(name, bytes, None, most).await.map(drop),
-                Backend::Files(Files { entries, .. }) => {
-                    let (entries, name) = (entries.clone(), name.clone());
-                    let store = move || {
-                        let mut upload = entries.begin(name)?;
-                        upload.write(&bytes)?;
-                        upload.finish(None).map(drop)
-                    };
-                    blocking(store).await
-                }
-            },
+            Self::Bucket(bucket) => bucket.put_entry(name, bytes, None, most).await.map(drop),
+            Self::Directory(origin, _) => {
+                let (entries, name) = (entries(origin)?, name.clone());
+                let store = move || {
+                    let mut upload = entries.begin(name)?;
+                    upload.write(&bytes)?;
+                    upload.finish(None).map(drop)
+                };
+                blocking(store).await
+            }
         }
     }
 
     pub(super) fn bucket(&self) -> Option<&Arc<Bucket>> {
         match self {
-            Self::Dry(_) => None,
-            Self::Real(origin, _) => origin.bucket(),
+            Self::Dry(_) | Self::Directory(..) => None,
+            Self::Bucket(bucket) => Some(bucket),
         }
+    }
+}
+
+fn entries(origin: &Origin) -> Result<Arc<Entries>, Fault> {
+    match &origin.0.backend {
+        Backend::Files(Files { entries, .. }) => Ok(entries.clone()),
+        Backend::Bucket(_) => Err(Fault::Internal("a directory is no bucket".into())),
     }
 }
 

@@ -41,6 +41,7 @@ mod operate;
 mod otlp;
 mod outage;
 mod page;
+mod parallel;
 mod peer;
 mod peer_proof;
 mod peer_tls;

@@ -224,6 +224,7 @@ const ELSEWHERE_TESTED: &[(&str, &str)] = &[
         "castier_certificate_expiry_timestamp_seconds",
         "peer_tls, nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in: cluster.tls",
     ),
+    ("castier_fill_ranges_total", "parallel, ranges_are_read_at_the_same_time: a blob over fill.parallel_over"),
     ("castier_bucket_max_requests", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),
     ("castier_bucket_throttled_total", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),
     ("castier_bucket_uploads_aborted_total", "protocols, an_upload_that_fails_leaves_nothing: a bucket"),

@@ -211,6 +211,94 @@ fn what_is_stored_is_in_the_bucket_whole() {
     assert!(range.status == 206 && range.body == noise(17 * MIB as u64, 17 * MIB)[1000..2000]);
 }
 
+/// Puts blobs of this size into the bucket, by another castier.
+fn stored(weed: &Weed, seeds: &[u64], size: usize) -> Vec<(String, Vec<u8>)> {
+    let writer = weed.castier("");
+    let blobs = seeds.iter().map(|seed| {
+        let body = noise(*seed, size);
+        let (status, target) = put(&writer, &body);
+        assert_eq!(status, 201);
+        (target, body)
+    });
+    blobs.collect()
+}
+
+/// First and last byte of each range that the store was asked for, sorted.
+fn ranges(weed: &Weed) -> Vec<(usize, usize)> {
+    let seen = weed.proxy.seen();
+    let ranges = seen.iter().filter(|seen| seen.method == "GET").filter_map(|seen| seen.header("range"));
+    let parse = |range: String| {
+        let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+        Some((first.parse().ok()?, last.parse().ok()?))
+    };
+    let mut ranges: Vec<_> = ranges.filter_map(parse).collect();
+    ranges.sort_unstable();
+    ranges
+}
+
+#[test]
+fn a_large_blob_is_read_in_ranges() {
+    const RANGE: usize = 8 * MIB;
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let size = 45 * MIB + 11;
+    let blobs = stored(&weed, &[81, 82, 83], size);
+    let castier = weed.castier("");
+    // None is answered before three are there.
+    let arrived = Arc::new(AtomicUsize::new(0));
+    let count = arrived.clone();
+    weed.proxy.intercept(move |request| {
+        if request.header("range").is_some() {
+            count.fetch_add(1, Ordering::SeqCst);
+            eventually("three ranges are asked for", || (count.load(Ordering::SeqCst) >= 3).then_some(()));
+        }
+        None
+    });
+    gets(castier.public, &Request::get(&blobs[0].0), &blobs[0].1);
+    let once: Vec<_> = (1..6).map(|at| (at * RANGE, (size - 1).min((at + 1) * RANGE - 1))).collect();
+    let ranges_seen = ranges(&weed);
+    let hedged = castier.metric("castier_fill_ranges_total", &["hedged"]);
+    assert!(once.iter().all(|range| ranges_seen.contains(range)), "{}", weed.proxy.history());
+    assert_eq!(ranges_seen.len() as f64, 5.0 + hedged, "each byte once: {}", weed.proxy.history());
+    assert!(weed.proxy.seen().iter().all(|seen| seen.header("range").is_some() == seen.header("if-match").is_some()));
+    assert_eq!(castier.metric("castier_fill_ranges_total", &["\"ok\""]), 6.0);
+    assert_eq!(castier.metric("castier_source_loads_total", &["\"ok\"", "origin"]), 1.0);
+
+    // The object is replaced while it is read: the fourth range waits for that.
+    let (arrived, replaced) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (count, go_on) = (arrived.clone(), replaced.clone());
+    weed.proxy.intercept(move |request| {
+        if request.header("range").is_some() && count.fetch_add(1, Ordering::SeqCst) >= 3 {
+            eventually("it is replaced", || (go_on.load(Ordering::SeqCst) > 0).then_some(()));
+        }
+        None
+    });
+    let (target, from) = (blobs[1].0.clone(), castier.public);
+    let client = std::thread::spawn(move || Request::get(&target).try_send(from));
+    eventually("the fourth range is asked for", || (arrived.load(Ordering::SeqCst) > 3).then_some(()));
+    let digest = sha256(&blobs[1].1);
+    let key = format!("/blobs/cas/{}/{digest}", &digest[..2]);
+    assert_eq!(weed.curl("PUT", &key, &noise(84, size)).0, 200);
+    replaced.store(1, Ordering::SeqCst);
+    let answer = client.join().unwrap();
+    assert!(answer.is_err() || answer.is_ok_and(|answer| answer.body == blobs[1].1 || answer.status != 200), "a wrong blob that is whole");
+    assert!(castier.metric("castier_fill_ranges_total", &["replaced"]) >= 1.0);
+    weed.proxy.intercept(|_| None);
+    assert_eq!(weed.curl("PUT", &key, &blobs[1].1).0, 200);
+    gets(castier.public, &Request::get(&blobs[1].0), &blobs[1].1);
+
+    // A store that answers with the whole object is asked once. After that it is known.
+    let other = weed.castier("");
+    for (at, most) in [(0, 3), (2, 0)] {
+        let whole = blobs[at].1.clone();
+        weed.proxy.intercept(move |request| request.header("range").is_some().then(|| object(&whole)));
+        weed.take();
+        gets(other.public, &Request::get(&blobs[at].0), &blobs[at].1);
+        assert!(ranges(&weed).len() <= most, "{}", weed.proxy.history());
+    }
+    assert_eq!(other.metric("castier_source_resumes_total", &[]), 0.0);
+}
+
 #[test]
 fn objects_of_other_programs_are_read() {
     let _turn = turn();

@@ -96,6 +96,10 @@ pub(crate) struct Lie {
     pub(crate) hold_answer: Option<Gate>,
     /// As a peer: send this instead of the proof; nothing if it is empty.
     pub(crate) proof: Option<String>,
+    /// Announce ranges, and send this `ETag`. Another `If-Match` is answered with 412.
+    pub(crate) etag: Option<&'static str>,
+    /// Send the bytes whatever `If-Match` says.
+    pub(crate) overlooks_if_match: bool,
 }
 
 impl Lie {
@@ -117,6 +121,8 @@ impl Lie {
             nothing: false,
             hold_answer: None,
             proof: None,
+            etag: None,
+            overlooks_if_match: false,
         }
     }
 
@@ -199,6 +205,16 @@ impl Lie {
     /// Stores an upload at once, and answers when the gate opens.
     pub(crate) fn hold_answer(self, gate: &Gate) -> Self {
         Self { hold_answer: Some(gate.clone()), ..self }
+    }
+
+    /// Announces ranges, and sends this `ETag`, quotes included.
+    pub(crate) fn etag(self, etag: &'static str) -> Self {
+        Self { etag: Some(etag), ..self }
+    }
+
+    /// Sends the bytes whatever `If-Match` says.
+    pub(crate) fn overlook_if_match(self) -> Self {
+        Self { overlooks_if_match: true, ..self }
     }
 
     /// As a peer: sends this instead of the proof; nothing if it is empty.

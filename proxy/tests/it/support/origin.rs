@@ -43,6 +43,8 @@ struct Held {
     blob: Blob,
     /// The answers to the next GETs, in order.
     next: VecDeque<Lie>,
+    /// The answers to the next GETs of ranges that begin at these offsets, before all others.
+    at: Vec<(u64, Lie)>,
     /// The answer to all GETs after them.
     then: Lie,
     /// Body bytes sent in all answers.
@@ -121,10 +123,10 @@ impl LyingOrigin {
 
     /// Adds `blob`, with correct answers.
     pub(crate) fn add(&self, blob: &Blob) {
-        self.state
-            .lock()
-            .held
-            .insert(blob.digest, Held { blob: blob.clone(), next: VecDeque::new(), then: Lie::honest(), sent: 0, abandoned: 0 });
+        self.state.lock().held.insert(
+            blob.digest,
+            Held { blob: blob.clone(), next: VecDeque::new(), at: Vec::new(), then: Lie::honest(), sent: 0, abandoned: 0 },
+        );
     }
 
     /// Adds a new blob.
@@ -144,6 +146,11 @@ impl LyingOrigin {
     /// Sets the answers to the next GETs for `blob`.
     pub(crate) fn next<const N: usize>(&self, blob: &Blob, lies: [Lie; N]) {
         self.held(blob, |held| held.next.extend(lies));
+    }
+
+    /// Sets the answer to the next GET for a range of `blob` that begins at this offset.
+    pub(crate) fn at(&self, blob: &Blob, offset: u64, lie: Lie) {
+        self.held(blob, |held| held.at.push((offset, lie)));
     }
 
     /// Sets the answer to all GETs for `blob` after those of [`Self::next`].
@@ -271,7 +278,7 @@ impl Connection {
                 self.head("HTTP/1.1 504 Not Kept\r\nCastier-Flight: filling\r\nContent-Length: 7\r\n\r\n").await?;
                 Ok(true)
             }
-            ("GET" | "HEAD", Target::Blob(digest)) => self.blob(&method, digest, head.header("range")).await,
+            ("GET" | "HEAD", Target::Blob(digest)) => self.blob(&method, digest, &head).await,
             ("PUT", Target::Blob(digest)) => self.upload(Some(digest), &head).await,
             ("POST", Target::Collection) => self.upload(None, &head).await,
             ("DELETE", Target::Blob(digest)) => {
@@ -337,7 +344,7 @@ impl Connection {
         if claimed.is_some_and(|claimed| claimed != blob.digest) {
             return self.status(422).await;
         }
-        let held = Held { blob: blob.clone(), next: VecDeque::new(), then: Lie::honest(), sent: 0, abandoned: 0 };
+        let held = Held { blob: blob.clone(), next: VecDeque::new(), at: Vec::new(), then: Lie::honest(), sent: 0, abandoned: 0 };
         let new = self.state.lock().held.insert(blob.digest, held).is_none();
         if let Some(gate) = &lie.hold_answer {
             gate.pass().await;
@@ -376,10 +383,17 @@ impl Connection {
         Ok(true)
     }
 
-    async fn blob(&mut self, method: &str, digest: Digest, range: Option<&str>) -> io::Result<Keep> {
+    async fn blob(&mut self, method: &str, digest: Digest, asked: &Head) -> io::Result<Keep> {
+        let range = asked.header("range");
         let found = self.state.lock().held.get_mut(&digest).map(|held| {
             // A HEAD is always answered correctly, and does not use up a fault for a GET.
-            let lie = if method == "HEAD" { None } else { held.next.pop_front() };
+            let first = range.and_then(|range| parse_range(range, held.blob.size)).map(|(first, _)| first);
+            let at = held.at.iter().position(|(at, _)| Some(*at) == first);
+            let lie = match at {
+                _ if method == "HEAD" => None,
+                Some(at) => Some(held.at.remove(at).1),
+                None => held.next.pop_front(),
+            };
             (held.blob.clone(), lie.unwrap_or_else(|| held.then.clone()))
         });
         let Some((blob, lie)) = found else { return if method == "HEAD" { self.bare(404, "").await } else { self.status(404).await } };
@@ -393,6 +407,10 @@ impl Connection {
         }
         if let Some(status) = lie.status {
             return if method == "HEAD" { self.bare(status, lie.lines).await } else { self.status_with(status, lie.lines).await };
+        }
+        let is_other = asked.header("if-match").is_some_and(|wanted| lie.etag.is_some_and(|etag| etag != wanted));
+        if is_other && !lie.overlooks_if_match && lie.range != RangeManner::Ignore {
+            return self.status(412).await;
         }
         let part = range.and_then(|range| parse_range(range, blob.size)).filter(|_| lie.range != RangeManner::Ignore);
         let (mut first, last) = part.unwrap_or((0, blob.size.saturating_sub(1)));
@@ -410,6 +428,9 @@ impl Connection {
             }
             _ => "HTTP/1.1 200 OK\r\n".to_owned(),
         };
+        if let Some(etag) = lie.etag {
+            head += &format!("Accept-Ranges: bytes\r\nETag: {etag}\r\n");
+        }
         if lie.chunked {
             head += "Transfer-Encoding: chunked\r\n";
         } else {

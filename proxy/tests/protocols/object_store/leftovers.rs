@@ -54,16 +54,19 @@ fn only_old_uploads_of_blobs_are_aborted() {
         drop(castier);
         assert_eq!((weed.unfinished(), weed.proxy.count(is_list_of_uploads) > 0), (all.clone(), asks), "{after}");
     }
-    // The first page has none of ours, and says that there is another one.
-    weed.proxy.intercept(|request| {
-        let is_first = request.method == "GET" && request.target.contains("uploads=") && !request.target.contains("key-marker");
-        is_first.then(|| {
-            Response::ok(
-                "application/xml",
-                "<ListMultipartUploadsResult><IsTruncated>true</IsTruncated><NextKeyMarker>cas/</NextKeyMarker><NextUploadIdMarker></NextUploadIdMarker>\
-                 <Upload><Key>cas/x</Key><UploadId>1</UploadId><Initiated>2020-01-01T00:00:00Z</Initiated></Upload></ListMultipartUploadsResult>",
-            )
-        })
+    // The first page has none of ours, and says that there is another one. SeaweedFS has pages of 10,000, and nothing behind a marker: so the second
+    // page is its whole list.
+    let (_, list) = weed.curl("GET", "/blobs?uploads=", b"");
+    weed.proxy.intercept(move |request| {
+        let is_list = request.method == "GET" && request.target.contains("uploads=");
+        let page = if request.target.contains("key-marker=cas%2F") {
+            list.clone()
+        } else {
+            b"<ListMultipartUploadsResult><IsTruncated>true</IsTruncated><NextKeyMarker>cas/</NextKeyMarker><NextUploadIdMarker></NextUploadIdMarker>\
+              <Upload><Key>cas/x</Key><UploadId>1</UploadId><Initiated>2020-01-01T00:00:00Z</Initiated></Upload></ListMultipartUploadsResult>"
+                .to_vec()
+        };
+        is_list.then(|| Response::ok("application/xml", page))
     });
     let config = weed.config_after("1ms");
     let castier = castier(&config);
