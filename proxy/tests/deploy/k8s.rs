@@ -529,7 +529,7 @@ fn an_object_store_is_in_place_of_castier_origin() {
     let s3_config = args.iter().find_map(|arg| arg.strip_prefix("-s3.config=")).unwrap();
     assert!(args.contains(&"-ip.bind=127.0.0.1") && args.contains(&"-s3.ip.bind=0.0.0.0"), "only S3 is open: {args:?}");
     let secret = variables(named(&objects, "StatefulSet", "castier")).into_iter().find(|(key, _)| key.ends_with("SECRET_ACCESS_KEY_FILE"));
-    for (set, file) in [("seaweedfs", s3_config), ("castier", &secret.unwrap().1)] {
+    for (set, file) in [("seaweedfs", s3_config), ("castier", secret.unwrap().1.as_str())] {
         let set = named(&objects, "StatefulSet", set);
         let (folder, file) = file.rsplit_once('/').unwrap();
         let mount =

@@ -166,11 +166,11 @@ fn castier_is_applied_again_and_again_with_one_secret() {
     fs::write(
         world.path("bin/kubectl"),
         STAND_IN.replace(
-            "  *\" secret generic \"*)",
+            "  \"kubectl get secret \"*)",
             r#"  *" secret generic castier-store "*)
     for argument; do case $argument in --from-file=*) file=${argument#--from-file=}; cat "${file#*=}" >"store-${file%%=*}" ;; esac; done ;;
   "kubectl get secret castier-store "*) test -e store-secret ;;
-  *" secret generic "*)"#,
+  "kubectl get secret "*)"#,
         ),
     )
     .unwrap();
