@@ -96,9 +96,11 @@ pub async fn store(store: &dyn Store) -> Lacks {
         let digest = Digest::of(blob);
         assert!(store.delete(&digest).await.expect("a blob can be deleted"), "a blob that was there was deleted: {}", blob.len());
         assert!(!store.delete(&digest).await.expect("a blob can be deleted twice"), "a blob that was not there was not deleted");
-        assert_eq!(store.holds(&digest, Some(1)).await.expect("a store can be asked whether it holds a blob"), None);
         // The empty blob can be had without a store.
-        assert!(blob.is_empty() || matches!(open(store, digest, 0).await, Answer::Absent), "a deleted blob is absent");
+        if !blob.is_empty() {
+            assert_eq!(store.holds(&digest, Some(1)).await.expect("a store can be asked whether it holds a blob"), None);
+            assert!(matches!(open(store, digest, 0).await, Answer::Absent), "a deleted blob is absent");
+        }
     }
     lacks
 }
