@@ -57,7 +57,14 @@ impl Bucket {
 
     /// Logs what [`Self::check`] finds.
     pub async fn log_check(&self) {
-        for Lack { operation, fault, .. } in self.check().await {
+        let mut lacks = self.check().await;
+        let is_missing = matches!(&lacks[..], [Lack { operation: "", key: Some("url"), .. }]);
+        // SeaweedFS makes a bucket at the first upload of an administrator.
+        if is_missing && let Ok(mut upload) = self.store.put_multipart(&Path::from(format!("{}castier-check", self.prefix))).await {
+            upload.abort().await.ok();
+            lacks = self.check().await;
+        }
+        for Lack { operation, fault, .. } in lacks {
             let operation = if operation.is_empty() { "all" } else { operation };
             tracing::warn!(bucket = self.name, operation, %fault, "the bucket does not let castier do this; requests that need it fail");
         }

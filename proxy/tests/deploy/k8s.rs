@@ -633,7 +633,9 @@ fn the_config_maps_start_both_programs() {
         castier.wait_for(address);
         let Some(curl) = tool("curl") else { return };
         let body = "a blob by way of the ConfigMap's configuration";
-        let post = ["--silent", "--show-error", "--fail", "--data-binary", body, &format!("http://{address}/cas")];
+        // A store that has just started has no bucket yet, or fails until it has made its first volume: 502.
+        let post = format!("http://{address}/cas");
+        let post = ["--retry", "60", "--retry-delay", "1", "--silent", "--show-error", "--fail", "--data-binary", body, &post];
         let stored: Value = serde_json::from_str(&stdout(Command::new(&curl).args(post), b"")).unwrap();
         let url = format!("http://{address}/cas/{}", stored["digest"].as_str().unwrap());
         assert_eq!(stdout(Command::new(&curl).args(["--silent", "--show-error", "--fail", &url]), b""), body, "{name}");
