@@ -399,7 +399,7 @@ pub(crate) fn is_own(name: &str) -> bool {
 pub(crate) fn open_blob_in(root: &Path, digest: &Digest) -> Result<Option<(File, u64)>, Fault> {
     let Some(file) = root::open_file(&path_in(root, digest))? else { return Ok(None) };
     let metadata = file.metadata()?;
-    Ok(metadata.is_file().then(|| (file, metadata.len())))
+    Ok(metadata.is_file().then_some((file, metadata.len())))
 }
 
 fn path_in(root: &Path, digest: &Digest) -> PathBuf {

@@ -152,7 +152,9 @@ impl Page {
                 "ListMultipartUploadsResult" => is_list = true,
                 "Upload" => page.uploads.push(Unfinished::default()),
                 // Sections whose elements have the names of others.
-                "Initiator" | "Owner" | "CommonPrefixes" => drop(reader.read_to_end(name).ok()?),
+                "Initiator" | "Owner" | "CommonPrefixes" => {
+                    reader.read_to_end(name).ok()?;
+                }
                 wanted @ ("Key" | "UploadId" | "Initiated" | "IsTruncated" | "NextKeyMarker" | "NextUploadIdMarker" | "EncodingType") => {
                     let wanted = wanted.to_owned();
                     let text = reader.read_text(name).ok()?;

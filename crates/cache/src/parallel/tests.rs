@@ -66,7 +66,7 @@ fn busy() -> NoRange {
 
 impl Store {
     fn new(size: u64, acts: impl IntoIterator<Item = Act>, then: Act) -> Arc<Self> {
-        let blob = (0..size).map(|at| (at * 31 >> 7 ^ at) as u8).collect();
+        let blob = (0..size).map(|at| (((at * 31) >> 7) ^ at) as u8).collect();
         Arc::new(Self {
             blob,
             acts: Mutex::new(acts.into_iter().collect()),
