@@ -110,7 +110,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parallel", type=int, nargs="+", default=[1, 4, 8], help="values of fill.parallel (1 4 8)")
     options = parser.parse_args()
-    Store.blob, Store.rate = random.Random(1).randbytes(options.size << 20), options.rate * 1e6
+    # One call makes 256 MiB at most.
+    noise = random.Random(1)
+    Store.blob, Store.rate = b"".join(noise.randbytes(1 << 20) for _ in range(options.size)), options.rate * 1e6
     path = f"/cas/{hashlib.sha256(Store.blob).hexdigest()}"
     store = Server(("127.0.0.1", 0), Store)
     threading.Thread(target=store.serve_forever, daemon=True).start()
