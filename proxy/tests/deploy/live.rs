@@ -218,6 +218,9 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
     let secret = dir.join("secret");
     fs::write(&secret, "the-secret-of-this-cluster").unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    // A receiver of events that is away: they wait in the outbox.
+    let hook = dir.join("hook");
+    fs::write(&hook, "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE=").unwrap();
     let routed = upstream();
     // Tiers that hold a part of what is asked for, so that all of them evict.
     let node_config = |node: &Ipv4Addr| {
@@ -227,7 +230,8 @@ fn every_expression_has_numbers_in_a_real_prometheus() {
              disk.path = {:?}\ndisk.capacity = \"4MiB\"\ndisk.policy = \"lru\"\nfill.spool_dir = {:?}\n\
              cluster.advertise = \"{node}:{PEER}\"\ncluster.peers = {names:?}\ncluster.secret_file = {secret:?}\ncluster.mirror_share = 0.25\n\
              cluster.tls.cert_file = {:?}\ncluster.tls.key_file = {:?}\ncluster.tls.ca_file = {:?}\nlog.format = \"json\"\n\
-             route = [{{ path = \"/files/{{name}}\", kind = \"fresh\", upstream = \"http://{routed}\", access = \"local\" }}]\n",
+             route = [{{ path = \"/files/{{name}}\", kind = \"fresh\", upstream = \"http://{routed}\", access = \"local\" }}]\n\
+             events = [{{ name = \"hook\", url = \"http://{store}:1/hook\", secret_file = {hook:?} }}]\n",
             dir.join(format!("disk-{node}")),
             dir,
             certificates.certificate,
