@@ -147,7 +147,7 @@ fn uploads_behind_are_told_of_when_they_are_acknowledged() {
     weed.proxy.up();
 }
 
-/// castier is killed while clients store. Whatever was acknowledged is an event, once its number of repetitions is taken away; in the order of each
+/// castier is killed while clients store. Every acknowledged upload is an event, without the repetitions exactly once, and in the order of each
 /// client's acknowledgements.
 #[test]
 fn no_event_is_lost_with_the_process() {

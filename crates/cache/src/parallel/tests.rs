@@ -447,7 +447,7 @@ fn act() -> impl Strategy<Value = Act> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 20, ..ProptestConfig::default() })]
 
-    /// Whatever the store does: the bytes are those of the blob, in order, and no memory stays.
+    /// The store may do anything: the bytes are those of the blob, in order, and no memory stays.
     #[test]
     fn the_bytes_are_right_or_there_is_a_fault(
         segments in 1u64..12,

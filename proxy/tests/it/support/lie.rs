@@ -98,7 +98,7 @@ pub(crate) struct Lie {
     pub(crate) proof: Option<String>,
     /// Announce ranges, and send this `ETag`. Another `If-Match` is answered with 412.
     pub(crate) etag: Option<&'static str>,
-    /// Send the bytes whatever `If-Match` says.
+    /// Send the bytes, and do not look at `If-Match`.
     pub(crate) overlooks_if_match: bool,
 }
 
@@ -212,7 +212,7 @@ impl Lie {
         Self { etag: Some(etag), ..self }
     }
 
-    /// Sends the bytes whatever `If-Match` says.
+    /// Sends the bytes, and does not look at `If-Match`.
     pub(crate) fn overlook_if_match(self) -> Self {
         Self { overlooks_if_match: true, ..self }
     }
