@@ -501,10 +501,12 @@ struct EmbeddedBucket {
     behind: Option<Arc<WriteBehind>>,
 }
 
-/// The outbox, if the config wants one: for uploads, or for events.
+/// The outbox, if the config wants one: for uploads, or for events. Without either, one that is left is opened if it has uploads: they were
+/// acknowledged, and go to the bucket before anything else.
 async fn open_outbox(config: &Castier, metrics: &Metrics) -> Result<Option<Arc<Outbox>>, String> {
     let is_needed = config.origin.write == Write::Behind || !config.events.is_empty();
-    let Some(disk) = config.disk.as_ref().filter(|_| is_needed) else { return Ok(None) };
+    let is_there = |disk: &&config::Disk| is_needed || Outbox::exists(&disk.path.join(OUTBOX));
+    let Some(disk) = config.disk.as_ref().filter(is_there) else { return Ok(None) };
     let options = castier_outbox::Options {
         capacity: disk.outbox.get(),
         timeout: disk.timeout.get(),
@@ -514,7 +516,19 @@ async fn open_outbox(config: &Castier, metrics: &Metrics) -> Result<Option<Arc<O
         metrics: metrics.outbox.clone(),
     };
     let directory = disk.path.join(OUTBOX);
-    tokio::task::spawn_blocking(move || Outbox::open(&directory, options).map(Some)).await.map_err(|error| error.to_string())?
+    let shown = directory.display().to_string();
+    let opened = tokio::task::spawn_blocking(move || Outbox::open(&directory, options)).await.map_err(|error| error.to_string())?;
+    let outbox = opened.map_err(|why| format!("disk.path: {why}"))?;
+    if config.origin.write == Write::Through && !outbox.is_empty() {
+        if !matches!(config.origin.url, OriginUrl::Bucket(_)) {
+            return Err(format!(
+                "origin.url: is no bucket, and {shown} has {} acknowledged uploads that no bucket has yet; run `castier drain` with the former config, or move that directory away and lose them",
+                outbox.len()
+            ));
+        }
+        outbox.drain();
+    }
+    Ok(Some(outbox).filter(|outbox| is_needed || !outbox.is_empty()))
 }
 
 /// How long the end waits for events to be delivered.
@@ -561,7 +575,7 @@ impl Embedded {
         outbox: Option<Arc<Outbox>>,
     ) -> Result<Opened, String> {
         let bucket = Self::bucket(url, config, spools, metrics)?;
-        let behind = outbox.filter(|_| config.origin.write == Write::Behind);
+        let behind = outbox.filter(|outbox| config.origin.write == Write::Behind || !outbox.is_empty());
         let behind = behind.map(|outbox| Arc::new(WriteBehind::new(bucket.clone(), outbox, !config.events.is_empty())));
         let objects: Arc<dyn Objects> = match &behind {
             Some(behind) => behind.clone(),

@@ -12,13 +12,15 @@ use castier_cluster::{Member, Only, Peers};
 use castier_outbox::{Others, Outbox, PendingEntry};
 use castier_wire::entry::Name;
 use futures::future::{join_all, try_join_all};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
 
 /// The path of a question about an entry; its name follows, percent-encoded as one segment.
 pub(crate) const ENTRY: &str = "/outbox/entry/";
+/// The path of the notice that a client deletes a blob; its digest follows.
+pub(crate) const DELETED: &str = "/outbox/deleted/";
 /// The path of the question how long something has waited.
 pub(crate) const STATE: &str = "/outbox";
 /// When an entry was accepted, in milliseconds since 1970.
@@ -82,7 +84,7 @@ impl Others for PeerOutboxes {
         let path = format!("{ENTRY}{}", utf8_percent_encode(name.as_str(), NON_ALPHANUMERIC));
         let (path, most) = (path.as_str(), self.most_entry);
         let ask = |member: Member| async move {
-            let (status, headers, body) = self.peers.get(&member, path, most).await?;
+            let (status, headers, body) = self.peers.ask(&member, Method::GET, path, most).await?;
             let at = || headers.get(ACCEPTED)?.to_str().ok()?.parse::<u64>().ok();
             Ok::<_, Fault>(match (status, at()) {
                 (StatusCode::OK, Some(at)) => Some(PendingEntry { bytes: Some(body), at }),
@@ -94,10 +96,23 @@ impl Others for PeerOutboxes {
         Ok(answers.into_iter().flatten().max_by_key(|version| version.at))
     }
 
+    async fn take_out(&self, digest: &Digest) -> Result<bool, Fault> {
+        let path = format!("{DELETED}{digest}");
+        let ask = |member: Member| {
+            let path = &path;
+            async move { Ok::<_, Fault>(self.peers.ask(&member, Method::POST, path, MOST_STATE).await?.0 == StatusCode::NO_CONTENT) }
+        };
+        Ok(try_join_all(self.up().into_iter().map(ask)).await?.contains(&true))
+    }
+
     async fn oldest_blob(&self) -> Option<Duration> {
         let ask = |member: Member| async move {
-            let (_, _, body) = self.peers.get(&member, STATE, MOST_STATE).await.ok()?;
-            serde_json::from_slice::<State>(&body).ok()?.oldest_blob_ms.map(Duration::from_millis)
+            match self.peers.ask(&member, Method::GET, STATE, MOST_STATE).await {
+                Ok((StatusCode::OK, _, body)) => serde_json::from_slice::<State>(&body).ok()?.oldest_blob_ms.map(Duration::from_millis),
+                // It has no outbox.
+                Ok(_) => None,
+                Err(_) => Some(Duration::MAX),
+            }
         };
         join_all(self.up().into_iter().map(ask)).await.into_iter().flatten().max()
     }
@@ -116,6 +131,12 @@ pub(crate) async fn answer_entry(outbox: &Arc<Outbox>, encoded: &str) -> Result<
         Some(bytes) => Reply::whole(headers, bytes),
         None => Reply { status: StatusCode::GONE, ..Reply::whole(headers, Bytes::new()) },
     })
+}
+
+/// The answer to the notice of a peer that a client deletes a blob: whether it was here.
+pub(crate) async fn take_out(outbox: &Arc<Outbox>, digest: &Digest) -> Result<Reply, Fault> {
+    let was_here = outbox.take_out(digest).await?;
+    Ok(if was_here { Reply::done() } else { Reply::error(StatusCode::NOT_FOUND, "the outbox has no such blob") })
 }
 
 /// The answer to the question of a peer how long something has waited.

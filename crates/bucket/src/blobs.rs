@@ -51,7 +51,7 @@ pub struct Bucket {
     pub(crate) prefix: String,
     pub(crate) key: KeyTemplate,
     /// What was seen to be stored less than `origin.existence_ttl` ago, and its size.
-    known: Known<Digest, u64>,
+    pub(crate) known: Known<Digest, u64>,
     /// Counts calls of [`Store::forget`]. What was seen before one must not be noted after it:
     ///
     /// 1. A HEAD says that a blob is there.
@@ -141,14 +141,9 @@ impl Bucket {
         Path::from(format!("{}{}", self.prefix, name.trim_start_matches('/')))
     }
 
-    /// The size of a blob that was seen to be stored lately.
-    pub(crate) fn seen_lately(&self, digest: &Digest) -> Option<u64> {
-        self.known.get(digest)
-    }
-
     /// The size of a blob in the store; `None` if it is not there.
     pub(crate) async fn size(&self, digest: &Digest) -> Result<Option<u64>, Fault> {
-        if let Some(size) = self.seen_lately(digest) {
+        if let Some(size) = self.known.get(digest) {
             return Ok(Some(size));
         }
         let seen = self.seen();

@@ -143,7 +143,7 @@ impl AsRef<[u8]> for Leased {
 #[async_trait]
 impl Objects for Bucket {
     fn known(&self, digest: &Digest) -> Option<u64> {
-        self.seen_lately(digest)
+        self.known.get(digest)
     }
 
     fn lease(&self) -> Lease {

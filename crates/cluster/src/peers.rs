@@ -382,13 +382,14 @@ impl Peers {
         self.in_time(member, self.stall_timeout, asked).await
     }
 
-    /// A short answer of this member to a GET, of at most `most` bytes: its status, headers and body.
+    /// A short answer of this member to a request without a body, of at most `most` bytes: its status, headers and body.
     ///
     /// # Errors
     /// The member did not answer, or with more bytes.
-    pub async fn get(&self, member: &Member, path: &str, most: usize) -> Result<(StatusCode, HeaderMap, Bytes), Fault> {
+    pub async fn ask(&self, member: &Member, method: Method, path: &str, most: usize) -> Result<(StatusCode, HeaderMap, Bytes), Fault> {
         let peer = self.peer(member);
-        let request = peer.upstream.request(Method::GET, path)?;
+        let mut request = peer.upstream.request(method, path)?;
+        insert(&mut request, header::CONTENT_LENGTH, "0")?;
         let asked = async {
             let (mut session, connection) = peer.upstream.exchange(&request, &[]).await?;
             let head = session.resp_header().ok_or_else(|| peer.upstream.unusable("no head"))?;

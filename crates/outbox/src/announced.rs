@@ -1,20 +1,25 @@
 //! A store that notes what happens to its blobs as events.
 //!
 //! A crash must not lose an event between the moment when the store has the blob and the commit of the event. So the intent is durable before the store
-//! is asked, and the event takes its place afterwards. At the start, what is left of intents is compared with what the store has: see
-//! [`Outbox::settle_intents`].
+//! is asked, and the event takes its place afterwards. If that does not happen (a crash, a client that leaves, an answer that is lost, a journal that cannot be
+//! written) nobody knows: then the store is asked later ([`Outbox::settle_intents`]).
 
 use crate::{
     journal::{Change, Event, Kind},
-    outbox::{Outbox, now},
+    outbox::{Outbox, Unsettled, now},
 };
 use castier_blob::Digest;
 use castier_cache::{Answer, Ask, Fault, Limit, Put, Source, Stat, Store, Upload};
 use futures::{FutureExt as _, future::BoxFuture};
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::time::sleep_until;
 
-/// The pause before the store is asked again about what was about to happen.
-const AGAIN: Duration = Duration::from_secs(10);
+/// The pause before the store is asked what has become of an intent. By then it has done what it was just doing.
+const AGAIN: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(10) };
 
 tokio::task_local! {
     static CLIENT: Option<IpAddr>;
@@ -45,22 +50,55 @@ impl Announced {
         Self { store, outbox }
     }
 
-    async fn intend(&self, event: Event) -> Result<u64, Fault> {
-        self.outbox.journal.commit(Change::Intend(event)).await.map_err(|broken| {
+    async fn intend(&self, event: Event) -> Result<Intent, Fault> {
+        let lease = self.outbox.lease_of_event()?;
+        let intent = self.outbox.journal.commit(Change::Intend(event.clone())).await.map_err(|broken| {
             tracing::debug!(%broken, "an upload is refused: its event cannot be noted");
             Fault::Busy(Limit::Outbox)
-        })
+        })?;
+        Ok(Intent { outbox: self.outbox.clone(), unsettled: Some(Unsettled { due: Instant::now(), intent, event, _lease: lease }) })
     }
+}
 
+/// Something that is about to happen. Unless it is settled, the store is asked later.
+struct Intent {
+    outbox: Arc<Outbox>,
+    unsettled: Option<Unsettled>,
+}
+
+impl Intent {
     /// A client is told of success only after the event is durable.
-    async fn settle(&self, intent: u64, has_happened: bool) -> Result<(), Fault> {
-        let settled = self.outbox.journal.commit(Change::Settle { intent, has_happened }).await;
-        match settled {
+    async fn settle(mut self, has_happened: bool) -> Result<(), Fault> {
+        let Some(intent) = self.unsettled.as_ref().map(|unsettled| unsettled.intent) else { return Ok(()) };
+        match self.outbox.journal.commit(Change::Settle { intent, has_happened }).await {
+            Ok(_) => {
+                self.unsettled = None;
+                Ok(())
+            }
             Err(broken) if has_happened => {
-                tracing::warn!(%broken, "an event cannot be noted; its client gets an error, and the next start notes it");
+                tracing::warn!(%broken, "an event cannot be noted yet; its client gets an error");
                 Err(Fault::Busy(Limit::Outbox))
             }
-            _ => Ok(()),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Settles it by how the store's answer ended: `Ok(true)` if it has happened.
+    async fn end(self, answer: Result<bool, &Fault>) -> Result<(), Fault> {
+        match answer {
+            Ok(has_happened) => self.settle(has_happened).await,
+            // The store may have done it, and its answer was lost.
+            Err(fault) if fault.is_broken_transfer() || matches!(fault, Fault::Internal(_)) => Ok(()),
+            Err(_) => self.settle(false).await,
+        }
+    }
+}
+
+impl Drop for Intent {
+    fn drop(&mut self) {
+        if let Some(unsettled) = self.unsettled.take() {
+            self.outbox.unsettled.lock().push(Unsettled { due: Instant::now() + AGAIN, ..unsettled });
+            self.outbox.is_unsettled.notify_one();
         }
     }
 }
@@ -89,10 +127,10 @@ impl Store for Announced {
                 None => None,
             };
             let put = self.store.put(upload).await;
-            let is_new = matches!(put, Ok(Put::Created));
+            let is_new = put.as_ref().map(|put| *put == Put::Created);
             match (intent, upload.verified()) {
-                (Some(intent), _) => self.settle(intent, is_new).await?,
-                (None, Some((digest, size))) if is_new => {
+                (Some(intent), _) => intent.end(is_new).await?,
+                (None, Some((digest, size))) if is_new.unwrap_or(false) => {
                     self.outbox.announce(Event::now(Kind::Stored, &digest, Some(size))).await?;
                 }
                 _ => {}
@@ -106,7 +144,7 @@ impl Store for Announced {
         async move {
             let intent = self.intend(Event::now(Kind::Deleted, digest, None)).await?;
             let deleted = self.store.delete(digest).await;
-            self.settle(intent, matches!(deleted, Ok(true))).await?;
+            intent.end(deleted.as_ref().copied()).await?;
             deleted
         }
         .boxed()
@@ -139,36 +177,50 @@ impl Outbox {
     /// Notes that wrong bytes came for a blob. Does not wait.
     pub fn announce_corrupt(&self, digest: &Digest, source: &str) {
         let event = Event { source: Some(source.to_owned()), ..Event::now(Kind::Corrupt, digest, None) };
-        self.journal.write(Change::Announce(event), |done| {
+        self.journal.try_write(Change::Announce(event), |done| {
             if let Err(broken) = done {
                 tracing::warn!(%broken, "an event of a corrupt blob cannot be noted");
             }
         });
     }
 
-    /// Settles what was about to happen when the last process ended: it has happened if the store says so. Asks the store until it answers.
+    /// Settles, without end, what nobody knows of: it has happened if the store says so.
     pub async fn settle_intents(self: Arc<Self>, store: Arc<dyn Store>) {
-        let mut left = std::mem::take(&mut *self.unsettled.lock());
-        while !left.is_empty() {
-            let mut unknown = Vec::new();
-            for (intent, event) in left {
-                let Ok(digest) = event.digest.parse::<Digest>() else { continue };
-                let known = store.stat(std::slice::from_ref(&digest)).await;
-                let has_happened = match known.as_ref().map(|known| known.first()) {
-                    Ok(Some(Stat::Present(_))) => event.kind == Kind::Stored,
-                    Ok(Some(Stat::Absent)) => event.kind == Kind::Deleted,
-                    _ => {
-                        unknown.push((intent, event));
-                        continue;
-                    }
-                };
-                if self.journal.commit(Change::Settle { intent, has_happened }).await.is_err() {
-                    unknown.push((intent, event));
-                }
+        loop {
+            self.settle_due(&*store).await;
+            let due = self.unsettled.lock().iter().map(|unsettled| unsettled.due).min();
+            tokio::select! {
+                () = sleep_until(due.unwrap_or_else(|| Instant::now() + AGAIN).into()) => {}
+                () = self.is_unsettled.notified() => {}
             }
-            left = unknown;
-            if !left.is_empty() {
-                tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Settles what is due. If the store does not answer, the rest waits.
+    pub(crate) async fn settle_due(&self, store: &dyn Store) {
+        let now = Instant::now();
+        loop {
+            let unsettled = {
+                let mut all = self.unsettled.lock();
+                let Some(at) = all.iter().position(|unsettled| unsettled.due <= now) else { return };
+                all.swap_remove(at)
+            };
+            let Ok(digest) = unsettled.event.digest.parse::<Digest>() else { continue };
+            let known = store.stat(std::slice::from_ref(&digest)).await;
+            let has_happened = match known.as_ref().map(|known| known.first()) {
+                Ok(Some(Stat::Present(_))) => Some(unsettled.event.kind == Kind::Stored),
+                Ok(Some(Stat::Absent)) => Some(unsettled.event.kind == Kind::Deleted),
+                _ => None,
+            };
+            let is_settled = match has_happened {
+                Some(has_happened) => self.journal.commit(Change::Settle { intent: unsettled.intent, has_happened }).await.is_ok(),
+                None => false,
+            };
+            if !is_settled {
+                let mut all = self.unsettled.lock();
+                all.push(unsettled);
+                all.iter_mut().for_each(|unsettled| unsettled.due = unsettled.due.max(now + AGAIN));
+                return;
             }
         }
     }

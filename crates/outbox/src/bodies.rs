@@ -46,8 +46,11 @@ impl Bodies {
     pub(crate) async fn create(&self) -> Result<NewBody, Failed> {
         let name = format!("{:032x}", rand::rng().random::<u128>());
         let path = self.directory.join(&name);
-        let file = self.pool.run(move || File::options().write(true).create_new(true).open(path)).await??;
-        Ok(NewBody { file: Some(file), unsynced: 0, body: OwnedBody { bodies: self.clone(), name: Some(name) } })
+        // Made there too: if the client leaves meanwhile, nobody else deletes the file.
+        let body = OwnedBody { bodies: self.clone(), name: Some(name) };
+        let create = move || File::options().write(true).create_new(true).open(path).map(|file| (file, body));
+        let (file, body) = self.pool.run(create).await??;
+        Ok(NewBody { file: Some(file), unsynced: 0, body })
     }
 
     /// Up to `most` bytes of a body from an offset on.

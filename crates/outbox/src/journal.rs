@@ -13,16 +13,19 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
-    },
+    sync::{Arc, mpsc::sync_channel},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
+use tokio::sync::mpsc::{
+    Receiver, Sender, channel,
+    error::{SendError, TrySendError},
+};
 
-/// How many changes may wait for the disk. With 64 KiB each, 16 MiB.
+/// How many changes may wait for the disk. With 64 KiB each, 16 MiB. Who has more waits.
 const QUEUE: usize = 256;
+/// How often a thread that may block looks whether the queue has become shorter.
+const LOOK: Duration = Duration::from_millis(2);
 /// The most bytes of bodies in one transaction.
 const BATCH: usize = 8 << 20;
 /// How long to wait after a failure before the file is opened again.
@@ -134,6 +137,10 @@ type End = Box<dyn FnOnce(Result<u64, Broken>) + Send>;
 #[error("the outbox's journal: {0}")]
 pub(crate) struct Broken(pub String);
 
+fn closed() -> Broken {
+    Broken("it is closed".into())
+}
+
 impl Broken {
     fn of(error: impl Into<redb::Error>) -> Self {
         Self(error.into().to_string())
@@ -159,9 +166,11 @@ pub(crate) struct EventRange {
 
 pub(crate) struct Journal {
     /// `None`: it is being dropped.
-    changes: Option<SyncSender<(Change, End)>>,
+    changes: Option<Sender<(Change, End)>>,
     thread: Option<JoinHandle<()>>,
     reader: JournalReader,
+    /// The longest wait for a commit.
+    timeout: Duration,
 }
 
 /// Reads the journal. `None` inside: it is being opened again after a failure.
@@ -169,15 +178,15 @@ pub(crate) struct Journal {
 pub(crate) struct JournalReader(Arc<RwLock<Option<Arc<Database>>>>);
 
 impl Journal {
-    /// Opens the file, or makes it. Blocks. `events` is called on the thread whenever events were added or removed.
-    pub(crate) fn open(path: &Path, events: impl Fn(EventRange) + Send + 'static) -> io::Result<(Self, Contents)> {
+    /// Opens the file, or makes it. Blocks. `timeout`: the longest wait for a commit. `events` is called on the thread when events were added or removed.
+    pub(crate) fn open(path: &Path, timeout: Duration, events: impl Fn(EventRange) + Send + 'static) -> io::Result<(Self, Contents)> {
         let database = open(path).map_err(|error| match error {
             redb::Error::Io(error) => error,
             error => io::Error::other(error),
         })?;
         let (contents, next) = prepare(&database).map_err(io::Error::other)?;
         let database = Arc::new(RwLock::new(Some(Arc::new(database))));
-        let (changes, queue) = sync_channel(QUEUE);
+        let (changes, queue) = channel(QUEUE);
         let writer = Writer {
             path: path.to_owned(),
             database: database.clone(),
@@ -186,30 +195,49 @@ impl Journal {
             range: contents.events,
             events: Box::new(events),
         };
-        let thread = thread::Builder::new().name("outbox".into()).spawn(move || writer.run(&queue))?;
-        Ok((Self { changes: Some(changes), thread: Some(thread), reader: JournalReader(database) }, contents))
+        let thread = thread::Builder::new().name("outbox".into()).spawn(move || writer.run(queue))?;
+        Ok((Self { changes: Some(changes), thread: Some(thread), reader: JournalReader(database), timeout }, contents))
     }
 
-    /// Queues a change. `end` is always called.
-    pub(crate) fn write(&self, change: Change, end: impl FnOnce(Result<u64, Broken>) + Send + 'static) {
-        let Some(changes) = &self.changes else { return end(Err(Broken("it is closed".into()))) };
-        if let Err(TrySendError::Full((_, end)) | TrySendError::Disconnected((_, end))) = changes.try_send((change, Box::new(end))) {
-            end(Err(Broken("the disk is too slow: too many changes wait".into())));
+    /// Queues a change, and waits until the queue takes it. `end` is called after the commit, or if there is none; not if this future is dropped before.
+    pub(crate) async fn write(&self, change: Change, end: impl FnOnce(Result<u64, Broken>) + Send + 'static) {
+        let Some(changes) = &self.changes else { return end(Err(closed())) };
+        if let Err(SendError((_, end))) = changes.send((change, Box::new(end))).await {
+            end(Err(closed()));
         }
     }
 
-    /// As [`Self::write`], and waits for the commit.
+    /// Queues a change, if the queue takes it at once.
+    pub(crate) fn try_write(&self, change: Change, end: impl FnOnce(Result<u64, Broken>) + Send + 'static) {
+        let Some(changes) = &self.changes else { return end(Err(closed())) };
+        if let Err(TrySendError::Full((_, end)) | TrySendError::Closed((_, end))) = changes.try_send((change, Box::new(end))) {
+            end(Err(Broken("too many changes wait for the disk".into())));
+        }
+    }
+
+    /// As [`Self::write`], and waits for the commit. After an error it may still come.
     pub(crate) async fn commit(&self, change: Change) -> Result<u64, Broken> {
         let (tell, told) = tokio::sync::oneshot::channel();
-        self.write(change, move |done| drop(tell.send(done)));
-        told.await.unwrap_or_else(|_| Err(Broken("its thread has ended".into())))
+        let committed = async {
+            self.write(change, move |done| drop(tell.send(done))).await;
+            told.await
+        };
+        match tokio::time::timeout(self.timeout, committed).await {
+            Ok(done) => done.unwrap_or_else(|_| Err(closed())),
+            Err(_) => Err(Broken("its disk does not answer".into())),
+        }
     }
 
     /// As [`Self::commit`], and blocks.
     pub(crate) fn commit_here(&self, change: Change) -> Result<u64, Broken> {
+        let Some(changes) = &self.changes else { return Err(closed()) };
         let (tell, told) = sync_channel(1);
-        self.write(change, move |done| drop(tell.send(done)));
-        told.recv().unwrap_or_else(|_| Err(Broken("its thread has ended".into())))
+        let mut queued: (Change, End) = (change, Box::new(move |done| drop(tell.send(done))));
+        while let Err(TrySendError::Full(again)) = changes.try_send(queued) {
+            queued = again;
+            thread::sleep(LOOK);
+        }
+        told.recv().unwrap_or_else(|_| Err(closed()))
     }
 
     /// For reading.
@@ -320,8 +348,8 @@ struct Writer {
 
 impl Writer {
     /// Writes until the journal is dropped.
-    fn run(mut self, queue: &Receiver<(Change, End)>) {
-        while let Ok(first) = queue.recv() {
+    fn run(mut self, mut queue: Receiver<(Change, End)>) {
+        while let Some(first) = queue.blocking_recv() {
             let mut batch = vec![first];
             let mut bytes = size(&batch[0].0);
             while bytes < BATCH

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::File,
+    io,
     path::Path,
     sync::{
         Arc,
@@ -34,6 +35,9 @@ const EVENT_COST: u64 = 512;
 const INLINE: usize = castier_cache::SMALL;
 /// Bytes of an upload that are written at once, and those of a body that are read at once.
 const PIECE: usize = 1 << 20;
+
+/// The file of the journal.
+const JOURNAL: &str = "journal.redb";
 
 /// What a record takes in memory.
 const RECORD_MEMORY: u64 = 512;
@@ -59,16 +63,27 @@ pub struct Outbox {
     draining: AtomicBool,
     /// Uploads that are being accepted.
     accepting: AtomicUsize,
-    /// How many records were taken out without being uploaded.
-    taken_out: AtomicU64,
+    /// How many records were taken out, or lost, without being uploaded.
+    pub(crate) taken_out: AtomicU64,
     /// The number of the last event.
     events: watch::Receiver<u64>,
-    /// Events of what was about to happen when the last process ended.
-    pub(crate) unsettled: Mutex<Vec<(u64, Event)>>,
+    /// Events of which nobody knows whether they have happened.
+    pub(crate) unsettled: Mutex<Vec<Unsettled>>,
+    /// Told after `unsettled` has become longer.
+    pub(crate) is_unsettled: Notify,
     id: u64,
     /// `disk.timeout`.
     timeout: Duration,
     _lock: DirectoryLock,
+}
+
+/// An event of which nobody knows whether it has happened.
+pub(crate) struct Unsettled {
+    /// When the store is asked.
+    pub due: Instant,
+    pub intent: u64,
+    pub event: Event,
+    pub _lease: Lease,
 }
 
 /// What an [`Outbox`] needs.
@@ -98,8 +113,8 @@ pub(crate) struct State {
     /// What may be uploaded now: blobs, and entries and their deletions.
     ready_blobs: BTreeSet<u64>,
     ready_entries: BTreeSet<u64>,
-    /// What has failed, and waits.
-    delayed: BTreeMap<(Instant, u64), ()>,
+    /// What has failed, and waits until then. [`Item::due`] has the time too.
+    delayed: BTreeSet<(Instant, u64)>,
     /// Names of which a version is being uploaded.
     busy_names: HashSet<String>,
 }
@@ -108,6 +123,8 @@ pub(crate) struct Item {
     pub record: Record,
     /// How often its upload has failed.
     pub failures: u32,
+    /// It waits in [`State::delayed`].
+    due: Option<Instant>,
     pub is_busy: bool,
     _lease: Lease,
 }
@@ -130,6 +147,11 @@ pub struct PendingEntry {
 }
 
 impl Outbox {
+    /// Whether there is an outbox in this directory.
+    pub fn exists(directory: &Path) -> bool {
+        directory.join(JOURNAL).exists()
+    }
+
     /// Opens the outbox in this directory, or makes it. Blocks.
     ///
     /// # Errors
@@ -137,12 +159,12 @@ impl Outbox {
     pub fn open(directory: &Path, options: Options) -> Result<Arc<Self>, String> {
         let Options { capacity, timeout, cooldown, threads, sinks, metrics } = options;
         let shown = directory.display();
-        let failed = |error: &dyn std::fmt::Display| format!("disk.path: the outbox {shown} cannot be opened: {error}");
+        let failed = |error: &dyn std::fmt::Display| format!("the outbox {shown} cannot be opened: {error}");
         let lock = DirectoryLock::take(directory).map_err(|unavailable| match unavailable {
-            Unavailable::InUse => format!("disk.path: another process uses the outbox {shown}"),
+            Unavailable::InUse => format!("another process uses the outbox {shown}"),
             Unavailable::NotCreated(error) | Unavailable::NotWritable(error) => failed(&error),
         })?;
-        let path = directory.join("journal.redb");
+        let path = directory.join(JOURNAL);
         let (tell, events) = watch::channel(0);
         let budget = Budget::new(capacity);
         let (charged, budget_of_events) = (Mutex::new(budget.empty()), budget.clone());
@@ -156,9 +178,9 @@ impl Outbox {
             });
         });
         let note = note_events.clone();
-        let (journal, contents) = Journal::open(&path, move |range| note(range)).map_err(|error| {
+        let (journal, contents) = Journal::open(&path, timeout, move |range| note(range)).map_err(|error| {
             format!(
-                "disk.path: the outbox's journal {} cannot be opened: {error}; it has uploads that the store may not have yet: repair the disk, or move it away and lose them",
+                "the outbox's journal {} cannot be opened: {error}; it has uploads that the store may not have yet: repair the disk, or move it away and lose them",
                 path.display()
             )
         })?;
@@ -170,11 +192,15 @@ impl Outbox {
         let known =
             contents.records.iter().filter_map(|(_, record)| if let Body::File(name) = &record.body { Some(name.as_str()) } else { None });
         let bodies = Bodies::open(&directory.join("bodies"), pool, &known.collect()).map_err(|error| failed(&error))?;
+        make_names_durable(directory).map_err(|error| failed(&error))?;
         let mut state = State::default();
         for (number, record) in contents.records {
             let lease = budget.charge(record.size + RECORD_COST);
             state.add(number, record, lease);
         }
+        let intents = contents.intents.into_iter();
+        let unsettled = intents.map(|(intent, event)| Unsettled { due: Instant::now(), intent, event, _lease: budget.charge(EVENT_COST) });
+        let unsettled = unsettled.collect();
         let this = Arc::new(Self {
             journal,
             bodies,
@@ -186,7 +212,8 @@ impl Outbox {
             accepting: AtomicUsize::new(0),
             taken_out: AtomicU64::new(0),
             events,
-            unsettled: Mutex::new(contents.intents),
+            unsettled: Mutex::new(unsettled),
+            is_unsettled: Notify::new(),
             id: contents.id,
             timeout,
             _lock: lock,
@@ -309,7 +336,7 @@ impl Outbox {
     ///
     /// # Errors
     /// The upload did not end in time; the disk.
-    pub(crate) async fn take_out(self: &Arc<Self>, digest: &Digest) -> Result<bool, Fault> {
+    pub async fn take_out(self: &Arc<Self>, digest: &Digest) -> Result<bool, Fault> {
         let deadline = Instant::now() + self.timeout;
         let mut was_pending = false;
         loop {
@@ -322,7 +349,12 @@ impl Outbox {
             was_pending = true;
             self.taken_out.fetch_add(1, Ordering::AcqRel);
             match number {
-                Some(number) => self.remove(number).await.map_err(|broken| self.refused(&broken))?,
+                Some(number) => {
+                    if let Err(broken) = self.remove(number).await {
+                        self.state.lock().put_back(number, Instant::now());
+                        return Err(self.refused(&broken));
+                    }
+                }
                 None if Instant::now() >= deadline => return Err(Fault::Busy(Limit::Origin)),
                 None => tokio::time::sleep(Duration::from_millis(20)).await,
             }
@@ -339,7 +371,7 @@ impl Outbox {
     ) -> Result<(), Fault> {
         let (tell, told) = tokio::sync::oneshot::channel();
         let this = self.clone();
-        self.journal.write(Change::Add { record: record.clone(), body, event }, move |done| {
+        let queued = self.journal.write(Change::Add { record: record.clone(), body, event }, move |done| {
             // Also if the client has left, or has got its 507, meanwhile: what the journal has is uploaded.
             let done = done.map(|number| {
                 if let Some(owned) = owned {
@@ -351,7 +383,11 @@ impl Outbox {
             });
             drop(tell.send(done));
         });
-        match tokio::time::timeout(self.timeout, told).await {
+        let committed = async {
+            queued.await;
+            told.await
+        };
+        match tokio::time::timeout(self.timeout, committed).await {
             Ok(Ok(done)) => done.map_err(|broken| self.refused(&broken)),
             Ok(Err(_)) => Err(Fault::Internal("the outbox's journal has ended".into())),
             Err(_) => Err(self.refused(&"its disk does not answer")),
@@ -390,6 +426,11 @@ impl Outbox {
         }
     }
 
+    /// The bytes of an event that may come.
+    pub(crate) fn lease_of_event(&self) -> Result<Lease, Fault> {
+        self.lease(EVENT_COST)
+    }
+
     fn lease(&self, bytes: u64) -> Result<Lease, Fault> {
         let mut lease = self.budget.empty();
         self.grow(&mut lease, bytes)?;
@@ -424,7 +465,7 @@ impl Outbox {
             }
             Some(Body::File(name)) => match self.bodies.open_body(&name).await {
                 Ok(file) => Some(Opened::File(file)),
-                Err(Failed::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(Failed::Io(error)) if error.kind() == io::ErrorKind::NotFound => None,
                 Err(failed) => return Err(unreadable(failed)),
             },
         })
@@ -595,7 +636,7 @@ impl State {
                 self.ready_entries.insert(number);
             }
         }
-        self.items.insert(number, Item { record, failures: 0, is_busy: false, _lease: lease });
+        self.items.insert(number, Item { record, failures: 0, due: None, is_busy: false, _lease: lease });
     }
 
     fn remove(&mut self, number: u64) -> Option<Item> {
@@ -627,9 +668,8 @@ impl State {
     pub(crate) fn take(&mut self, number: u64) -> bool {
         let Some(item) = self.items.get_mut(&number).filter(|item| !item.is_busy) else { return false };
         item.is_busy = true;
-        let due = self.delayed.keys().find(|(_, delayed)| *delayed == number).copied();
-        if let Some(due) = due {
-            self.delayed.remove(&due);
+        if let Some(due) = item.due.take() {
+            self.delayed.remove(&(due, number));
         }
         self.ready_blobs.remove(&number);
         self.ready_entries.remove(&number);
@@ -641,10 +681,7 @@ impl State {
 
     /// The record to upload next, and makes it busy. Entries wait for the blobs before them, and for the version before them.
     pub(crate) fn next(&mut self, now: Instant) -> Option<u64> {
-        while let Some(((due, number), ())) = self.delayed.first_key_value()
-            && *due <= now
-        {
-            let number = *number;
+        while let Some((_, number)) = self.delayed.first().copied().filter(|(due, _)| *due <= now) {
             self.delayed.pop_first();
             self.make_ready(number);
         }
@@ -673,28 +710,36 @@ impl State {
         if let What::Entry(name, _) | What::NoEntry(name) = &item.record.what {
             self.busy_names.remove(name);
         }
-        self.delayed.insert((due, number), ());
+        item.due = Some(due);
+        self.delayed.insert((due, number));
     }
 
     /// When the next upload that waits is due.
     pub(crate) fn next_due(&self) -> Option<Instant> {
-        self.delayed.first_key_value().map(|((due, _), ())| *due)
+        self.delayed.first().map(|(due, _)| *due)
     }
 
     /// Nothing waits any more.
     fn hurry(&mut self) {
-        while let Some(((_, number), ())) = self.delayed.pop_first() {
+        while let Some((_, number)) = self.delayed.pop_first() {
             self.make_ready(number);
         }
     }
 
     fn make_ready(&mut self, number: u64) {
-        match self.items.get(&number).map(|item| &item.record.what) {
-            Some(What::Blob(_)) => drop(self.ready_blobs.insert(number)),
-            Some(_) => drop(self.ready_entries.insert(number)),
-            None => {}
-        }
+        let Some(item) = self.items.get_mut(&number) else { return };
+        item.due = None;
+        match &item.record.what {
+            What::Blob(_) => self.ready_blobs.insert(number),
+            What::Entry(..) | What::NoEntry(_) => self.ready_entries.insert(number),
+        };
     }
+}
+
+/// The journal is of no use after a power cut if its name, or that of a directory above it, is gone.
+fn make_names_durable(directory: &Path) -> io::Result<()> {
+    let above = directory.ancestors().skip(1).take(2).map(|path| if path.as_os_str().is_empty() { Path::new(".") } else { path });
+    std::iter::once(directory).chain(above).try_for_each(|path| File::open(path)?.sync_all())
 }
 
 /// Milliseconds since 1970.

@@ -27,6 +27,10 @@ struct Shelf {
     /// Names in the order in which they came.
     order: Mutex<Vec<String>>,
     is_down: AtomicBool,
+    /// It stores, and its answer is lost.
+    loses_answers: AtomicBool,
+    /// It stores, and never answers.
+    hangs: AtomicBool,
 }
 
 impl Shelf {
@@ -85,6 +89,14 @@ impl Store for Shelf {
             }
             self.check()?;
             let digest = upload.verified().expect("all bytes have come").0;
+            let is_hanging = self.hangs.load(SeqCst);
+            if is_hanging || self.loses_answers.load(SeqCst) {
+                self.set(&digest.to_string(), whole.into());
+                if is_hanging {
+                    std::future::pending::<()>().await;
+                }
+                return Err(Fault::Silent { source_name: "origin", why: "its answer is lost".into() });
+            }
             Ok(if self.set(&digest.to_string(), whole.into()) { Put::Created } else { Put::Existed })
         }
         .boxed()
@@ -155,6 +167,10 @@ impl Others for Waiting {
 
     async fn entry(&self, _: &Name) -> Result<Option<PendingEntry>, Fault> {
         Ok(None)
+    }
+
+    async fn take_out(&self, _: &Digest) -> Result<bool, Fault> {
+        Ok(false)
     }
 
     async fn oldest_blob(&self) -> Option<Duration> {
@@ -422,7 +438,7 @@ async fn an_event_survives_a_crash_between_the_store_and_its_commit() {
     }
     drop(first);
     let second = outbox(dir.path(), 1 << 20);
-    second.clone().settle_intents(shelf).await;
+    second.settle_due(&*shelf).await;
     let events = second.events(0, 10).unwrap();
     assert_eq!(events.iter().map(|(_, event)| event.digest.clone()).collect::<Vec<_>>(), [Digest::of(&there).to_string()]);
     // What a sink has delivered is removed.
@@ -431,4 +447,88 @@ async fn an_event_survives_a_crash_between_the_store_and_its_commit() {
     assert_eq!(second.bytes(), 0);
     drop(second);
     assert_eq!(outbox(dir.path(), 1 << 20).unsettled.lock().len(), 0);
+}
+
+/// The journal takes a few changes at a time. Clients wait for that, and are not refused.
+#[tokio::test]
+async fn a_thousand_uploads_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let outbox = outbox(dir.path(), 1 << 30);
+    let puts = (0..1000).map(|number| {
+        let outbox = outbox.clone();
+        tokio::spawn(async move {
+            let bytes = Bytes::from(format!("blob {number}"));
+            let mut upload = Upload::new(Some(Digest::of(&bytes)), None, stream::iter([Ok(bytes)]).boxed()).await?;
+            outbox.accept(&mut upload, |_, _| None).await
+        })
+    });
+    for put in futures::future::join_all(puts.collect::<Vec<_>>()).await {
+        assert_eq!(put.unwrap().unwrap(), Put::Created);
+    }
+    assert_eq!(outbox.len(), 1000);
+}
+
+/// Nobody knows whether the store has what its answer was lost for. The event comes if it has.
+#[tokio::test]
+async fn an_event_of_an_upload_whose_answer_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let shelf = Arc::new(Shelf::default());
+    let outbox = outbox(dir.path(), 1 << 20);
+    let announced = crate::Announced::new(shelf.clone(), outbox.clone());
+    tokio::spawn(outbox.clone().settle_intents(shelf.clone()));
+    let subjects = || outbox.events(0, 10).unwrap().into_iter().map(|(_, event)| event.digest).collect::<Vec<_>>();
+    let [lost, left, refused] = [1, 2, 3].map(|seed| blob(100, seed));
+    shelf.loses_answers.store(true, SeqCst);
+    assert!(put(&announced, &lost).await.is_err());
+    until(|| subjects() == [Digest::of(&lost).to_string()]).await;
+    // The client leaves before the store has answered.
+    shelf.hangs.store(true, SeqCst);
+    assert!(tokio::time::timeout(Duration::from_millis(200), put(&announced, &left)).await.is_err());
+    until(|| subjects() == [&lost, &left].map(|bytes| Digest::of(bytes).to_string())).await;
+    shelf.hangs.store(false, SeqCst);
+    shelf.is_down.store(true, SeqCst);
+    assert!(put(&announced, &refused).await.is_err());
+    shelf.is_down.store(false, SeqCst);
+    until(|| outbox.unsettled.lock().is_empty()).await;
+    assert_eq!(subjects().len(), 2, "what was never stored is no event");
+}
+
+/// A client may leave at each moment of its upload.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_leave_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let outbox = outbox(dir.path(), 1 << 30);
+    for micros in (0..3000).step_by(20) {
+        let bytes = blob(200_000, 1);
+        let accept = async {
+            let mut upload = Upload::new(Some(Digest::of(&bytes)), None, stream::iter([Ok(bytes.clone())]).boxed()).await?;
+            outbox.accept(&mut upload, |_, _| None).await
+        };
+        let _ = tokio::time::timeout(Duration::from_micros(micros), accept).await;
+        if outbox.take_out(&Digest::of(&bytes)).await.unwrap() {
+            continue;
+        }
+    }
+    // The last one may have been on its way into the journal.
+    until(|| std::fs::read_dir(dir.path().join("bodies")).unwrap().count() == outbox.len()).await;
+    until(|| outbox.bytes() == outbox.len() as u64 * (200_000 + (16 << 10))).await;
+}
+
+#[test]
+fn a_damaged_journal_is_named_and_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(outbox(dir.path(), 1 << 20));
+    let journal = dir.path().join("journal.redb");
+    std::fs::write(&journal, vec![7; 100_000]).unwrap();
+    let options = Options {
+        capacity: 1 << 20,
+        timeout: Duration::from_secs(1),
+        cooldown: Duration::from_secs(1),
+        threads: 1,
+        sinks: Vec::new(),
+        metrics: Arc::new(Metrics::new(&prometheus::Registry::new()).unwrap()),
+    };
+    let why = Outbox::open(dir.path(), options).err().unwrap();
+    assert!(why.contains("journal.redb") && why.contains("move it away"), "{why}");
+    assert_eq!(std::fs::read(&journal).unwrap(), vec![7; 100_000]);
 }

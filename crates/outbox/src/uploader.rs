@@ -12,7 +12,7 @@ use castier_cache::{Fault, Store, Upload};
 use castier_wire::entry::Name;
 use futures::StreamExt as _;
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::AcqRel},
     time::{Duration, Instant},
 };
 use tokio::{
@@ -54,7 +54,7 @@ impl Uploader {
     /// Runs until `stopped`. Uploads that are on their way are given up then, and begin anew with the next start.
     pub(crate) async fn run(self, mut stopped: watch::Receiver<bool>) {
         let this = Arc::new(self);
-        let mut running: JoinSet<(u64, Done)> = JoinSet::new();
+        let mut running: JoinSet<Option<bool>> = JoinSet::new();
         // Failures since the last success, of all records together: then the store is down, and is asked by one upload at a time.
         let (mut failures, mut pause) = (0, Instant::now());
         let stop = async move {
@@ -70,20 +70,22 @@ impl Uploader {
                 && let Some(number) = this.outbox.state.lock().next(now)
             {
                 let this = this.clone();
-                running.spawn(async move { (number, this.upload(number).await) });
+                running.spawn(async move {
+                    let done = this.upload(number).await;
+                    // Here, so that what ends at the same time shares an fsync.
+                    this.settle(number, done).await
+                });
             }
             let due = [Some(pause).filter(|pause| *pause > now), this.outbox.state.lock().next_due()].into_iter().flatten().min();
             let wake = due.map_or(now + TICK, |due| due.max(now + Duration::from_millis(1)).min(now + TICK));
             tokio::select! {
                 Some(done) = running.join_next(), if !running.is_empty() => match done {
-                    Ok((number, done)) => match this.settle(number, done).await {
-                        Some(false) => {
-                            failures += 1;
-                            pause = Instant::now() + delay(failures);
-                        }
-                        Some(true) => (failures, pause) = (0, Instant::now()),
-                        None => {}
-                    },
+                    Ok(Some(false)) => {
+                        failures += 1;
+                        pause = Instant::now() + delay(failures);
+                    }
+                    Ok(Some(true)) => (failures, pause) = (0, Instant::now()),
+                    Ok(None) => {}
                     Err(error) => tracing::error!(%error, "an upload from the outbox panicked; a restart tries it again"),
                 },
                 () = this.outbox.changed.notified() => if this.outbox.is_draining() && failures == 0 { pause = Instant::now() },
@@ -108,6 +110,7 @@ impl Uploader {
             }
             Done::Lost(why) => {
                 outbox.metrics.lost();
+                outbox.taken_out.fetch_add(1, AcqRel);
                 let what = outbox.state.lock().items.get(&number).map(|item| item.record.what.clone());
                 tracing::error!(?what, why, "an acknowledged upload is lost: its bytes in the outbox are damaged or gone; store it again");
                 self.remove(number).await;

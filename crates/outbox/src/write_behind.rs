@@ -40,7 +40,14 @@ pub trait Others: Send + Sync {
     /// As [`Self::open`].
     async fn entry(&self, name: &Name) -> Result<Option<PendingEntry>, Fault>;
 
-    /// How long the blob that has waited longest has waited, over all other nodes that are up. `None` if none waits.
+    /// Takes a blob, which a client deletes, out of the other outboxes. True if one had it.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    async fn take_out(&self, digest: &Digest) -> Result<bool, Fault>;
+
+    /// How long the blob that has waited longest has waited, over all other nodes that are up. `None` if none waits. A node that is up and does not
+    /// answer counts as one that has waited for ever.
     ///
     /// With it an entry waits for the blobs that other nodes acknowledged before it, and no clocks are compared. At the time of the question the entry
     /// has waited for `w`. If the oldest blob of another node has waited for less than `w`, it was acknowledged after the entry.
@@ -184,7 +191,11 @@ impl Store for WriteBehind {
             // The store may not allow it: then nothing must be lost here.
             let through = &self.connected()?.through;
             let deleted = through.delete(digest).await?;
-            if !self.outbox.take_out(digest).await? {
+            let mut was_pending = self.outbox.take_out(digest).await?;
+            if let Some(others) = self.others() {
+                was_pending |= others.take_out(digest).await?;
+            }
+            if !was_pending {
                 return Ok(deleted);
             }
             // An upload may have ended in between.

@@ -40,11 +40,14 @@ impl Handlers {
             self.node.cache.stored(&digest);
             return Ok(Reply::done());
         }
-        if let Some(outbox) = self.node.outbox.as_ref().filter(|_| *method == Method::GET) {
-            if path == outboxes::STATE {
+        if let Some(outbox) = &self.node.outbox {
+            if let Some(digest) = names(outboxes::DELETED) {
+                return outboxes::take_out(outbox, &digest).await;
+            }
+            if path == outboxes::STATE && *method == Method::GET {
                 return Ok(outboxes::answer_state(outbox));
             }
-            if let Some(name) = path.strip_prefix(outboxes::ENTRY) {
+            if let Some(name) = path.strip_prefix(outboxes::ENTRY).filter(|_| *method == Method::GET) {
                 return outboxes::answer_entry(outbox, name).await;
             }
         }
