@@ -4,6 +4,7 @@ use crate::support::{
     Blob, Castier, Download, Gate, KIB, Lie, LyingOrigin, MIB, Request, assert_hit, assert_ledger, disk::kept, eventually, get,
     hang::HangingFs, light, metrics, within,
 };
+use futures::future::join_all;
 use rustix::{
     fs::{Advice, fadvise},
     process::Signal,
@@ -113,6 +114,44 @@ async fn uploads_do_not_wait_for_the_disk() {
         assert_eq!(put.status, 201, "{size}");
     }
     hang.end();
+}
+
+/// Uploads that the outbox cannot take are refused in time. The rest goes on, and so do uploads after the hang.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outbox_that_hangs_refuses_uploads_in_time() {
+    let _turn = light().await;
+    let Some(fs) = HangingFs::mount().await else { return };
+    let secret = fs.behind().join("secret");
+    fs::write(&secret, "secret").unwrap();
+    // No store listens there.
+    let config = format!(
+        "{}\norigin.write = \"behind\"\n[origin.s3]\nendpoint = \"http://127.0.0.1:9\"\naccess_key_id = \"key\"\n\
+         secret_access_key_file = {secret:?}\n",
+        config(&fs)
+    );
+    let castier = Castier::start("s3://blobs", &config).await;
+    let put = async |blob: &Blob| Request::new("PUT", blob.path()).body(blob.whole()).send(castier.public).await;
+    let small = Blob::new(10 * KIB);
+    assert_eq!(put(&small).await.status, 201);
+    get(castier.public, &small).await.assert_is(&small);
+    let hang = fs.hang().await;
+    let refused: Vec<_> = (0..60).map(|n| Blob::new(if n % 2 == 0 { KIB + n } else { 300 * KIB + n })).collect();
+    within(
+        2 * SOON,
+        "the refusals",
+        join_all(refused.iter().map(async |blob| {
+            let answer = put(blob).await;
+            assert!(answer.status == 507 && answer.header("retry-after").is_some(), "{}", answer.status);
+        })),
+    )
+    .await;
+    within(SOON, "a hit of memory", async { get(castier.public, &small).await.assert_is(&small) }).await;
+    assert_eq!(within(SOON, "the health", Request::get("/healthz").send(castier.admin)).await.status, 200);
+    hang.end();
+    for blob in &refused {
+        eventually("an upload after the hang", async || matches!(put(blob).await.status, 200 | 201).then_some(())).await;
+        get(castier.public, blob).await.assert_is(blob);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

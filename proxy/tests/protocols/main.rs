@@ -13,6 +13,7 @@ mod hostile;
 mod huggingface;
 mod keys;
 mod lfs;
+mod lossy;
 mod matrix;
 mod nix;
 mod npm;

@@ -1,9 +1,10 @@
-//! `origin.write = "behind"`: what is acknowledged is in the outbox or in the store, whatever happens to the store, to castier and to the disk.
+//! `origin.write = "behind"`: what is acknowledged is in the outbox or in the store, also if the store, castier or the disk fails.
 
 use crate::{
     checks::gets,
+    lossy::LossyFs,
     object_store::Weed,
-    support::{Castier, Port, Request, castier, castier_program, command, eventually, noise, run, sha256, turn},
+    support::{Castier, Port, Request, Response, castier, castier_program, command, eventually, noise, run, sha256, turn},
 };
 use std::{
     collections::HashMap,
@@ -101,13 +102,15 @@ fn uploads_go_on_while_the_store_is_down() {
     assert_eq!(castier.metric("castier_outbox_lost_total", &[]), 0.0);
 }
 
-/// `CASTIER_TEST_KILLS` is how often; more for the long form.
-#[test]
-fn what_is_acknowledged_survives_kill_9() {
-    let _turn = turn();
-    let Some(weed) = Weed::start() else { return };
-    let kills = std::env::var("CASTIER_TEST_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(15);
-    let mut castier = weed.castier(BEHIND);
+/// How often castier is killed. `CASTIER_TEST_KILLS` has more for the long form.
+fn kills(usual: u64) -> u64 {
+    std::env::var("CASTIER_TEST_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(usual)
+}
+
+/// Clients store while castier is killed again and again; after each kill, `then` is called. All that was acknowledged is there after the next start,
+/// and in the end all of it is in the store.
+fn what_is_acknowledged_survives(weed: &Weed, config: &str, kills: u64, then: impl Fn(u64)) -> Castier {
+    let mut castier = weed.castier(config);
     let mut acknowledged = 0;
     let mut all: Vec<(u64, usize)> = Vec::new();
     for round in 0..kills {
@@ -151,7 +154,8 @@ fn what_is_acknowledged_survives_kill_9() {
         stop.store(true, Ordering::Release);
         let new: Vec<_> = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
         acknowledged += new.len() + entries.lock().unwrap().len();
-        castier = castier.restart(&weed.config(BEHIND));
+        then(round);
+        castier = castier.restart(&weed.config(config));
         let earlier = all.len().saturating_sub(10);
         for (seed, size) in new.iter().chain(if round % 3 == 0 { &all[earlier..] } else { &[] }) {
             is_there(&castier, &noise(*seed, *size));
@@ -167,10 +171,29 @@ fn what_is_acknowledged_survives_kill_9() {
         let digest = sha256(&noise(*seed, *size));
         assert_eq!(weed.curl("HEAD", &format!("/blobs/cas/{}/{digest}", &digest[..2]), b"").0, 200);
     }
-    let left = fs::read_dir(castier.dir.path().join("disk/outbox/bodies")).unwrap().count();
     println!("{kills} kills, {acknowledged} acknowledged, all of them there");
-    assert_eq!(left, 0);
+    assert!(acknowledged > 0);
     assert_eq!(castier.metric("castier_outbox_lost_total", &[]), 0.0);
+    castier
+}
+
+#[test]
+fn what_is_acknowledged_survives_kill_9() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let castier = what_is_acknowledged_survives(&weed, BEHIND, kills(15), |_| {});
+    assert_eq!(fs::read_dir(castier.dir.path().join("disk/outbox/bodies")).unwrap().count(), 0);
+}
+
+#[test]
+fn what_is_acknowledged_survives_power_cuts() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let Some(disk) = LossyFs::mount() else { return };
+    let behind = BEHIND.replace("\"disk\"", &format!("\"{}\"", disk.path().display()));
+    let castier = what_is_acknowledged_survives(&weed, &behind, kills(5), |round| disk.cut(round));
+    assert_eq!(fs::read_dir(disk.path().join("outbox/bodies")).unwrap().count(), 0);
+    drop(castier);
 }
 
 #[test]
@@ -260,31 +283,46 @@ fn the_outbox_of_a_dead_node_is_uploaded_without_it() {
     assert_eq!(weed.curl("GET", "/blobs/kv/a", b""), (200, b"b".to_vec()));
 }
 
+/// The configurations of the nodes of a cluster.
+struct Nodes {
+    configs: Vec<String>,
+}
+
+impl Nodes {
+    fn of(weed: &Weed, count: usize) -> Self {
+        let ports: Vec<_> = (0..count).map(|_| Port::free()).collect();
+        let secret = weed.dir.path().join("peer-secret");
+        fs::write(&secret, "a-secret-of-the-cluster").unwrap();
+        let peers = ports.iter().map(|port| format!("\"{}\"", port.addr())).collect::<Vec<_>>().join(", ");
+        let config = |port: &Port| {
+            weed.config(&format!(
+                "{BEHIND}listen.peer = \"{0}\"\ncluster.advertise = \"{0}\"\ncluster.peers = [{peers}]\ncluster.secret_file = \"{1}\"\n",
+                port.addr(),
+                secret.display()
+            ))
+        };
+        Self { configs: ports.iter().map(config).collect() }
+    }
+
+    /// The nodes, once they have found each other.
+    fn start(&self) -> Vec<Castier> {
+        let nodes: Vec<_> = self.configs.iter().map(|config| castier(config)).collect();
+        let others = (nodes.len() - 1) as f64;
+        for node in &nodes {
+            eventually("the nodes have found each other", || {
+                (node.metric("castier_cluster_peers", &["state=\"up\""]) >= others).then_some(())
+            });
+        }
+        nodes
+    }
+}
+
 #[test]
 fn the_nodes_of_a_cluster_see_each_others_outboxes() {
     let _turn = turn();
     let Some(weed) = Weed::start() else { return };
-    let ports: Vec<_> = (0..3).map(|_| Port::free()).collect();
-    let secret = weed.dir.path().join("peer-secret");
-    fs::write(&secret, "a-secret-of-the-cluster").unwrap();
-    let addrs: Vec<_> = ports.iter().map(Port::addr).collect();
-    let peers = addrs.iter().map(|addr| format!("\"{addr}\"")).collect::<Vec<_>>().join(", ");
-    drop(ports);
-    let config = |addr: &std::net::SocketAddr| {
-        weed.config(&format!(
-            "{BEHIND}listen.peer = \"{addr}\"\ncluster.advertise = \"{addr}\"\ncluster.peers = [{peers}]\ncluster.secret_file = \"{}\"\n",
-            secret.display()
-        ))
-    };
-    let mut nodes: Vec<_> = addrs.iter().map(|addr| castier(&config(addr))).collect();
-    let all_up = |nodes: &[Castier]| {
-        for node in nodes {
-            eventually("the nodes have found each other", || {
-                (node.metric("castier_cluster_peers", &["state=\"up\""]) >= 2.0).then_some(())
-            });
-        }
-    };
-    all_up(&nodes);
+    let cluster = Nodes::of(&weed, 3);
+    let mut nodes = cluster.start();
     weed.proxy.kill();
     let bodies: Vec<_> = (0..9).map(|seed| noise(540 + seed, [100, 70_000, 2_000_000][seed as usize % 3])).collect();
     for (at, body) in bodies.iter().enumerate() {
@@ -311,10 +349,63 @@ fn the_nodes_of_a_cluster_see_each_others_outboxes() {
     dead.kill();
     weed.proxy.up();
     nodes.iter().for_each(is_empty);
-    let dead = dead.restart(&config(&addrs[1]));
+    let dead = dead.restart(&cluster.configs[1]);
     is_empty(&dead);
     for body in bodies.iter().chain([&posted]) {
         let digest = sha256(body);
         assert_eq!(weed.curl("HEAD", &format!("/blobs/cas/{}/{digest}", &digest[..2]), b"").0, 200);
     }
+}
+
+/// What waits in the outbox of one node is deleted through another.
+#[test]
+fn a_deletion_reaches_the_outbox_of_another_node() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let nodes = Nodes::of(&weed, 2).start();
+    // The store takes no uploads, and does the rest.
+    weed.proxy.intercept(|request| matches!(request.method.as_str(), "PUT" | "POST").then(|| Response::new(500)));
+    let bodies: Vec<_> = (0..4).map(|seed| noise(560 + seed, 1000)).collect();
+    for body in &bodies {
+        assert_eq!(put(&nodes[0], body), 201);
+    }
+    for (at, body) in bodies.iter().enumerate() {
+        let target = format!("/cas/{}", sha256(body));
+        assert_eq!(Request::new("DELETE", &target).send(nodes[at % 2].public).status, 204);
+        for node in &nodes {
+            assert_eq!(Request::get(&target).send(node.public).status, 404);
+        }
+        assert_eq!(Request::new("DELETE", &target).send(nodes[at % 2].public).status, 404);
+    }
+    assert_eq!(nodes.iter().map(pending).sum::<f64>(), 0.0);
+    weed.proxy.intercept(|_| None);
+}
+
+/// What was acknowledged goes to the store also after the key was changed.
+#[test]
+fn an_outbox_that_is_no_longer_wanted_is_emptied() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let castier = weed.castier(BEHIND);
+    weed.proxy.kill();
+    let body = noise(570, 100_000);
+    assert_eq!(put(&castier, &body), 201);
+    let castier = castier.restart(&weed.config(&BEHIND.replace("behind", "through")));
+    is_there(&castier, &body);
+    assert_eq!(put(&castier, &noise(571, 100)), 502, "new uploads wait for the store");
+    // Another origin cannot take it.
+    let dir = castier.dir.path().to_owned();
+    let text = fs::read_to_string(dir.join("castier.toml")).unwrap();
+    let other = text.replace("origin.url = \"s3://blobs\"", "origin.url = \"http://127.0.0.1:9\"");
+    fs::write(dir.join("other.toml"), other).unwrap();
+    let mut castier = castier;
+    castier.kill();
+    let failed = run(command(castier_program(), &dir).args(["--config", "other.toml"])).fails();
+    assert!(failed.contains("1 acknowledged uploads") && failed.contains("castier drain"), "{failed}");
+    let castier = castier.restart(&weed.config(&BEHIND.replace("behind", "through")));
+    weed.proxy.up();
+    is_empty(&castier);
+    let digest = sha256(&body);
+    assert_eq!(weed.curl("HEAD", &format!("/blobs/cas/{}/{digest}", &digest[..2]), b"").0, 200);
+    assert_eq!(put(&castier, &noise(571, 100)), 201);
 }
