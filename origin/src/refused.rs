@@ -156,6 +156,7 @@ fn of_bucket(fault: &castier_cache::Fault) -> (StatusCode, String) {
         F::OriginRefusesSize | F::TooLarge { .. } => {
             (StatusCode::PAYLOAD_TOO_LARGE, "the object store does not take a blob of this size".to_owned())
         }
+        F::BadRequest(why) => (StatusCode::BAD_REQUEST, why.clone()),
         F::Busy(Limit::Outbox) => (
             StatusCode::INSUFFICIENT_STORAGE,
             "the outbox is full, or its disk cannot be written; nothing was stored; try again".to_owned(),

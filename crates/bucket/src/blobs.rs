@@ -11,6 +11,7 @@ use bytes::Bytes;
 use castier_blob::Digest;
 use castier_cache::{Answer, Ask, Budget, Fault, Incoming, NoRange, Put, RangeSupport, Ranges, Source, Stat, Store, Upload};
 use castier_config::{self as config, KeyTemplate, Service};
+use castier_wire::entry::Name;
 use futures::{
     FutureExt as _, StreamExt as _, TryStreamExt as _,
     future::BoxFuture,
@@ -36,6 +37,8 @@ use std::{
 };
 use tokio_util::task::TaskTracker;
 
+/// The longest key in bytes that S3, Google Cloud Storage and Azure take.
+const LONGEST_KEY: usize = 1024;
 /// How many blobs are remembered as stored: some 15 MiB.
 const MOST_KNOWN: u64 = 100_000;
 /// How many blobs of one question are asked about at once.
@@ -139,6 +142,21 @@ impl Bucket {
     /// The path of an entry, whose name begins with a slash.
     pub(crate) fn entry_path(&self, name: &str) -> Path {
         Path::from(format!("{}{}", self.prefix, name.trim_start_matches('/')))
+    }
+
+    /// As [`Self::entry_path`], for an entry that shall be stored.
+    ///
+    /// # Errors
+    /// [`Fault::BadRequest`]: no store takes such a long key.
+    pub(crate) fn new_entry_path(&self, name: &Name) -> Result<Path, Fault> {
+        let path = self.entry_path(name.as_str());
+        let length = path.as_ref().len();
+        if length > LONGEST_KEY {
+            return Err(Fault::BadRequest(format!(
+                "the name is too long: as a key of the store it has {length} bytes, and {LONGEST_KEY} are allowed"
+            )));
+        }
+        Ok(path)
     }
 
     /// The size of a blob in the store; `None` if it is not there.

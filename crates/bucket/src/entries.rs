@@ -103,6 +103,12 @@ pub trait Objects: Store {
     /// As [`castier_cache::Source::open`].
     async fn find_entry(&self, name: &Name) -> Result<Option<Listed>, Fault>;
 
+    /// Whether an entry of this name can be stored. Asks nobody: a store may still refuse it.
+    ///
+    /// # Errors
+    /// [`Fault::BadRequest`]: the name is too long.
+    fn check_name(&self, name: &Name) -> Result<(), Fault>;
+
     /// Stores an entry, in place of the version that was there. `most`: the most bytes of that, if a condition asks about it.
     ///
     /// # Errors
@@ -182,8 +188,12 @@ impl Objects for Bucket {
         }
     }
 
+    fn check_name(&self, name: &Name) -> Result<(), Fault> {
+        self.new_entry_path(name).map(drop)
+    }
+
     async fn put_entry(&self, name: &Name, bytes: Bytes, condition: Option<Condition>, most: u64) -> Result<PutEntry, Fault> {
-        let (path, digest) = (self.entry_path(name.as_str()), Digest::of(&bytes));
+        let (path, digest) = (self.new_entry_path(name)?, Digest::of(&bytes));
         let Some(condition) = condition else {
             let existed = self.head(&path).await?.is_some();
             self.store.put(&path, bytes.into()).await.map_err(|error| fault("PUT", &error))?;

@@ -42,6 +42,7 @@ fn answered(what: &str, status: StatusCode, code: Option<&str>, message: Option<
         (StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS, _) => Fault::Busy(Limit::Origin),
         (StatusCode::INSUFFICIENT_STORAGE, _) | (_, "QuotaExceeded" | "XMinioStorageFull" | "InsufficientStorage") => Fault::OriginFull,
         (StatusCode::PAYLOAD_TOO_LARGE, _) | (_, "EntityTooLarge") => Fault::OriginRefusesSize,
+        (_, "KeyTooLongError") => Fault::BadRequest("the name is longer than the store takes".into()),
         (_, "NoSuchBucket") => {
             Fault::Denied { source_name: NAME, why: format!("{what}: {said}: there is no such bucket; check origin.url") }
         }

@@ -125,11 +125,13 @@ impl Uploader {
                 let what = item.record.what.clone();
                 state.put_back(number, Instant::now() + delay(failures));
                 drop(state);
+                let is_refused = matches!(fault, Fault::BadRequest(_) | Fault::OriginRefusesSize);
                 // The first failure, and then as the pauses grow: the log stays readable while the store is down.
                 if failures.is_power_of_two() {
                     tracing::warn!(?what, failures, %fault, "an upload from the outbox failed; it is tried again without end");
                 }
-                Some(false)
+                // That the store does not take this one says nothing about the others.
+                (!is_refused).then_some(false)
             }
         }
     }

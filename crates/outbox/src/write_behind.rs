@@ -237,10 +237,16 @@ impl Objects for WriteBehind {
         }
     }
 
+    fn check_name(&self, name: &Name) -> Result<(), Fault> {
+        self.store.check_name(name)
+    }
+
     async fn put_entry(&self, name: &Name, bytes: Bytes, condition: Option<Condition>, most: u64) -> Result<PutEntry, Fault> {
         if self.passes_entries(name) {
             return self.store.put_entry(name, bytes, condition, most).await;
         }
+        // Before it is acknowledged, since the store would never take it.
+        self.store.check_name(name)?;
         let digest = Digest::of(&bytes);
         let existed = match condition {
             Some(condition) => {

@@ -652,3 +652,22 @@ fn castier_origin_over_a_bucket() {
     gets(castier.public, &Request::get(&format!("/cas/{}", sha256(&body))), &body);
     assert!(Request::get("/metrics").send(admin).text().contains("castier_bucket_max_requests "));
 }
+
+/// A name that the store does not take is the client's fault, and says nothing about the store.
+#[test]
+fn names_that_are_too_long() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let castier = weed.castier("");
+    // SeaweedFS takes 255 bytes between two slashes, and no store more than 1024 in all. In a key an umlaut has 6.
+    for (name, asked) in [("n".repeat(300), true), (("%C3%A4".repeat(30) + "/").repeat(10) + "n", false)] {
+        let target = format!("/kv/{name}");
+        weed.take();
+        let refused = Request::new("PUT", &target).body("x").send(castier.public);
+        assert_eq!((refused.status, refused.text().contains("long")), (400, true), "{}", refused.text());
+        assert_eq!(!weed.take().is_empty(), asked);
+        let read = Request::get(&target).send(castier.public);
+        assert!(matches!(read.status, 400 | 404), "{}", read.text());
+        assert_eq!(castier.metric("castier_origin_up", &[]), 1.0);
+    }
+}

@@ -409,3 +409,25 @@ fn an_outbox_that_is_no_longer_wanted_is_emptied() {
     assert_eq!(weed.curl("HEAD", &format!("/blobs/cas/{}/{digest}", &digest[..2]), b"").0, 200);
     assert_eq!(put(&castier, &noise(571, 100)), 201);
 }
+
+/// What the store refuses stays, and does not hold up the rest.
+#[test]
+fn what_the_store_refuses_holds_up_nothing_else() {
+    let _turn = turn();
+    let Some(weed) = Weed::start() else { return };
+    let castier = weed.castier(BEHIND);
+    let put_entry = |name: &str| Request::new("PUT", &format!("/kv/{name}")).body("x").send(castier.public).status;
+    for n in 0..20 {
+        assert_eq!(put_entry(&format!("{}{n}", "n".repeat(300))), 201);
+    }
+    assert_eq!(put_entry(&(("%C3%A4".repeat(30) + "/").repeat(10) + "n")), 400);
+    eventually("each was refused", || (castier.metric("castier_outbox_uploads_total", &["result=\"error\""]) >= 20.0).then_some(()));
+    for seed in 0..20 {
+        assert_eq!(put(&castier, &noise(590 + seed, 1000)), 201);
+        assert_eq!(put_entry(&format!("short/{seed}")), 201);
+    }
+    // Each alone would wait for a second and more if the others counted as failures of the store.
+    eventually("the rest is uploaded", || (pending(&castier) == 20.0).then_some(()));
+    assert_eq!(castier.metric("castier_outbox_lost_total", &[]), 0.0);
+    gets(castier.public, &Request::get(&format!("/kv/{}7", "n".repeat(300))), b"x");
+}
