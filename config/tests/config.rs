@@ -1,23 +1,14 @@
 //! The configuration as an operator uses it: files, variables, and what the programs say about them.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
+mod support;
+
 use castier_config::{
-    Castier, Cluster, Config, Disk, Loaded, OriginServer, OriginUrl, Policy, Problems, Size, Span, changed, keys, load, load_offline, print,
+    Castier, Cluster, Config, Disk, Loaded, OriginServer, OriginUrl, Policy, Size, Span, changed, keys, load, load_offline, print,
 };
 use proptest::prelude::*;
-use std::{io::Write, path::Path};
-use tempfile::NamedTempFile;
-
-fn file(text: &str) -> NamedTempFile {
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(text.as_bytes()).unwrap();
-    file
-}
-
-fn read<C: Config>(text: &str, env: &[(&str, &str)]) -> Result<Loaded<C>, Problems> {
-    let file = file(text);
-    load(Some(file.path()), env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())))
-}
+use std::path::Path;
+use support::{file, read};
 
 /// The lines of the problems of a configuration that must be wrong.
 fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {

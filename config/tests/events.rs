@@ -1,25 +1,13 @@
 //! `[events]` as an operator uses it: one section or several, variables, and what castier says about them.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
-use castier_config::{BrokerLogin, Castier, EventKind, EventSink, Loaded, Problems, Protocol, SinkUrl, Span, load, load_offline, print};
-use std::{io::Write, path::Path};
-use tempfile::NamedTempFile;
+mod support;
+
+use castier_config::{BrokerLogin, Castier, EventKind, EventSink, Protocol, SinkUrl, Span, load_offline, print};
+use std::path::Path;
+use support::{file, read, variables};
 
 const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
-
-fn file(text: &str) -> NamedTempFile {
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(text.as_bytes()).unwrap();
-    file
-}
-
-fn variables(env: &[(&str, &str)]) -> impl Iterator<Item = (String, String)> {
-    env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-}
-
-fn read(text: &str, env: &[(&str, &str)]) -> Result<Loaded<Castier>, Problems> {
-    load(Some(file(text).path()), variables(env))
-}
 
 /// The lines of the problems of a configuration for another machine that must be wrong, without the file's name.
 fn wrong(text: &str, env: &[(&str, &str)]) -> Vec<String> {
@@ -39,15 +27,15 @@ fn one_section_needs_no_number() {
     for text in
         ["[disk]\n[events]\nurl = \"nats://h\"", "[disk]\n[[events]]\nurl = \"nats://h\"", "disk = {}\nevents = { url = \"nats://h\" }"]
     {
-        assert_eq!(read(text, &[]).unwrap().config.events, one, "{text}");
+        assert_eq!(read::<Castier>(text, &[]).unwrap().config.events, one, "{text}");
     }
     for name in ["CASTIER_EVENTS__URL", "CASTIER_EVENTS__0__URL"] {
-        let loaded = read("[disk]", &[(name, "nats://h")]).unwrap();
+        let loaded = read::<Castier>("[disk]", &[(name, "nats://h")]).unwrap();
         assert!(loaded.is_set("events[0].url"));
         assert_eq!(loaded.config.events, one, "{name}");
         // It wins over each way to write a file.
         for text in ["[disk]\n[events]\nurl = \"nats://other\"", "[disk]\n[[events]]\nurl = \"nats://other\""] {
-            assert_eq!(read(text, &[(name, "nats://h")]).unwrap().config.events, one, "{name} {text}");
+            assert_eq!(read::<Castier>(text, &[(name, "nats://h")]).unwrap().config.events, one, "{name} {text}");
         }
     }
     assert_eq!(Castier::default().events, []);
@@ -57,7 +45,7 @@ fn one_section_needs_no_number() {
 fn several_sections_and_their_variables() {
     let text = "[disk]\n[[events]]\nurl = \"nats://a\"\n[[events]]\nurl = \"nats://b\"\nname = \"two\"";
     let env = [("CASTIER_EVENTS__1__TYPES", "stored, corrupt"), ("CASTIER_EVENTS__2__URL", "nats://c"), ("CASTIER_EVENTS__TIMEOUT", "3s")];
-    let sinks = read(text, &env).unwrap().config.events;
+    let sinks = read::<Castier>(text, &env).unwrap().config.events;
     let expected = [
         EventSink { timeout: Span::secs(3), ..nats("a") },
         EventSink { name: "two".into(), types: vec![EventKind::Stored, EventKind::Corrupt], ..nats("b") },
@@ -133,7 +121,7 @@ fn receivers_that_make_sense_are_taken() {
         format!("url = \"tls://h\"\nca_file = \"{secret}\""),
         format!("url = \"amqps://h\"\nca_file = \"{secret}\"\nexchange = \"x\"\nsubject = \"a\""),
     ] {
-        let read = read(&format!("[disk]\n[events]\n{keys}"), &[]);
+        let read = read::<Castier>(&format!("[disk]\n[events]\n{keys}"), &[]);
         assert!(read.is_ok(), "{keys}: {}", read.unwrap_err());
     }
 }
@@ -188,7 +176,7 @@ fn secrets_come_from_files_and_are_never_shown() {
     assert!(missing.login().is_err_and(|why| why.contains("/nowhere")));
 
     let text = "[disk]\n[events]\nurl = \"amqp://user:hunter2@h/v\"";
-    let config = read(text, &[]).unwrap().config;
+    let config = read::<Castier>(text, &[]).unwrap().config;
     assert!(print(&config).contains("url = \"amqp://***@h/v\""), "{}", print(&config));
     let url = config.events[0].url.clone().unwrap();
     assert_eq!(url.to_string(), "amqp://h");

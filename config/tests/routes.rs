@@ -1,35 +1,22 @@
 //! `[[route]]` as an operator uses it: files, variables, and what castier says about them.
 #![expect(clippy::unwrap_used, reason = "a helper outside a test function fails its test by panicking, as the tests do")]
 
+mod support;
+
 use castier_config::{
-    Castier, Cluster, ClusterTls, Loaded, Problems, Route, RouteAccess, RouteCredentials, RouteKind, RouteQuery, Size, Span, changed, load,
+    Castier, Cluster, ClusterTls, Problems, Route, RouteAccess, RouteCredentials, RouteKind, RouteQuery, Size, Span, changed, load,
     load_offline, load_offline_with, load_with, print,
 };
 use proptest::prelude::*;
-use std::io::Write;
-use tempfile::NamedTempFile;
+use support::{file, read, variables};
 
 /// The smallest route.
 const OCI: &str = "[[route]]\nprotocol = \"oci\"\nupstream = \"https://registry.example\"\n";
 /// A cluster on other machines.
 const CLUSTER: &str = "[listen]\npeer = \"127.0.0.1:8081\"\n[cluster]\nadvertise = \"10.0.0.7:8081\"\npeers = [\"10.0.0.7:8081\"]\n";
 
-fn file(text: &str) -> NamedTempFile {
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(text.as_bytes()).unwrap();
-    file
-}
-
-fn variables(env: &[(&str, &str)]) -> impl Iterator<Item = (String, String)> {
-    env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-}
-
-fn read(text: &str, env: &[(&str, &str)]) -> Result<Loaded<Castier>, Problems> {
-    load(Some(file(text).path()), variables(env))
-}
-
 fn routes(text: &str, env: &[(&str, &str)]) -> Vec<Route> {
-    read(text, env).unwrap_or_else(|problems| panic!("{text}\n{problems}")).config.route
+    read::<Castier>(text, env).unwrap_or_else(|problems| panic!("{text}\n{problems}")).config.route
 }
 
 /// The lines of the problems of a configuration that must be wrong, without the file's name.
@@ -309,7 +296,7 @@ fn variables_set_and_add_routes() {
         ("CASTIER_ROUTE__2__UPSTREAM", "https://c"),
         ("CASTIER_ROUTE__2__PREFIX", ""),
     ];
-    let loaded = read(OCI, &env[1..]).unwrap();
+    let loaded = read::<Castier>(OCI, &env[1..]).unwrap();
     let routes = &loaded.config.route;
     assert_eq!(routes.len(), 3);
     assert_eq!((routes[0].protocol.as_str(), routes[0].upstream.as_str()), ("oci", "https://mirror.example"));
@@ -387,13 +374,15 @@ fn a_program_adds_problems_and_notes() {
 
 #[test]
 fn a_note_says_where_castiers_own_passwords_do_not_count() {
-    let loaded =
-        read(&format!("{OCI}{OCI}access = \"local\"\n[[route]]\nprotocol = \"npm\"\naccess = \"upstream\"\nupstream = \"https://h\""), &[])
-            .unwrap();
+    let loaded = read::<Castier>(
+        &format!("{OCI}{OCI}access = \"local\"\n[[route]]\nprotocol = \"npm\"\naccess = \"upstream\"\nupstream = \"https://h\""),
+        &[],
+    )
+    .unwrap();
     assert_eq!(loaded.notes.len(), 2);
     assert!(loaded.notes[0].contains(":1: route[0].access: with \"upstream\" the upstream decides"), "{:?}", loaded.notes);
     assert!(loaded.notes[1].contains(":10: route[2].access: "), "{:?}", loaded.notes);
-    assert_eq!(read("", &[]).unwrap().notes, Vec::<String>::new());
+    assert_eq!(read::<Castier>("", &[]).unwrap().notes, Vec::<String>::new());
 }
 
 #[test]
@@ -497,7 +486,7 @@ proptest! {
         text in "\\[\\[route\\]\\]\n((protocol|path|upstream|kind|ttl|redirects|credentials|\\PC{1,3}) = (\"\\PC{0,9}\"|[0-9]{1,20}|\\[\\]|\\{\\}|\\[\\{\\}\\])\n|\\[\\[route\\]\\]\n|\\[route\\.credentials\\]\n){0,6}",
         name in "CASTIER_(ROUTE|LOG)?(__([0-9]{1,21}|UPSTREAM|[A-Z\\[\\].]{0,3})){0,4}",
     ) {
-        if let Err(problems) = read(&text, &[(&name, "x")]) {
+        if let Err(problems) = read::<Castier>(&text, &[(&name, "x")]) {
             prop_assert!(!problems.is_empty());
             prop_assert_eq!(problems.to_string().lines().count(), problems.subjects().count());
         }
