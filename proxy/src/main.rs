@@ -505,8 +505,19 @@ struct EmbeddedBucket {
 /// acknowledged, and go to the bucket before anything else.
 async fn open_outbox(config: &Castier, metrics: &Metrics) -> Result<Option<Arc<Outbox>>, String> {
     let is_needed = config.origin.write == Write::Behind || !config.events.is_empty();
-    let is_there = |disk: &&config::Disk| is_needed || Outbox::exists(&disk.path.join(OUTBOX));
-    let Some(disk) = config.disk.as_ref().filter(is_there) else { return Ok(None) };
+    let Some(disk) = &config.disk else { return Ok(None) };
+    let directory = disk.path.join(OUTBOX);
+    let (looked_at, timeout) = (directory.clone(), disk.timeout.get());
+    // A file system that hangs would hold up the start for ever.
+    let exists = tokio::time::timeout(timeout, tokio::task::spawn_blocking(move || Outbox::exists(&looked_at))).await.map_err(|_| {
+        format!(
+            "disk.path: {}: the file system does not answer within disk.timeout ({timeout:?}); check the device or server that it is mounted from",
+            disk.path.display()
+        )
+    })?;
+    if !is_needed && !exists.map_err(|error| error.to_string())? {
+        return Ok(None);
+    }
     let options = castier_outbox::Options {
         capacity: disk.outbox.get(),
         timeout: disk.timeout.get(),
@@ -515,7 +526,6 @@ async fn open_outbox(config: &Castier, metrics: &Metrics) -> Result<Option<Arc<O
         sinks: config.events.iter().map(|sink| sink.name().to_owned()).collect(),
         metrics: metrics.outbox.clone(),
     };
-    let directory = disk.path.join(OUTBOX);
     let shown = directory.display().to_string();
     let opened = tokio::task::spawn_blocking(move || Outbox::open(&directory, options)).await.map_err(|error| error.to_string())?;
     let outbox = opened.map_err(|why| format!("disk.path: {why}"))?;

@@ -183,7 +183,7 @@ async fn the_start_and_the_end_do_not_wait_for_a_disk_that_hangs() {
             command.arg("--config").arg(path);
         })
     });
-    let again = again.await.unwrap();
+    let again = within(3 * SOON, "the start", again).await.unwrap();
     let said = String::from_utf8(again.stderr).unwrap();
     assert_eq!(again.status.code(), Some(1), "{said}");
     assert!(said.contains("disk.path") && said.contains("does not answer") && start.elapsed() < SOON, "{said}");
