@@ -1,6 +1,9 @@
 //! The configuration of `castier`, section by section.
 
-use crate::{Cluster, EventSink, KeyTemplate, Log, OriginUrl, Otlp, Policy, Route, S3, Shutdown, Size, Span, Write, value::path_text};
+use crate::{
+    Access, Cluster, EventSink, KeyTemplate, ListenTls, Log, OriginUrl, Otlp, Policy, Proxies, Role, Route, S3, Shutdown, Size, Span,
+    Write, value::path_text,
+};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -20,6 +23,8 @@ pub struct Castier {
     pub ac_validation: bool,
     /// `[listen]`.
     pub listen: Listen,
+    /// `[access]`.
+    pub access: Access,
     /// `[origin]`.
     pub origin: Origin,
     /// `[memory]`.
@@ -46,6 +51,13 @@ pub struct Castier {
     /// `[[events]]`, in the order of the file; `[events]` for one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<EventSink>,
+}
+
+impl Castier {
+    /// Whether castier itself decides what a client may do. If not, everybody may do everything that the origin allows.
+    pub fn decides_access(&self) -> bool {
+        self.access.has_users(&self.listen.tls) || self.access.anonymous != Role::Write
+    }
 }
 
 /// The addresses that castier listens on. `0.0.0.0:PORT` is every interface; with port 0 the system picks a free port.
@@ -77,11 +89,31 @@ pub struct Listen {
     ///
     /// - Type: URL
     pub external_url: String,
+    /// The proxies in front, as networks (`10.0.0.0/8`) or addresses, that name the client for limits per client and in records.
+    ///
+    /// They name it in `X-Forwarded-For` or `Forwarded`, or with the PROXY protocol. `log.trusted_proxies` are trusted too. The default is none:
+    /// anybody can write such a header.
+    pub trusted_proxies: Proxies,
+    /// Whether each connection to the public listener begins with a PROXY protocol header (version 1 or 2), as HAProxy and network load balancers
+    /// send it.
+    ///
+    /// It is read from `listen.trusted_proxies` only; who else connects is refused. Off by default: a client could name any address.
+    pub proxy_protocol: bool,
+    /// `[listen.tls]`.
+    pub tls: ListenTls,
 }
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { public: "127.0.0.1:8080".into(), admin: "127.0.0.1:8082".into(), peer: "127.0.0.1:8081".into(), external_url: String::new() }
+        Self {
+            public: "127.0.0.1:8080".into(),
+            admin: "127.0.0.1:8082".into(),
+            peer: "127.0.0.1:8081".into(),
+            external_url: String::new(),
+            trusted_proxies: Proxies::default(),
+            proxy_protocol: false,
+            tls: ListenTls::default(),
+        }
     }
 }
 
@@ -495,6 +527,18 @@ pub struct Limits {
     /// - Type: 1MiB or more
     /// - Live: no
     pub names: Size,
+    /// How many requests a second one client address may send; as many may come at once. 0: no limit. Beyond it: 429 with `Retry-After`.
+    ///
+    /// An IPv6 client is its /64. Behind a proxy see `listen.trusted_proxies`. The default is none: a build farm behind one address is one client.
+    pub requests_per_second: u32,
+    /// How many connections one client address may have open. 0: no limit. Beyond it a connection gets 429 and is closed.
+    ///
+    /// The default is none, as for `limits.requests_per_second`.
+    pub connections_per_client: u32,
+    /// How many bytes of response bodies one client address may get in a second, over all its connections. 0: no limit.
+    ///
+    /// Beyond it castier sends more slowly. The default is none: a cache is there to be fast.
+    pub bandwidth_per_client: Size,
 }
 
 impl Default for Limits {
@@ -514,6 +558,9 @@ impl Default for Limits {
             negative_ttl: Span::secs(1),
             max_negative: 65_536,
             names: Size::mib(64),
+            requests_per_second: 0,
+            connections_per_client: 0,
+            bandwidth_per_client: Size::new(0),
         }
     }
 }

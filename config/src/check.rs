@@ -2,8 +2,8 @@
 
 use crate::{
     Castier, Cluster, Config, Disk, EventSink, Fill, Listen, Log, Loki, Memory, Origin, OriginLimits, OriginServer, OriginUrl, Otlp,
-    Problems, Route, Size, Span, Write, address::Address, cluster::check_cluster, events::check_events, file::first_byte,
-    route::check_routes,
+    Problems, Route, Size, Span, Write, access::check_access, address::Address, cluster::check_cluster, events::check_events,
+    file::first_byte, route::check_routes,
 };
 use url::Url;
 
@@ -31,6 +31,7 @@ impl Config for Castier {
             allow_delete: _,
             ac_validation,
             listen,
+            access: _,
             origin,
             memory,
             disk,
@@ -100,6 +101,7 @@ impl Config for Castier {
         }
         check_routes(route, listen, cluster.as_ref(), problems);
         check_events(events, disk.as_ref(), problems);
+        check_access(self, problems);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The section `[cluster]`, and the secret of its nodes.
 
 use crate::{
-    Listen, Malformed, Problems, Share, Span,
+    Listen, Malformed, Problems, Share, Span, TlsClients, TlsFiles, TlsPair,
     address::Address,
     check::check_span,
     file::{first_byte, read_text},
@@ -108,10 +108,22 @@ pub struct ClusterTls {
 impl ClusterTls {
     /// Whether the nodes speak TLS with each other.
     pub fn is_on(&self) -> bool {
-        self.files().iter().any(|(_, file)| !file.as_os_str().is_empty())
+        self.named_files().iter().any(|(_, file)| !file.as_os_str().is_empty())
     }
 
-    fn files(&self) -> [(&'static str, &Path); 3] {
+    /// The files, for the one who reads them.
+    pub fn files(&self) -> TlsFiles {
+        let pair = TlsPair {
+            cert_key: "cluster.tls.cert_file".into(),
+            cert_file: self.cert_file.clone(),
+            key_key: "cluster.tls.key_file".into(),
+            key_file: self.key_file.clone(),
+        };
+        let clients = TlsClients { key: "cluster.tls.ca_file".into(), ca_file: self.ca_file.clone(), required: true };
+        TlsFiles { section: "cluster.tls", pairs: vec![pair], clients: Some(clients) }
+    }
+
+    fn named_files(&self) -> [(&'static str, &Path); 3] {
         [("cluster.tls.cert_file", &self.cert_file), ("cluster.tls.key_file", &self.key_file), ("cluster.tls.ca_file", &self.ca_file)]
     }
 }
@@ -262,7 +274,7 @@ pub(crate) fn check_cluster(cluster: &Cluster, listen: &Listen, problems: &mut P
     check_span("cluster.stall_timeout", *stall_timeout, problems);
     check_span("cluster.probe_interval", *probe_interval, problems);
     check_span("cluster.probe_timeout", *probe_timeout, problems);
-    for (key, file) in tls.files().into_iter().filter(|_| tls.is_on()) {
+    for (key, file) in tls.named_files().into_iter().filter(|_| tls.is_on()) {
         if file.as_os_str().is_empty() {
             problems.add(key, "is missing; mutual TLS needs cert_file, key_file and ca_file, and plain HTTP none of them");
         } else if problems.ask_machine()

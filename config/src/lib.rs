@@ -10,6 +10,7 @@
 //! The crate reads the configuration file, and checks that the files which it names can be read. It does no other I/O, reads no clock and
 //! needs no async runtime.
 
+mod access;
 mod address;
 mod bucket;
 mod castier;
@@ -25,6 +26,7 @@ mod route;
 mod shared;
 mod value;
 
+pub use access::{Access, ListenTls, Role, Scopes, TlsClients, TlsFiles, TlsPair};
 pub use bucket::{Bucket, KeyTemplate, S3, Service};
 pub use castier::{Castier, Disk, Fill, Limits, Listen, Memory, Origin, Verify};
 pub use cluster::{Cluster, ClusterTls, Peer, peer_secrets};

@@ -117,13 +117,14 @@ fn load_noting<C: Config>(
     let by_variable = |list: &str| variables.iter().any(|(key, name)| list_of(key) == Some(list) && !name.contains("__0__"));
     single.extend(C::one_or_many().iter().filter(|list| by_variable(list)));
     let known: BTreeSet<_> = keys::<C>().into_iter().collect();
-    let explicit = leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(&unnumbered(key))).collect();
+    let explicit: BTreeSet<_> = leaves(&table).into_iter().map(|(key, _)| key).filter(|key| known.contains(&unnumbered(key))).collect();
     let config = read::<C>(table, &mut problems);
     if let Some(config) = &config {
         problems.set_format(config.log().format);
     }
     // A file that could not be parsed leaves defaults in its stead, and comparing with those would report false problems.
     if let Some(config) = config.as_ref().filter(|_| file_is_sound) {
+        problems.set_explicit(explicit.clone());
         config.check(&mut problems);
         let mut more = Problems::default();
         check(config, &mut more);

@@ -1,7 +1,7 @@
 //! What is wrong with a configuration: all of it, one a line. Also what is right, and worth a note.
 
 use crate::LogFormat;
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 /// Everything that is wrong with a configuration. Its text has one line for each problem: `key: what is wrong; what would be right`, with the
 /// file and the line in front if the key is in a file.
@@ -12,6 +12,8 @@ pub struct Problems {
     notes: Vec<Problem>,
     /// The configuration is for another machine: the checks do not look at directories, files and secrets.
     offline: bool,
+    /// The keys that the file or the environment set.
+    explicit: BTreeSet<String>,
     /// `log.format`, if that could be read.
     format: Option<LogFormat>,
 }
@@ -44,8 +46,17 @@ impl Problems {
     }
 
     /// Whether the checks may look at directories, files and secrets.
-    pub(crate) const fn ask_machine(&self) -> bool {
+    pub const fn ask_machine(&self) -> bool {
         !self.offline
+    }
+
+    pub(crate) fn set_explicit(&mut self, keys: BTreeSet<String>) {
+        self.explicit = keys;
+    }
+
+    /// Whether the operator set this key, even to its default.
+    pub(crate) fn is_set(&self, key: &str) -> bool {
+        self.explicit.contains(key)
     }
 
     pub(crate) const fn set_format(&mut self, format: LogFormat) {

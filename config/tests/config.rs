@@ -44,7 +44,7 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 125);
+    assert_eq!(keys.len(), 145);
     assert_eq!(&keys[..4], ["allow_delete", "ac_validation", "listen.public", "listen.admin"]);
     assert_eq!(keys.last().unwrap(), "events.timeout");
 }
@@ -378,7 +378,7 @@ fn values_that_make_sense_are_taken() {
         "[listen]\npublic = \"[::]:0\"\nadmin = \"localhost:0\"\n[origin]\nurl = \"https://u:p@origin:1\"\nca_file = {:?}\n\
          [disk]\nscrub_rate = 0\nquarantine = 0\n[verify]\nbuffer_up_to = 0\n[fill]\nmax_wait = \"0s\"\nspool_dir = \"/\"\n[limits]\nnegative_ttl = \"0s\"\nmax_negative = 0\n\
          [log]\nlevel = \"WARN,castier::flight=debug,h2=off\"\nformat = \"json\"\nloki_url = \"http://loki:3100\"\n\
-         [shutdown]\ngrace = \"0s\"",
+         [shutdown]\ngrace = \"0s\"\n[access]\nanonymous = \"write\"",
         pem.path()
     );
     let config = read::<Castier>(&text, &[]).unwrap().config;
@@ -522,7 +522,7 @@ proptest! {
 #[test]
 fn castier_is_not_its_own_origin() {
     let with = |public: &str, admin: &str, url: &str| {
-        let text = format!("listen.public = \"{public}\"\nlisten.admin = \"{admin}\"\norigin.url = \"{url}\"");
+        let text = format!("listen.public = \"{public}\"\nlisten.admin = \"{admin}\"\norigin.url = \"{url}\"\naccess.insecure = true");
         read::<Castier>(&text, &[]).map(drop).map_err(|problems| problems.to_string())
     };
     let admin = "127.0.0.1:8082";

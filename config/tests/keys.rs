@@ -162,6 +162,8 @@ fn kind_of(ty: &str) -> Option<&'static str> {
         "OriginUrl" => "URL",
         "KeyTemplate" => "key template",
         "Policy" => "`tiny-lfu` or `lru`",
+        "Role" => "`none`, `read`, `write` or `admin`",
+        "Scopes" => "list or table",
         "Write" => "`through` or `behind`",
         "LogFormat" => "`text` or `json`",
         "Labels" => "list or table",
@@ -430,6 +432,7 @@ fn limits(kind: &str, default: Option<&Value>) -> (Vec<String>, Vec<String>) {
     let whole = |text: &str| i64::try_from(text.parse::<Size>().unwrap().get()).unwrap();
     match (kind, kind.split_once(" to ")) {
         ("true or false" | "list" | "list or table" | "list of HOST:PORT", _) => (texts(&["1"]), Vec::new()),
+        ("list of CERT_FILE KEY_FILE", _) => (texts(&["1"]), Vec::new()),
         ("list of HOST or HOST:PORT" | "list of header names", _) => (texts(&["1", "[\"a b\"]"]), texts(&["[]", "[\"a\", \"a-b\"]"])),
         ("list of `stored`, `deleted` and `corrupt`", _) => {
             (texts(&["1", "[\"nowhere\"]"]), texts(&["[\"stored\", \"deleted\"]", "[\"corrupt\"]"]))
@@ -474,6 +477,9 @@ fn file_with(key: &str, value: &str) -> (String, String) {
         let mut sink: Table = base.parse().unwrap();
         sink.extend(format!("{below} = {value}").parse::<Table>().unwrap());
         return (format!("[disk]\n[[events]]\n{sink}"), format!("events[0].{below}"));
+    }
+    if key == "access.anonymous" {
+        return (format!("[access]\nanonymous = {value}\nhtpasswd_file = \"/x\""), key.to_owned());
     }
     if key == "origin.write" {
         return (format!("[origin]\nurl = \"s3://b\"\nwrite = {value}\n[disk]"), key.to_owned());
