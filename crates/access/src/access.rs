@@ -1,0 +1,788 @@
+//! From an `Authorization` header to a client.
+//!
+//! 1. A verdict about the same header, if there is a fresh one. Verdicts are found by an HMAC, with a random key: what is kept does not help to guess.
+//! 2. Else the address must be allowed an attempt (`failures`).
+//! 3. The attempt is a task of its own. A client that closes its connection does not end it: its slot stays taken, and the verdict is kept for the next try.
+//! 4. Passwords are checked on the blocking pool, few at once. Who brings the same header meanwhile waits for the same verdict.
+//! 5. A refusal is delayed.
+
+use crate::{
+    failures::{Attempt, Failures},
+    metrics::Metrics,
+    users::{TokenHash, Users},
+    who::Who,
+};
+use arc_swap::ArcSwap;
+use castier_config::Role;
+use data_encoding::BASE64;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use moka::future::Cache;
+use sha2::{Digest as _, Sha256};
+use std::{fmt, net::IpAddr, sync::Arc, thread, time::Duration};
+use tokio::{sync::Semaphore, task::spawn_blocking, time::Instant};
+use zeroize::Zeroizing;
+
+/// As many verdicts are kept. Each costs some 200 bytes.
+const MOST_VERDICTS: u64 = 10_000;
+const RIGHT_FOR: Duration = Duration::from_secs(60);
+const WRONG_FOR: Duration = Duration::from_secs(10);
+/// As many passwords wait to be checked: with cost 12 and one at once some 15 seconds.
+const MOST_WAITING: usize = 64;
+
+/// How clients are admitted.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The role of clients without credentials.
+    pub anonymous: Role,
+    /// The role of clients with a certificate, unless scopes say otherwise.
+    pub certificates: Role,
+    /// Passwords that are checked at once, each by one core for a good part of a second. At least 1.
+    pub hashing: usize,
+}
+
+impl Default for Options {
+    /// Nobody may do anything, and half of the cores check passwords.
+    fn default() -> Self {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Self { anonymous: Role::None, certificates: Role::None, hashing: (cores / 2).max(1) }
+    }
+}
+
+/// Why a client is not told who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Answer 401.
+    #[error("wrong credentials")]
+    Wrong,
+    /// Answer 429.
+    #[error("too many attempts with wrong credentials")]
+    TooMany {
+        /// For `Retry-After`.
+        retry_after: Duration,
+    },
+    /// Answer 503.
+    #[error("too many passwords to check")]
+    Busy,
+}
+
+/// Finds out who clients are.
+pub struct Access {
+    epoch: ArcSwap<Epoch>,
+    shared: Arc<Shared>,
+    /// Makes the keys of verdicts. Its own key is random and never leaves it.
+    keyed: Hmac<Sha256>,
+    anonymous: Arc<Who>,
+    certificates: Role,
+}
+
+/// From one reload to the next. A verdict that is reached after a reload goes to the former users' verdicts, which nobody asks any more.
+struct Epoch {
+    users: Users,
+    /// Those that are asked for often stay: a flood of wrong credentials does not displace the clients that work.
+    verdicts: Cache<[u8; 32], Verdict>,
+}
+
+#[derive(Clone)]
+struct Verdict {
+    outcome: Outcome,
+    at: Instant,
+}
+
+#[derive(Clone)]
+enum Outcome {
+    Right(Arc<Who>),
+    Wrong,
+    Busy,
+}
+
+/// What attempts need of [`Access`].
+struct Shared {
+    hashing: Hashing,
+    failures: Failures,
+    metrics: Arc<Metrics>,
+}
+
+enum Credentials {
+    /// `user:password`, and where the colon is.
+    Password {
+        pair: Zeroizing<Vec<u8>>,
+        colon: usize,
+    },
+    Token(TokenHash),
+}
+
+impl Access {
+    /// Knows these users.
+    pub fn new(options: Options, users: Users, metrics: Arc<Metrics>) -> Self {
+        let shared = Shared { hashing: Hashing::new(options.hashing), failures: Failures::new(), metrics };
+        Self {
+            epoch: ArcSwap::from_pointee(Epoch::new(users)),
+            shared: Arc::new(shared),
+            keyed: Hmac::new(&rand::random::<[u8; 64]>().into()),
+            anonymous: Arc::new(Who::new(String::new(), options.anonymous, Arc::default(), 0)),
+            certificates: options.certificates,
+        }
+    }
+
+    /// The metrics, for what the caller decides.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// Replaces the users, and forgets all verdicts and memos. Failures stay counted.
+    pub fn reload(&self, users: Users) {
+        self.epoch.store(Arc::new(Epoch::new(users)));
+    }
+
+    /// Whose credentials these are. `authorization`: the value of the header; `address`: the client's, for the count of its failures. To be called on a
+    /// tokio runtime with time. Counts refusals in the metrics. A caller may drop the future at any time.
+    ///
+    /// # Errors
+    /// - [`Refused::Wrong`]: unknown or malformed, at once or after a delay.
+    /// - [`Refused::TooMany`]: not verified, since too many attempts are under way.
+    /// - [`Refused::Busy`]: not verified, since too many passwords are waiting for it.
+    pub async fn identify(&self, authorization: &[u8], address: Option<IpAddr>) -> Result<Arc<Who>, Refused> {
+        let epoch = self.epoch.load_full();
+        let key = self.keyed.clone().chain_update(authorization).finalize().into_bytes().into();
+        let kept = epoch.verdicts.get(&key).await;
+        if let Some(Verdict { outcome: Outcome::Right(who), .. }) = kept.as_ref().filter(|kept| kept.is_fresh()) {
+            return Ok(who.clone());
+        }
+        let result = self.attempt(epoch, key, kept, authorization, address).await;
+        match result {
+            Ok(_) => {}
+            Err(Refused::Wrong) => self.shared.metrics.wrong_credentials(),
+            Err(Refused::TooMany { .. }) => self.shared.metrics.too_many_attempts(),
+            Err(Refused::Busy) => self.shared.metrics.too_much_hashing(),
+        }
+        result
+    }
+
+    async fn attempt(
+        &self,
+        epoch: Arc<Epoch>,
+        key: [u8; 32],
+        kept: Option<Verdict>,
+        authorization: &[u8],
+        address: Option<IpAddr>,
+    ) -> Result<Arc<Who>, Refused> {
+        // Not a guess, and costs nothing.
+        let credentials = Credentials::parse(authorization).ok_or(Refused::Wrong)?;
+        let shared = self.shared.clone();
+        let task = match kept {
+            // These were right before, and the users are the same: it is no guess. So one client with a wrong password does not lock out those with whom it
+            // shares its address.
+            Some(kept @ Verdict { outcome: Outcome::Right(_), .. }) => {
+                tokio::spawn(async move { epoch.verdict(key, credentials, Some(kept), &shared).await.into_result() })
+            }
+            _ => {
+                let attempt = shared.failures.begin(address)?;
+                tokio::spawn(async move {
+                    let result = epoch.verdict(key, credentials, None, &shared).await.into_result();
+                    shared.ended(attempt, result).await
+                })
+            }
+        };
+        // The task has panicked, or the runtime ends.
+        task.await.unwrap_or(Err(Refused::Busy))
+    }
+
+    /// The client without credentials. Its name is empty.
+    pub const fn anonymous(&self) -> &Arc<Who> {
+        &self.anonymous
+    }
+
+    /// The client with a certificate of this name, which the caller has verified. To be asked for again with each request: a reload may change its scopes.
+    pub fn certificate(&self, name: &str) -> Arc<Who> {
+        let scopes = self.epoch.load().users.scopes(name);
+        Arc::new(Who::new(name.to_owned(), self.certificates, scopes, 0))
+    }
+
+    /// Whether this is the result of [`Access::identify`], with the users of now.
+    pub(crate) fn is_current(&self, who: &Who) -> bool {
+        who.epoch() == self.epoch.load().users.epoch()
+    }
+}
+
+impl Epoch {
+    fn new(users: Users) -> Self {
+        Self { users, verdicts: Cache::new(MOST_VERDICTS) }
+    }
+
+    /// The verdict about credentials with this key. `known`: an old one by which they are right.
+    async fn verdict(&self, key: [u8; 32], credentials: Credentials, known: Option<Verdict>, shared: &Shared) -> Verdict {
+        let reached = async {
+            match (self.outcome(credentials, shared).await, known) {
+                // Still true: the users are the same. It stays old, so that the next request tries again.
+                (Outcome::Busy, Some(known)) => known,
+                (outcome, _) => Verdict { outcome, at: Instant::now() },
+            }
+        };
+        self.verdicts.entry(key).or_insert_with_if(reached, |kept| !kept.is_fresh()).await.into_value()
+    }
+
+    async fn outcome(&self, credentials: Credentials, shared: &Shared) -> Outcome {
+        let (pair, colon) = match credentials {
+            Credentials::Token(hash) => return self.users.token(hash).cloned().map_or(Outcome::Wrong, Outcome::Right),
+            Credentials::Password { pair, colon } => (pair, colon),
+        };
+        let name = pair.get(..colon).and_then(|name| std::str::from_utf8(name).ok());
+        let Some((hash, who)) = self.users.password(name) else { return Outcome::Wrong };
+        let Ok(is_right) = shared.hashing.check(hash.clone(), pair, colon).await else { return Outcome::Busy };
+        match who.filter(|_| is_right) {
+            Some(who) => {
+                shared.metrics.checked(true);
+                Outcome::Right(who.clone())
+            }
+            None => {
+                shared.metrics.checked(false);
+                Outcome::Wrong
+            }
+        }
+    }
+}
+
+impl Verdict {
+    fn is_fresh(&self) -> bool {
+        match self.outcome {
+            Outcome::Right(_) => self.at.elapsed() < RIGHT_FOR,
+            Outcome::Wrong => self.at.elapsed() < WRONG_FOR,
+            // Only those who waited for it get it.
+            Outcome::Busy => false,
+        }
+    }
+
+    fn into_result(self) -> Result<Arc<Who>, Refused> {
+        match self.outcome {
+            Outcome::Right(who) => Ok(who),
+            Outcome::Wrong => Err(Refused::Wrong),
+            Outcome::Busy => Err(Refused::Busy),
+        }
+    }
+}
+
+impl Shared {
+    /// Counts how an attempt ended; returns when the client may be told.
+    async fn ended(&self, attempt: Attempt, result: Result<Arc<Who>, Refused>) -> Result<Arc<Who>, Refused> {
+        match result {
+            Ok(_) => self.failures.succeeded(attempt),
+            Err(Refused::Wrong) => return Err(self.failures.failed(attempt).await),
+            Err(_) => {}
+        }
+        result
+    }
+}
+
+impl Credentials {
+    /// `None`: malformed, or of another scheme.
+    fn parse(authorization: &[u8]) -> Option<Self> {
+        let authorization = authorization.trim_ascii();
+        let (scheme, rest) = authorization.split_at(authorization.iter().position(|byte| *byte == b' ')?);
+        let rest = rest.trim_ascii_start();
+        if scheme.eq_ignore_ascii_case(b"basic") {
+            let pair = Zeroizing::new(BASE64.decode(rest).ok()?);
+            let colon = pair.iter().position(|byte| *byte == b':')?;
+            Some(Self::Password { pair, colon })
+        } else if scheme.eq_ignore_ascii_case(b"bearer") {
+            Some(Self::Token(TokenHash(Sha256::digest(rest).into())))
+        } else {
+            None
+        }
+    }
+}
+
+/// Checks passwords, few at once.
+struct Hashing {
+    /// Those that are checked now.
+    turns: Arc<Semaphore>,
+    /// Those, and those that wait.
+    queue: Arc<Semaphore>,
+}
+
+/// Too many wait.
+struct Busy;
+
+impl Hashing {
+    fn new(at_once: usize) -> Self {
+        // A semaphore has a largest size, far beyond any number of cores.
+        let at_once = at_once.clamp(1, 1024);
+        Self { turns: Arc::new(Semaphore::new(at_once)), queue: Arc::new(Semaphore::new(at_once + MOST_WAITING)) }
+    }
+
+    /// Whether what follows the colon is the password with this bcrypt hash.
+    async fn check(&self, hash: Zeroizing<String>, pair: Zeroizing<Vec<u8>>, colon: usize) -> Result<bool, Busy> {
+        let queued = self.queue.clone().try_acquire_owned().map_err(|_| Busy)?;
+        let turn = self.turns.clone().acquire_owned().await.map_err(|_| Busy)?;
+        let check = spawn_blocking(move || {
+            // Until the end of the work, which nobody can stop.
+            let _held = (queued, turn);
+            bcrypt::verify(pair.get(colon + 1..).unwrap_or_default(), &hash).unwrap_or(false)
+        });
+        check.await.map_err(|_| Busy)
+    }
+}
+
+impl fmt::Debug for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Access").field("users", &self.epoch.load().users).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::{
+        metrics::tests::value,
+        users::tests::{bcrypted, sha256, users},
+        who::What,
+    };
+    use prometheus::Registry;
+    use proptest::prelude::*;
+
+    /// Checks one password at once. Certificates may write, anonymous clients read.
+    pub(crate) fn access(users: Users) -> (Arc<Access>, Registry) {
+        let registry = Registry::new();
+        let options = Options { anonymous: Role::Read, certificates: Role::Write, hashing: 1 };
+        (Arc::new(Access::new(options, users, Arc::new(Metrics::new(&registry).unwrap()))), registry)
+    }
+
+    pub(crate) fn basic(pair: &[u8]) -> Vec<u8> {
+        format!("Basic {}", BASE64.encode(pair)).into_bytes()
+    }
+
+    fn ann() -> Users {
+        users(&format!("ann:{}", bcrypted(b"secret")), &format!("ci read {}", sha256("token")), &[])
+    }
+
+    fn address(number: u32) -> Option<IpAddr> {
+        Some(IpAddr::from(number.to_be_bytes()))
+    }
+
+    /// Passwords that were checked: right ones, wrong ones.
+    fn checks(registry: &Registry) -> [u64; 2] {
+        ["right", "wrong"].map(|result| value(registry, &format!("castier_password_checks_total{{result=\"{result}\"}}")))
+    }
+
+    /// Requests that were denied: for credentials, attempts, hashing.
+    fn denied(registry: &Registry) -> [u64; 3] {
+        ["credentials", "attempts", "hashing"]
+            .map(|reason| value(registry, &format!("castier_denied_requests_total{{reason=\"{reason}\"}}")))
+    }
+
+    /// Waits for a condition, with a deadline in real time.
+    pub(crate) async fn until(condition: impl Fn() -> bool) {
+        let begun = std::time::Instant::now();
+        while !condition() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "this takes too long");
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn start(access: &Arc<Access>, header: &[u8], address: Option<IpAddr>) -> tokio::task::JoinHandle<Result<Arc<Who>, Refused>> {
+        let (access, header) = (access.clone(), header.to_vec());
+        tokio::spawn(async move { access.identify(&header, address).await })
+    }
+
+    /// How many passwords wait for a turn, while the test holds the turn.
+    fn waiting(access: &Access) -> usize {
+        1 + MOST_WAITING - access.shared.hashing.queue.available_permits()
+    }
+
+    fn name(result: &Result<Arc<Who>, Refused>) -> Result<&str, Refused> {
+        result.as_ref().map(|who| who.name()).map_err(|refused| *refused)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn right_credentials_say_who_the_client_is() {
+        let htpasswd = [
+            ("ann", &b"secret"[..]),
+            ("col", b"a:b:c"),
+            ("latin", b"caf\xe9"),
+            ("empty", b""),
+            ("céline", "mot de passé".as_bytes()),
+            ("long", &[b'x'; 100]),
+        ];
+        let lines: String = htpasswd.iter().map(|(name, password)| format!("{name}:{}\n", bcrypted(password))).collect();
+        let tokens = format!("ci admin {}\nci read {}", sha256("token"), sha256("a.b-c/d=="));
+        let (access, registry) = access(users(&lines, &tokens, &[("ann", &["read:kv"]), ("ci", &["cas"])]));
+        for (user, password) in htpasswd {
+            let who = access.identify(&basic(&[user.as_bytes(), b":", password].concat()), None).await.unwrap();
+            assert_eq!((who.name(), who.role()), (user, Role::Write));
+            assert_eq!(who.may(Role::Write, What::Blobs), user != "ann");
+        }
+        assert_eq!(checks(&registry), [6, 0]);
+        for (header, role) in [
+            ("Bearer token", Role::Admin),
+            ("bearer token", Role::Admin),
+            ("BEARER   token ", Role::Admin),
+            ("Bearer a.b-c/d==", Role::Read),
+        ] {
+            let who = access.identify(header.as_bytes(), address(1)).await.unwrap();
+            assert_eq!((who.name(), who.role()), ("ci", role));
+            assert!(who.may(Role::Read, What::Blobs) && !who.may(Role::Read, What::Entry("/kv/a")));
+        }
+        let credentials = BASE64.encode(b"ann:secret");
+        for scheme in ["basic ", "BASIC ", " bAsIc  "] {
+            assert_eq!(access.identify(format!("{scheme}{credentials}").as_bytes(), None).await.unwrap().name(), "ann");
+        }
+        assert_eq!(denied(&registry), [0, 0, 0]);
+    }
+
+    #[tokio::test]
+    async fn an_htpasswd_hash_of_apache_fits() {
+        let (access, _) = access(users("myName:$2y$05$c4WoMPo3SXsafkva.HHa6uXQZWr7oboPiC2bT/r7q1BB8I2s0BRqC", "", &[]));
+        assert_eq!(access.identify(&basic(b"myName:myPassword"), None).await.unwrap().name(), "myName");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn wrong_credentials_are_refused() {
+        let (access, registry) = access(ann());
+        let wrong: [&[u8]; 11] = [
+            &basic(b"ann:secre"),
+            &basic(b"ann:secret "),
+            &basic(b"ann:Secret"),
+            &basic(b"ann:"),
+            &basic(b"Ann:secret"),
+            &basic(b":secret"),
+            &basic(b"\xff:secret"),
+            &basic(b"ci:token"),
+            b"Bearer Token",
+            b"Bearer secret",
+            b"Bearer token x",
+        ];
+        for (number, header) in (1..).zip(wrong) {
+            assert_eq!(access.identify(header, address(number)).await.err(), Some(Refused::Wrong), "{header:?}");
+        }
+        assert_eq!((checks(&registry), denied(&registry)), ([0, 8], [11, 0, 0]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn malformed_headers_are_refused_and_are_no_guesses() {
+        let (access, registry) = access(ann());
+        let malformed: [&[u8]; 14] = [
+            b"",
+            b" ",
+            b"Basic",
+            b"Basic ",
+            b"Basic\tYW5uOnNlY3JldA==",
+            b"BasicYW5uOnNlY3JldA==",
+            b"Basic YW5uOnNlY3JldA",
+            b"Basic YW5uOnNlY3JldA== x",
+            b"Basic !",
+            b"Basic \xff\xfe",
+            b"Bearer",
+            b"Digest username=\"ann\"",
+            b"token",
+            &basic(b"ann"),
+        ];
+        let begun = Instant::now();
+        for header in malformed {
+            assert_eq!(access.identify(header, address(1)).await.err(), Some(Refused::Wrong), "{header:?}");
+        }
+        assert_eq!((begun.elapsed(), checks(&registry), denied(&registry)), (Duration::ZERO, [0, 0], [14, 0, 0]));
+        assert_eq!(access.identify(b"Bearer wrong", address(1)).await.err(), Some(Refused::Wrong));
+        assert_eq!(begun.elapsed().as_millis(), 100, "the first failure");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unknown_user_costs_a_check_too() {
+        let (access, registry) = access(ann());
+        assert!(access.identify(&basic(b"nobody:secret"), None).await.is_err());
+        assert_eq!(checks(&registry), [0, 1]);
+        access.reload(users("", "", &[]));
+        assert!(access.identify(&basic(b"nobody:secret"), None).await.is_err());
+        assert_eq!(checks(&registry), [0, 1], "there is nobody to find out");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn verdicts_hold_for_a_time() {
+        let (access, registry) = access(ann());
+        let (right, wrong) = (basic(b"ann:secret"), basic(b"ann:wrong"));
+        for (header, holds_for, of) in [(right, Duration::from_secs(60), 0), (wrong, Duration::from_secs(10), 1)] {
+            let mut expected = checks(&registry);
+            expected[of] += 1;
+            let first = access.identify(&header, address(1)).await;
+            // A wrong one is refused 100 ms after its verdict.
+            let passed = if first.is_err() { Duration::from_millis(100) } else { Duration::ZERO };
+            tokio::time::advance(holds_for - passed - Duration::from_millis(1)).await;
+            assert_eq!(name(&access.identify(&header, address(2)).await), name(&first));
+            assert_eq!(checks(&registry), expected);
+            tokio::time::advance(Duration::from_millis(1)).await;
+            assert_eq!(name(&access.identify(&header, address(3)).await), name(&first));
+            expected[of] += 1;
+            assert_eq!(checks(&registry), expected);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn equal_credentials_at_the_same_time_cost_one_check() {
+        let (access, registry) = access(ann());
+        let turn = access.shared.hashing.turns.clone().acquire_owned().await.unwrap();
+        let header = basic(b"ann:secret");
+        let asking: Vec<_> = (0..200).map(|number| start(&access, &header, address(number))).collect();
+        until(|| waiting(&access) == 1).await;
+        drop(turn);
+        for asking in asking {
+            assert_eq!(asking.await.unwrap().unwrap().name(), "ann");
+        }
+        assert_eq!((checks(&registry), denied(&registry)), ([1, 0], [0, 0, 0]));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn old_verdicts_are_renewed_once() {
+        let (access, registry) = access(ann());
+        let header = basic(b"ann:secret");
+        access.identify(&header, None).await.unwrap();
+        let epoch = access.epoch.load_full();
+        let key: [u8; 32] = *epoch.verdicts.iter().next().unwrap().0;
+        let mut old = epoch.verdicts.get(&key).await.unwrap();
+        old.at -= RIGHT_FOR;
+        epoch.verdicts.insert(key, old).await;
+        let asking: Vec<_> = (0..200).map(|number| start(&access, &header, address(number))).collect();
+        for asking in asking {
+            assert_eq!(asking.await.unwrap().unwrap().name(), "ann");
+        }
+        assert_eq!(checks(&registry), [2, 0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn few_different_credentials_wait_for_a_check() {
+        let (access, registry) = access(ann());
+        // As if one were checked.
+        let hashing = &access.shared.hashing;
+        let held = (hashing.queue.clone().try_acquire_owned().unwrap(), hashing.turns.clone().try_acquire_owned().unwrap());
+        let asking: Vec<_> = (0..100).map(|number| start(&access, &basic(format!("ann:{number}").as_bytes()), address(number))).collect();
+        until(|| asking.iter().filter(|asking| asking.is_finished()).count() == 100 - MOST_WAITING).await;
+        assert_eq!((checks(&registry), denied(&registry)), ([0, 0], [0, 0, 36]));
+        assert_eq!(access.identify(b"Bearer token", None).await.unwrap().name(), "ci", "tokens need no check");
+        drop(held);
+        let mut refused = Vec::new();
+        for asking in asking {
+            refused.push(asking.await.unwrap().unwrap_err());
+        }
+        assert_eq!(refused.iter().filter(|refused| **refused == Refused::Wrong).count(), MOST_WAITING);
+        assert_eq!(refused.iter().filter(|refused| **refused == Refused::Busy).count(), 100 - MOST_WAITING);
+        assert_eq!((checks(&registry), denied(&registry)), ([0, 64], [64, 0, 36]));
+        assert_eq!(access.identify(&basic(b"ann:secret"), None).await.unwrap().name(), "ann", "later there is time");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn at_most_so_many_passwords_are_checked_at_once() {
+        for (hashing, expected) in [(0, 1), (1, 1), (3, 3), (usize::MAX, 1024)] {
+            assert_eq!(Hashing::new(hashing).turns.available_permits(), expected);
+        }
+        assert!(Options::default().hashing >= 1);
+        let (access, registry) = access(ann());
+        let asking: Vec<_> = (0..100).map(|number| start(&access, &basic(format!("ann:{number}").as_bytes()), address(number))).collect();
+        for asking in asking {
+            let refused = asking.await.unwrap().unwrap_err();
+            assert!(matches!(refused, Refused::Wrong | Refused::Busy), "{refused:?}");
+        }
+        let (checks, denied) = (checks(&registry), denied(&registry));
+        assert!(checks[1] >= 65 && checks[1] == denied[0] && denied[0] + denied[2] == 100, "{checks:?} {denied:?}");
+        assert_eq!(access.shared.hashing.queue.available_permits(), 1 + MOST_WAITING);
+        assert_eq!(access.shared.hashing.turns.available_permits(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reload_forgets() {
+        let (access, registry) = access(ann());
+        let (old, new) = (basic(b"ann:secret"), basic(b"ann:changed"));
+        assert!(access.identify(&old, None).await.is_ok() && access.identify(b"Bearer token", None).await.is_ok());
+        assert!(access.identify(&new, None).await.is_err());
+        access.reload(users(&format!("ann:{}", bcrypted(b"changed")), "", &[("ann", &["cas"])]));
+        assert!(access.identify(&new, None).await.unwrap().may(Role::Write, What::Blobs));
+        assert!(!access.identify(&new, None).await.unwrap().may(Role::Read, What::Other));
+        assert_eq!(access.identify(&old, None).await.err(), Some(Refused::Wrong));
+        assert_eq!(access.identify(b"Bearer token", None).await.err(), Some(Refused::Wrong));
+        assert_eq!(checks(&registry), [2, 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reload_during_a_check_leaves_no_old_verdict() {
+        let (access, _) = access(ann());
+        let header = basic(b"ann:secret");
+        let turn = access.shared.hashing.turns.clone().acquire_owned().await.unwrap();
+        let before = start(&access, &header, None);
+        until(|| waiting(&access) == 1).await;
+        access.reload(users(&format!("ann:{}", bcrypted(b"changed")), "", &[]));
+        drop(turn);
+        let before = before.await.unwrap().unwrap();
+        assert!(!access.is_current(&before), "it began before");
+        assert_eq!(access.identify(&header, None).await.err(), Some(Refused::Wrong));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refusals_are_delayed_and_a_cached_right_verdict_never_is() {
+        let (access, registry) = access(ann());
+        let right = basic(b"ann:secret");
+        access.identify(&right, address(1)).await.unwrap();
+        for delay in [100, 200, 400, 800, 1600, 3200, 5000, 5000] {
+            let begun = Instant::now();
+            // The verdict is kept; the failures count all the same.
+            assert_eq!(access.identify(b"Bearer wrong", address(1)).await.err(), Some(Refused::Wrong));
+            assert_eq!(begun.elapsed().as_millis(), delay);
+            let begun = Instant::now();
+            assert!(access.identify(&right, address(1)).await.is_ok());
+            assert_eq!(begun.elapsed(), Duration::ZERO);
+        }
+        assert_eq!((checks(&registry), denied(&registry)), ([1, 0], [8, 0, 0]));
+        access.identify(b"Bearer token", address(1)).await.unwrap();
+        let begun = Instant::now();
+        assert!(access.identify(b"Bearer wrong", address(1)).await.is_err());
+        assert_eq!(begun.elapsed().as_millis(), 100, "a success has forgotten them");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_with_failures_has_few_attempts_at_once_even_if_it_hangs_up() {
+        let (access, registry) = access(ann());
+        let right = basic(b"ann:secret");
+        access.identify(&right, address(1)).await.unwrap();
+        assert!(access.identify(b"Bearer wrong", address(1)).await.is_err());
+        let guesses: Vec<_> = (0..4).map(|number| start(&access, format!("Bearer {number}").as_bytes(), address(1))).collect();
+        let counted = || access.shared.failures.begin(address(1)).is_err();
+        until(counted).await;
+        let begun = Instant::now();
+        let too_many = Some(Refused::TooMany { retry_after: Duration::from_secs(5) });
+        assert_eq!(access.identify(&basic(b"ann:guess"), address(1)).await.err(), too_many);
+        assert_eq!(access.identify(b"Bearer token", address(1)).await.err(), too_many, "a right one would tell that the others were wrong");
+        assert!(access.identify(&right, address(1)).await.is_ok());
+        assert!(access.identify(b"Bearer token", address(2)).await.is_ok());
+        for guess in &guesses {
+            guess.abort();
+        }
+        until(|| guesses.iter().all(tokio::task::JoinHandle::is_finished)).await;
+        assert!(counted());
+        assert_eq!((begun.elapsed(), checks(&registry), denied(&registry)), (Duration::ZERO, [1, 0], [1, 2, 0]));
+        // The longest of the four.
+        tokio::time::sleep(Duration::from_millis(1600)).await;
+        until(|| !counted()).await;
+        assert!(access.identify(b"Bearer token", address(1)).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn few_refusals_wait_at_once() {
+        let (access, registry) = access(ann());
+        let right = basic(b"ann:secret");
+        access.identify(&right, address(0)).await.unwrap();
+        let guesses: Vec<_> = (1..=256).map(|number| start(&access, b"Bearer wrong", address(number))).collect();
+        until(|| access.shared.failures.begin(None).is_err()).await;
+        let too_many = Some(Refused::TooMany { retry_after: Duration::from_secs(5) });
+        assert_eq!(access.identify(&basic(b"ann:guess"), address(1000)).await.err(), too_many);
+        assert_eq!(checks(&registry), [1, 0], "it was not verified");
+        assert!(access.identify(&right, address(1000)).await.is_ok());
+        for guess in guesses {
+            assert_eq!(guess.await.unwrap().err(), Some(Refused::Wrong));
+        }
+        assert_eq!(denied(&registry), [256, 1, 0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn credentials_that_were_right_are_no_guess_later() {
+        let (access, registry) = access(ann());
+        let right = basic(b"ann:secret");
+        access.identify(&right, address(1)).await.unwrap();
+        tokio::time::advance(RIGHT_FOR).await;
+        assert!(access.identify(b"Bearer wrong", address(1)).await.is_err());
+        let guesses: Vec<_> = (0..4).map(|number| start(&access, format!("Bearer {number}").as_bytes(), address(1))).collect();
+        until(|| access.shared.failures.begin(address(1)).is_err()).await;
+        assert!(access.identify(&right, address(1)).await.is_ok(), "a neighbour's failures do not lock it out");
+        assert_eq!(checks(&registry), [2, 0]);
+        assert!(access.shared.failures.begin(address(1)).is_err(), "nor does it help the neighbour");
+
+        tokio::time::advance(RIGHT_FOR).await;
+        let hashing = &access.shared.hashing;
+        let queue = hashing.queue.clone().try_acquire_many_owned(1 + u32::try_from(MOST_WAITING).unwrap()).unwrap();
+        assert!(access.identify(&right, address(1)).await.is_ok(), "the old verdict is believed while there is no time");
+        assert_eq!(access.identify(&basic(b"ann:other"), address(2)).await.err(), Some(Refused::Busy));
+        assert_eq!(checks(&registry), [2, 0]);
+        drop(queue);
+        assert!(access.identify(&right, address(1)).await.is_ok());
+        assert_eq!(checks(&registry), [3, 0], "it was not renewed");
+        assert_eq!(
+            access.identify(&basic(b"ann:other"), address(2)).await.err(),
+            Some(Refused::Wrong),
+            "those who come later are verified"
+        );
+        drop(guesses);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_hangs_up_finds_the_verdict_when_it_comes_again() {
+        let (access, registry) = access(ann());
+        let header = basic(b"ann:secret");
+        let turn = access.shared.hashing.turns.clone().acquire_owned().await.unwrap();
+        let asking = start(&access, &header, None);
+        until(|| waiting(&access) == 1).await;
+        asking.abort();
+        assert!(asking.await.is_err());
+        drop(turn);
+        until(|| checks(&registry) == [1, 0]).await;
+        assert!(access.identify(&header, None).await.is_ok());
+        assert_eq!(checks(&registry), [1, 0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_number_of_verdicts_is_bounded_and_those_in_use_stay() {
+        let (access, registry) = access(ann());
+        let right = basic(b"ann:secret");
+        access.identify(&right, None).await.unwrap();
+        let epoch = access.epoch.load_full();
+        for number in 0..20_000_u64 {
+            let key = [&number.to_le_bytes()[..], &[0; 24]].concat().try_into().unwrap();
+            epoch.verdicts.insert(key, Verdict { outcome: Outcome::Wrong, at: Instant::now() }).await;
+            if number % 100 == 0 {
+                access.identify(&right, None).await.unwrap();
+                epoch.verdicts.run_pending_tasks().await;
+            }
+        }
+        assert!(epoch.verdicts.entry_count() <= 10_000);
+        assert_eq!(checks(&registry), [1, 0]);
+    }
+
+    #[tokio::test]
+    async fn those_without_a_password_have_the_roles_of_the_options() {
+        let (access, _) = access(users("", "", &[("host.example", &["admin:kv", "ac"])]));
+        let anonymous = access.anonymous();
+        assert_eq!((anonymous.name(), anonymous.role(), anonymous.scopes().len()), ("", Role::Read, 0));
+        let known = access.certificate("host.example");
+        assert_eq!((known.name(), known.role()), ("host.example", Role::Write));
+        assert!(
+            known.may(Role::Admin, What::Entry("/kv/a"))
+                && known.may(Role::Write, What::Entry("/ac/0"))
+                && !known.may(Role::Read, What::Blobs)
+        );
+        assert!(access.certificate("other.example").may(Role::Write, What::Other));
+        access.reload(users("", "", &[]));
+        assert!(access.certificate("host.example").may(Role::Write, What::Blobs));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn debug_shows_no_secret() {
+        let hash = bcrypted(b"secret");
+        let tokens = format!("ci read {}", sha256("token"));
+        let (access, _) = access(users(&format!("ann:{hash}"), &tokens, &[]));
+        let who = access.identify(&basic(b"ann:secret"), None).await.unwrap();
+        let refused = access.identify(&basic(b"ann:wrong"), None).await.unwrap_err();
+        let shown = format!("{access:?} {who:?} {refused:?} {:?}", access.epoch.load().users);
+        for secret in ["secret", "wrong", "token\"", &hash[7..], &sha256("token"), &BASE64.encode(b"ann:secret"), "sha256"] {
+            assert!(!shown.contains(secret), "{secret} is in {shown}");
+        }
+        assert!(shown.contains("Users { users: 1, tokens: 1, .. }"), "{shown}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_makes_the_parser_panic(scheme in "(?i)(basic|bearer|digest)? {0,2}", rest in prop::collection::vec(any::<u8>(), 0..60)) {
+            let is_basic = scheme.trim_start().to_ascii_lowercase().starts_with("basic ");
+            let parsed = Credentials::parse(&[scheme.as_bytes(), &rest].concat());
+            let is_password = matches!(parsed, Some(Credentials::Password { .. }));
+            prop_assert!(!is_password || is_basic);
+            // Nearly right.
+            let header = [scheme.as_bytes(), BASE64.encode(&rest).as_bytes()].concat();
+            if let Some(Credentials::Password { pair, colon }) = Credentials::parse(&header) {
+                prop_assert!(pair.as_slice() == rest && rest.iter().position(|byte| *byte == b':') == Some(colon));
+            }
+        }
+    }
+}

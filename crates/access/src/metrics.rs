@@ -1,0 +1,127 @@
+//! The metrics of what is denied.
+
+use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
+
+/// The metrics.
+#[derive(Debug)]
+pub struct Metrics {
+    credentials: IntCounter,
+    missing: IntCounter,
+    role: IntCounter,
+    attempts: IntCounter,
+    hashing: IntCounter,
+    requests: IntCounter,
+    connections: IntCounter,
+    right: IntCounter,
+    wrong: IntCounter,
+}
+
+impl Metrics {
+    /// All metrics, registered with `registry`. Every series exists from now on.
+    ///
+    /// # Errors
+    /// A name that is registered already.
+    pub fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let counters = |name: &str, help: &str, label: &str| {
+            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(counters.clone())).map(|()| counters)
+        };
+        let denied = counters("castier_denied_requests_total", "Requests that were denied, by why", "reason")?;
+        let checks = counters("castier_password_checks_total", "Passwords that were checked against bcrypt hashes, by result", "result")?;
+        Ok(Self {
+            credentials: denied.with_label_values(&["credentials"]),
+            missing: denied.with_label_values(&["missing"]),
+            role: denied.with_label_values(&["role"]),
+            attempts: denied.with_label_values(&["attempts"]),
+            hashing: denied.with_label_values(&["hashing"]),
+            requests: denied.with_label_values(&["requests"]),
+            connections: denied.with_label_values(&["connections"]),
+            right: checks.with_label_values(&["right"]),
+            wrong: checks.with_label_values(&["wrong"]),
+        })
+    }
+
+    /// A request got 401: it has no credentials, and the anonymous client may not do what it asks for.
+    pub fn missing(&self) {
+        self.missing.inc();
+    }
+
+    /// A request got 403: its client is known, and may not do what it asks for.
+    pub fn role(&self) {
+        self.role.inc();
+    }
+
+    /// A request got 429: its client sends too many.
+    pub fn requests(&self) {
+        self.requests.inc();
+    }
+
+    /// A connection was refused: its client has too many.
+    pub fn connections(&self) {
+        self.connections.inc();
+    }
+
+    pub(crate) fn wrong_credentials(&self) {
+        self.credentials.inc();
+    }
+
+    pub(crate) fn too_many_attempts(&self) {
+        self.attempts.inc();
+    }
+
+    pub(crate) fn too_much_hashing(&self) {
+        self.hashing.inc();
+    }
+
+    pub(crate) fn checked(&self, is_right: bool) {
+        if is_right { &self.right } else { &self.wrong }.inc();
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use prometheus::TextEncoder;
+
+    /// The value of a series, by its name and labels as Prometheus writes them.
+    pub(crate) fn value(registry: &Registry, series: &str) -> u64 {
+        let text = TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {series} in {text}")).parse().unwrap()
+    }
+
+    const SERIES: [&str; 9] = [
+        "castier_denied_requests_total{reason=\"credentials\"}",
+        "castier_denied_requests_total{reason=\"missing\"}",
+        "castier_denied_requests_total{reason=\"role\"}",
+        "castier_denied_requests_total{reason=\"attempts\"}",
+        "castier_denied_requests_total{reason=\"hashing\"}",
+        "castier_denied_requests_total{reason=\"requests\"}",
+        "castier_denied_requests_total{reason=\"connections\"}",
+        "castier_password_checks_total{result=\"right\"}",
+        "castier_password_checks_total{result=\"wrong\"}",
+    ];
+
+    #[test]
+    fn every_series_exists_from_the_start_and_counts_its_own() {
+        let registry = Registry::new();
+        let metrics = Metrics::new(&registry).unwrap();
+        assert_eq!(SERIES.map(|series| value(&registry, series)), [0; 9]);
+        let count: [fn(&Metrics); 9] = [
+            Metrics::wrong_credentials,
+            Metrics::missing,
+            Metrics::role,
+            Metrics::too_many_attempts,
+            Metrics::too_much_hashing,
+            Metrics::requests,
+            Metrics::connections,
+            |metrics| metrics.checked(true),
+            |metrics| metrics.checked(false),
+        ];
+        for (times, count) in (1..).zip(count) {
+            (0..times).for_each(|_| count(&metrics));
+        }
+        assert_eq!(SERIES.map(|series| value(&registry, series)), [1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        assert!(Metrics::new(&registry).is_err());
+    }
+}
