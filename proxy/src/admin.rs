@@ -9,22 +9,31 @@ mod utc;
 pub use history::STEP;
 pub use stats::{Brief, Stats};
 
-use crate::{connection::Conn, memory_plan, metrics::Metrics, node::Node, routes::Routes};
+use crate::{
+    connection::Conn,
+    fast_path, memory_plan,
+    metrics::Metrics,
+    node::Node,
+    reply::Reply,
+    routes::Routes,
+    secured::{self, Failed},
+};
 use arc_swap::ArcSwap;
 use axum::{
     Router,
     body::Body,
     extract::{Path, Query, State, rejection::QueryRejection},
-    http::{HeaderMap, HeaderValue, Request, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use bytes::Bytes;
+use castier_access::{Access, Refused, What};
 use castier_blob::{Digest, MalformedDigest};
 use castier_cluster::{Members, Purge};
-use castier_config::Limits;
+use castier_config::{Limits, Role};
 use castier_routes::Glob;
-use castier_serverkit::admin_connections::AdminConnections;
+use castier_serverkit::{admin_connections::AdminConnections, tls::Tls};
 use castier_upstream::Upstream;
 use castier_wire::Problem;
 use history::History;
@@ -34,6 +43,7 @@ use parking_lot::Mutex;
 use problems::ProblemTracker;
 use serde::Serialize;
 use std::{
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -148,10 +158,10 @@ pub fn router(admin: Arc<Admin>) -> Router {
 ///
 /// At `limits.max_admin_connections` it closes the oldest idle connection for a new one. So a health check is always answered, beside any
 /// number of idle connections.
-pub async fn serve(listener: TcpListener, router: Router, limits: Arc<ArcSwap<Limits>>) {
+pub async fn serve(listener: TcpListener, router: Router, guard: Arc<Guard>, limits: Arc<ArcSwap<Limits>>) {
     let mut open = AdminConnections::default();
     loop {
-        let Ok((stream, _)) = listener.accept().await else {
+        let Ok((stream, address)) = listener.accept().await else {
             // Usually there are no descriptors left. Trying again at once would give the same error.
             tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
@@ -161,28 +171,96 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Arc<ArcSwap<Li
             continue;
         }
         let busy = Arc::new(AtomicBool::new(false));
-        let connection = tokio::spawn(connection(stream, router.clone(), busy.clone(), limits));
+        let connection = tokio::spawn(connection(stream, address.ip(), router.clone(), guard.clone(), busy.clone(), limits));
         open.add(move || busy.load(Ordering::Relaxed), connection.abort_handle());
     }
 }
 
+/// Who may ask the admin listener what.
+pub struct Guard {
+    /// `listen.tls.admin`.
+    pub tls: Option<Arc<Tls>>,
+    /// `access.admin`; `None`: everybody may do everything.
+    pub access: Option<Arc<Access>>,
+    /// `access.open_probes`.
+    pub open_probes: bool,
+}
+
+impl Guard {
+    /// The refusal, if the request is refused.
+    async fn check(&self, request: &Request<Incoming>, client: IpAddr) -> Option<Response> {
+        let access = self.access.as_ref()?;
+        let is_probe = *request.method() != Method::POST && matches!(request.uri().path(), "/metrics" | "/healthz" | "/readyz");
+        if is_probe && (self.open_probes || client.to_canonical().is_loopback()) {
+            return None;
+        }
+        let needed = if *request.method() == Method::POST { Role::Admin } else { Role::Read };
+        let mut credentials = request.headers().get_all(header::AUTHORIZATION).iter();
+        let who = match (credentials.next(), credentials.next()) {
+            (Some(authorization), None) => match access.identify(authorization.as_bytes(), Some(client)).await {
+                Ok(who) => who,
+                Err(Refused::Wrong) => return Some(challenge("these credentials are not accepted")),
+                Err(Refused::TooMany { retry_after }) => {
+                    let mut answer =
+                        problem(StatusCode::TOO_MANY_REQUESTS, "too many wrong credentials came from this address; try again later");
+                    answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs().max(1)));
+                    return Some(answer);
+                }
+                Err(Refused::Busy) => {
+                    return Some(problem(StatusCode::SERVICE_UNAVAILABLE, "too many passwords are being checked; try again in a second"));
+                }
+            },
+            (None, _) => {
+                access.metrics().missing();
+                return Some(challenge("this needs credentials: send a user and a password (Basic), or a token (Bearer)"));
+            }
+            (Some(_), Some(_)) => return Some(problem(StatusCode::BAD_REQUEST, "more than one Authorization header")),
+        };
+        if who.may(needed, What::Other) {
+            return None;
+        }
+        access.metrics().role();
+        Some(problem(StatusCode::FORBIDDEN, &format!("these credentials do not suffice: this needs the role {needed}")))
+    }
+}
+
+fn challenge(detail: &str) -> Response {
+    let mut answer = problem(StatusCode::UNAUTHORIZED, detail);
+    answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"castier admin\""));
+    answer
+}
+
 /// Serves one connection. hyper's timeout for heads also runs between requests, so a scraper that comes back later opens a new connection.
-async fn connection(stream: TcpStream, router: Router, busy: Arc<AtomicBool>, limits: Arc<Limits>) {
+async fn connection(stream: TcpStream, client: IpAddr, router: Router, guard: Arc<Guard>, busy: Arc<AtomicBool>, limits: Arc<Limits>) {
+    let tls = guard.tls.clone();
     let answer = service_fn(move |request: Request<Incoming>| {
-        let (mut router, busy) = (router.clone(), busy.clone());
+        let (mut router, guard, busy) = (router.clone(), guard.clone(), busy.clone());
         async move {
             busy.store(true, Ordering::Relaxed);
-            let answer = router.call(request.map(Body::new)).await;
+            let answer = match guard.check(&request, client).await {
+                Some(refusal) => Ok(refusal),
+                None => router.call(request.map(Body::new)).await,
+            };
             busy.store(false, Ordering::Relaxed);
             answer
         }
     });
-    let stream = Conn::of_tcp(stream, limits.write_timeout.get());
+    let mut stream = Conn::socket(stream);
+    if let Some(tls) = tls {
+        stream = match secured::accept(&tls, stream, limits.header_timeout.get()).await {
+            Ok((stream, _)) => stream,
+            Err(Failed::Plain(stream)) => {
+                let reply = Reply::error(StatusCode::BAD_REQUEST, "this port speaks TLS: ask it with https");
+                return fast_path::answer_and_close(Conn::new(stream, limits.write_timeout.get()), &reply).await;
+            }
+            Err(Failed::Handshake(_)) => return,
+        };
+    }
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout.get())
         .max_buf_size(MAX_HEAD)
-        .serve_connection(TokioIo::new(stream), answer);
+        .serve_connection(TokioIo::new(Conn::new(stream, limits.write_timeout.get())), answer);
     // An error here concerns only this client.
     served.await.ok();
 }

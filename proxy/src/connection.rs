@@ -101,9 +101,9 @@ impl Conn {
         Self { stream, stall: StallTimeout::new(write_timeout), fence: None }
     }
 
-    /// Wraps a connection that tokio accepted, not pingora.
-    pub fn of_tcp(stream: TcpStream, write_timeout: Duration) -> Self {
-        Self::new(Box::new(pingora::protocols::l4::stream::Stream::from(stream)), write_timeout)
+    /// A connection that tokio accepted, not pingora.
+    pub fn socket(stream: TcpStream) -> Stream {
+        Box::new(pingora::protocols::l4::stream::Stream::from(stream))
     }
 
     /// The client's address.

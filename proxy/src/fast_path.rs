@@ -6,15 +6,16 @@ use crate::{
     listener::Front,
     metrics::{Listener, Route, Served},
     reply::{Body, Reply, cache_status},
+    request_head::{Framing, Head},
     session::{Arrived, Cut},
 };
 use bytes::{Buf, Bytes, BytesMut};
 use castier_blob::Digest;
-use castier_cache::{Fault, Hit, Limit, Part, Reader, Tier};
+use castier_cache::{Fault, Hit, Limit, PIECE, Part, Reader, Tier};
 use castier_cluster::Asked;
 use castier_upstream::trace;
 use castier_wire::Selection;
-use http::{StatusCode, Version};
+use http::{Method, StatusCode, Version};
 use pingora::protocols::http::date::get_cached_date;
 use std::{
     future::poll_fn,
@@ -62,7 +63,7 @@ impl Front {
             let mut reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
             reply.prove(arrived.asked);
             let ready = started.elapsed();
-            let sent = self.send_memory(conn, &reply, !head.close, blob).await;
+            let sent = self.send_memory(conn, &reply, arrived, blob).await;
             (reply, ready, sent)
         } else {
             // Boxed, so that idle connections do not hold memory for the state of a disk hit.
@@ -93,7 +94,7 @@ impl Front {
         let mut reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
         reply.prove(arrived.asked);
         let ready = started.elapsed();
-        let sent = self.send_disk(conn, &reply, !arrived.head.close, first.unwrap_or_default(), rest).await;
+        let sent = self.send_disk(conn, &reply, arrived, first.unwrap_or_default(), rest).await;
         Some((reply, ready, sent))
     }
 
@@ -135,28 +136,53 @@ impl Front {
     }
 
     /// Sends a head and a blob from memory. Returns how many bytes of the blob were sent, and the error if that is not all.
-    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, blob: Bytes) -> (u64, Result<(), Cut>) {
+    async fn send_memory(&self, conn: &mut Conn, reply: &Reply, arrived: &Arrived<'_>, blob: Bytes) -> (u64, Result<(), Cut>) {
         let one_write = blob.len() <= ONE_WRITE;
-        let mut head = reply.head(&get_cached_date(), keep_alive, if one_write { blob.len() } else { 0 });
+        let mut head = reply.head(&get_cached_date(), !arrived.head.close, if one_write { blob.len() } else { 0 });
         let before_body = head.len();
         let (out, sent) = if one_write {
+            self.pace(arrived.limits, arrived.client, blob.len()).await;
             head.extend_from_slice(&blob);
             send(conn, &mut &head[..]).await
-        } else {
+        } else if arrived.limits.bandwidth_per_client.get() == 0 {
             send(conn, &mut head.chain(&blob[..])).await
+        } else {
+            Box::pin(self.send_slowly(conn, &head, arrived, &blob)).await
         };
         let bytes = out.saturating_sub(before_body) as u64;
         self.metrics.served_from(self.name(), reply.tier, bytes);
         (bytes, sent)
     }
 
+    /// Sends a head, and then a blob in pieces, as fast as its client may have it.
+    async fn send_slowly(&self, conn: &mut Conn, mut head: &[u8], arrived: &Arrived<'_>, blob: &[u8]) -> (usize, Result<(), Cut>) {
+        let (mut all, mut sent) = send(conn, &mut head).await;
+        for mut piece in blob.chunks(PIECE) {
+            if sent.is_err() {
+                break;
+            }
+            self.pace(arrived.limits, arrived.client, piece.len()).await;
+            let (out, result) = send(conn, &mut piece).await;
+            (all, sent) = (all + out, result);
+        }
+        (all, sent)
+    }
+
     /// As [`Self::send_memory`], for a blob that is read from disk piece by piece. The first piece is sent with the head at once, and does not
     /// wait for the others.
-    async fn send_disk(&self, conn: &mut Conn, reply: &Reply, keep_alive: bool, first: Bytes, mut rest: Reader) -> (u64, Result<(), Cut>) {
-        let head = reply.head(&get_cached_date(), keep_alive, 0);
+    async fn send_disk(
+        &self,
+        conn: &mut Conn,
+        reply: &Reply,
+        arrived: &Arrived<'_>,
+        first: Bytes,
+        mut rest: Reader,
+    ) -> (u64, Result<(), Cut>) {
+        let head = reply.head(&get_cached_date(), !arrived.head.close, 0);
         let (mut head, mut pieces, mut bytes, mut many) = (head.freeze(), [first, Bytes::new(), Bytes::new(), Bytes::new()], 0, 1);
         loop {
             let before_body = head.len();
+            self.pace(arrived.limits, arrived.client, pieces.iter().map(Bytes::len).sum()).await;
             let [first, second, third, fourth] = pieces;
             let (out, sent) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
             let part = out.saturating_sub(before_body) as u64;
@@ -175,6 +201,34 @@ impl Front {
                 return (bytes, Ok(()));
             }
         }
+    }
+
+    /// Answers a request that may not be served. Gives the connection back if it can serve another: clients that learn of a challenge ask again at once.
+    pub(crate) async fn deny(
+        &self,
+        mut conn: Conn,
+        mut ahead: BytesMut,
+        head: &Head,
+        reply: Reply,
+        why: &str,
+        client: Option<IpAddr>,
+    ) -> Option<(Conn, BytesMut)> {
+        let started = Instant::now();
+        let keep_alive = head.framing == Framing::Length(0) && !head.close && !head.upgrade;
+        if !keep_alive {
+            drop(ahead);
+            self.refuse(conn, &reply, why, client).await;
+            return None;
+        }
+        let body = if let (Body::Whole(body), true) = (&reply.body, head.method != Method::HEAD) { body.clone() } else { Bytes::new() };
+        let mut out = reply.head(&get_cached_date(), true, body.len());
+        out.extend_from_slice(&body);
+        let (_, sent) = send(&mut conn, &mut &out[..]).await;
+        let record = refused(self.name(), reply.status.as_u16(), why, started, client);
+        Record { method: head.method.as_str(), path: head.path(&ahead), ..record }.log(&self.metrics);
+        sent.ok()?;
+        ahead.advance(head.len);
+        Some((conn, ahead))
     }
 
     /// Refuses a request, with the reason, and closes the connection.
@@ -238,6 +292,11 @@ pub(crate) async fn refuse_connection(conn: &mut Conn, wait: Duration) {
     // answer.
     let _ = timeout(wait, discard(conn)).await;
     let _ = timeout(wait, write_and_close(conn, &Reply::fault(&Fault::Busy(Limit::Connections)))).await;
+}
+
+/// Answers a connection without having read its request, and closes it.
+pub(crate) async fn answer_and_close(mut conn: Conn, reply: &Reply) {
+    let _ = timeout(REFUSAL, write_and_close(&mut conn, reply)).await;
 }
 
 /// Writes a reply on a connection that has no session, closes castier's side, and reads until the client has closed its side.

@@ -6,6 +6,7 @@
 use crate::{
     connection::Conn,
     descriptors::{Descriptors, Outgoing},
+    entrance::{Closed, Entered, Entrance},
     fast_path,
     handlers::{
         Handlers,
@@ -21,6 +22,7 @@ use crate::{
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::BytesMut;
+use castier_access::Memo;
 use castier_cache::{Budget, Limit};
 use castier_cluster::{Asked, ROUTE};
 use castier_config::{Limits, Proxies};
@@ -40,7 +42,7 @@ pub struct Front {
     pub(crate) handlers: Handlers,
     pub(crate) audience: Audience,
     limits: Arc<ArcSwap<Limits>>,
-    /// `log.trusted_proxies`.
+    /// `listen.trusted_proxies` and `log.trusted_proxies`.
     proxies: Proxies,
     /// `limits.client_memory`.
     pub(crate) memory: Arc<Budget>,
@@ -52,7 +54,7 @@ pub struct Front {
 /// Who may connect to a listener.
 pub enum Audience {
     /// Clients. Requests that are not about blobs are relayed to the origin.
-    Clients(Relay),
+    Clients(Relay, Entrance),
     /// Other nodes of the cluster. Nothing is relayed.
     Peers(PeerAccess),
 }
@@ -94,7 +96,7 @@ impl Front {
     /// The label of this listener.
     pub(crate) const fn name(&self) -> Listener {
         match self.audience {
-            Audience::Clients(_) => Listener::Public,
+            Audience::Clients(..) => Listener::Public,
             Audience::Peers(_) => Listener::Peer,
         }
     }
@@ -128,6 +130,15 @@ impl Front {
         self.descriptors.outgoing(self.connections())
     }
 
+    /// Waits until so many bytes of a body may go to a client (`limits.bandwidth_per_client`). Boxed, since few clients have such a limit.
+    pub(crate) async fn pace(&self, limits: &Limits, client: Option<IpAddr>, bytes: usize) {
+        if limits.bandwidth_per_client.get() > 0
+            && let (Audience::Clients(_, entrance), Some(client)) = (&self.audience, client)
+        {
+            Box::pin(entrance.clients.take(client, bytes)).await;
+        }
+    }
+
     /// How many clients are connected.
     pub(crate) fn connections(&self) -> u64 {
         u64::try_from(self.metrics.connections.get()).unwrap_or(0)
@@ -136,7 +147,7 @@ impl Front {
     /// Decides about a new connection. `count` is the number of open connections, the new one included.
     fn admit_connection(&self, count: usize, limits: &Limits) -> Admission {
         let max = match &self.audience {
-            Audience::Clients(_) => limits.max_connections,
+            Audience::Clients(..) => limits.max_connections,
             Audience::Peers(_) => limits.max_peer_connections,
         };
         let fits = matches!(self.audience, Audience::Peers(_)) || self.descriptors.has_room(count);
@@ -154,18 +165,25 @@ impl Front {
         let limits = self.limits.load_full();
         let admission = self.admit_connection(count, &limits);
         if admission == Admission::Admitted {
-            let stream = match &self.audience {
-                Audience::Clients(_) => stream,
+            let entered = match &self.audience {
+                Audience::Clients(_, entrance) => match Box::pin(entrance.enter(stream, &limits)).await {
+                    Ok(entered) => entered,
+                    Err(closed) => return Box::pin(self.turn_away(closed, &limits)).await,
+                },
                 Audience::Peers(access) => match Box::pin(access.secure(stream, limits.header_timeout.get())).await {
-                    Some(stream) => stream,
+                    Some(stream) => Entered::peer(stream),
                     None => return,
                 },
             };
-            return self.serve_connection(Conn::new(stream, limits.write_timeout.get()), shutdown).await;
+            return self.serve_connection(entered, limits.write_timeout.get(), shutdown).await;
         }
         self.metrics.shed(Limit::Connections);
         // With TLS there is no answer: it would cost a handshake.
-        if !matches!(&self.audience, Audience::Peers(access) if access.is_secured()) {
+        let is_secured = match &self.audience {
+            Audience::Clients(_, entrance) => entrance.tls.is_some(),
+            Audience::Peers(access) => access.is_secured(),
+        };
+        if !is_secured {
             let wait = if admission == Admission::RefusedWithAnswer { fast_path::REFUSAL } else { Duration::ZERO };
             Box::pin(fast_path::refuse_connection(&mut Conn::new(stream, limits.write_timeout.get()), wait)).await;
         }
@@ -173,8 +191,10 @@ impl Front {
 
     /// Serves one request after the other until either side closes. Boxes every future that only a request needs: there are many idle
     /// connections, and each holds this function's state.
-    async fn serve_connection(&self, mut conn: Conn, shutdown: &ShutdownWatch) {
-        let socket_address = conn.client_address();
+    async fn serve_connection(&self, entered: Entered, write_timeout: Duration, shutdown: &ShutdownWatch) {
+        let Entered { stream, address: socket_address, certificate, counted: _counted } = entered;
+        let mut conn = Conn::new(stream, write_timeout);
+        let mut memo = Memo::default();
         let address = socket_address.map(|address| address.ip().to_canonical());
         let mut draining = shutdown.clone();
         let mut ahead = BytesMut::new();
@@ -212,10 +232,24 @@ impl Front {
                 Err((status, why)) => return Box::pin(self.refuse_request(conn, status, why, address)).await,
             };
             let client = self.client(socket_address, &head, &ahead);
+            if let Audience::Clients(_, entrance) = &self.audience
+                && !entrance.is_open(&limits)
+                && let Err(refused) =
+                    Box::pin(entrance.check(&mut memo, &head, &ahead, routed.as_deref(), client, certificate.as_ref())).await
+            {
+                let (reply, why) = *refused;
+                match Box::pin(self.deny(conn, ahead, &head, reply, why, client)).await {
+                    Some(next) => {
+                        (conn, ahead) = next;
+                        continue;
+                    }
+                    None => return,
+                }
+            }
             let arrived = Arrived { head: &head, limits: &limits, draining: &draining, asked: &asked, client, routed: routed.as_deref() };
             let next = match head.target(&ahead) {
                 _ if let Some(found) = &routed => match &self.audience {
-                    Audience::Clients(relay) if !found.is_answered(&head.method) => {
+                    Audience::Clients(relay, _) if !found.is_answered(&head.method) => {
                         Box::pin(self.relay_request(relay, conn, ahead, &arrived, shutdown)).await
                     }
                     _ => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
@@ -232,7 +266,7 @@ impl Front {
                     }
                 }
                 target => match &self.audience {
-                    Audience::Clients(relay) if !is_for_handlers(&target, &head.method) => {
+                    Audience::Clients(relay, _) if !is_for_handlers(&target, &head.method) => {
                         Box::pin(self.relay_request(relay, conn, ahead, &arrived, shutdown)).await
                     }
                     _ => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
@@ -245,15 +279,32 @@ impl Front {
         }
     }
 
+    /// Closes a connection that may not send requests, with an answer if it can have one.
+    async fn turn_away(&self, closed: Closed, limits: &Limits) {
+        match closed {
+            Closed::Plain(stream) => {
+                let why = "this port speaks TLS: ask it with https";
+                self.refuse_request(Conn::new(stream, limits.write_timeout.get()), StatusCode::BAD_REQUEST, why, None).await;
+            }
+            Closed::TooMany(stream) => {
+                let why = "more connections than one client may open (limits.connections_per_client)";
+                if let Some(stream) = stream {
+                    self.refuse_request(Conn::new(stream, limits.write_timeout.get()), StatusCode::TOO_MANY_REQUESTS, why, None).await;
+                }
+            }
+            Closed::Silently(why) => tracing::debug!(why, "a connection was closed before its first request"),
+        }
+    }
+
     /// Decides whether this listener answers the request. Returns what the answer must prove, or a status and a reason to refuse it.
     fn admit_request(&self, head: &Head, bytes: &[u8]) -> Result<Asked, (StatusCode, &'static str)> {
         match &self.audience {
             // Not checked for peers: the owner of a blob may ask the very node that asked it. One hop is all, so that is no loop.
-            Audience::Clients(_) if head.looped => {
+            Audience::Clients(..) if head.looped => {
                 let why = "the request has come back to the node that sent it: this node and its origin lead to each other; see origin.url";
                 Err((StatusCode::LOOP_DETECTED, why))
             }
-            Audience::Clients(_) => Ok(Asked::OPEN),
+            Audience::Clients(..) => Ok(Asked::OPEN),
             Audience::Peers(access) => {
                 access.admits(head, bytes).ok_or((StatusCode::FORBIDDEN, "this listener is for the nodes of the cluster"))
             }
@@ -314,7 +365,8 @@ impl Front {
                 return None;
             }
         };
-        let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)), to };
+        let credentials_are_ours = matches!(&self.audience, Audience::Clients(_, entrance) if entrance.access.is_some());
+        let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)), to, credentials_are_ours };
         relay.pass(conn, ahead, head, limits, shutdown, known).await
     }
 }

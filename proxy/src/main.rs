@@ -4,6 +4,7 @@ use arc_swap::ArcSwap;
 use castier::{
     admin::{self, Admin, Phase},
     descriptors::{Descriptors, Shares},
+    entrance::{self, Door},
     events::OutboxJournal,
     handlers::{Asks, Handlers, relay::Relay},
     listener::{Audience, Front},
@@ -28,6 +29,7 @@ use castier_serverkit::{
     open_files, otlp,
     signals::{Order, Reading, Signals, sound},
     startup::{self, CommonArgs},
+    tls::Tls,
 };
 use castier_upstream::{self as upstream, EmbeddedStore, TracedPlan, Upstream, trace};
 use clap::Parser;
@@ -122,10 +124,16 @@ fn main() -> ExitCode {
     startup::main(
         PROGRAM,
         &common,
-        || common.load_with(config::environment(), routes::check),
+        || common.load_with(config::environment(), check),
         ("origin.url", online_check::ask),
         |config| run(&common, config),
     )
+}
+
+/// The checks that the configuration cannot make itself.
+fn check(config: &Castier, problems: &mut config::Problems) {
+    routes::check(config, problems);
+    entrance::check(config, problems);
 }
 
 /// Starts everything, reloads the config at each SIGHUP, and ends at SIGTERM or SIGINT.
@@ -231,6 +239,7 @@ struct Parts {
     purge: Arc<Purge>,
     routes: Arc<Routes>,
     admin: Arc<Admin>,
+    door: Door,
     /// This node's name.
     name: String,
 }
@@ -284,12 +293,28 @@ impl Parts {
         let ca_file = upstream::ca_file(&config.origin)?;
         let ticket_key = nodes.as_ref().and_then(|nodes| nodes.secrets.derive("lfs tickets"));
         let routes = Routes::new(config, &node, client_memory.clone(), ticket_key, ca_file, origin_url)?;
+        let door = Door::new(config, &metrics)?;
         let purge = Purge::new(cache, node.origin.clone(), peers, own_name.clone());
         let members = nodes.as_ref().map(|nodes| nodes.members.clone());
         let admin = Arc::new(Admin::new(node.clone(), origin.clone(), metrics.clone(), members, purge.clone(), routes.clone()));
         let descriptors = Descriptors::new(shares);
         Ok((
-            Self { metrics, limits, shares, descriptors, client_memory, nodes, tiers, origin, node, purge, routes, admin, name: own_name },
+            Self {
+                metrics,
+                limits,
+                shares,
+                descriptors,
+                client_memory,
+                nodes,
+                tiers,
+                origin,
+                node,
+                purge,
+                routes,
+                admin,
+                door,
+                name: own_name,
+            },
             rotten,
         ))
     }
@@ -307,22 +332,27 @@ impl Parts {
     /// Accepts connections at every socket.
     fn listen(&self, config: &Castier, sockets: Sockets) -> Result<Listeners, String> {
         let front = |asks, audience| {
-            let (handlers, proxies) = (Handlers::new(self.node.clone(), asks, self.routes.clone()), config.log.trusted_proxies.clone());
+            let (handlers, proxies) = (Handlers::new(self.node.clone(), asks, self.routes.clone()), entrance::proxies(config));
             let (limits, client_memory) = (self.limits.clone(), self.client_memory.clone());
             Front::new(handlers, audience, limits, proxies, client_memory, self.descriptors.clone(), self.metrics.clone())
         };
         let relay = Relay::new(self.origin.clone(), self.metrics.clone(), upstream::ca_file(&config.origin)?);
-        let admin = tokio::spawn(admin::serve(sockets.admin, admin::router(self.admin.clone()), self.limits.clone()));
+        let admin =
+            tokio::spawn(admin::serve(sockets.admin, admin::router(self.admin.clone()), self.door.guard(config), self.limits.clone()));
         // The peer listener opens before this node sends requests to peers, because they may send it some at once.
         let peer = match (sockets.peer, &self.nodes) {
             (Some(socket), Some(nodes)) => {
                 let asks = Asks::Peers { members: nodes.members.clone(), leaving: nodes.leaving.clone() };
-                let audience = Audience::Peers(nodes.access(config, &self.metrics)?);
+                let audience = Audience::Peers(nodes.access());
                 Some(Listening::open("peer", front(asks, audience), socket)?)
             }
             _ => None,
         };
-        let public = Listening::open("public", front(Asks::Clients(self.purge.clone()), Audience::Clients(relay)), sockets.public)?;
+        let public = Listening::open(
+            "public",
+            front(Asks::Clients(self.purge.clone()), Audience::Clients(relay, self.door.entrance(config))),
+            sockets.public,
+        )?;
         Ok(Listeners { public, peer, admin })
     }
 
@@ -337,6 +367,14 @@ impl Parts {
         tokio::spawn(refetch(self.node.cache.clone(), rotten));
         tokio::spawn(log_stats(self.admin.clone(), config.log.stats_interval.get()));
         tokio::spawn(keep_history(self.admin.clone()));
+        if let Some(tls) = self.door.tls.clone() {
+            tokio::spawn(tls.watch(|| {}));
+        }
+        if let Some(nodes) = self.nodes.clone()
+            && let Some(tls) = nodes.tls.clone()
+        {
+            tokio::spawn(tls.watch(move || nodes.renew_certificates()));
+        }
         if let OriginUrl::Remote(_) = config.origin.url {
             tokio::spawn(ask_origin(self.origin.clone(), config.origin.url.to_string()));
         }
@@ -440,10 +478,14 @@ fn planner(origin: Arc<dyn Source>, peers: Option<Arc<Peers>>, outbox: Option<Ar
 const FIRST_MEMBERS: Duration = Duration::from_secs(5);
 
 /// The parts that only a node of a cluster has.
+#[derive(Clone)]
 struct Nodes {
     members: Arc<Members>,
     secrets: Arc<Secrets>,
     peers: Arc<Peers>,
+    probe: Arc<HttpProbe>,
+    /// The certificates of the peer listener; `None`: plain TCP.
+    tls: Option<Arc<Tls>>,
     /// This node is about to end. Health checks by peers fail from now on.
     leaving: Arc<AtomicBool>,
 }
@@ -453,18 +495,33 @@ impl Nodes {
     fn of(config: &Castier, metrics: &Arc<Metrics>) -> Result<Option<Self>, String> {
         let Some(cluster) = &config.cluster else { return Ok(None) };
         let secrets = Arc::new(Secrets::open(cluster)?);
-        let members = Members::start(cluster, Arc::new(HttpProbe::new(&cluster.tls, secrets.clone())?), metrics.cluster.clone())?;
+        let tls = if cluster.tls.is_on() { Some(Tls::open(cluster.tls.files(), &[], metrics.certificates(Listener::Peer))?) } else { None };
+        let probe = Arc::new(HttpProbe::new(&cluster.tls, secrets.clone())?);
+        let members = Members::start(cluster, probe.clone(), metrics.cluster.clone())?;
         let peers = Peers::new(config, members.clone(), secrets.clone(), metrics.cache.clone(), metrics.upstream.clone())?;
-        Ok(Some(Self { members, secrets, peers, leaving: Arc::default() }))
+        Ok(Some(Self { members, secrets, peers, probe, tls, leaving: Arc::default() }))
     }
 
-    fn access(&self, config: &Castier, metrics: &Metrics) -> Result<PeerAccess, String> {
-        let tls = config.cluster.as_ref().map(|cluster| cluster.tls.clone()).unwrap_or_default();
-        let access = PeerAccess::new(&tls, self.secrets.clone())?;
-        if let Some(expiry) = access.certificate_expiry() {
-            metrics.certificate_expires(Listener::Peer, expiry);
+    fn access(&self) -> PeerAccess {
+        PeerAccess::new(self.tls.clone(), self.secrets.clone())
+    }
+
+    /// Reads the certificates again. Blocks.
+    fn reload_certificates(&self) {
+        match self.tls.as_ref().map(|tls| tls.reload()) {
+            None => {}
+            Some(Ok(())) => self.renew_certificates(),
+            Some(Err(why)) => tracing::error!(why, "the certificates stay as they are"),
         }
-        Ok(access)
+    }
+
+    /// Connects with the certificates that are in the files now. Blocks.
+    fn renew_certificates(&self) {
+        for renewed in [self.peers.renew_certificates(), self.probe.renew_certificates()] {
+            if let Err(why) = renewed {
+                tracing::error!(why, "connections to peers keep their certificates");
+            }
+        }
     }
 
     async fn wait_for_members(&self) {
@@ -746,10 +803,17 @@ impl Live {
     /// Reloads the config at each SIGHUP. Returns at SIGTERM or SIGINT.
     async fn reload_until_told_to_end(&mut self, args: &CommonArgs, signals: &mut Signals) {
         let (args, secrets) = (args.clone(), self.parts.nodes.as_ref().map(|nodes| nodes.secrets.clone()));
+        let (door, nodes) = (self.parts.door.clone(), self.parts.nodes.clone());
         let mut reading = Reading::new(move || {
-            let loaded = args.load_with::<Castier>(config::environment(), routes::check);
+            let loaded = args.load_with::<Castier>(config::environment(), check);
             // If the config is refused, the secrets stay too.
             let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
+            if let Ok(loaded) = &loaded {
+                door.reload(&loaded.config);
+                if let Some(nodes) = &nodes {
+                    nodes.reload_certificates();
+                }
+            }
             (loaded, secrets)
         });
         while let Order::Reload((loaded, secrets)) = signals.next(&mut reading).await {
@@ -772,6 +836,7 @@ impl Live {
             origin.set_limits((&new.limits).into());
         }
         self.parts.limits.store(Arc::new(self.parts.shares.within(&new.limits)));
+        self.parts.door.clients.set(entrance::limits(&new.limits));
         self.parts.client_memory.set_limit(new.limits.client_memory.get());
         if let Some(nodes) = &self.parts.nodes {
             if let Err(why) = secrets {

@@ -143,7 +143,10 @@ pub struct Metrics {
     /// The most active clients and digests, for `/stats`.
     pub recent: Recent,
     shed: IntCounterVec,
-    certificate_expiry: IntGaugeVec,
+    tls_expiry: IntGaugeVec,
+    tls_reload_failures: IntCounterVec,
+    /// What is denied to clients.
+    pub access: Arc<castier_access::Metrics>,
     /// The memory limit of the control group in bytes; 0 if there is none.
     pub memory_limit: IntGauge,
     /// The most memory that the configuration allows, in bytes.
@@ -204,12 +207,19 @@ impl Metrics {
             routes: crate::routes::Series::new(&r)?,
             recent: Recent::default(),
             shed: counters(&r, "castier_shed_requests_total", "Requests refused at a limit", &["reason"])?,
-            certificate_expiry: gauges(
+            tls_expiry: gauges(
                 &r,
-                "castier_certificate_expiry_timestamp_seconds",
-                "Time when the first certificate of a listener expires",
+                "castier_tls_certificate_expiry_seconds",
+                "When the first certificate of a listener expires, in seconds since 1970; no series without TLS",
                 &["listener"],
             )?,
+            tls_reload_failures: counters(
+                &r,
+                "castier_tls_reload_failures_total",
+                "How often changed certificate files could not be used",
+                &["listener"],
+            )?,
+            access: Arc::new(castier_access::Metrics::new(&r)?),
             memory_limit: gauge(&r, "castier_memory_limit_bytes", "Memory limit of the control group; 0: none")?,
             memory_planned: gauge(&r, "castier_memory_planned_bytes", "Most memory that the configuration allows")?,
             connections: gauge(&r, "castier_connections", "Open client connections")?,
@@ -297,9 +307,13 @@ impl Metrics {
         self.shed.with_label_values(&[limit.as_str()]).inc();
     }
 
-    /// Sets when the first certificate of a listener expires, in seconds since 1970.
-    pub fn certificate_expires(&self, listener: Listener, at: i64) {
-        self.certificate_expiry.with_label_values(&[listener.as_str()]).set(at);
+    /// The series of the certificates of a listener.
+    pub fn certificates(&self, listener: Listener) -> castier_serverkit::tls::Metrics {
+        let labels = &[listener.as_str()];
+        castier_serverkit::tls::Metrics {
+            expiry: self.tls_expiry.with_label_values(labels),
+            reload_failures: self.tls_reload_failures.with_label_values(labels),
+        }
     }
 
     /// The number of refused requests, by limit.

@@ -1,34 +1,26 @@
 //! Who is admitted at the peer listener.
 
-use crate::{peer_tls, request_head::Head};
+use crate::{
+    request_head::Head,
+    secured::{self, Failed},
+};
 use castier_cluster::{Asked, HEALTH, Secrets};
-use castier_config::ClusterTls;
+use castier_serverkit::tls::Tls;
 use http::Method;
-use pingora::{listeners::tls::Acceptor, protocols::Stream};
+use pingora::protocols::Stream;
 use std::{sync::Arc, time::Duration};
 
 /// Admits only the nodes of the cluster to the peer listener.
 pub struct PeerAccess {
     secrets: Arc<Secrets>,
     /// `None`: plain TCP.
-    tls: Option<Acceptor>,
-    /// When this node's certificate expires, in seconds since 1970; `None` without TLS.
-    certificate_expiry: Option<i64>,
+    tls: Option<Arc<Tls>>,
 }
 
 impl PeerAccess {
     /// Admits nodes that prove that they know the secret and, with TLS, have a certificate from the cluster's CA.
-    ///
-    /// # Errors
-    /// A text that names the key of `cluster.tls` whose file cannot be used.
-    pub fn new(tls: &ClusterTls, secrets: Arc<Secrets>) -> Result<Self, String> {
-        let (acceptor, certificate_expiry) = peer_tls::acceptor(tls)?.unzip();
-        Ok(Self { secrets, tls: acceptor, certificate_expiry: certificate_expiry.flatten() })
-    }
-
-    /// When the first certificate of this node's chain expires, in seconds since 1970.
-    pub const fn certificate_expiry(&self) -> Option<i64> {
-        self.certificate_expiry
+    pub const fn new(tls: Option<Arc<Tls>>, secrets: Arc<Secrets>) -> Self {
+        Self { secrets, tls }
     }
 
     /// Whether connections here speak TLS.
@@ -38,9 +30,14 @@ impl PeerAccess {
 
     /// The connection after its TLS handshake, if TLS is on. `None` if the handshake failed.
     pub(crate) async fn secure(&self, stream: Stream, timeout: Duration) -> Option<Stream> {
-        match &self.tls {
-            None => Some(stream),
-            Some(acceptor) => peer_tls::accept(acceptor, stream, timeout).await,
+        let Some(tls) = &self.tls else { return Some(stream) };
+        match secured::accept(tls, stream, timeout).await {
+            Ok((stream, _)) => Some(stream),
+            Err(Failed::Plain(_)) => None,
+            Err(Failed::Handshake(why)) => {
+                tracing::info!(why, "no peer: the TLS handshake failed");
+                None
+            }
         }
     }
 

@@ -60,6 +60,8 @@ pub struct Head {
     user_agent: Option<Range<usize>>,
     /// It has one of the headers in [`INTRODUCING`].
     introduced: bool,
+    /// `Authorization`. An empty range, which is no valid one, if the header is repeated.
+    authorization: Option<Range<usize>>,
     /// A peer's proof. An empty range, which is no valid proof, if the header is repeated.
     proof: Option<Range<usize>>,
     /// Path and query.
@@ -97,6 +99,11 @@ impl Head {
     /// The proof that the request carries.
     pub fn proof<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
         bytes.get(self.proof.clone()?)
+    }
+
+    /// `Authorization`.
+    pub fn authorization<'a>(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        bytes.get(self.authorization.clone()?)
     }
 
     /// Path and query, as they came.
@@ -353,6 +360,7 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         && named("upgrade").next().is_some()
         && names_upgrade(named("connection").map(|header| header.value));
     let proof = the_one(bytes, request.headers, &PROOF);
+    let authorization = the_one(bytes, request.headers, &header::AUTHORIZATION);
     let looped = named("via").any(|header| via_header::names_this_node(header.value));
     let validator = the_one(bytes, request.headers, &header::IF_NONE_MATCH);
     let user_agent = the_one(bytes, request.headers, &header::USER_AGENT);
@@ -370,6 +378,7 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         validator,
         framing,
         looped,
+        authorization,
         proof,
         target: whole,
         absolute: None,

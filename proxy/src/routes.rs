@@ -229,6 +229,11 @@ impl Match {
         self.route.is_implied
     }
 
+    /// Whether the upstream decides which client may read, by the client's own credentials.
+    pub(crate) fn is_private(&self) -> bool {
+        self.route.is_private
+    }
+
     /// Whether a handler answers such a request. If not, it is relayed to the upstream.
     pub(crate) fn is_answered(&self, method: &Method) -> bool {
         (matches!(*method, Method::GET | Method::HEAD) && self.rule.kind != Kind::Relay) || is_batch(method, self)
@@ -310,8 +315,8 @@ impl Route {
     }
 
     /// The route for the origin's entries (`/ac`, `/kv`): mutable, so each request asks, with a condition if something is kept. The origin decides who may
-    /// read them.
-    fn for_entries(index: usize, origin: &Url, most: u64, series: &Series) -> (Self, rules::Route) {
+    /// read them, unless castier does (`is_private` is false then).
+    fn for_entries(index: usize, origin: &Url, most: u64, is_private: bool, series: &Series) -> (Self, rules::Route) {
         const PATHS: [&str; 3] = ["/ac/{sha256}", "/{instance}/ac/{sha256}", "/kv/{path*}"];
         let list = PATHS.iter().filter_map(|path| Template::parse(path).ok());
         let list = list.map(|path| Rule {
@@ -338,7 +343,7 @@ impl Route {
             hosts: Hosts::default(),
             terms: Terms { ttl: None, stale_if_error: Duration::ZERO, negative_ttl: Duration::ZERO },
             proof_ttl: Duration::ZERO,
-            is_private: true,
+            is_private,
             own: None,
             query_is_key: true,
             max_body: most,
@@ -517,7 +522,7 @@ impl Routes {
         let (built, entries) = {
             // Its requests count as the origin's, so its own series are registered nowhere.
             let unlisted = Series::new(&prometheus::Registry::new()).map_err(|error| format!("metrics: {error}"))?;
-            Route::for_entries(routes.len(), origin, config.limits.max_blob.get(), &unlisted)
+            Route::for_entries(routes.len(), origin, config.limits.max_blob.get(), !config.decides_access(), &unlisted)
         };
         table.push(entries);
         routes.push(Arc::new(built));

@@ -168,12 +168,12 @@ impl Front {
         };
         let first_byte = Some(started.elapsed());
         // Errors carry the request's id, so that a client can report it. The heads of blobs do not: they must not vary, since caches keep them.
-        if reply.status.as_u16() >= 400 && matches!(self.audience, Audience::Clients(_)) {
+        if reply.status.as_u16() >= 400 && matches!(self.audience, Audience::Clients(..)) {
             reply.headers.extend(trace.id_header().map(|id| (X_REQUEST_ID, id)));
         }
         reply.prove(arrived.asked);
         let (code, mut served, cache) = (reply.status.as_u16(), reply.served, cache_status(&reply.headers).to_owned());
-        let written = trace::along(Some(trace.clone()), self.write_reply(session, reply)).await;
+        let written = trace::along(Some(trace.clone()), self.write_reply(session, reply, arrived)).await;
         let whole = written.is_ok();
         if let Err(cut) = written {
             served = Served::Error;
@@ -286,7 +286,7 @@ impl Front {
     }
 
     /// Writes a reply. Its body may still be arriving from a source. If that fails, the connection must be closed.
-    async fn write_reply(&self, session: &mut ServerSession, reply: Reply) -> Result<(), Cut> {
+    async fn write_reply(&self, session: &mut ServerSession, reply: Reply, arrived: &Arrived<'_>) -> Result<(), Cut> {
         let Reply { status, headers, body, served, tier } = reply;
         let mut reader = match body {
             Body::Blob(reader) => reader,
@@ -307,6 +307,7 @@ impl Front {
             match piece {
                 Ok(Some(piece)) => {
                     let bytes = piece.len() as u64;
+                    self.pace(arrived.limits, arrived.client, piece.len()).await;
                     session.write_response_body(piece, false).await.map_err(Cut::client)?;
                     self.metrics.served_from(self.name(), tier, bytes);
                 }

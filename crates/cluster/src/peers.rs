@@ -10,13 +10,14 @@
 
 use crate::{
     members::{Member, Members, Report, View},
-    probe::peer_options,
+    probe::connect_with,
     secret::{Asked, PROOF, Secrets},
 };
+use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use castier_blob::Digest;
 use castier_cache::{Answer, Ask, Fault, Incoming, Limit, Put, Source, Stat, Upload};
-use castier_config as config;
+use castier_config::{self as config, ClusterTls};
 use castier_upstream::{PeerServer, Signed, Trust, Upstream, insert, size_of};
 use castier_wire::{self as wire, CACHE_STATUS, Problem};
 use futures::{
@@ -71,7 +72,8 @@ pub struct Peers {
     cache_metrics: Arc<castier_cache::Metrics>,
     upstream_metrics: Arc<castier_upstream::Metrics>,
     /// Has a pool of idle connections per address, and each connection serves one request at a time. So a slow peer delays only requests to it.
-    connector: Arc<TransportConnector>,
+    connector: ArcSwap<TransportConnector>,
+    files: ClusterTls,
     tls: bool,
     known: Mutex<HashMap<Arc<str>, Arc<Peer>>>,
     /// `cluster.stall_timeout`.
@@ -196,6 +198,13 @@ impl Source for PeerSource {
     }
 }
 
+fn connector(tls: &ClusterTls) -> Result<TransportConnector, String> {
+    connect_with(tls, |mut options| {
+        options.keepalive_pool_size = POOL;
+        TransportConnector::new(Some(options))
+    })
+}
+
 impl Peers {
     /// The peers of the configured cluster. Opens no connection yet.
     ///
@@ -209,15 +218,15 @@ impl Peers {
         upstream_metrics: Arc<castier_upstream::Metrics>,
     ) -> Result<Arc<Self>, String> {
         let cluster = config.cluster.as_ref().ok_or("cluster: is missing")?;
-        let mut options = peer_options(&cluster.tls)?;
-        options.keepalive_pool_size = POOL;
+        let connector = connector(&cluster.tls)?;
         let attempts = config.origin.retries + 1;
         Ok(Arc::new(Self {
             members,
             secrets,
             cache_metrics,
             upstream_metrics,
-            connector: Arc::new(TransportConnector::new(Some(options))),
+            connector: ArcSwap::from_pointee(connector),
+            files: cluster.tls.clone(),
             tls: cluster.tls.is_on(),
             known: Mutex::default(),
             stall_timeout: cluster.stall_timeout.get(),
@@ -229,6 +238,17 @@ impl Peers {
             requests: config.origin.max_requests,
             max_wait: config.fill.max_wait.get(),
         }))
+    }
+
+    /// Uses the certificates that are in the files now, for the connections from here on. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; nothing changes then.
+    pub fn renew_certificates(&self) -> Result<(), String> {
+        self.connector.store(Arc::new(connector(&self.files)?));
+        // The servers of the members hold the one before.
+        self.known.lock().clear();
+        Ok(())
     }
 
     /// The members of the cluster, and whether each is up.
@@ -547,7 +567,7 @@ impl Peers {
         let peer = Arc::new(Peer {
             upstream: Upstream::peer(
                 PeerServer {
-                    connector: self.connector.clone(),
+                    connector: self.connector.load_full(),
                     host: member.host.clone(),
                     port: member.port,
                     authority: member.name.to_string(),

@@ -5,6 +5,7 @@ use crate::{
     peers::{HEALTH, POOL, prove},
     secret::Secrets,
 };
+use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use castier_config::ClusterTls;
 use castier_serverkit::pem;
@@ -27,7 +28,8 @@ const LOOK_UP: Duration = Duration::from_secs(5);
 
 /// Probes peers, each time over a new connection: a peer that answers only over old connections cannot serve new requests.
 pub struct HttpProbe {
-    connector: Connector,
+    connector: ArcSwap<Connector>,
+    files: ClusterTls,
     tls: bool,
     secrets: Arc<Secrets>,
 }
@@ -38,17 +40,23 @@ impl HttpProbe {
     /// # Errors
     /// A text that names the configuration key whose file is unusable.
     pub fn new(tls: &ClusterTls, secrets: Arc<Secrets>) -> Result<Self, String> {
-        let options = peer_options(tls)?;
-        // pingora panics if the key does not match the certificate.
-        let connector = std::panic::catch_unwind(AssertUnwindSafe(|| Connector::new(Some(options))))
-            .map_err(|_| "cluster.tls.key_file: is not the key of the certificate in cluster.tls.cert_file".to_owned())?;
-        Ok(Self { connector, tls: tls.is_on(), secrets })
+        let connector = ArcSwap::from_pointee(connect_with(tls, |options| Connector::new(Some(options)))?);
+        Ok(Self { connector, files: tls.clone(), tls: tls.is_on(), secrets })
+    }
+
+    /// Uses the certificates that are in the files now, for the connections from here on. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; nothing changes then.
+    pub fn renew_certificates(&self) -> Result<(), String> {
+        self.connector.store(Arc::new(connect_with(&self.files, |options| Connector::new(Some(options)))?));
+        Ok(())
     }
 
     async fn ask(&self, member: &Member, address: SocketAddr) -> Result<Option<String>, String> {
         let unreadable = |error: Box<pingora::Error>| error.to_string();
         let peer = HttpPeer::new(address, self.tls, if self.tls { member.host.clone() } else { String::new() });
-        let (mut session, _) = self.connector.get_http_session(&peer).await.map_err(unreadable)?;
+        let (mut session, _) = self.connector.load_full().get_http_session(&peer).await.map_err(unreadable)?;
         let mut request = RequestHeader::build(Method::GET, HEALTH.as_bytes(), Some(4)).map_err(unreadable)?;
         request.insert_header(header::HOST, &*member.name).map_err(unreadable)?;
         request.insert_header(header::CONNECTION, "close").map_err(unreadable)?;
@@ -84,11 +92,22 @@ impl Probe for HttpProbe {
     }
 }
 
+/// What connects to peers, made from its options.
+///
+/// # Errors
+/// As [`peer_options`].
+pub(crate) fn connect_with<C>(tls: &ClusterTls, make: impl FnOnce(ConnectorOptions) -> C) -> Result<C, String> {
+    let options = peer_options(tls)?;
+    // pingora panics if the key does not match the certificate.
+    std::panic::catch_unwind(AssertUnwindSafe(|| make(options)))
+        .map_err(|_| "cluster.tls.key_file: is not the key of the certificate in cluster.tls.cert_file".to_owned())
+}
+
 /// The options of connections to peers. Checks the TLS files, since pingora panics on bad ones.
 ///
 /// # Errors
 /// A text that names the configuration key whose file is unusable.
-pub(crate) fn peer_options(tls: &ClusterTls) -> Result<ConnectorOptions, String> {
+fn peer_options(tls: &ClusterTls) -> Result<ConnectorOptions, String> {
     let mut options = ConnectorOptions::new(POOL);
     if !tls.is_on() {
         return Ok(options);

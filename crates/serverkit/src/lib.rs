@@ -8,7 +8,7 @@
 //! - [`admin_connections`]: closes an idle connection to an admin listener for a new one.
 //! - [`multipart`]: uploads as forms.
 //! - [`stall_timeout`]: a timeout for a client that sends or takes no byte.
-//! - [`pem`]: certificates and keys.
+//! - [`pem`], [`tls`]: certificates and keys, and TLS at a listener.
 
 pub mod access_log;
 pub mod admin_connections;
@@ -25,3 +25,4 @@ pub mod signals;
 pub mod stall_timeout;
 pub mod startup;
 mod threads;
+pub mod tls;

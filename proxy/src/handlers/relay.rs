@@ -90,6 +90,8 @@ pub struct Known {
     pub trace: Trace,
     /// Where it goes; `None`: to the origin.
     pub to: Option<RelayTo>,
+    /// Its `Authorization` is for castier, and not for the origin.
+    pub credentials_are_ours: bool,
 }
 
 /// The state of one relayed request.
@@ -245,6 +247,9 @@ impl ProxyHttp for Rules {
             }
         }
         request.append_header(header::VIA, via_header::own(session.req_header().version))?;
+        if ctx.known.as_ref().is_some_and(|known| known.to.is_none() && known.credentials_are_ours) {
+            request.remove_header(&header::AUTHORIZATION);
+        }
         if let Some(credentials) = self.server(ctx).credentials()
             && !request.headers.contains_key(header::AUTHORIZATION)
         {

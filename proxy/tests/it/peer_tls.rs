@@ -1,6 +1,6 @@
 //! Mutual TLS between nodes: clients without a certificate of the cluster are refused.
 
-use crate::support::{Blob, Castier, Cluster, LyingOrigin, Request, assert_ledger, cluster::Node, get, light};
+use crate::support::{Blob, Castier, Cluster, LyingOrigin, Request, assert_ledger, cluster::Node, eventually, get, light};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd};
 use std::{
     fs,
@@ -98,7 +98,7 @@ async fn nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in() {
     assert!(cluster.sum("castier_source_loads_total", &[("source", "peer"), ("result", "ok")]).await > 0);
     assert_eq!(cluster.sum("castier_peer_errors_total", &[]).await, 0);
     for node in &cluster.nodes {
-        let expiry = node.metrics().await.sum("castier_certificate_expiry_timestamp_seconds", &[("listener", "peer")]);
+        let expiry = node.metrics().await.sum("castier_tls_certificate_expiry_seconds", &[("listener", "peer")]);
         assert_eq!(expiry, EXPIRY, "the node's own certificate, not the authority's");
     }
 
@@ -115,6 +115,32 @@ async fn nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in() {
     for node in &cluster.nodes {
         assert_ledger(node.castier()).await;
     }
+}
+
+/// Another authority, with other certificates for all nodes, while they run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_are_replaced_without_a_restart() {
+    let _turn = light().await;
+    let (authority, next, dir) = (Authority::new(), Authority::new(), TempDir::new().unwrap());
+    let origin = LyingOrigin::start().await;
+    let cluster = cluster(&authority, &origin, "").await;
+    let certified = next.certify("127.0.0.1", dir.path());
+    fs::copy(next.file(), authority.file()).unwrap();
+    for node in &cluster.nodes {
+        assert_eq!(curl(node, "/healthz", &next, Some(certified.clone())), "000");
+        next.certify(&node.address.to_string(), &node.path(""));
+    }
+    for node in &cluster.nodes {
+        eventually("the new certificates", async || (curl(node, "/healthz", &next, Some(certified.clone())) == "200").then_some(())).await;
+    }
+    eventually("one load for both nodes", async || {
+        let blob = origin.blob(50_000);
+        for node in &cluster.nodes {
+            get(node.public(), &blob).await.assert_is(&blob);
+        }
+        (origin.gets(&blob) == 1).then_some(())
+    })
+    .await;
 }
 
 #[test]

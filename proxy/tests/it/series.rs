@@ -220,10 +220,10 @@ const SERIES: &[Series] = &[
 /// Series that this cluster cannot change, and the tests that change them.
 const ELSEWHERE_TESTED: &[(&str, &str)] = &[
     ("castier_memory_limit_bytes", "client_memory, a_plan_that_does_not_fit_is_told: a control group with a limit"),
-    (
-        "castier_certificate_expiry_timestamp_seconds",
-        "peer_tls, nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in: cluster.tls",
-    ),
+    ("castier_tls_certificate_expiry_seconds", "peer_tls, nodes_with_certificates_are_a_cluster_and_nobody_else_is_let_in: cluster.tls"),
+    ("castier_tls_reload_failures_total", "protocols, certificates_are_read_again: listen.tls"),
+    ("castier_denied_requests_total", "protocols, users_and_tokens_have_roles_and_scopes: users"),
+    ("castier_password_checks_total", "castier-access, every_series_exists_from_the_start_and_counts_its_own"),
     ("castier_fill_ranges_total", "parallel, ranges_are_read_at_the_same_time: a blob over fill.parallel_over"),
     ("castier_bucket_max_requests", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),
     ("castier_bucket_throttled_total", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),

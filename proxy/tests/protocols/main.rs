@@ -7,6 +7,7 @@ mod apt;
 mod build;
 mod cargo;
 mod checks;
+mod entrance;
 mod events;
 mod go;
 mod hostile;

@@ -4,7 +4,7 @@
 
 use rustix::{
     net::{AddressFamily, SocketType, bind, getsockname, socket, sockopt::set_socket_reuseaddr},
-    process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process_group, prlimit},
+    process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, kill_process_group, prlimit},
 };
 use std::{
     collections::BTreeMap,
@@ -321,6 +321,16 @@ impl Castier {
         self.process.stop();
         let public = self.public.to_string();
         Self::start(self.dir, &public, config, &[])
+    }
+
+    /// Makes it read its configuration and its files again.
+    pub(crate) fn hang_up(&self) {
+        kill_process(Pid::from_child(&self.process.child), Signal::HUP).unwrap();
+    }
+
+    /// Waits until its log has this text.
+    pub(crate) fn says(&self, text: &str) {
+        eventually(text, || self.process.log().contains(text).then_some(()));
     }
 
     /// Kills it at once (SIGKILL).

@@ -1,0 +1,238 @@
+//! TLS at a listener: certificates by the name that a client asks for, client certificates, and files that are read again when they change.
+//!
+//! cert-manager and certbot change the files while a program runs: they swap a symlink, or write one file after the other. So [`Tls::watch`] compares
+//! what the paths lead to, waits until nothing changes any more, and then reads everything again. A pair that cannot be used changes nothing.
+
+use crate::pem::{certificates, private_key, unusable};
+use arc_swap::ArcSwap;
+use castier_config::TlsFiles;
+use parking_lot::Mutex;
+use prometheus::{IntCounter, IntGauge};
+use rustls::{
+    RootCertStore, ServerConfig,
+    crypto::{CryptoProvider, ring},
+    server::{ClientHello, ProducesTickets, ResolvesServerCert, ServerSessionMemoryCache, StoresServerSessions, WebPkiClientVerifier},
+    sign::CertifiedKey,
+};
+use std::{os::unix::fs::MetadataExt as _, path::Path, sync::Arc, time::Duration};
+use tokio_rustls::TlsAcceptor;
+use x509_parser::{
+    extensions::GeneralName,
+    prelude::{FromDer as _, X509Certificate},
+};
+
+/// How often [`Tls::watch`] looks at the files.
+pub const LOOK: Duration = Duration::from_secs(2);
+/// How many sessions of TLS 1.2 can be resumed. Those of TLS 1.3, and of clients with tickets, need no memory here.
+const SESSIONS: usize = 4096;
+
+/// The metrics of a listener's certificates.
+#[derive(Clone)]
+pub struct Metrics {
+    /// When the first certificate expires, in seconds since 1970.
+    pub expiry: IntGauge,
+    /// How often changed files could not be used.
+    pub reload_failures: IntCounter,
+}
+
+/// The certificates of one listener.
+pub struct Tls {
+    files: TlsFiles,
+    alpn: Vec<Vec<u8>>,
+    provider: Arc<CryptoProvider>,
+    /// Outlive a reload, so that sessions can be resumed after it.
+    tickets: Arc<dyn ProducesTickets>,
+    sessions: Arc<dyn StoresServerSessions>,
+    metrics: Metrics,
+    acceptor: ArcSwap<Accept>,
+    /// What the files were when they were last read, and one reading at a time.
+    seen: Mutex<Stamps>,
+}
+
+struct Accept(TlsAcceptor);
+
+/// What a path leads to: device, inode, size, and time of the last change in nanoseconds. `None`: nothing.
+type Stamps = Vec<Option<(u64, u64, u64, i128)>>;
+
+impl Tls {
+    /// Reads the files. `alpn`: the protocols that the listener speaks, best first.
+    ///
+    /// # Errors
+    /// A text that names the key and the file that cannot be used.
+    pub fn open(files: TlsFiles, alpn: &[&[u8]], metrics: Metrics) -> Result<Arc<Self>, String> {
+        let provider = Arc::new(ring::default_provider());
+        let tickets = ring::Ticketer::new().map_err(|error| format!("{}: no key for tickets: {error}", files.section))?;
+        let alpn: Vec<_> = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+        let sessions: Arc<dyn StoresServerSessions> = ServerSessionMemoryCache::new(SESSIONS);
+        let seen = stamps(&files);
+        let (config, expiry) = configure(&files, &alpn, &provider, &tickets, &sessions)?;
+        metrics.expiry.set(expiry);
+        let acceptor = ArcSwap::from_pointee(Accept(config.into()));
+        Ok(Arc::new(Self { files, alpn, provider, tickets, sessions, metrics, acceptor, seen: Mutex::new(seen) }))
+    }
+
+    /// Makes the server's side of a connection, with the certificates in force now.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        self.acceptor.load().0.clone()
+    }
+
+    /// Reads the files again. If they cannot be used, the certificates in force stay, and the log and a metric tell it. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn reload(&self) -> Result<(), String> {
+        let mut seen = self.seen.lock();
+        // Before they are read: what changes meanwhile is seen the next time.
+        *seen = stamps(&self.files);
+        match configure(&self.files, &self.alpn, &self.provider, &self.tickets, &self.sessions) {
+            Ok((config, expiry)) => {
+                self.acceptor.store(Arc::new(Accept(config.into())));
+                self.metrics.expiry.set(expiry);
+                Ok(())
+            }
+            Err(why) => {
+                self.metrics.reload_failures.inc();
+                Err(why)
+            }
+        }
+    }
+
+    /// Reads the files again whenever they have changed, and then calls `then`, which may block. Runs without end.
+    pub async fn watch(self: Arc<Self>, then: impl Fn() + Clone + Send + 'static) {
+        let mut before: Option<Stamps> = None;
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let this = self.clone();
+            // The disk may not answer.
+            let now = tokio::task::spawn_blocking(move || (stamps(&this.files), this.seen.lock().clone())).await;
+            let Ok((now, seen)) = now else { continue };
+            if now == seen {
+                before = None;
+            } else if before.as_ref() == Some(&now) {
+                // Nothing has changed since the last look: whoever writes has written both files.
+                let (this, then) = (self.clone(), then.clone());
+                match tokio::task::spawn_blocking(move || this.reload().map(|()| then())).await {
+                    Ok(Ok(())) => tracing::info!(section = self.files.section, "the changed certificates are in use"),
+                    Ok(Err(why)) => tracing::error!(why, "the changed certificates cannot be used; those before stay"),
+                    Err(_) => {}
+                }
+                before = None;
+            } else {
+                before = Some(now);
+            }
+        }
+    }
+}
+
+fn stamps(files: &TlsFiles) -> Stamps {
+    let stamp = |path: &Path| {
+        // Of the file behind the links.
+        let found = std::fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino(), found.size(), i128::from(found.mtime()) * 1_000_000_000 + i128::from(found.mtime_nsec())))
+    };
+    files.paths().map(stamp).collect()
+}
+
+/// The configuration, and when the first certificate of a server expires, in seconds since 1970.
+fn configure(
+    files: &TlsFiles,
+    alpn: &[Vec<u8>],
+    provider: &Arc<CryptoProvider>,
+    tickets: &Arc<dyn ProducesTickets>,
+    sessions: &Arc<dyn StoresServerSessions>,
+) -> Result<(Arc<ServerConfig>, i64), String> {
+    let pairs = files.pairs.iter().map(|pair| Pair::read(pair, provider)).collect::<Result<Vec<_>, _>>()?;
+    let expiry = pairs.iter().map(|pair| pair.expiry).min().unwrap_or(i64::MAX);
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| format!("{}: {error}", files.section))?;
+    let builder = match &files.clients {
+        None => builder.with_no_client_auth(),
+        Some(clients) => {
+            let bad = |error: &dyn std::fmt::Display| unusable(&clients.key, &clients.ca_file, error);
+            let mut roots = RootCertStore::empty();
+            for root in certificates(&clients.key, &clients.ca_file)? {
+                roots.add(root).map_err(|error| bad(&error))?;
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone());
+            let verifier = if clients.required { verifier } else { verifier.allow_unauthenticated() };
+            builder.with_client_cert_verifier(verifier.build().map_err(|error| bad(&error))?)
+        }
+    };
+    let mut config = builder.with_cert_resolver(Arc::new(ByName(pairs)));
+    config.alpn_protocols = alpn.to_vec();
+    config.ticketer = tickets.clone();
+    config.session_storage = sessions.clone();
+    Ok((Arc::new(config), expiry))
+}
+
+/// A certificate with its key, and the names that it is for.
+#[derive(Debug)]
+struct Pair {
+    names: Vec<String>,
+    key: Arc<CertifiedKey>,
+    expiry: i64,
+}
+
+impl Pair {
+    fn read(files: &castier_config::TlsPair, provider: &CryptoProvider) -> Result<Self, String> {
+        let chain = certificates(&files.cert_key, &files.cert_file)?;
+        let key = private_key(&files.key_key, &files.key_file)?;
+        let bad = |error: &dyn std::fmt::Display| unusable(&files.cert_key, &files.cert_file, error);
+        // Clients refuse the leaf as well if one above it has expired.
+        let parsed = chain.iter().filter_map(|der| X509Certificate::from_der(der).ok());
+        let expiry = parsed.map(|(_, certificate)| certificate.validity().not_after.timestamp()).min().unwrap_or(i64::MAX);
+        let names = {
+            let (_, leaf) = X509Certificate::from_der(&chain[0]).map_err(|error| bad(&error))?;
+            let names = leaf.subject_alternative_name().ok().flatten();
+            let names = names.map(|names| {
+                names.value.general_names.iter().filter_map(|name| match name {
+                    GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
+                    _ => None,
+                })
+            });
+            names.into_iter().flatten().collect()
+        };
+        // Fails if the key is not that of the certificate.
+        let key = CertifiedKey::from_der(chain, key, provider).map_err(|error| unusable(&files.key_key, &files.key_file, &error))?;
+        Ok(Self { names, key: Arc::new(key), expiry })
+    }
+
+    /// How well it fits a name: 2 if it has the name itself, 1 if a wildcard of it covers the name (RFC 6125, 6.4.3), else 0.
+    fn fits(&self, name: &str) -> u8 {
+        let above = name.split_once('.').map(|(_, above)| above);
+        let fit = |own: &String| match own.strip_prefix("*.") {
+            None if own == name => 2,
+            Some(covered) if Some(covered) == above => 1,
+            _ => 0,
+        };
+        self.names.iter().map(fit).max().unwrap_or(0)
+    }
+}
+
+/// Chooses the certificate by the name that the client asks for; without a name, or for an unknown one, the first.
+#[derive(Debug)]
+struct ByName(Vec<Pair>);
+
+impl ResolvesServerCert for ByName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let name = hello.server_name().unwrap_or_default().to_ascii_lowercase();
+        // The first of those that fit best.
+        let best = self.0.iter().rev().max_by_key(|pair| pair.fits(&name))?;
+        Some(best.key.clone())
+    }
+}
+
+/// The name of a client's certificate: its common name, or its first DNS or mail name.
+pub fn subject(certificate: &[u8]) -> Option<String> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    let common = certificate.subject().iter_common_name().find_map(|name| name.as_str().ok()).filter(|name| !name.is_empty());
+    let alternative = || {
+        let names = certificate.subject_alternative_name().ok().flatten()?;
+        names.value.general_names.iter().find_map(|name| match name {
+            GeneralName::DNSName(name) | GeneralName::RFC822Name(name) => Some((*name).to_owned()),
+            _ => None,
+        })
+    };
+    common.map(str::to_owned).or_else(alternative)
+}

@@ -1,0 +1,434 @@
+//! Who may come in: TLS, users, tokens, certificates, the PROXY protocol, and limits per client; with curl and openssl.
+
+use crate::support::{Castier, Request, Response, castier, castier_program, command, eventually, noise, run, sha256, tool, turn};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+use tempfile::TempDir;
+
+/// An authority and what it has signed, in files.
+struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+    dir: TempDir,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "authority");
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("ca.pem"), issuer.pem()).unwrap();
+        Self { issuer, dir }
+    }
+
+    fn ca(&self) -> PathBuf {
+        self.dir.path().join("ca.pem")
+    }
+
+    /// A certificate for these hosts and this common name, and its key: `NAME.pem` and `NAME.key` in `into`.
+    fn certify(&self, name: &str, hosts: &[&str], into: &Path) -> (PathBuf, PathBuf) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(hosts.iter().map(|host| (*host).to_owned()).collect::<Vec<_>>()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let files = (into.join(format!("{name}.pem")), into.join(format!("{name}.key")));
+        fs::write(&files.0, certificate.pem()).unwrap();
+        fs::write(&files.1, key.serialize_pem()).unwrap();
+        files
+    }
+}
+
+struct Curl {
+    program: PathBuf,
+    dir: TempDir,
+}
+
+impl Curl {
+    fn find() -> Option<Self> {
+        Some(Self { program: tool("curl")?, dir: TempDir::new().unwrap() })
+    }
+
+    /// The status (`000` without an answer) and the body.
+    fn get(&self, arguments: &[&str], url: &str) -> (String, Vec<u8>) {
+        let body = self.dir.path().join("body");
+        fs::remove_file(&body).ok();
+        let mut curl = command(&self.program, self.dir.path());
+        let ran = run(curl.args(["-s", "-m", "20", "-o", "body", "-w", "%{http_code}"]).args(arguments).arg(url));
+        (ran.stdout.trim().to_owned(), fs::read(body).unwrap_or_default())
+    }
+}
+
+fn put(castier: &Castier, body: &[u8]) -> String {
+    let target = format!("/cas/{}", sha256(body));
+    assert_eq!(Request::new("PUT", &target).body(body).send(castier.public).status, 201);
+    target
+}
+
+/// The lines of a configuration that name a certificate and its key.
+fn tls_config((cert, key): &(PathBuf, PathBuf), more: &str) -> String {
+    format!("listen.tls.cert_file = {cert:?}\nlisten.tls.key_file = {key:?}\n{more}\n")
+}
+
+fn https(castier: &Castier, target: &str) -> String {
+    format!("https://127.0.0.1:{}{target}", castier.public.port())
+}
+
+#[test]
+fn tls_with_several_names() {
+    let _turn = turn();
+    let (Some(curl), Some(openssl)) = (Curl::find(), tool("openssl")) else { return };
+    let (authority, other, dir) = (Authority::new(), Authority::new(), TempDir::new().unwrap());
+    let own = authority.certify("own", &["127.0.0.1", "a.test"], dir.path());
+    let (cert, key) = other.certify("other", &["b.test", "*.c.test"], dir.path());
+    let more = format!("listen.tls.more = [\"{} {}\"]", cert.display(), key.display());
+    let castier = castier(&tls_config(&own, &more));
+    let body = noise(700, 300_000);
+    let target = format!("/cas/{}", sha256(&body));
+    let (ca, other_ca) = (authority.ca(), other.ca());
+    let (ca, other_ca) = (ca.to_str().unwrap(), other_ca.to_str().unwrap());
+    fs::write(curl.dir.path().join("sent"), &body).unwrap();
+    assert_eq!(curl.get(&["--cacert", ca, "-T", "sent"], &https(&castier, &target)).0, "201");
+    for version in [&["--tls-max", "1.2"][..], &["--tlsv1.3"], &[]] {
+        let arguments = [&["--cacert", ca], version].concat();
+        assert_eq!(curl.get(&arguments, &https(&castier, &target)), ("200".into(), body.clone()), "{version:?}");
+    }
+    assert_eq!(curl.get(&["--cacert", ca, "--tls-max", "1.1"], &https(&castier, &target)).0, "000");
+    // The certificate is chosen by the name; who asks for an unknown one gets the first.
+    let port = castier.public.port();
+    for (host, authority, status) in [
+        ("a.test", ca, "200"),
+        ("b.test", other_ca, "200"),
+        ("x.c.test", other_ca, "200"),
+        ("b.test", ca, "000"),
+        ("x.y.c.test", other_ca, "000"),
+    ] {
+        let resolve = format!("{host}:{port}:127.0.0.1");
+        assert_eq!(
+            curl.get(&["--cacert", authority, "--resolve", &resolve], &format!("https://{host}:{port}{target}")).0,
+            status,
+            "{host}"
+        );
+    }
+    // Plain HTTP gets an answer that says so.
+    let plain = Request::get(&target).send(castier.public);
+    assert_eq!((plain.status, plain.text().contains("https")), (400, true), "{}", plain.text());
+    // Sessions are resumed.
+    for version in ["-tls1_2", "-tls1_3"] {
+        let mut first = Command::new("sh");
+        let connect = format!("{} s_client -connect 127.0.0.1:{port} {version} -ign_eof", openssl.display());
+        let script = format!("printf 'GET /healthz HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n' | {connect}");
+        let session = dir.path().join(version);
+        let said = run(first.args(["-c", &format!("{script} -sess_out {}", session.display())]));
+        assert!(said.stdout.contains("New, TLS"), "{}", said.stdout);
+        let said = run(Command::new("sh").args(["-c", &format!("{script} -sess_in {}", session.display())]));
+        assert!(said.stdout.contains("Reused, TLS"), "{version}: {}", said.stdout);
+    }
+    // A connection that says nothing is closed by limits.header_timeout, and one that talks nonsense at once.
+    let mut stranger = TcpStream::connect(castier.public).unwrap();
+    stranger.write_all(b"\x16\x03\x01\x00\x05hello").unwrap();
+    let mut all = Vec::new();
+    stranger.read_to_end(&mut all).ok();
+    assert!(!all.starts_with(b"HTTP"));
+}
+
+#[test]
+fn certificates_are_read_again() {
+    let _turn = turn();
+    let Some(curl) = Curl::find() else { return };
+    let (authority, other, dir) = (Authority::new(), Authority::new(), TempDir::new().unwrap());
+    for (name, authority) in [("one", &authority), ("two", &other)] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        authority.certify("tls", &["127.0.0.1"], &dir.path().join(name));
+    }
+    // As Kubernetes does it: the files are links into a directory which is itself a link.
+    let current = dir.path().join("current");
+    symlink("one", &current).unwrap();
+    let castier = castier(&tls_config(&(current.join("tls.pem"), current.join("tls.key")), ""));
+    let status = |authority: &Authority| curl.get(&["--cacert", authority.ca().to_str().unwrap()], &https(&castier, "/nothing")).0;
+    assert_eq!((status(&authority).as_str(), status(&other).as_str()), ("404", "000"));
+    let expiry = castier.metric("castier_tls_certificate_expiry_seconds", &["listener=\"public\""]);
+    assert!(expiry > 1.7e9, "{expiry}");
+
+    // A broken pair changes nothing, and is told.
+    fs::create_dir(dir.path().join("broken")).unwrap();
+    let (cert, _) = authority.certify("tls", &["127.0.0.1"], &dir.path().join("broken"));
+    fs::copy(dir.path().join("one/tls.key"), dir.path().join("broken/tls.key")).unwrap();
+    assert!(cert.exists());
+    let swap = |to: &str| {
+        let next = dir.path().join("next");
+        symlink(to, &next).unwrap();
+        fs::rename(next, &current).unwrap();
+    };
+    swap("broken");
+    eventually("the broken pair is told of", || {
+        (castier.metric("castier_tls_reload_failures_total", &["listener=\"public\""]) >= 1.0).then_some(())
+    });
+    assert_eq!(status(&authority), "404");
+    swap("two");
+    eventually("the new pair is in use", || (status(&other) == "404").then_some(()));
+    assert_eq!(status(&authority), "000");
+}
+
+#[test]
+fn client_certificates_have_a_role() {
+    let _turn = turn();
+    let Some(curl) = Curl::find() else { return };
+    let (authority, stranger, dir) = (Authority::new(), Authority::new(), TempDir::new().unwrap());
+    let own = authority.certify("own", &["127.0.0.1"], dir.path());
+    authority.certify("reader", &[], dir.path());
+    authority.certify("writer", &[], dir.path());
+    stranger.certify("stranger", &[], dir.path());
+    let config = |required: bool| {
+        tls_config(
+            &own,
+            &format!(
+                "listen.tls.client_ca_file = {:?}\nlisten.tls.client_required = {required}\naccess.anonymous = \"none\"\naccess.scopes = {{ writer = [\"write:*\"] }}",
+                authority.ca()
+            ),
+        )
+    };
+    let castier = castier(&config(false));
+    let ca = authority.ca();
+    let ask = |castier: &Castier, name: Option<&str>, method: &str| {
+        let file = |end: &str| dir.path().join(format!("{}.{end}", name.unwrap_or_default())).to_str().unwrap().to_owned();
+        let (cert, key) = (file("pem"), file("key"));
+        let mut arguments = vec!["--cacert", ca.to_str().unwrap(), "-X", method];
+        if name.is_some() {
+            arguments.extend(["--cert", &cert, "--key", &key]);
+        }
+        curl.get(&arguments, &https(castier, &format!("/cas/{}", sha256(b"")))).0
+    };
+    assert_eq!(ask(&castier, None, "GET"), "401");
+    assert_eq!(ask(&castier, Some("reader"), "GET"), "200");
+    assert_eq!(ask(&castier, Some("reader"), "PUT"), "403");
+    assert_eq!(ask(&castier, Some("writer"), "PUT"), "201");
+    assert_eq!(ask(&castier, Some("writer"), "DELETE"), "403");
+    assert_eq!(ask(&castier, Some("stranger"), "GET"), "000");
+    let castier = castier.restart(&config(true));
+    assert_eq!(ask(&castier, None, "GET"), "000");
+    assert_eq!(ask(&castier, Some("reader"), "GET"), "200");
+}
+
+/// The files of users and tokens in a directory, and the configuration that names them.
+struct People {
+    dir: TempDir,
+}
+
+impl People {
+    fn new() -> Self {
+        let this = Self { dir: TempDir::new().unwrap() };
+        this.write_users("reader:read me\nwriter:s:e:c\nci:pull");
+        let tokens = [("robot", "write", "t0ken"), ("boss", "admin", "b0ss"), ("pull", "read", "pull-t0ken")];
+        let tokens = tokens.map(|(name, role, token)| format!("{name} {role} {}", sha256(token.as_bytes())));
+        fs::write(this.dir.path().join("tokens"), format!("# name role hash\n{}\n", tokens.join("\n"))).unwrap();
+        this
+    }
+
+    /// Lines of `NAME:PASSWORD`, hashed.
+    fn write_users(&self, users: &str) {
+        let hashed = users.lines().map(|line| {
+            let (name, password) = line.split_once(':').unwrap();
+            format!("{name}:{}\n", bcrypt::hash(password, 4).unwrap())
+        });
+        fs::write(self.dir.path().join("users"), hashed.collect::<String>()).unwrap();
+    }
+
+    fn config(&self, anonymous: &str, more: &str) -> String {
+        let path = self.dir.path();
+        format!(
+            "allow_delete = true\naccess.anonymous = \"{anonymous}\"\naccess.htpasswd_file = {:?}\naccess.tokens_file = {:?}\n\
+             access.scopes = {{ reader = [\"read:*\"], ci = [\"read:*\", \"write:ac/ci\"] }}\n{more}\n",
+            path.join("users"),
+            path.join("tokens")
+        )
+    }
+}
+
+fn is_refused(answer: &Response, status: u16) {
+    assert_eq!(answer.status, status, "{}", answer.text());
+    assert_eq!(answer.header("content-type").as_deref(), Some("application/problem+json"));
+    for secret in ["read me", "s:e:c", "t0ken", "b0ss", "reader", "writer"] {
+        assert!(!answer.text().contains(secret), "{}", answer.text());
+    }
+}
+
+#[test]
+fn users_and_tokens_have_roles_and_scopes() {
+    let _turn = turn();
+    let people = People::new();
+    let castier = castier(&people.config("none", ""));
+    let body = b"a blob";
+    let blob = format!("/cas/{}", sha256(body));
+    let put = || Request::new("PUT", &blob).body(&body[..]);
+    let nobody = Request::get(&blob).send(castier.public);
+    is_refused(&nobody, 401);
+    assert_eq!(nobody.header("www-authenticate").as_deref(), Some("Basic realm=\"castier\", Bearer realm=\"castier\""));
+    is_refused(&put().basic("reader", "read me").send(castier.public), 403);
+    assert_eq!(put().basic("writer", "s:e:c").send(castier.public).status, 201);
+    assert_eq!(put().bearer("t0ken").send(castier.public).status, 200);
+    for good in
+        [Request::get(&blob).basic("reader", "read me"), Request::get(&blob).bearer("pull-t0ken"), Request::get(&blob).bearer("b0ss")]
+    {
+        assert_eq!(good.send(castier.public).body, body);
+    }
+    for bad in [
+        Request::get(&blob).basic("reader", "wrong"),
+        Request::get(&blob).basic("nobody", "read me"),
+        Request::get(&blob).bearer("wrong"),
+        Request::get(&blob).with("Authorization", "Digest x"),
+        Request::get(&blob).with("Authorization", "Basic !"),
+        Request::get(&blob).bearer("b0ss").with("Authorization", "Bearer b0ss"),
+    ] {
+        is_refused(&bad.send(castier.public), 401);
+    }
+    is_refused(&Request::new("DELETE", &blob).bearer("t0ken").send(castier.public), 403);
+    assert_eq!(Request::new("DELETE", &blob).bearer("b0ss").send(castier.public).status, 204);
+    // A build of a pull request reads everything, and writes its own action cache.
+    let entry = |name: &str| Request::new("PUT", &format!("/{name}/{}", "0".repeat(64))).body("x").basic("ci", "pull");
+    assert_eq!(entry("ci/ac").send(castier.public).status, 201);
+    is_refused(&entry("ac").send(castier.public), 403);
+    is_refused(&entry("other/ac").send(castier.public), 403);
+    is_refused(&put().basic("ci", "pull").send(castier.public), 403);
+    assert_eq!(Request::get(&format!("/ci/ac/{}", "0".repeat(64))).basic("ci", "pull").send(castier.public).status, 200);
+    is_refused(&Request::get(&format!("/ci/ac/{}", "0".repeat(64))).send(castier.public), 401);
+    is_refused(&Request::get("/kv/a").send(castier.public), 401);
+    is_refused(&Request::get("/unknown").send(castier.public), 401);
+    let registry = Request::get("/v2/").send(castier.public);
+    assert_eq!(registry.header("www-authenticate").as_deref(), Some("Basic realm=\"castier\""));
+    assert_eq!(registry.header("docker-distribution-api-version").as_deref(), Some("registry/2.0"));
+    for (reason, least) in [("missing", 5.0), ("credentials", 5.0), ("role", 5.0)] {
+        let counted = castier.metric("castier_denied_requests_total", &[&format!("reason=\"{reason}\"")]);
+        assert!(counted >= least, "{reason}: {counted}");
+    }
+}
+
+#[test]
+fn anonymous_clients_may_read_and_the_files_are_read_again() {
+    let _turn = turn();
+    let people = People::new();
+    let castier = castier(&people.config("read", ""));
+    let body = b"a blob";
+    let blob = format!("/cas/{}", sha256(body));
+    let put = |user: &str, password: &str| Request::new("PUT", &blob).body(&body[..]).basic(user, password).send(castier.public).status;
+    is_refused(&Request::new("PUT", &blob).body(&body[..]).send(castier.public), 401);
+    assert_eq!(put("writer", "s:e:c"), 201);
+    assert_eq!(Request::get(&blob).send(castier.public).body, body);
+    // Broken: the users before stay.
+    fs::write(people.dir.path().join("users"), "writer:$apr1$abc$def\n").unwrap();
+    castier.hang_up();
+    castier.says("access.htpasswd_file: ");
+    castier.says("line 1: ");
+    assert_eq!(put("writer", "s:e:c"), 200);
+    people.write_users("writer:another");
+    castier.hang_up();
+    eventually("the new password is in force", || (put("writer", "another") == 200).then_some(()));
+    assert_eq!(put("writer", "s:e:c"), 401);
+}
+
+#[test]
+fn the_admin_listener_asks_for_users() {
+    let _turn = turn();
+    let people = People::new();
+    let castier = castier(&people.config("read", "access.admin = true"));
+    let purge = format!("/purge/{}", sha256(b""));
+    for probe in ["/metrics", "/healthz", "/readyz"] {
+        assert_eq!(Request::get(probe).send(castier.admin).status, 200, "{probe}: on the loopback");
+    }
+    for target in ["/", "/stats"] {
+        is_refused(&Request::get(target).send(castier.admin), 401);
+        assert_eq!(Request::get(target).basic("reader", "read me").send(castier.admin).status, 200, "{target}");
+    }
+    is_refused(&Request::new("POST", &purge).send(castier.admin), 401);
+    is_refused(&Request::new("POST", &purge).bearer("t0ken").send(castier.admin), 403);
+    assert_eq!(Request::new("POST", &purge).bearer("b0ss").send(castier.admin).status, 200);
+}
+
+#[test]
+fn castier_does_not_open_itself_to_the_world_by_mistake() {
+    let dir = TempDir::new().unwrap();
+    let said = |config: &str| {
+        fs::write(dir.path().join("castier.toml"), config).unwrap();
+        run(command(castier_program(), dir.path()).args(["--config", "castier.toml", "--check-config"])).fails()
+    };
+    let public = said("listen.public = \"0.0.0.0:8080\"");
+    assert!(public.contains("access.anonymous") && public.contains("\"read\""), "{public}");
+    let admin = said("listen.admin = \"0.0.0.0:8082\"");
+    assert!(admin.contains("access.insecure"), "{admin}");
+    let both = "listen.public = \"0.0.0.0:8080\"\nlisten.admin = \"0.0.0.0:8082\"\n";
+    fs::write(dir.path().join("castier.toml"), format!("{both}access.insecure = true\n")).unwrap();
+    run(command(castier_program(), dir.path()).args(["--config", "castier.toml", "--check-config"])).ok();
+    fs::write(dir.path().join("castier.toml"), "listen.public = \"0.0.0.0:8080\"\naccess.anonymous = \"write\"\n").unwrap();
+    run(command(castier_program(), dir.path()).args(["--config", "castier.toml", "--check-config"])).ok();
+    fs::write(dir.path().join("users"), "a:{SHA}xyz\n").unwrap();
+    let users = said("access.htpasswd_file = \"users\"");
+    assert!(users.contains("line 1") && users.contains("SHA-1") && users.contains("htpasswd -B") && !users.contains("xyz"), "{users}");
+}
+
+/// One request over a connection that begins with `before`: the status line.
+fn after(addr: SocketAddr, before: &[u8], target: &str) -> String {
+    let mut stream = TcpStream::connect(addr).unwrap();
+    // castier may have closed it already.
+    stream.write_all(before).ok();
+    stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).ok();
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).ok();
+    String::from_utf8_lossy(&all).lines().next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn the_proxy_protocol_names_the_client() {
+    let _turn = turn();
+    let config =
+        "listen.proxy_protocol = true\nlisten.trusted_proxies = [\"127.0.0.1\"]\nlimits.requests_per_second = 1\nlog.level = \"info\"\n";
+    let castier = castier(config);
+    let target = format!("/cas/{}", sha256(b""));
+    let header = |last: u8| format!("PROXY TCP4 192.0.2.{last} 192.0.2.1 4711 443\r\n").into_bytes();
+    // Each client has a limit of its own.
+    for last in 1..=3 {
+        assert!(after(castier.public, &header(last), &target).contains(" 200 "), "{last}");
+        assert!(after(castier.public, &header(last), &target).contains(" 429 "), "{last}");
+    }
+    castier.says("client=192.0.2.3");
+    let mut two = b"\r\n\r\n\0\r\nQUIT\n\x21\x21\0\x24".to_vec();
+    two.extend(std::net::Ipv6Addr::new(0x2001, 0xdb8, 1, 2, 0, 0, 0, 7).octets());
+    two.extend(std::net::Ipv6Addr::LOCALHOST.octets());
+    two.extend([1, 2, 3, 4]);
+    assert!(after(castier.public, &two, &target).contains(" 200 "));
+    // The same /64.
+    two[31] = 9;
+    assert!(after(castier.public, &two, &target).contains(" 429 "));
+    assert_eq!(after(castier.public, b"", &target), "", "without a header there is no answer");
+    let castier = castier.restart("listen.proxy_protocol = true\nlisten.trusted_proxies = [\"10.0.0.0/8\"]\n");
+    assert_eq!(after(castier.public, &header(1), &target), "", "not from a stranger");
+}
+
+#[test]
+fn clients_have_limits() {
+    let _turn = turn();
+    let castier = castier(
+        "limits.connections_per_client = 3\nlimits.bandwidth_per_client = \"1MiB\"\nmemory.max_blob = \"1MiB\"\ndisk.path = \"disk\"\n",
+    );
+    let body = noise(710, 3 << 20);
+    let small = noise(711, 200_000);
+    let (large, small) = (put(&castier, &body), put(&castier, &small));
+    assert_eq!(Request::get(&small).send(castier.public).status, 200);
+    // A second's worth at once, the rest as it comes.
+    let start = Instant::now();
+    assert_eq!(Request::get(&large).send(castier.public).body, body);
+    assert!(start.elapsed().as_secs_f64() >= 1.5, "{:?}", start.elapsed());
+    let open: Vec<_> = (0..3).map(|_| TcpStream::connect(castier.public).unwrap()).collect();
+    eventually("they count", || (castier.metric("castier_connections", &[]) >= 3.0).then_some(()));
+    assert_eq!(Request::get(&small).send(castier.public).status, 429);
+    drop(open);
+    eventually("they are closed", || (Request::get("/cas/x").try_send(castier.public).ok()?.status == 400).then_some(()));
+}
