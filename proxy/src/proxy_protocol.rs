@@ -10,8 +10,10 @@ use std::{
 };
 use tokio::{io::AsyncReadExt as _, time::timeout};
 
-/// The longest header that is read: one of version 2 with its addresses and some attributes. Version 1 has 107 bytes at most.
+/// The longest header that is read: one of version 2 with its addresses and some attributes.
 const LONGEST: usize = 1024;
+/// The longest header of version 1, with the end of its line.
+const LONGEST_LINE: usize = 107;
 
 /// Reads the header at the start of a connection, within `limit`. Returns the connection from behind the header, and the client's address; `None` if the
 /// proxy speaks for itself (a health check) or does not know it.
@@ -42,6 +44,12 @@ async fn read_header(socket: &mut Socket, bytes: &mut Vec<u8>) -> Result<(usize,
 
 /// The length of the header, and the client's address. `None`: it is not complete yet.
 fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, String> {
+    const LINE: &[u8] = b"PROXY ";
+    // The library takes a line of version 1 that is not complete for a wrong one if it ends in the wrong part.
+    let is_line = LINE.starts_with(&bytes[..bytes.len().min(LINE.len())]);
+    if is_line && bytes.len() < LONGEST_LINE && !bytes.windows(2).any(|end| end == b"\r\n") {
+        return Ok(None);
+    }
     let result = HeaderResult::parse(bytes);
     if result.is_incomplete() {
         return Ok(None);
@@ -100,6 +108,7 @@ mod tests {
             b"\x16\x03\x01\x02\x00\x01",
             b"PROXY TCP4 x y 1 2\r\n",
             b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 99999\r\n",
+            &[b"PROXY ", &[b'x'; 200][..]].concat(),
         ] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }
