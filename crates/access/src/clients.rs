@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    sync::Mutex as Turn,
+    sync::{Mutex as Turn, Notify},
     time::{Instant, sleep},
 };
 
@@ -44,6 +44,8 @@ pub struct Clients {
     buckets: ArcSwap<Buckets>,
     /// The open connections of each address. Not in a table of limited size, which could forget those that are open: they are bounded in number anyway.
     open: Arc<Open>,
+    /// Wakes those who wait by a limit that has changed.
+    changed: Notify,
     most_addresses: u64,
 }
 
@@ -96,7 +98,7 @@ impl Clients {
 
     fn with_capacity(limits: Limits, most_addresses: u64) -> Self {
         let nothing = Buckets { limits: Limits::default(), requests: None, bandwidth: None };
-        let clients = Self { buckets: ArcSwap::from_pointee(nothing), open: Arc::default(), most_addresses };
+        let clients = Self { buckets: ArcSwap::from_pointee(nothing), open: Arc::default(), changed: Notify::new(), most_addresses };
         clients.set(limits);
         clients
     }
@@ -117,6 +119,7 @@ impl Clients {
             };
             Buckets { limits, requests, bandwidth }
         });
+        self.changed.notify_waiters();
     }
 
     /// Counts a request from this address.
@@ -152,11 +155,14 @@ impl Clients {
         let client = client(address);
         let mut left = bytes as u64;
         while left > 0 {
-            // Again for each piece: the limit may have changed.
+            // Before the limit is read: a change after that must wake us.
+            let changed = self.changed.notified();
             let Some(bandwidth) = self.buckets.load().bandwidth.clone() else { return };
             let piece = left.min(PIECE);
-            left -= piece;
-            bandwidth.wait(client, piece).await;
+            tokio::select! {
+                () = bandwidth.wait(client, piece) => left -= piece,
+                () = changed => {}
+            }
         }
     }
 }
@@ -435,19 +441,35 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limits_can_be_changed_while_some_wait() {
-        let clients = Arc::new(Clients::new(bandwidth(64 << 10)));
+    async fn a_changed_limit_holds_for_those_who_wait() {
+        let clients = Arc::new(Clients::new(bandwidth(1)));
         let ann = address("192.0.2.1");
+        let waiting: Vec<_> = (0..3)
+            .map(|_| {
+                let clients = clients.clone();
+                tokio::spawn(async move { clients.take(ann, 10 << 20).await })
+            })
+            .collect();
         let begun = Instant::now();
-        let waiting = tokio::spawn({
-            let clients = clients.clone();
-            async move { clients.take(ann, 1 << 30).await }
-        });
-        tokio::time::sleep(Duration::from_millis(2500)).await;
-        assert!(!waiting.is_finished());
+        sleep(Duration::from_secs(10)).await;
+        clients.set(bandwidth(1 << 20));
+        sleep(Duration::from_secs(10)).await;
+        assert!(!waiting.iter().any(tokio::task::JoinHandle::is_finished));
         clients.set(Limits::default());
-        waiting.await.unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(4));
+        for waiting in waiting {
+            waiting.await.unwrap();
+        }
+        assert!(begun.elapsed() < Duration::from_millis(20_100), "{:?}", begun.elapsed());
+
+        clients.set(bandwidth(1));
+        let begun = Instant::now();
+        let slow = clients.take(ann, 1 << 20);
+        let change = async {
+            sleep(Duration::from_secs(1)).await;
+            clients.set(bandwidth(1 << 20));
+        };
+        tokio::join!(slow, change);
+        assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

@@ -322,7 +322,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn scopes_round_trip(text in "((read|write|admin):)?(\\*|cas|ac|ac/[a-z0-9._~-]{3,9}|kv|kv/[a-z: %é]{1,5}(/[a-z:]{1,5}){0,3}|route/[a-z:/ -]{1,9})") {
+        fn scopes_round_trip(text in "((read|write|admin):)?(\\*|cas|ac|ac/[a-z0-9._~-]{4,9}|kv|kv/[a-z: %é]{1,5}(/[a-z:]{1,5}){0,3}|route/[a-z:/ -]{1,9})") {
             let scope: Scope = text.parse().unwrap();
             prop_assert_eq!(scope.to_string(), text);
         }
