@@ -167,7 +167,7 @@ async fn run(args: &CommonArgs, config: Castier) -> Result<(), String> {
         trace::export_to(spans.sample(), move |span| spans.send(span));
         exporter
     });
-    sockets.announce(&log, embedded.as_ref());
+    sockets.announce(&config, &log, embedded.as_ref());
     let events = parts.start_events(&config)?;
     let listeners = parts.listen(&config, sockets)?;
     let uploader = parts.start_background_tasks(&config, embedded.as_ref(), rotten, origin_stopped)?;
@@ -210,7 +210,7 @@ impl Sockets {
     }
 
     /// Prints the addresses, for the person who started the program.
-    fn announce(&self, log: &Guard, embedded: Option<&Embedded>) {
+    fn announce(&self, config: &Castier, log: &Guard, embedded: Option<&Embedded>) {
         let public = shown(&self.public);
         log.say(&format!("listening public {public}"));
         log.say(&format!("listening admin {}", shown(&self.admin)));
@@ -220,7 +220,8 @@ impl Sockets {
         if let Some(embedded) = embedded {
             log.say(&format!("listening origin {} ({})", embedded.address, embedded.place));
         }
-        log.say(&format!("try: curl -F file=@README.md http://{public}/cas"));
+        let scheme = if config.listen.tls.is_on() { "https" } else { "http" };
+        log.say(&format!("try: curl -F file=@README.md {scheme}://{public}/cas"));
     }
 }
 
