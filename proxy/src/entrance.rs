@@ -232,6 +232,7 @@ impl Entrance {
         if let Some(client) = client
             && let Err(wait) = self.clients.admit(client)
         {
+            self.metrics.requests();
             return Err(Box::new((
                 too_many(wait, "more requests than one client may send; try again later"),
                 "over limits.requests_per_second",
@@ -327,7 +328,8 @@ fn challenge(head: &Head, bytes: &[u8], detail: &str) -> Reply {
 
 fn too_many(wait: Duration, detail: &str) -> Reply {
     let mut reply = Reply::error(StatusCode::TOO_MANY_REQUESTS, detail);
-    // In whole seconds, and at least one.
-    reply.headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs() + u64::from(wait.subsec_nanos() > 0)));
+    // In whole seconds, rounded up, and at least one.
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    reply.headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
     reply
 }

@@ -804,13 +804,14 @@ impl Live {
     /// Reloads the config at each SIGHUP. Returns at SIGTERM or SIGINT.
     async fn reload_until_told_to_end(&mut self, args: &CommonArgs, signals: &mut Signals) {
         let (args, secrets) = (args.clone(), self.parts.nodes.as_ref().map(|nodes| nodes.secrets.clone()));
-        let (door, nodes) = (self.parts.door.clone(), self.parts.nodes.clone());
+        // Of the config in force: what its keys name is read again, and other names need a restart.
+        let (door, nodes, in_force) = (self.parts.door.clone(), self.parts.nodes.clone(), self.config.clone());
         let mut reading = Reading::new(move || {
             let loaded = args.load_with::<Castier>(config::environment(), check);
             // If the config is refused, the secrets stay too.
             let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
-            if let Ok(loaded) = &loaded {
-                door.reload(&loaded.config);
+            if loaded.is_ok() {
+                door.reload(&in_force);
                 if let Some(nodes) = &nodes {
                     nodes.reload_certificates();
                 }

@@ -109,7 +109,7 @@ impl Tls {
             if now == seen {
                 before = None;
             } else if before.as_ref() == Some(&now) {
-                // Nothing has changed since the last look: whoever writes has written both files.
+                // Nothing has changed since the last look: both files are written.
                 let (this, then) = (self.clone(), then.clone());
                 match tokio::task::spawn_blocking(move || this.reload().map(|()| then())).await {
                     Ok(Ok(())) => tracing::info!(section = self.files.section, "the changed certificates are in use"),

@@ -432,3 +432,37 @@ fn clients_have_limits() {
     drop(open);
     eventually("they are closed", || (Request::get("/cas/x").try_send(castier.public).ok()?.status == 400).then_some(()));
 }
+
+/// Each limit that is reached is counted, with an answer that says when to come again.
+#[test]
+fn limits_per_client_are_counted() {
+    let _turn = turn();
+    let castier = castier("limits.requests_per_second = 1\nlimits.connections_per_client = 2\n");
+    let target = format!("/cas/{}", sha256(b""));
+    assert_eq!(Request::get(&target).send(castier.public).status, 200);
+    let refused = Request::get(&target).send(castier.public);
+    assert_eq!((refused.status, refused.header("retry-after").as_deref()), (429, Some("1")), "{}", refused.text());
+    assert_eq!(castier.metric("castier_denied_requests_total", &["reason=\"requests\""]), 1.0);
+    let _open: Vec<_> = (0..2).map(|_| TcpStream::connect(castier.public).unwrap()).collect();
+    eventually("a connection is refused", || {
+        TcpStream::connect(castier.public).unwrap();
+        (castier.metric("castier_denied_requests_total", &["reason=\"connections\""]) >= 1.0).then_some(())
+    });
+}
+
+/// Other names in the configuration need a restart, as the log says; until then nothing of them counts.
+#[test]
+fn other_scopes_need_a_restart() {
+    let _turn = turn();
+    let people = People::new();
+    let castier = castier(&people.config("read", ""));
+    let put = || Request::new("PUT", "/kv/x").body("x").basic("ci", "pull").send(castier.public).status;
+    assert_eq!(put(), 403);
+    let file = castier.dir.path().join("castier.toml");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, text.replace("write:ac/ci", "write:*")).unwrap();
+    castier.hang_up();
+    castier.says("these changes need a restart");
+    castier.says("access.scopes");
+    assert_eq!(put(), 403);
+}
