@@ -2,7 +2,7 @@
 
 use crate::{
     Malformed, Problems, Span,
-    file::read_text,
+    file::read_secret,
     value::{as_text, path_text},
 };
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use std::{
     str::FromStr,
 };
 use url::Url;
+use zeroize::Zeroizing;
 
 /// The service that an object store speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,19 +265,19 @@ impl S3 {
     ///
     /// # Errors
     /// The file cannot be read, or has not one line.
-    pub fn secret(&self) -> Result<Option<String>, String> {
+    pub fn secret(&self) -> Result<Option<Zeroizing<String>>, String> {
         let file: &Path = &self.secret_access_key_file;
         if file.as_os_str().is_empty() {
             return Ok(None);
         }
         let shown = file.display();
         let text =
-            read_text(file).map_err(|error| format!("{shown} cannot be read as text ({error}); name a file that this user may read"))?;
+            read_secret(file).map_err(|error| format!("{shown} cannot be read as text ({error}); name a file that this user may read"))?;
         let secret = text.trim();
         if secret.is_empty() || secret.contains(['\n', '\r']) {
             return Err(format!("{shown} does not have one line; write the secret key into it, and nothing else"));
         }
-        Ok(Some(secret.to_owned()))
+        Ok(Some(Zeroizing::new(secret.to_owned())))
     }
 
     /// `section`: `origin.s3` or `store.s3`.

@@ -156,6 +156,27 @@ pub struct Origin {
     ///
     /// - Type: 0 to 100
     pub retries: u32,
+    /// How many of a hundred requests for blobs may be retries of failed ones, over all clients.
+    ///
+    /// Without it an origin that fails under its load would get `1 + origin.retries` times the load. Ten retries are free, and one more in each
+    /// second, so that a node with few requests has its retries, too. A transfer that breaks after 64 KiB of progress and goes on is no retry.
+    /// The default lets single failures pass unseen, and adds a tenth to an outage.
+    ///
+    /// - Type: 0 to 100
+    pub retry_budget: u32,
+    /// After how many failures in a row the circuit breaker opens: then requests for what is not kept fail at once. 0: never.
+    ///
+    /// A failure is a connection that cannot be opened or breaks before the answer, a silence of `origin.read_timeout`, or a 502 or 504 of a gateway.
+    /// Each server of a route has a breaker of its own. The default is more than one client with its retries makes, so that a single request
+    /// does not open it.
+    pub breaker_failures: u32,
+    /// The longest time for which an open circuit breaker lets nothing pass.
+    ///
+    /// It begins with half a second, and doubles each time. After it one request may try; if the origin answers, the breaker closes. The default
+    /// is how long clients may wait for an origin that is back.
+    ///
+    /// - Type: duration over 0
+    pub breaker_pause: Span,
     /// How many small requests castier may have at the origin at once: HEAD, DELETE, and uploads of up to 64 KiB.
     ///
     /// Fills and streamed uploads do not count. In a cluster each peer has the same limit for itself. The default is as many as fills: if a
@@ -196,6 +217,9 @@ impl Default for Origin {
             connect_timeout: Span::secs(2),
             read_timeout: Span::secs(30),
             retries: 2,
+            retry_budget: 10,
+            breaker_failures: 10,
+            breaker_pause: Span::secs(5),
             max_requests: 256,
             key: KeyTemplate::default(),
             existence_ttl: Span::secs(60),
@@ -539,6 +563,32 @@ pub struct Limits {
     ///
     /// Beyond it castier sends more slowly. The default is none: a cache is there to be fast.
     pub bandwidth_per_client: Size,
+    /// How many requests may be open at once on one HTTP/2 connection.
+    ///
+    /// Clients are told, and wait. A changed value holds for new connections, as with the other keys of HTTP/2. Each open request counts towards `limits.client_memory` as one of HTTP/1.1 does. The default is that of nginx.
+    ///
+    /// - Type: 1 to 65536
+    pub http2_streams: u32,
+    /// How many bytes of an upload over HTTP/2 may come before castier has passed on those before them, for each request.
+    ///
+    /// They count towards `limits.client_memory`. An upload gets at most this much in one round trip: the default is 5 MB/s at 50 ms.
+    ///
+    /// - Type: 64KiB to 16MiB
+    pub http2_window: Size,
+    /// How many requests a second an HTTP/2 client may cancel on one connection; as many may come at once. Beyond it the connection is closed.
+    ///
+    /// Requests that are opened and cancelled at once cost the server more than the client ("rapid reset"). The default is more than a browser
+    /// cancels when its page is left.
+    ///
+    /// - Type: 1 or more
+    pub http2_resets: u32,
+    /// How many HTTP/2 frames a second that carry nothing may come on one connection; as many may come at once. Beyond it the connection is closed.
+    ///
+    /// These are PING, SETTINGS, PRIORITY, CONTINUATION, empty DATA and unknown frames, and WINDOW_UPDATE frames beyond one for each 256 bytes of
+    /// answers. The default is far more than clients need.
+    ///
+    /// - Type: 1 or more
+    pub http2_idle_frames: u32,
 }
 
 impl Default for Limits {
@@ -561,6 +611,10 @@ impl Default for Limits {
             requests_per_second: 0,
             connections_per_client: 0,
             bandwidth_per_client: Size::new(0),
+            http2_streams: 128,
+            http2_window: Size::kib(256),
+            http2_resets: 200,
+            http2_idle_frames: 1000,
         }
     }
 }

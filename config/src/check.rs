@@ -81,6 +81,7 @@ impl Config for Castier {
         // A flight spools a blob that does not fit into fill.memory, and the memory tier never gets a spooled blob.
         check_order(("memory.max_blob", memory.max_blob), ("fill.memory", fill.memory), problems);
         check_limits(&limits.into(), problems);
+        check_http2(limits, problems);
         // A blob over memory.max_blob passes through a spool file, of the disk tier or in fill.spool_dir. fill.spool bounds both kinds.
         if limits.max_blob > memory.max_blob && problems.are_sound(&["memory.max_blob"]) {
             check_order(("limits.max_blob", limits.max_blob), ("fill.spool", fill.spool), problems);
@@ -177,6 +178,10 @@ fn check_origin(origin: &Origin, problems: &mut Problems) {
     if origin.retries > 100 {
         problems.add("origin.retries", format!("{} is too many; write 0 to 100", origin.retries));
     }
+    if origin.retry_budget > 100 {
+        problems.add("origin.retry_budget", format!("{} is too many; write 0 to 100 (percent)", origin.retry_budget));
+    }
+    check_span("origin.breaker_pause", origin.breaker_pause, problems);
     check_connections("origin.max_requests", origin.max_requests, problems);
     origin.s3.check("origin.s3", problems);
     if !origin.ca_file.as_os_str().is_empty()
@@ -259,6 +264,18 @@ fn check_fill(fill: &Fill, problems: &mut Problems) {
         let path = fill.spool_dir.display();
         problems.add("fill.spool_dir", format!("{path} is not a directory; create it, or write \"\" for the system's temporary directory"));
     }
+}
+
+fn check_http2(limits: &crate::Limits, problems: &mut Problems) {
+    check_count("limits.http2_streams", limits.http2_streams as usize, problems);
+    if limits.http2_streams > 65_536 {
+        problems.add("limits.http2_streams", "must be 65536 or less");
+    }
+    if !(Size::kib(64)..=Size::mib(16)).contains(&limits.http2_window) {
+        problems.add("limits.http2_window", format!("{} is out of range; write 64KiB to 16MiB", limits.http2_window));
+    }
+    check_count("limits.http2_resets", limits.http2_resets as usize, problems);
+    check_count("limits.http2_idle_frames", limits.http2_idle_frames as usize, problems);
 }
 
 /// The limits that both programs have.

@@ -4,7 +4,7 @@ use crate::{
     Listen, Malformed, Problems, Share, Span, TlsClients, TlsFiles, TlsPair,
     address::Address,
     check::check_span,
-    file::{first_byte, read_text},
+    file::{first_byte, read_secret},
     value::{as_text, path_text},
 };
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,7 @@ use std::{
     str::FromStr,
 };
 use url::Host;
+use zeroize::Zeroizing;
 
 /// The nodes that together behave as one cache. Without this section a node is alone: only you know the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -228,12 +229,12 @@ const MAX_SECRET: usize = 1024;
 ///
 /// # Errors
 /// A text that says what is wrong with the file, and never what is in it.
-pub fn peer_secrets(file: &Path) -> Result<Vec<String>, String> {
+pub fn peer_secrets(file: &Path) -> Result<Vec<Zeroizing<String>>, String> {
     let name = file.display();
-    let text = read_text(file).map_err(|error| {
+    let text = read_secret(file).map_err(|error| {
         format!("{name} cannot be read as text ({error}); name a file with a secret, for example the output of `openssl rand -hex 32`")
     })?;
-    let secrets: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
+    let secrets: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(|line| Zeroizing::new(line.to_owned())).collect();
     if !(1..=2).contains(&secrets.len()) {
         return Err(format!("{name} has {} lines; write one secret, or two while one replaces the other", secrets.len()));
     }
@@ -401,8 +402,8 @@ mod tests {
             peer_secrets(&file)
         };
         let (old, new) = ("old-old-old-old-old", "new-new-new-new-new");
-        assert_eq!(read(&format!("{old}\n")), Ok(vec![old.to_owned()]));
-        assert_eq!(read(&format!("\n{new}\r\n  {old}")), Ok(vec![new.to_owned(), old.to_owned()]));
+        assert_eq!(read(&format!("{old}\n")), Ok(vec![old.to_owned().into()]));
+        assert_eq!(read(&format!("\n{new}\r\n  {old}")), Ok(vec![new.to_owned().into(), old.to_owned().into()]));
         for text in [
             "",
             "\n",

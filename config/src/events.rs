@@ -3,7 +3,7 @@
 use crate::{
     Disk, Malformed, Problems, Span,
     check::check_span,
-    file::{first_byte, read_text},
+    file::{first_byte, read_secret, read_text},
     value::{from_text, masked, path_text},
 };
 use percent_encoding::percent_decode_str;
@@ -16,6 +16,7 @@ use std::{
     str::FromStr,
 };
 use url::{Host, Url};
+use zeroize::Zeroizing;
 
 /// Who is told of blobs: a webhook, NATS or RabbitMQ. castier sends a CloudEvent for every blob that is stored through it, deleted, or found
 /// corrupt, at least once and in order. It keeps the events in `disk.path` until they are acknowledged, so this needs `[disk]`. For one receiver
@@ -278,14 +279,14 @@ impl EventSink {
     ///
     /// # Errors
     /// A text that says what is wrong with the file, and never what is in it.
-    pub fn secret(&self) -> Result<Vec<u8>, String> {
+    pub fn secret(&self) -> Result<Zeroizing<Vec<u8>>, String> {
         let shown = self.secret_file.display();
-        let text = read_text(&self.secret_file)
+        let text = read_secret(&self.secret_file)
             .map_err(|error| format!("{shown} cannot be read as text ({error}); name a file that this user may read"))?;
         let text = text.trim();
         let key = data_encoding::BASE64.decode(text.strip_prefix("whsec_").unwrap_or(text).as_bytes()).unwrap_or_default();
         if (24..=64).contains(&key.len()) {
-            return Ok(key);
+            return Ok(Zeroizing::new(key));
         }
         Err(format!("{shown} does not have 24 to 64 bytes in base64; write it with: echo \"whsec_$(openssl rand -base64 32)\""))
     }

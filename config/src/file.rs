@@ -8,6 +8,7 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
 };
+use zeroize::Zeroizing;
 
 /// The largest file that is read: far above any configuration or list of certificates.
 const MOST: u64 = 1 << 20;
@@ -33,6 +34,17 @@ pub(crate) fn read_text(path: &Path) -> io::Result<String> {
     let read = open(path)?.take(MOST + 1).read_to_string(&mut text)?;
     if read as u64 > MOST {
         return Err(io::Error::other(format!("it is larger than {} MiB", MOST >> 20)));
+    }
+    Ok(text)
+}
+
+/// As [`read_text`], for a secret: the memory is overwritten when it is not needed any more.
+pub(crate) fn read_secret(path: &Path) -> io::Result<Zeroizing<String>> {
+    // A text that grew would leave copies behind.
+    let mut text = Zeroizing::new(String::with_capacity(64 << 10));
+    open(path)?.take(64 << 10).read_to_string(&mut text)?;
+    if text.len() == 64 << 10 {
+        return Err(io::Error::other("it is larger than 64 KiB"));
     }
     Ok(text)
 }

@@ -4,12 +4,13 @@ use crate::{
     Cluster, Listen, Peer, Problems, Size, Span,
     address::Address,
     check::{check_base_url, check_size, own_address},
-    file::read_text,
+    file::read_secret,
     value::path_text,
 };
 use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
 use url::Host;
+use zeroize::Zeroizing;
 
 /// Other protocols and stores whose answers castier keeps: container images, packages, models. Write the section once for each route. The
 /// first route that matches a request gets it.
@@ -255,7 +256,7 @@ impl RouteCredentials {
     ///
     /// # Errors
     /// A text that says what is wrong with the file, and never what is in it.
-    pub fn secret(&self) -> Result<String, String> {
+    pub fn secret(&self) -> Result<Zeroizing<String>, String> {
         match self.set_files().next() {
             Some((name, file)) => secret(name, file),
             None => Err("there is no file with credentials".into()),
@@ -268,14 +269,15 @@ impl RouteCredentials {
     }
 }
 
-fn secret(name: &str, file: &Path) -> Result<String, String> {
+fn secret(name: &str, file: &Path) -> Result<Zeroizing<String>, String> {
     let shown = file.display();
     let right = match name {
         "password_file" => "the password alone",
         "token_file" => "the token alone",
         _ => "lines such as \"machine HOST login NAME password PASSWORD\"",
     };
-    let text = read_text(file).map_err(|error| format!("{shown} cannot be read as text ({error}); name a file that this user may read"))?;
+    let text =
+        read_secret(file).map_err(|error| format!("{shown} cannot be read as text ({error}); name a file that this user may read"))?;
     if text.trim().is_empty() {
         return Err(format!("{shown} is empty; write {right} into it"));
     }
@@ -290,7 +292,7 @@ fn secret(name: &str, file: &Path) -> Result<String, String> {
     if name == "token_file" && !line.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(format!("{shown} has characters that no header can hold; write {right} into it, in visible ASCII without spaces"));
     }
-    Ok(line.to_owned())
+    Ok(Zeroizing::new(line.to_owned()))
 }
 
 /// The protocols that a route may name.

@@ -314,7 +314,7 @@ fn variables_set_and_add_routes() {
         ("CASTIER_ROUTE__0__CREDENTIALS__TOKEN_FILE", token_file),
     ];
     let route = load::<Castier>(None, variables(&env_only)).unwrap().config.route;
-    assert_eq!(route[0].credentials.as_ref().unwrap().secret(), Ok("0123456789".to_owned()));
+    assert_eq!(route[0].credentials.as_ref().unwrap().secret().as_deref(), Ok(&"0123456789".to_owned()));
 
     assert_eq!(
         wrong(OCI, &env),
@@ -407,6 +407,7 @@ fn secrets_are_read_from_their_files() {
             _ => RouteCredentials { netrc_file: path, ..none },
         }
         .secret()
+        .map(|secret| secret.to_string())
     };
     assert_eq!(read("password", " pass word \r\n"), Ok(" pass word ".into()));
     assert_eq!(read("token", "abc\n\n"), Ok("abc".into()));

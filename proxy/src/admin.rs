@@ -247,7 +247,7 @@ async fn connection(stream: TcpStream, client: IpAddr, router: Router, guard: Ar
     });
     let mut stream = Conn::socket(stream);
     if let Some(tls) = tls {
-        stream = match secured::accept(&tls, stream, limits.header_timeout.get()).await {
+        stream = match secured::accept(tls.http1_acceptor(), stream, limits.header_timeout.get()).await {
             Ok((stream, _)) => stream,
             Err(Failed::Plain(stream)) => {
                 let reply = Reply::error(StatusCode::BAD_REQUEST, "this port speaks TLS: ask it with https");

@@ -6,7 +6,8 @@ use castier_cache::{Budget, Spools};
 use castier_config::{self as config, Castier, OriginUrl};
 use castier_outbox::{Outbox, WriteBehind};
 use castier_serverkit::{
-    health_check, log,
+    health_check::{self, Credentials, Failed},
+    log,
     startup::{self, CommonArgs},
 };
 use serde::Deserialize;
@@ -22,10 +23,23 @@ const LOOK: Duration = Duration::from_millis(200);
 /// How often a drain says how much is left.
 const TELL: Duration = Duration::from_secs(5);
 
+/// The URL of the admin listener: the one that is named, or that of the configuration.
+fn admin_url(args: &CommonArgs, admin: Option<String>) -> String {
+    let of_config = || {
+        let loaded = args.load_with::<Castier>(config::environment(), routes::check).ok()?;
+        let listen = loaded.config.listen;
+        Some(if listen.tls.is_on() && listen.tls.admin { format!("https://{}", listen.admin) } else { listen.admin })
+    };
+    let admin = admin.or_else(of_config).unwrap_or_else(|| "127.0.0.1:8082".into());
+    let (scheme, address) = admin.split_once("://").unwrap_or(("http", &admin));
+    let address = address.trim_end_matches('/').replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:");
+    format!("{scheme}://{address}")
+}
+
 /// Prints what a running castier knows about a URL, one fact a line.
-pub(super) fn why(url: &str, admin: &str) -> ExitCode {
+pub(super) fn why(url: &str, args: &CommonArgs, admin: Option<String>, credentials: &Credentials) -> ExitCode {
     let encoded = percent_encoding::utf8_percent_encode(url, percent_encoding::NON_ALPHANUMERIC);
-    match health_check::get(&format!("http://{admin}/why?url={encoded}")) {
+    match health_check::get(&format!("{}/why?url={encoded}", admin_url(args, admin)), credentials) {
         Ok(body) => {
             match serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&body) {
                 Ok(facts) => facts
@@ -72,23 +86,20 @@ fn wait(limit: Option<Duration>, mut left: impl FnMut() -> Result<Left, String>)
 }
 
 /// Has the outbox of a running castier uploaded. If none runs, and there is a config file, uploads it from here.
-pub(super) fn drain(args: &CommonArgs, admin: Option<String>, limit: Option<Duration>) -> ExitCode {
-    let of_config = || {
-        let loaded = args.load_with::<Castier>(config::environment(), routes::check).ok()?;
-        Some(loaded.config.listen.admin)
-    };
+pub(super) fn drain(args: &CommonArgs, admin: Option<String>, credentials: &Credentials, limit: Option<Duration>) -> ExitCode {
     let is_named = admin.is_some();
-    let admin = admin.or_else(of_config).unwrap_or_else(|| "127.0.0.1:8082".into());
-    let url = format!("http://{}/drain", admin.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:"));
+    let url = format!("{}/drain", admin_url(args, admin));
     let read = |body: String| serde_json::from_str::<Left>(&body).map_err(|error| format!("{url}: {error}"));
-    let outcome = match health_check::post(&url) {
-        Err(_) if args.config.is_some() && !is_named => {
+    let outcome = match health_check::post(&url, credentials) {
+        Err(Failed::No(_)) if args.config.is_some() && !is_named => {
             let load = || args.load_with(config::environment(), routes::check);
             let ask = ("origin.url", online_check::ask);
             return startup::main(super::PROGRAM, args, load, ask, move |config| drain_here(config, limit));
         }
-        Err(error) => Err(error),
-        Ok(body) => read(body).and_then(|_| wait(limit, || read(health_check::get(&url)?))),
+        Err(failed) => Err(failed.to_string()),
+        Ok(body) => {
+            read(body).and_then(|_| wait(limit, || read(health_check::get(&url, credentials).map_err(|failed| failed.to_string())?)))
+        }
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,6 +1,7 @@
 //! A client's connection: pingora's stream, plus a write timeout, plus a fence that lets a session read one request and no more.
 
 use crate::{
+    http2::frames::{Alarm, Frames},
     reply::{Body, Reply},
     request_head::Framing,
 };
@@ -9,11 +10,11 @@ use bytes::{Buf, Bytes, BytesMut};
 use castier_cache::PIECE;
 use castier_serverkit::stall_timeout::StallTimeout;
 use castier_upstream::Chunks;
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, Method, StatusCode};
 use pingora::http::ResponseHeader;
 use pingora::protocols::{
-    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID, UniqueIDType,
-    http::ServerSession, raw_connect::ProxyDigest,
+    Digest, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID,
+    UniqueIDType, http::ServerSession, raw_connect::ProxyDigest,
 };
 use std::{
     io,
@@ -36,6 +37,8 @@ pub struct Conn {
     /// `limits.write_timeout`: if the client takes no byte for this long, the write fails.
     stall: StallTimeout,
     fence: Option<Box<Fence>>,
+    /// Over HTTP/2: counts what comes.
+    frames: Option<Box<Frames>>,
 }
 
 /// Limits what a session reads to one request. Without it, pingora would read ahead into the next request of a pipelining client, and those
@@ -98,7 +101,7 @@ impl Conn {
 
     /// Wraps an accepted connection.
     pub fn new(stream: Stream, write_timeout: Duration) -> Self {
-        Self { stream, stall: StallTimeout::new(write_timeout), fence: None }
+        Self { stream, stall: StallTimeout::new(write_timeout), fence: None, frames: None }
     }
 
     /// A connection that tokio accepted, not pingora.
@@ -109,6 +112,11 @@ impl Conn {
     /// The client's address.
     pub fn client_address(&self) -> Option<SocketAddr> {
         self.stream.get_socket_digest()?.peer_addr()?.as_inet().copied()
+    }
+
+    /// What pingora's sessions need to know of a connection that they do not hold.
+    pub fn digest(&self) -> Digest {
+        Digest { socket_digest: self.stream.get_socket_digest(), ..Digest::default() }
     }
 
     /// Changes the write timeout: limits can change while a connection is open.
@@ -135,6 +143,14 @@ impl Conn {
         self.fence.take().filter(|fence| fence.remaining.is_over()).map(|fence| fence.ahead)
     }
 
+    /// The connection speaks HTTP/2 from now on. Reads give `ahead` first, and all bytes that come are counted as `frames`, until they are too many.
+    pub fn count_frames(&mut self, ahead: BytesMut, frames: Frames) -> Arc<Alarm> {
+        let alarm = frames.alarm().clone();
+        self.fence = Some(Box::new(Fence { ahead, remaining: Remaining::All, next_check: None }));
+        self.frames = Some(Box::new(frames));
+        alarm
+    }
+
     /// For a pingora session. [`Self::from_stream`] is the way back.
     pub fn into_stream(self) -> Stream {
         Box::new(self)
@@ -143,6 +159,15 @@ impl Conn {
     /// The connection out of a stream that [`Self::into_stream`] made.
     pub fn from_stream(stream: Stream) -> Option<Self> {
         stream.into_any().downcast().ok().map(|conn| *conn)
+    }
+}
+
+impl Conn {
+    fn watch_write(&mut self, written: Poll<io::Result<usize>>, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if let (Some(frames), Poll::Ready(Ok(bytes))) = (&mut self.frames, &written) {
+            frames.wrote(*bytes);
+        }
+        self.stall.watch_write(written, cx)
     }
 }
 
@@ -195,6 +220,22 @@ fn has_closed(stream: &Stream) -> bool {
 impl AsyncRead for Conn {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if let Some(frames) = &mut this.frames {
+            if frames.is_over() {
+                // Whoever waits for the alarm closes the connection.
+                return Poll::Pending;
+            }
+            let before = buf.filled().len();
+            match &mut this.fence {
+                Some(fence) if !fence.ahead.is_empty() => {
+                    let taken = fence.ahead.len().min(buf.remaining());
+                    buf.put_slice(&fence.ahead.split_to(taken));
+                }
+                _ => ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?,
+            }
+            frames.read(&buf.filled()[before..]);
+            return Poll::Ready(Ok(()));
+        }
         let Some(fence) = &mut this.fence else { return Pin::new(&mut this.stream).poll_read(cx, buf) };
         if fence.ahead.is_empty()
             && let Remaining::Bytes(left) = &mut fence.remaining
@@ -234,7 +275,7 @@ impl AsyncWrite for Conn {
             fence.decide(buf);
         }
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.stall.watch_write(written, cx)
+        self.watch_write(written, cx)
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
@@ -242,7 +283,7 @@ impl AsyncWrite for Conn {
             fence.decide(first);
         }
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.stall.watch_write(written, cx)
+        self.watch_write(written, cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -302,13 +343,19 @@ impl Peek for Conn {}
 /// # Errors
 /// The client has closed, or has taken no byte for `limits.write_timeout`.
 pub async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
-    session.write_response_header(response_header(reply.status, &reply.headers)).await?;
-    if let Body::Whole(bytes) = reply.body {
-        for at in (0..bytes.len()).step_by(PIECE) {
-            session.write_response_body(bytes.slice(at..bytes.len().min(at + PIECE)), false).await?;
-        }
+    let head = response_header(reply.status, &reply.headers);
+    let mut rest = if let Body::Whole(bytes) = reply.body { bytes } else { Bytes::new() };
+    if let ServerSession::H2(stream) = session
+        && (rest.is_empty() || stream.req_header().method == Method::HEAD)
+    {
+        // Over HTTP/1.1 pingora itself leaves out the body of an answer to HEAD.
+        return stream.write_response_header(head, true);
     }
-    session.write_response_body(Bytes::new(), true).await
+    session.write_response_header(head).await?;
+    while rest.len() > PIECE {
+        session.write_response_body(rest.split_to(PIECE), false).await?;
+    }
+    session.write_response_body(rest, true).await
 }
 
 /// The head of a reply as pingora's type.

@@ -41,7 +41,7 @@ impl Door {
     pub fn new(config: &Castier, metrics: &Metrics) -> Result<Self, String> {
         let tls = if config.listen.tls.is_on() {
             let metrics = metrics.certificates(Listener::Public);
-            Some(Tls::open(config.listen.tls.files(), &[b"http/1.1"], metrics)?)
+            Some(Tls::open(config.listen.tls.files(), &[b"h2", b"http/1.1"], metrics)?)
         } else {
             None
         };
@@ -147,13 +147,15 @@ pub(crate) struct Entered {
     pub(crate) certificate: Option<Arc<Who>>,
     /// It counts for its client until it closes.
     pub(crate) counted: Option<Connection>,
+    /// TLS has agreed on HTTP/2.
+    pub(crate) is_http2: bool,
 }
 
 impl Entered {
     /// A peer's connection, which the peer listener has secured.
     pub(crate) fn peer(stream: Stream) -> Self {
         let address = address_of(&stream);
-        Self { stream, address, certificate: None, counted: None }
+        Self { stream, address, certificate: None, counted: None, is_http2: false }
     }
 }
 
@@ -202,18 +204,18 @@ impl Entrance {
             }
             _ => None,
         };
-        let mut certificate = None;
+        let (mut certificate, mut is_http2) = (None, false);
         if let Some(tls) = &self.tls {
-            match secured::accept(tls, stream, limit).await {
+            match secured::accept(tls.acceptor(), stream, limit).await {
                 Ok((secured, handshake)) => {
-                    stream = secured;
+                    (stream, is_http2) = (secured, handshake.is_http2);
                     certificate = handshake.certificate.zip(self.access.as_ref()).map(|(name, access)| access.certificate(&name));
                 }
                 Err(Failed::Plain(stream)) => return Err(Closed::Plain(stream)),
                 Err(Failed::Handshake(why)) => return Err(Closed::Silently(format!("the TLS handshake failed: {why}"))),
             }
         }
-        Ok(Entered { stream, address, certificate, counted })
+        Ok(Entered { stream, address, certificate, counted, is_http2 })
     }
 
     /// Decides about a request, whose head is at the front of `bytes`. Returns the name of who sent it; `None` for an anonymous client.

@@ -15,7 +15,7 @@ use castier_cache::{Fault, Hit, Limit, PIECE, Part, Reader, Tier};
 use castier_cluster::Asked;
 use castier_upstream::trace;
 use castier_wire::Selection;
-use http::{Method, StatusCode, Version};
+use http::{Method, StatusCode};
 use pingora::protocols::http::date::get_cached_date;
 use std::{
     future::poll_fn,
@@ -77,7 +77,8 @@ impl Front {
         done.map(|()| true)
     }
 
-    fn peek(&self, digest: &Digest) -> Option<Hit> {
+    /// The blob, if memory has it.
+    pub(crate) fn peek(&self, digest: &Digest) -> Option<Hit> {
         self.handlers.cache().peek(digest, self.handlers.asker(), |_| Part::Whole)
     }
 
@@ -99,7 +100,7 @@ impl Front {
     }
 
     /// Counts and logs a request that the fast path answered.
-    fn record(
+    pub(crate) fn record(
         &self,
         reply: &Reply,
         ahead: &[u8],
@@ -112,7 +113,7 @@ impl Front {
         let trace = access_log::is_wanted().then(|| head.introduction(ahead, |fields| trace::of(fields)));
         let more = More {
             first_byte: Some(ready),
-            proto: Some(Version::HTTP_11),
+            proto: Some(head.version),
             user_agent: head.user_agent(ahead),
             error: sent.as_ref().err().map(|cut| &*cut.why),
             digest: Some(*digest),
@@ -248,7 +249,7 @@ impl Front {
         self.refuse(conn, &reply, &fault.to_string(), client).await;
     }
 
-    async fn refuse(&self, mut conn: Conn, reply: &Reply, why: &str, client: Option<IpAddr>) {
+    pub(crate) async fn refuse(&self, mut conn: Conn, reply: &Reply, why: &str, client: Option<IpAddr>) {
         let started = Instant::now();
         let wait = if self.descriptors.may_linger(self.connections()) { REFUSAL } else { Duration::ZERO };
         let _ = timeout(wait, write_and_close(&mut conn, reply)).await;

@@ -14,6 +14,7 @@ pub mod events;
 mod fast_path;
 pub mod groupcache;
 pub mod handlers;
+pub mod http2;
 pub mod listener;
 pub mod memory_plan;
 pub mod metrics;

@@ -15,6 +15,7 @@ use crate::{
     memory_plan,
     metrics::{Listener, Metrics},
     peer_access::PeerAccess,
+    reply::Reply,
     request_head::{self, Head, NoHead},
     routes::Match,
     session::{Arrived, Cut},
@@ -22,8 +23,8 @@ use crate::{
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::BytesMut;
-use castier_access::Memo;
-use castier_cache::{Budget, Limit};
+use castier_access::{Memo, Who};
+use castier_cache::{Budget, Fault, Limit};
 use castier_cluster::{Asked, ROUTE};
 use castier_config::{Limits, Proxies};
 use castier_upstream::trace;
@@ -41,7 +42,7 @@ use tokio::{io::AsyncWriteExt, time::timeout};
 pub struct Front {
     pub(crate) handlers: Handlers,
     pub(crate) audience: Audience,
-    limits: Arc<ArcSwap<Limits>>,
+    pub(crate) limits: Arc<ArcSwap<Limits>>,
     /// `listen.trusted_proxies` and `log.trusted_proxies`.
     proxies: Proxies,
     /// `limits.client_memory`.
@@ -69,6 +70,37 @@ enum Admission {
     Refused,
 }
 
+/// Whose connection a request came on.
+pub(crate) struct Visitor {
+    /// The address of the client, or of a proxy that names the client in each request.
+    pub(crate) address: Option<SocketAddr>,
+    /// Who the client is by its certificate.
+    pub(crate) certificate: Option<Arc<Who>>,
+}
+
+/// What a request that may be answered is for.
+pub(crate) struct Admitted {
+    /// What the answer must prove.
+    pub(crate) asked: Asked,
+    /// Boxed, since few requests are for a route.
+    pub(crate) routed: Option<Box<Match>>,
+    pub(crate) client: Option<IpAddr>,
+}
+
+/// Why a request may not be answered.
+pub(crate) enum Refusal {
+    /// Its connection is closed after the answer.
+    Final(Reply, &'static str, Option<IpAddr>),
+    /// The client may ask again, with credentials or later.
+    Denied(Reply, &'static str, Option<IpAddr>),
+}
+
+/// Who answers an admitted request.
+pub(crate) enum Answerer<'a> {
+    Handlers,
+    Relay(&'a Relay),
+}
+
 /// Counts one connection for as long as it lives.
 struct Open(Arc<Front>);
 
@@ -89,6 +121,13 @@ impl ServerApp for Front {
         // In a new task. pingora's task holds the state of a TLS handshake, and would hold it until the connection closes.
         tokio::spawn(async move { open.0.serve(stream, count, &shutdown).await });
         None
+    }
+}
+
+impl Visitor {
+    /// The address, as logs have it.
+    pub(crate) fn ip(&self) -> Option<IpAddr> {
+        self.address.map(|address| address.ip().to_canonical())
     }
 }
 
@@ -161,7 +200,7 @@ impl Front {
     }
 
     /// Serves a new connection, or refuses it. `count` is the number of open connections, the new one included.
-    async fn serve(&self, stream: Stream, count: usize, shutdown: &ShutdownWatch) {
+    async fn serve(self: &Arc<Self>, stream: Stream, count: usize, shutdown: &ShutdownWatch) {
         let limits = self.limits.load_full();
         let admission = self.admit_connection(count, &limits);
         if admission == Admission::Admitted {
@@ -191,13 +230,18 @@ impl Front {
 
     /// Serves one request after the other until either side closes. Boxes every future that only a request needs: there are many idle
     /// connections, and each holds this function's state.
-    async fn serve_connection(&self, entered: Entered, write_timeout: Duration, shutdown: &ShutdownWatch) {
-        let Entered { stream, address: socket_address, certificate, counted: _counted } = entered;
+    async fn serve_connection(self: &Arc<Self>, entered: Entered, write_timeout: Duration, shutdown: &ShutdownWatch) {
+        let Entered { stream, address, certificate, counted: _counted, is_http2 } = entered;
+        let visitor = Visitor { address, certificate };
         let mut conn = Conn::new(stream, write_timeout);
-        let mut memo = Memo::default();
-        let address = socket_address.map(|address| address.ip().to_canonical());
-        let mut draining = shutdown.clone();
         let mut ahead = BytesMut::new();
+        if is_http2 {
+            return Box::pin(self.serve_http2(conn, ahead, visitor, shutdown)).await;
+        }
+        let mut memo = Memo::default();
+        let address = visitor.ip();
+        let mut draining = shutdown.clone();
+        let mut is_first = true;
         let mut wait = self.limits.load().header_timeout.get();
         loop {
             let limits = self.limits.load_full();
@@ -209,7 +253,6 @@ impl Front {
             };
             wait = limits.idle_timeout.get();
             conn.set_write_timeout(limits.write_timeout.get());
-            let _answering = self.metrics.answering();
             // `_lease` pays for the bytes of the head, so it must live as long as the request.
             let (head, _lease) = match head {
                 Ok(head) => head,
@@ -222,39 +265,35 @@ impl Front {
                     drop(ahead);
                     return Box::pin(self.shed_request(conn, Limit::ClientMemory, None, address)).await;
                 }
-            };
-            let asked = match self.admit_request(&head, &ahead) {
-                Ok(asked) => asked,
-                Err((status, why)) => return Box::pin(self.refuse_request(conn, status, why, address)).await,
-            };
-            let routed = match self.route(&head, &ahead) {
-                Ok(routed) => routed,
-                Err((status, why)) => return Box::pin(self.refuse_request(conn, status, why, address)).await,
-            };
-            let client = self.client(socket_address, &head, &ahead);
-            if let Audience::Clients(_, entrance) = &self.audience
-                && !entrance.is_open(&limits)
-                && let Err(refused) =
-                    Box::pin(entrance.check(&mut memo, &head, &ahead, routed.as_deref(), client, certificate.as_ref())).await
-            {
-                let (reply, why) = *refused;
-                match Box::pin(self.deny(conn, ahead, &head, reply, why, client)).await {
-                    Some(next) => {
-                        (conn, ahead) = next;
-                        continue;
-                    }
-                    None => return,
+                Err(NoHead::Http2) if is_first && matches!(self.audience, Audience::Clients(..)) => {
+                    return Box::pin(self.serve_http2(conn, ahead, visitor, shutdown)).await;
                 }
-            }
-            let arrived = Arrived { head: &head, limits: &limits, draining: &draining, asked: &asked, client, routed: routed.as_deref() };
-            let next = match head.target(&ahead) {
-                _ if let Some(found) = &routed => match &self.audience {
-                    Audience::Clients(relay, _) if !found.is_answered(&head.method) => {
-                        Box::pin(self.relay_request(relay, conn, ahead, &arrived, shutdown)).await
-                    }
-                    _ => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
+                Err(NoHead::Http2) => {
+                    drop(ahead);
+                    let (status, why) = (StatusCode::HTTP_VERSION_NOT_SUPPORTED, "HTTP/2 is not spoken here");
+                    return Box::pin(self.refuse_request(conn, status, why, address)).await;
+                }
+            };
+            is_first = false;
+            let _answering = self.metrics.answering();
+            let admitted = match self.admit(&mut memo, &head, &ahead, &visitor, &limits).await {
+                Ok(admitted) => admitted,
+                Err(refusal) => match *refusal {
+                    Refusal::Final(reply, why, client) => return Box::pin(self.refuse(conn, &reply, why, client)).await,
+                    Refusal::Denied(reply, why, client) => match Box::pin(self.deny(conn, ahead, &head, reply, why, client)).await {
+                        Some(next) => {
+                            (conn, ahead) = next;
+                            continue;
+                        }
+                        None => return,
+                    },
                 },
-                Target::Blob(digest) if head.plain && !*draining.borrow() => {
+            };
+            let Admitted { asked, routed, client } = &admitted;
+            let arrived = Arrived { head: &head, limits: &limits, draining: &draining, asked, client: *client, routed: routed.as_deref() };
+            let next = match (self.answerer(&arrived, &ahead), head.target(&ahead)) {
+                (Answerer::Relay(relay), _) => Box::pin(self.relay_request(relay, conn, ahead, &arrived, shutdown)).await,
+                (Answerer::Handlers, Target::Blob(digest)) if routed.is_none() && head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &digest, &arrived).await {
                         Ok(true) if head.close => {
                             let _ = timeout(limits.write_timeout.get(), conn.shutdown()).await;
@@ -265,17 +304,53 @@ impl Front {
                         Err(Cut { .. }) => return,
                     }
                 }
-                target => match &self.audience {
-                    Audience::Clients(relay, _) if !is_for_handlers(&target, &head.method) => {
-                        Box::pin(self.relay_request(relay, conn, ahead, &arrived, shutdown)).await
-                    }
-                    _ => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
-                },
+                (Answerer::Handlers, _) => Box::pin(self.serve_session(conn, ahead, &arrived)).await,
             };
             match next {
                 Some(next) => (conn, ahead) = next,
                 None => return,
             }
+        }
+    }
+
+    /// Decides whether a request is answered, whose head is at the front of `bytes`.
+    ///
+    /// # Errors
+    /// It is not.
+    pub(crate) async fn admit(
+        &self,
+        memo: &mut Memo,
+        head: &Head,
+        bytes: &[u8],
+        visitor: &Visitor,
+        limits: &Limits,
+    ) -> Result<Admitted, Box<Refusal>> {
+        let refuse = |(status, why)| Box::new(Refusal::Final(Reply::error(status, why), why, visitor.ip()));
+        let asked = self.admit_request(head, bytes).map_err(refuse)?;
+        let routed = self.route(head, bytes).map_err(refuse)?;
+        let client = self.client(visitor.address, head, bytes);
+        if let Audience::Clients(_, entrance) = &self.audience
+            && !entrance.is_open(limits)
+            && let Err(refused) = Box::pin(entrance.check(memo, head, bytes, routed.as_deref(), client, visitor.certificate.as_ref())).await
+        {
+            let (reply, why) = *refused;
+            return Err(Box::new(Refusal::Denied(reply, why, client)));
+        }
+        Ok(Admitted { asked, routed, client })
+    }
+
+    /// Who answers a request, whose head is at the front of `bytes`.
+    pub(crate) fn answerer(&self, arrived: &Arrived<'_>, bytes: &[u8]) -> Answerer<'_> {
+        let method = &arrived.head.method;
+        match &self.audience {
+            Audience::Clients(relay, _)
+                if !arrived
+                    .routed
+                    .map_or_else(|| is_for_handlers(&arrived.head.target(bytes), method), |found| found.is_answered(method)) =>
+            {
+                Answerer::Relay(relay)
+            }
+            _ => Answerer::Handlers,
         }
     }
 
@@ -345,29 +420,38 @@ impl Front {
         arrived: &Arrived<'_>,
         shutdown: &ShutdownWatch,
     ) -> Option<(Conn, BytesMut)> {
-        let Arrived { head, limits, client, routed, .. } = *arrived;
-        let Some(memory) = self.memory.lease(memory_plan::relay(head)) else {
-            drop(ahead);
-            self.shed_request(conn, Limit::ClientMemory, Some(arrived.asked), client).await;
-            return None;
-        };
-        let Some(_descriptors) = self.outgoing() else {
-            drop(ahead);
-            self.shed_request(conn, Limit::Files, Some(arrived.asked), client).await;
-            return None;
-        };
-        // An entry of the origin is relayed to it as what is for no route.
-        let to = match routed.filter(|found| !found.is_entry()).map(|found| self.handlers.routes().relay(found)).transpose() {
-            Ok(to) => to,
+        match self.before_relay(arrived, &ahead) {
+            Ok((known, _descriptors)) => relay.pass(conn, ahead, arrived.head, arrived.limits, shutdown, known).await,
             Err(fault) => {
                 drop(ahead);
-                self.refuse_request(conn, StatusCode::BAD_GATEWAY, &fault.to_string(), client).await;
-                return None;
+                match fault {
+                    Fault::Busy(limit) => self.shed_request(conn, limit, Some(arrived.asked), arrived.client).await,
+                    fault => self.refuse_request(conn, StatusCode::BAD_GATEWAY, &fault.to_string(), arrived.client).await,
+                }
+                None
             }
+        }
+    }
+
+    /// What a request needs before it can be relayed: memory, descriptors, and where it goes.
+    ///
+    /// # Errors
+    /// [`Fault::Busy`] over a limit, else the fault of its route.
+    pub(crate) fn before_relay(&self, arrived: &Arrived<'_>, bytes: &[u8]) -> Result<(Known, Outgoing), Fault> {
+        let Arrived { head, client, routed, .. } = *arrived;
+        let memory = self.memory.lease(memory_plan::relay(head)).ok_or(Fault::Busy(Limit::ClientMemory))?;
+        let descriptors = self.outgoing().ok_or(Fault::Busy(Limit::Files))?;
+        // An entry of the origin is relayed to it as what is for no route.
+        let to = routed.filter(|found| !found.is_entry()).map(|found| self.handlers.routes().relay(found)).transpose()?;
+        let (credentials_are_ours, is_secured, pace) = match &self.audience {
+            Audience::Clients(_, entrance) => {
+                let pace = (arrived.limits.bandwidth_per_client.get() > 0).then(|| entrance.clients.clone());
+                (entrance.access.is_some(), entrance.tls.is_some(), pace)
+            }
+            Audience::Peers(_) => (false, false, None),
         };
-        let credentials_are_ours = matches!(&self.audience, Audience::Clients(_, entrance) if entrance.access.is_some());
-        let known = Known { memory, client, trace: head.introduction(&ahead, |fields| trace::of(fields)), to, credentials_are_ours };
-        relay.pass(conn, ahead, head, limits, shutdown, known).await
+        let trace = head.introduction(bytes, |fields| trace::of(fields));
+        Ok((Known { memory, client, trace, to, credentials_are_ours, is_secured, pace }, descriptors))
     }
 }
 

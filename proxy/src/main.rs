@@ -25,6 +25,7 @@ use castier_origin::Origin;
 use castier_outbox::{Announced, Others, Outbox, WriteBehind};
 use castier_serverkit::{
     bind::{bind, shown},
+    health_check::Credentials,
     log::{self, Guard},
     open_files, otlp,
     signals::{Order, Reading, Signals, sound},
@@ -88,18 +89,22 @@ enum Command {
     Why {
         /// The URL as a client asks for it, or its path.
         url: String,
-        /// The admin listener of the running castier.
-        #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8082")]
-        admin: String,
+        /// The admin listener of the running castier: HOST:PORT, or https://HOST:PORT. Default: listen.admin of --config, else 127.0.0.1:8082.
+        #[arg(long, value_name = "ADDRESS")]
+        admin: Option<String>,
+        #[command(flatten)]
+        credentials: Credentials,
     },
     /// Upload all that waits in the outbox (`origin.write = "behind"`), and return when it is empty. Run it before a node is removed.
     ///
     /// From then on the running castier acknowledges uploads only once the bucket has them, until it is started again. If no castier runs, and
     /// --config is given, this program uploads what is in the outbox itself.
     Drain {
-        /// The admin listener of the running castier. Default: listen.admin of --config, else 127.0.0.1:8082.
-        #[arg(long, value_name = "HOST:PORT")]
+        /// The admin listener of the running castier: HOST:PORT, or https://HOST:PORT. Default: listen.admin of --config, else 127.0.0.1:8082.
+        #[arg(long, value_name = "ADDRESS")]
         admin: Option<String>,
+        #[command(flatten)]
+        credentials: Credentials,
         /// Give up after so long, such as 10m. Default: never.
         #[arg(long, value_name = "DURATION")]
         timeout: Option<config::Span>,
@@ -112,10 +117,10 @@ enum Command {
 fn main() -> ExitCode {
     let Args { common, command } = Args::parse();
     match command {
-        Some(Command::Why { url, admin }) => return commands::why(&url, &admin),
-        Some(Command::Drain { admin, timeout, at_least }) => {
+        Some(Command::Why { url, admin, credentials }) => return commands::why(&url, &common, admin, &credentials),
+        Some(Command::Drain { admin, credentials, timeout, at_least }) => {
             let begun = Instant::now();
-            let ended = commands::drain(&common, admin, timeout.map(config::Span::get));
+            let ended = commands::drain(&common, admin, &credentials, timeout.map(config::Span::get));
             std::thread::sleep(at_least.map_or(Duration::ZERO, config::Span::get).saturating_sub(begun.elapsed()));
             return ended;
         }
@@ -287,7 +292,8 @@ impl Parts {
             },
         };
         let planner = planner(store.clone(), peers.clone(), outbox.clone());
-        let cache = Cache::new(config, limits.clone(), tiers.clone(), spools, planner, metrics.cache.clone());
+        let retry_budget = origin.retry_budget().cloned().ok_or("the origin has no budget of retries")?;
+        let cache = Cache::new(config, limits.clone(), tiers.clone(), spools, planner, metrics.cache.clone(), retry_budget);
         let node = Arc::new(Node { cache: cache.clone(), origin: store, outbox, peers: peers.clone(), metrics: metrics.clone() });
         let own_name = config.cluster.as_ref().map_or_else(|| shown(&sockets.public), |cluster| cluster.advertise.clone());
         let client_memory = Budget::new(config.limits.client_memory.get());

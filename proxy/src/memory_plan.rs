@@ -39,6 +39,17 @@ pub const RELAY_ANSWER: u64 = 512 << 10;
 /// An answer of unknown length is charged when it has a piece longer than this. If all pieces are shorter, the queue stays small.
 pub const RELAY_PIECE: usize = 1 << 10;
 
+/// A connection of HTTP/2, beside [`CONNECTION`]: the buffers and tables of the protocol.
+pub const HTTP2: u64 = 48 << 10;
+
+/// The additional charge to `limits.client_memory` for a request over HTTP/2: the part of its body that may come before it is asked for.
+pub fn http2_window(head: &Head, limits: &Limits) -> u64 {
+    match head.framing {
+        Framing::Length(length) => length.min(limits.http2_window.get()),
+        Framing::Chunked => limits.http2_window.get(),
+    }
+}
+
 /// The charge to `limits.client_memory` for a request about blobs.
 pub fn request(head: &Head) -> u64 {
     let body = match head.framing {

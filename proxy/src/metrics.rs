@@ -1,6 +1,9 @@
 //! The series of the tier beside those of its cache. Labels are finite and never hold a digest.
 
-use crate::recent::{ClientRequest, Recent};
+use crate::{
+    http2::frames::Flood,
+    recent::{ClientRequest, Recent},
+};
 use castier_blob::Digest;
 use castier_cache::{Limit, Tier, TierStats};
 use castier_serverkit::series::{CLIENT_GONE, Series, counters, gauge, gauges, histograms, status_label};
@@ -155,6 +158,9 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Connections from peers that are open now.
     pub peer_connections: IntGauge,
+    /// Requests over HTTP/2 that are open now.
+    pub http2_streams: IntGauge,
+    http2_floods: IntCounterVec,
 }
 
 impl Metrics {
@@ -224,6 +230,13 @@ impl Metrics {
             memory_planned: gauge(&r, "castier_memory_planned_bytes", "Most memory that the configuration allows")?,
             connections: gauge(&r, "castier_connections", "Open client connections")?,
             peer_connections: gauge(&r, "castier_peer_connections", "Open connections from peers")?,
+            http2_streams: gauge(&r, "castier_http2_streams", "Open requests over HTTP/2")?,
+            http2_floods: counters(
+                &r,
+                "castier_http2_floods_total",
+                "HTTP/2 connections that were closed because their client sent too many frames of a kind",
+                &["kind"],
+            )?,
             series,
         };
         metrics.begin_at_zero();
@@ -235,6 +248,14 @@ impl Metrics {
         for limit in Limit::ALL {
             self.shed.with_label_values(&[limit.as_str()]);
         }
+        for flood in Flood::ALL {
+            self.http2_floods.with_label_values(&[flood.as_str()]);
+        }
+    }
+
+    /// Counts an HTTP/2 connection that was closed because of a flood.
+    pub fn http2_flood(&self, flood: Flood) {
+        self.http2_floods.with_label_values(&[flood.as_str()]).inc();
     }
 
     /// Records a finished request.

@@ -31,7 +31,7 @@ impl PeerAccess {
     /// The connection after its TLS handshake, if TLS is on. `None` if the handshake failed.
     pub(crate) async fn secure(&self, stream: Stream, timeout: Duration) -> Option<Stream> {
         let Some(tls) = &self.tls else { return Some(stream) };
-        match secured::accept(tls, stream, timeout).await {
+        match secured::accept(tls.acceptor(), stream, timeout).await {
             Ok((stream, _)) => Some(stream),
             Err(Failed::Plain(_)) => None,
             Err(Failed::Handshake(why)) => {

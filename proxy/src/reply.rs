@@ -200,6 +200,13 @@ impl Reply {
             Fault::Unusable { source_name, .. } => {
                 (StatusCode::BAD_GATEWAY, format!("the {source_name} gave an unusable answer, and the request needs one"))
             }
+            Fault::NotAsked { source_name } => {
+                let detail = format!("the {source_name} failed too often in a row, and is not asked for some seconds; try again");
+                let mut headers = HeaderMap::new();
+                headers.insert(wire::CACHE_STATUS, HeaderValue::from_static("castier; fwd=uri-miss; detail=breaker"));
+                headers.insert(header::RETRY_AFTER, RETRY_AFTER);
+                return Self::explained(StatusCode::BAD_GATEWAY, headers, &detail);
+            }
             Fault::Denied { source_name, why } => (StatusCode::BAD_GATEWAY, format!("the {source_name} refuses castier: {why}")),
             Fault::Corrupt { source_name, .. } => {
                 (StatusCode::BAD_GATEWAY, format!("the {source_name} sent bytes that do not match the digest"))

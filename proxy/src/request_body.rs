@@ -2,26 +2,33 @@
 //! `limits.max_blob`. Bodies without a meaning are read and discarded.
 
 use castier_cache::{Body, Fault};
+use castier_config::Limits;
 use castier_serverkit::multipart::{self, FormError};
 use futures::{StreamExt, TryStreamExt, stream};
 use http::HeaderMap;
 use pingora::{ErrorType, protocols::http::ServerSession};
+use std::time::Duration;
+use tokio::time::timeout;
 
 /// The longest body of a GET or DELETE. It has no meaning, so it is read and discarded.
 const IDLE_BODY: u64 = 64 << 10;
 
 /// The body of a request, as a handler sees it.
-pub struct RequestBody<'a>(&'a mut ServerSession);
+pub struct RequestBody<'a> {
+    session: &'a mut ServerSession,
+    /// `limits.idle_timeout`.
+    idle: Duration,
+}
 
 impl<'a> RequestBody<'a> {
     /// The body of the session's request.
-    pub(crate) const fn of(session: &'a mut ServerSession) -> Self {
-        Self(session)
+    pub(crate) fn of(session: &'a mut ServerSession, limits: &Limits) -> Self {
+        Self { session, idle: limits.idle_timeout.get() }
     }
 
     /// Whether the client waits for a 100 before it sends its body.
     pub fn expects_continue(&self) -> bool {
-        expects_continue(self.0)
+        expects_continue(self.session)
     }
 
     /// Sends a 100, so that the client sends its body.
@@ -29,20 +36,23 @@ impl<'a> RequestBody<'a> {
     /// # Errors
     /// The client has closed the connection.
     pub async fn send_continue(&mut self) -> Result<(), Fault> {
-        send_continue(self.0).await
+        send_continue(self.session).await
     }
 
     /// The bytes as they arrive, at most `max`. A form may be a little longer: the size of its file is checked when it is taken out.
     pub fn into_bytes(self, max: u64, form: bool) -> Body<'a> {
-        of_session(self.0, max, form)
+        of_session(self.session, self.idle, max, form)
     }
 }
 
 /// See [`RequestBody::into_bytes`].
-fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Body<'_> {
+fn of_session(session: &mut ServerSession, idle: Duration, max: u64, form: bool) -> Body<'_> {
     let most = if form { max.saturating_add(multipart::OVERHEAD) } else { max };
     stream::try_unfold((session, 0u64), move |(session, before)| async move {
-        let part = session.read_request_body().await.map_err(|error| match error.etype {
+        // pingora has no read timeout for HTTP/2. Over HTTP/1.1 its own is the same, so this one does not come first.
+        let read = session.read_request_body();
+        let read = timeout(idle + Duration::from_secs(1), read).await.map_err(|_| Fault::ClientSilent)?;
+        let part = read.map_err(|error| match error.etype {
             ErrorType::ReadTimedout => Fault::ClientSilent,
             ErrorType::ConnectionClosed | ErrorType::ReadError => Fault::ClientGone(error.to_string()),
             _ => Fault::BadRequest("malformed chunked request body".into()),
@@ -61,14 +71,14 @@ fn of_session(session: &mut ServerSession, max: u64, form: bool) -> Body<'_> {
 ///
 /// # Errors
 /// As the body's own.
-pub async fn discard(session: &mut ServerSession) -> Result<(), Fault> {
+pub async fn discard(session: &mut ServerSession, limits: &Limits) -> Result<(), Fault> {
     if session.is_body_done() {
         return Ok(());
     }
     if expects_continue(session) {
         send_continue(session).await?;
     }
-    let mut body = of_session(session, IDLE_BODY, false);
+    let mut body = of_session(session, limits.idle_timeout.get(), IDLE_BODY, false);
     while body.next().await.transpose()?.is_some() {}
     Ok(())
 }

@@ -2,14 +2,15 @@
 //!
 //! Strict on purpose: a head that two parsers could read differently is refused. Only this file decides that.
 
-use bytes::{Buf, BytesMut};
+use crate::http2::frames::PREFACE;
+use bytes::{Buf, BufMut, BytesMut};
 use castier_cache::{Budget, Lease};
 use castier_cluster::{ASKED, Field, PROOF, Twice};
 use castier_config::Limits;
 use castier_upstream::via_header;
 use castier_wire::{Fields, Target};
 use http::{
-    HeaderName, Method, StatusCode, header,
+    HeaderName, Method, StatusCode, Version, header,
     uri::{Authority, PathAndQuery},
 };
 use std::{
@@ -44,6 +45,8 @@ pub struct Head {
     path: Range<usize>,
     /// Scheme and authority, before the path; empty in origin form.
     authority: Range<usize>,
+    /// The version of HTTP that the client speaks.
+    pub version: Version,
     /// Asks to change the protocol, and has no body.
     pub upgrade: bool,
     /// A GET over HTTP/1.1 without a header that changes the answer, except `If-None-Match`. Its answer is the whole blob, or a 304.
@@ -88,6 +91,8 @@ pub enum NoHead {
     Refused(StatusCode, String),
     /// `limits.client_memory` is used up, and the head is not complete yet.
     NoMemory,
+    /// What came begins a connection of HTTP/2.
+    Http2,
 }
 
 impl Head {
@@ -299,6 +304,46 @@ async fn read_some(
     .await
 }
 
+/// The head of a request that came over HTTP/2, as the bytes of an HTTP/1.1 head, and what they say. So one parser decides what a request means, and the
+/// same is refused. `ended`: no body follows.
+///
+/// # Errors
+/// [`NoHead::Refused`].
+pub fn of_http2(request: &http::request::Parts, ended: bool, limits: &Limits) -> Result<(BytesMut, Head), NoHead> {
+    let target = request.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    let mut bytes = BytesMut::with_capacity(512);
+    for part in [request.method.as_str(), " ", target, " HTTP/1.1\r\n"] {
+        bytes.put_slice(part.as_bytes());
+    }
+    // `:authority` is what `Host` is in HTTP/1.1. pingora has refused requests in which they differ.
+    let host = request.uri.authority().filter(|_| !request.headers.contains_key(header::HOST));
+    if let Some(host) = host {
+        put_field(&mut bytes, header::HOST.as_str(), host.as_str().as_bytes());
+    }
+    for (name, value) in &request.headers {
+        // How a body is framed is the business of HTTP/2.
+        if name != header::TRANSFER_ENCODING && name != header::CONNECTION && name != header::UPGRADE {
+            put_field(&mut bytes, name.as_str(), value.as_bytes());
+        }
+    }
+    if !ended && !request.headers.contains_key(header::CONTENT_LENGTH) {
+        put_field(&mut bytes, header::TRANSFER_ENCODING.as_str(), b"chunked");
+    }
+    bytes.put_slice(b"\r\n");
+    let max_bytes = usize::try_from(limits.max_header_bytes.get()).unwrap_or(usize::MAX);
+    if bytes.len() > max_bytes {
+        return Err(too_large(max_bytes));
+    }
+    let head = parse(&bytes, limits.max_headers)?.ok_or_else(|| bad("malformed request head"))?;
+    Ok((bytes, Head { version: Version::HTTP_2, ..head }))
+}
+
+fn put_field(bytes: &mut BytesMut, name: &str, value: &[u8]) {
+    for part in [name.as_bytes(), b": ", value, b"\r\n"] {
+        bytes.put_slice(part);
+    }
+}
+
 fn too_large(max_bytes: usize) -> NoHead {
     NoHead::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, format!("the request head is larger than {max_bytes} bytes"))
 }
@@ -333,6 +378,7 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
             let why = format!("more than {max_headers} header fields");
             return Err(NoHead::Refused(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, why));
         }
+        Err(httparse::Error::Version) if bytes.starts_with(&PREFACE[..bytes.len().min(PREFACE.len())]) => return Err(NoHead::Http2),
         Err(httparse::Error::Version) => {
             return Err(NoHead::Refused(StatusCode::HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 and HTTP/1.0 are spoken here".into()));
         }
@@ -372,6 +418,7 @@ fn parse(bytes: &[u8], max_headers: usize) -> Result<Option<Head>, NoHead> {
         method,
         authority,
         path,
+        version: if minor == 0 { Version::HTTP_10 } else { Version::HTTP_11 },
         upgrade,
         plain,
         close,

@@ -2,7 +2,7 @@
 //! handshake cannot occupy the listener without limit.
 
 use async_trait::async_trait;
-use castier_serverkit::tls::{Tls, subject};
+use castier_serverkit::tls::{TlsAcceptor, subject};
 use pingora::{
     protocols::{
         GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID, UniqueIDType,
@@ -29,6 +29,8 @@ const HANDSHAKE: u8 = 22;
 pub(crate) struct Handshake {
     /// The name in the client's certificate; `None` if it has shown none.
     pub(crate) certificate: Option<String>,
+    /// Both have agreed on HTTP/2.
+    pub(crate) is_http2: bool,
 }
 
 /// There is no connection after all.
@@ -40,11 +42,13 @@ pub(crate) enum Failed {
 }
 
 /// The connection after its handshake, which may take `limit`.
-pub(crate) async fn accept(tls: &Tls, stream: Stream, limit: Duration) -> Result<(Stream, Handshake), Failed> {
-    timeout(limit, shake(tls, stream)).await.unwrap_or_else(|_| Err(Failed::Handshake("it took longer than limits.header_timeout".into())))
+pub(crate) async fn accept(acceptor: TlsAcceptor, stream: Stream, limit: Duration) -> Result<(Stream, Handshake), Failed> {
+    timeout(limit, shake(acceptor, stream))
+        .await
+        .unwrap_or_else(|_| Err(Failed::Handshake("it took longer than limits.header_timeout".into())))
 }
 
-async fn shake(tls: &Tls, mut stream: Stream) -> Result<(Stream, Handshake), Failed> {
+async fn shake(acceptor: TlsAcceptor, mut stream: Stream) -> Result<(Stream, Handshake), Failed> {
     let mut first = [0];
     match stream.try_peek(&mut first).await {
         // Letters begin the method of a request.
@@ -52,10 +56,11 @@ async fn shake(tls: &Tls, mut stream: Stream) -> Result<(Stream, Handshake), Fai
         Ok(_) => {}
         Err(error) => return Err(Failed::Handshake(error.to_string())),
     }
-    let secured = tls.acceptor().accept(stream).await.map_err(|error| Failed::Handshake(error.to_string()))?;
+    let secured = acceptor.accept(stream).await.map_err(|error| Failed::Handshake(error.to_string()))?;
     let (_, session) = secured.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| subject(chain.first()?));
-    Ok((Box::new(Secured(Box::new(secured))), Handshake { certificate }))
+    let is_http2 = session.alpn_protocol() == Some(b"h2");
+    Ok((Box::new(Secured(Box::new(secured))), Handshake { certificate, is_http2 }))
 }
 
 /// A connection under TLS.

@@ -32,7 +32,7 @@ use std::{
 use tokio::time::timeout;
 
 /// How long the rest of an upload is read after an early answer. If castier closed at once, the client might get a reset instead of the answer.
-const LINGER: Duration = Duration::from_secs(10);
+pub(crate) const LINGER: Duration = Duration::from_secs(10);
 
 /// The connection broke, or castier closed it, before the whole response was sent.
 pub(crate) struct Cut {
@@ -107,16 +107,7 @@ impl Front {
         if *draining.borrow() {
             session.set_keepalive(None);
         }
-        let line = session.req_header();
-        let (method, version, path, headers) = (line.method.clone(), line.version, line.uri.path().to_owned(), line.headers.clone());
-        let target = Target::of(&path);
-        let request = Request { method: &method, version, target, path: &path, headers: &headers };
-        let before = via_header::of(&headers);
-        let answer = self.answer(&mut session, &request, limits, arrived);
-        let answered = via_header::along(before, trace::along(Some(trace.clone()), answer)).await;
-        let sent = self.send_answer(&mut session, answered, arrived, &trace, started).await;
-        self.record_session(&session, &request, &sent, arrived, &trace, started);
-        if !sent.whole {
+        if !self.exchange(&mut session, arrived, &trace, started).await {
             session.shutdown().await;
             return None;
         }
@@ -128,6 +119,20 @@ impl Front {
         let mut conn = Conn::from_stream(stream).filter(|_| ahead.is_none_or(|ahead| ahead.is_empty()))?;
         let ahead = conn.unfence()?;
         Some((conn, ahead))
+    }
+
+    /// Lets a handler answer the request of a session, writes the answer, and counts it. Returns whether all of the answer was written; if not, the
+    /// session must not end as if it were.
+    pub(crate) async fn exchange(&self, session: &mut ServerSession, arrived: &Arrived<'_>, trace: &Arc<Trace>, started: Instant) -> bool {
+        let line = session.req_header();
+        let (method, version, path, headers) = (line.method.clone(), line.version, line.uri.path().to_owned(), line.headers.clone());
+        let request = Request { method: &method, version, target: Target::of(&path), path: &path, headers: &headers };
+        let before = via_header::of(&headers);
+        let answer = self.answer(session, &request, arrived.limits, arrived);
+        let answered = via_header::along(before, trace::along(Some(trace.clone()), answer)).await;
+        let sent = self.send_answer(session, answered, arrived, trace, started).await;
+        self.record_session(session, &request, &sent, arrived, trace, started);
+        sent.whole
     }
 
     /// A health check, or a notice between nodes. It is answered even if clients have used up `limits.client_memory`, since they could otherwise
@@ -247,10 +252,10 @@ impl Front {
         if self.handlers.is_upload(request) {
             // Boxed, so that a GET does not hold memory for the state of an upload.
             let outgoing = || self.outgoing().ok_or(Fault::Busy(Limit::Files));
-            let upload = self.handlers.upload(request, RequestBody::of(session), limits, outgoing);
+            let upload = self.handlers.upload(request, RequestBody::of(session, limits), limits, outgoing);
             return Box::pin(castier_outbox::of_client(client, upload)).await;
         }
-        request_body::discard(session).await?;
+        request_body::discard(session, limits).await?;
         if *request.method != Method::GET {
             return Box::pin(castier_outbox::of_client(client, self.handlers.answer(request))).await;
         }
@@ -270,14 +275,14 @@ impl Front {
         found: &Match,
     ) -> Result<Reply, Fault> {
         if is_batch(request.method, found) {
-            let mut body = RequestBody::of(session);
+            let mut body = RequestBody::of(session, limits);
             if body.expects_continue() {
                 body.send_continue().await?;
             }
             let body = body.into_bytes(limits.max_blob.get(), false);
             return self.handlers.answer_route(request, found.clone(), Some(body)).await;
         }
-        request_body::discard(session).await?;
+        request_body::discard(session, limits).await?;
         tokio::select! {
             biased;
             reply = self.handlers.answer_route(request, found.clone(), None) => reply,

@@ -165,6 +165,24 @@ impl Clients {
             }
         }
     }
+
+    /// As [`Self::take`], without waiting: takes what may be sent now. Returns how many bytes are left, and how long it is until some of them may be
+    /// sent. Who sends them nevertheless asks for them again with the next ones; then the rate is right in the long run.
+    pub fn take_now(&self, address: IpAddr, bytes: u64) -> (u64, Duration) {
+        let buckets = self.buckets.load();
+        let Some(bandwidth) = &buckets.bandwidth else { return (0, Duration::ZERO) };
+        let bucket = bandwidth.bucket(client(address));
+        let mut left = bytes;
+        while left > 0 {
+            let piece = left.min(PIECE);
+            let units = u32::try_from(piece.div_ceil(bandwidth.unit)).ok().and_then(NonZeroU32::new);
+            if let Some(Err(wait)) = units.map(|units| bucket.take(units)) {
+                return (left, wait);
+            }
+            left -= piece;
+        }
+        (0, Duration::ZERO)
+    }
 }
 
 impl Table {
@@ -256,6 +274,22 @@ mod tests {
 
     fn bandwidth(bandwidth_per_client: u64) -> Limits {
         Limits { bandwidth_per_client, ..Limits::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_sent_without_waiting_is_paid_later() {
+        let clients = Clients::new(bandwidth(100_000));
+        let (client, began) = (address("10.0.0.1"), Instant::now());
+        let mut owed = 0;
+        for _ in 0..100 {
+            let (left, wait) = clients.take_now(client, owed + 10_000);
+            owed = left;
+            sleep(wait).await;
+        }
+        // 1 MB; the first second's worth at once.
+        let took = began.elapsed().as_secs_f64();
+        assert!((8.0..=10.5).contains(&took), "{took}");
+        assert_eq!(Clients::new(Limits::default()).take_now(client, u64::MAX), (0, Duration::ZERO));
     }
 
     /// How many requests of an address are admitted now.

@@ -9,6 +9,7 @@ pub struct Metrics {
     limit: IntGauge,
     throttled: IntCounter,
     aborted: IntCounter,
+    retries_refused: IntCounter,
 }
 
 impl Metrics {
@@ -24,6 +25,11 @@ impl Metrics {
                 "How many requests may be at the object store at once; falls when it throttles",
             )?,
             throttled: counter(r, "castier_bucket_throttled_total", "Answers of the object store that say that it is too much (503, 429)")?,
+            retries_refused: counter(
+                r,
+                "castier_bucket_retries_refused_total",
+                "Retries at the object store that were not made because of origin.retry_budget",
+            )?,
             aborted: counter(
                 r,
                 "castier_bucket_uploads_aborted_total",
@@ -39,6 +45,10 @@ impl Metrics {
 
     pub(crate) fn throttled(&self) {
         self.throttled.inc();
+    }
+
+    pub(crate) fn retries_refused(&self) -> IntCounter {
+        self.retries_refused.clone()
     }
 
     pub(crate) fn aborted(&self) {

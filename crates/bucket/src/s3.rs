@@ -41,7 +41,8 @@ pub(crate) fn open(url: &config::Bucket, keys: &config::S3, retries: RetryConfig
     if !keys.access_key_id.is_empty() {
         let secret = keys.secret().map_err(|error| format!("origin.s3.secret_access_key_file: {error}"))?;
         // Without a session token of the environment, which belongs to other keys.
-        let keys = AwsCredential { key_id: keys.access_key_id.clone(), secret_key: secret.unwrap_or_default(), token: None };
+        let keys =
+            AwsCredential { key_id: keys.access_key_id.clone(), secret_key: secret.as_deref().cloned().unwrap_or_default(), token: None };
         builder = builder.with_credentials(Arc::new(StaticCredentialProvider::new(keys)));
     } else if !in_environment || !keys.profile.is_empty() {
         builder = match profile.login {

@@ -6,6 +6,7 @@ use crate::{limiter::Limiter, metrics::Metrics};
 use async_trait::async_trait;
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::{Bytes, BytesMut};
+use castier_cache::RetryBudget;
 use futures::{Stream, TryStreamExt as _, stream};
 use http::{Method, Response, StatusCode, header};
 use http_body::Frame;
@@ -97,6 +98,8 @@ pub(crate) struct Transport {
     limit: Duration,
     /// `origin.retries`, for a request that has no reader yet, and can be sent again.
     retries: u32,
+    /// `origin.retry_budget`. A throttled request needs none: its pauses grow.
+    retry_budget: Arc<RetryBudget>,
     /// The store has refused castier's keys.
     refused: Arc<AtomicBool>,
 }
@@ -118,6 +121,7 @@ impl Transport {
         Ok(Self {
             client: client.build().map_err(|error| format!("origin.url: {error}"))?,
             limiter: Arc::new(Limiter::new(config.max_requests + streams, metrics.clone())),
+            retry_budget: RetryBudget::new(config.retry_budget, metrics.retries_refused()),
             metrics,
             limit: config.read_timeout.get(),
             retries: config.retries,
@@ -145,6 +149,14 @@ impl Transport {
                 Err(_) => {}
             }
         }
+    }
+
+    fn may_retry(&self, request: &HttpRequest, retries: &mut u32) -> bool {
+        let may = !matches!(*request.method(), Method::GET | Method::POST) && *retries > 0 && self.retry_budget.retry();
+        if may {
+            *retries -= 1;
+        }
+        may
     }
 
     /// The body of an answer, with a timeout between its frames.
@@ -176,6 +188,7 @@ impl HttpService for Transport {
         let pauses =
             ExponentialBuilder::default().with_min_delay(FIRST_PAUSE).with_max_delay(LONGEST_PAUSE).with_jitter().without_max_times();
         let (mut pauses, mut retries) = (pauses.build(), self.retries);
+        self.retry_budget.request();
         loop {
             let permit = self.limiter.permit(deadline).await.ok_or(Failure::Crowded)?;
             let answer = self.send(request.clone()).await;
@@ -186,8 +199,8 @@ impl HttpService for Transport {
                     pauses.next().map(|pause| pause.max(retry_after(answer).min(self.limit)))
                 }
                 // A GET is not sent again here: the fill resumes it. A POST may have been done.
-                Ok(answer) if answer.status().is_server_error() => retry(&request, &mut retries).then(|| pauses.next()).flatten(),
-                Err(Failure::Broke(_) | Failure::Connect(_)) => retry(&request, &mut retries).then(|| pauses.next()).flatten(),
+                Ok(answer) if answer.status().is_server_error() => self.may_retry(&request, &mut retries).then(|| pauses.next()).flatten(),
+                Err(Failure::Broke(_) | Failure::Connect(_)) => self.may_retry(&request, &mut retries).then(|| pauses.next()).flatten(),
                 _ => None,
             };
             if let Some(pause) = again.filter(|pause| Instant::now() + *pause < deadline) {
@@ -232,14 +245,6 @@ fn is_meant(method: &Method, status: StatusCode, code: Option<&str>) -> bool {
         StatusCode::NOT_FOUND => *method == Method::HEAD || matches!(code, Some("NoSuchKey" | "BlobNotFound" | "NoSuchVersion")),
         status => matches!(status, StatusCode::CONFLICT | StatusCode::PRECONDITION_FAILED),
     }
-}
-
-fn retry(request: &HttpRequest, retries: &mut u32) -> bool {
-    let may = !matches!(*request.method(), Method::GET | Method::POST) && *retries > 0;
-    if may {
-        *retries -= 1;
-    }
-    may
 }
 
 fn retry_after(answer: &Response<reqwest::Body>) -> Duration {

@@ -12,6 +12,7 @@ use crate::{
     purges::Purges,
     reader::{FlightReader, Hit, PIECE, Part, Reader},
     resource::{Home, Key, Location, Resource, Visibility},
+    retries::RetryBudget,
     source::{Source, Stat},
     spool::Spools,
     tier::TierStats,
@@ -74,6 +75,8 @@ pub struct Cache {
     pub(crate) spools: Arc<Spools>,
     /// `origin.retries`.
     pub(crate) retries: usize,
+    /// `origin.retry_budget`.
+    pub(crate) retry_budget: Arc<RetryBudget>,
     /// `fill.max_wait`.
     pub(crate) max_wait: Duration,
     /// How large blobs are read.
@@ -97,6 +100,7 @@ impl Cache {
         spools: Spools,
         planner: Planner,
         metrics: Arc<Metrics>,
+        retry_budget: Arc<RetryBudget>,
     ) -> Arc<Self> {
         Arc::new(Self {
             tiers,
@@ -105,6 +109,7 @@ impl Cache {
             fill_permits: Arc::new(Semaphore::new(config.fill.max_in_flight)),
             spools: Arc::new(spools),
             retries: config.origin.retries as usize,
+            retry_budget,
             max_wait: config.fill.max_wait.get(),
             parallel: Settings::new(config),
             finish_under: config.fill.finish_under.get(),
@@ -122,11 +127,12 @@ impl Cache {
     pub fn over(source: Arc<dyn Source>) -> prometheus::Result<Arc<Self>> {
         let config = config::Castier::default();
         let metrics = Arc::new(Metrics::new(&prometheus::Registry::new())?);
+        let retry_budget = RetryBudget::new(config.origin.retry_budget, prometheus::IntCounter::new("refused", "Not registered")?);
         let budget = Budget::new(config.fill.memory.get());
         let tiers = Tiers { memory: Arc::new(Memory::new(&config.memory, &budget)), mirror: None, disk: None };
         let spools = Spools::new(&config, budget, metrics.clone());
         let limits = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
-        Ok(Self::new(&config, limits, tiers, spools, Box::new(move |_| Box::new(OneSource(source.clone()))), metrics))
+        Ok(Self::new(&config, limits, tiers, spools, Box::new(move |_| Box::new(OneSource(source.clone()))), metrics, retry_budget))
     }
 
     /// Gets the part of a blob that `part` selects, given the size if it is known. Returns as soon as the response can begin. `None`: the origin says

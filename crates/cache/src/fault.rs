@@ -40,6 +40,12 @@ pub enum Fault {
         /// What was being waited for.
         why: String,
     },
+    /// The source has failed too often in a row, so it was not asked: the circuit breaker is open.
+    #[error("{source_name} not asked: it failed too often in a row (circuit breaker)")]
+    NotAsked {
+        /// Which source.
+        source_name: &'static str,
+    },
     /// The source answered, but not as a CAS answers.
     #[error("{source_name} gave an unusable answer: {why}")]
     Unusable {
@@ -93,7 +99,7 @@ pub enum Fault {
 impl Fault {
     /// Whether the transfer from the source broke, so that another source may do better.
     pub const fn is_broken_transfer(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Silent { .. } | Self::Unusable { .. })
+        matches!(self, Self::Unreachable { .. } | Self::Silent { .. } | Self::NotAsked { .. } | Self::Unusable { .. })
     }
 
     /// Whether a limit of this node keeps it from asking this source now. Another source may be free.
@@ -109,6 +115,7 @@ impl Fault {
             Self::TooLarge { .. } | Self::OriginRefusesSize => "too_large",
             Self::Unreachable { .. } => "unreachable",
             Self::Silent { .. } => "silent",
+            Self::NotAsked { .. } => "not_asked",
             Self::Unusable { .. } => "unusable",
             Self::Denied { .. } => "denied",
             Self::Corrupt { .. } => "corrupt",

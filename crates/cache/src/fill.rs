@@ -60,7 +60,8 @@ impl Fill {
     pub(crate) fn new(cache: Arc<Cache>, flight: Arc<Flight>) -> Self {
         let plan = flight.at.plan(&flight.key);
         let verifier = new_verifier(&cache, &flight, UseTier::IfItTakes);
-        let retries = Retries::new(cache.retries);
+        cache.retry_budget.request();
+        let retries = Retries::new(cache.retries, cache.retry_budget.clone());
         Self {
             cache,
             flight,

@@ -85,6 +85,7 @@ pub use plan::{OneSource, Outcome, Plan, Step, Then};
 pub use pool::{Pool, PoolError, PoolEvent};
 pub use reader::{Hit, PIECE, Part, Reader};
 pub use resource::{HOME, Key, Location, Resource, Visibility};
+pub use retries::RetryBudget;
 pub use source::{Answer, Ask, Incoming, NoRange, Put, Ranges, Source, Stat, Store};
 pub use spool::Spools;
 pub use tier::TierStats;

@@ -19,7 +19,7 @@ use crate::{
     cache::Cache,
     fault::Fault,
     metrics::{Metrics, RangeResult},
-    retries::Retries,
+    retries::{Retries, RetryBudget},
     source::{Incoming, NoRange, Ranges},
 };
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -134,7 +134,7 @@ impl Reading {
         let settings = cache.parallel;
         match (incoming.size, &incoming.ranges) {
             (Some(size), Some(ranges)) if settings.most > 1 && size.saturating_sub(from) > settings.over.max(settings.segment) => {
-                let shared = Shared::new(ranges.clone(), source, cache.metrics.clone());
+                let shared = Shared::new(ranges.clone(), source, cache.metrics.clone(), cache.retry_budget.clone());
                 Self::Parallel(Box::new(Parallel::new(settings, shared, cache.spools.memory.clone(), incoming.bytes, from..size)))
             }
             _ => Self::One(incoming),
@@ -193,6 +193,7 @@ struct Shared {
     ranges: Arc<dyn Ranges>,
     source: &'static str,
     metrics: Arc<Metrics>,
+    retry_budget: Arc<RetryBudget>,
     /// Something has happened that [`Parallel::next`] may wait for.
     changed: Notify,
     /// Requests to which the source said that it has too much to do, since they were looked at.
@@ -203,11 +204,12 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(ranges: Arc<dyn Ranges>, source: &'static str, metrics: Arc<Metrics>) -> Self {
+    fn new(ranges: Arc<dyn Ranges>, source: &'static str, metrics: Arc<Metrics>, retry_budget: Arc<RetryBudget>) -> Self {
         Self {
             ranges,
             source,
             metrics,
+            retry_budget,
             changed: Notify::new(),
             refused: AtomicUsize::new(0),
             requests: AtomicUsize::new(0),
@@ -235,6 +237,7 @@ impl Shared {
                 tokio::time::sleep(pause).await;
             }
             shared.requests.fetch_add(1, Relaxed);
+            shared.retry_budget.request();
             shared.ranges.read(range).await
         };
         // The empty piece says that there is an answer.
@@ -258,9 +261,9 @@ impl Parallel {
         let open = Open { bytes: bytes.map_err(NoRange::Fault).boxed(), behind: Bytes::new(), begun: Instant::now(), waits: None };
         Self {
             settings,
+            retries: Retries::new(settings.retries, shared.retry_budget.clone()),
             shared: Arc::new(shared),
             memory,
-            retries: Retries::new(settings.retries),
             at: range.start,
             size: range.end,
             open: Some(open),
@@ -466,8 +469,8 @@ impl Parallel {
         if is_limit {
             self.read_on();
         }
-        let cause = if is_limit { self.shared.broke() } else { fault.clone() };
-        let Some(pause) = self.retries.after(&cause, self.at) else { return Err(Broke::Fault(fault)) };
+        let pause = if is_limit { self.retries.after_limit(self.at) } else { self.retries.after(&fault, self.at) };
+        let Some(pause) = pause else { return Err(Broke::Fault(fault)) };
         self.shared.metrics.range(RangeResult::Retried);
         self.open = Some(self.open_rest(pause));
         Ok(())
@@ -655,7 +658,7 @@ struct Feeder {
 
 impl Feeder {
     async fn run(mut self, mut open: Option<Stream>, retries: usize) {
-        let mut retries = Retries::new(retries);
+        let mut retries = Retries::new(retries, self.shared.retry_budget.clone());
         let mut pause = Duration::ZERO;
         loop {
             let begin = self.buffer.seen();
@@ -668,7 +671,7 @@ impl Feeder {
                 NoRange::Fault(fault) if fault.is_source_limit() => {
                     self.shared.refused.fetch_add(1, Relaxed);
                     // Not a reason to give up here: one transfer might not have been too much.
-                    retries.after(&self.shared.broke(), self.progress())
+                    retries.after_limit(self.progress())
                 }
                 NoRange::Fault(fault) => retries.after(fault, self.progress()),
                 NoRange::Replaced | NoRange::Ignored => None,

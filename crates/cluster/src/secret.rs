@@ -26,6 +26,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
+use zeroize::Zeroizing;
 
 /// The header with the proof: `v1 `, then in hexadecimal the nonce and the HMAC (request) or the HMAC (answer).
 pub const PROOF: HeaderName = HeaderName::from_static("castier-proof");
@@ -213,7 +214,7 @@ fn read(file: &Path) -> Result<Vec<Key>, String> {
     if std::fs::metadata(file).is_ok_and(|file| file.permissions().mode() & 0o004 != 0) {
         tracing::warn!(file = %file.display(), "every user of this machine can read cluster.secret_file; remove that right (chmod o-r)");
     }
-    let key = |secret: &String| Key::new_from_slice(secret.as_bytes()).map_err(|error| format!("cluster.secret_file: {error}"));
+    let key = |secret: &Zeroizing<String>| Key::new_from_slice(secret.as_bytes()).map_err(|error| format!("cluster.secret_file: {error}"));
     secrets.iter().map(key).collect()
 }
 

@@ -12,6 +12,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tokio::time::timeout;
+use zeroize::Zeroizing;
 
 /// The most bytes of an answer that are read, and for how long. A connection whose answer was read to its end can be used again.
 const ANSWER: usize = 16 << 10;
@@ -20,7 +21,7 @@ const ANSWER_TIME: Duration = Duration::from_millis(250);
 pub(crate) struct Webhook {
     client: Client,
     url: reqwest::Url,
-    key: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
     /// `events.batch`.
     batch: usize,
 }

@@ -1,88 +1,128 @@
-//! `--health URL`: sends one request to an admin listener. For health checks in containers without another HTTP client.
+//! Requests to an admin listener: `--health URL`, for containers without another HTTP client, and the commands that ask a running program.
 
-use std::{
-    io::{Read as _, Write as _},
-    net::{TcpStream, ToSocketAddrs as _},
-    time::{Duration, Instant},
-};
+use reqwest::{Certificate, Client, Method, Url};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 /// The longest answer that is read.
 const MOST: usize = 1 << 20;
 /// How long the answer may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Sends a GET to this `http://` URL, and expects a 2xx.
+/// How to get in where the admin listener has TLS or wants credentials.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct Credentials {
+    /// A file with USER:PASSWORD or with a token, for an admin listener with access.admin.
+    #[arg(long, value_name = "FILE")]
+    pub credentials_file: Option<PathBuf>,
+    /// A PEM file with the authorities that may sign the certificate of an https:// admin listener. Default: those that the system trusts. On the
+    /// loopback no certificate is checked without this: it is for another name.
+    #[arg(long, value_name = "FILE")]
+    pub ca_file: Option<PathBuf>,
+}
+
+/// Why there is no answer with 2xx.
+#[derive(Debug, thiserror::Error)]
+pub enum Failed {
+    /// Something answered with this status.
+    #[error("{url}: answered {status}{hint}", hint = hint(*status))]
+    Answered {
+        /// What was asked.
+        url: String,
+        /// The status.
+        status: u16,
+    },
+    /// Nothing answered, or not in HTTP. A text that names the URL, and why.
+    #[error("{0}")]
+    No(String),
+}
+
+/// Sends a GET to this URL, and expects a 2xx.
 ///
 /// # Errors
-/// A text with the other answer, or the reason why there is none.
+/// Another answer, or none.
 pub(crate) fn health_check(url: &str) -> Result<(), String> {
-    ask("GET", url, 12).map(drop)
+    get(url, &Credentials::default()).map(drop).map_err(|failed| failed.to_string())
 }
 
-/// Sends a GET to this `http://` URL, and returns the body of a 2xx.
+/// Sends a GET to this URL, and returns the body of a 2xx. Blocks; not for async code.
 ///
 /// # Errors
-/// A text with the other answer, or the reason why there is none.
-pub fn get(url: &str) -> Result<String, String> {
-    body("GET", url)
+/// Another answer, or none.
+pub fn get(url: &str, credentials: &Credentials) -> Result<String, Failed> {
+    ask(Method::GET, url, credentials)
 }
 
-/// Sends a POST without a body to this `http://` URL, and returns the body of a 2xx.
+/// Sends a POST without a body to this URL, and returns the body of a 2xx. Blocks; not for async code.
 ///
 /// # Errors
 /// As [`get`].
-pub fn post(url: &str) -> Result<String, String> {
-    body("POST", url)
+pub fn post(url: &str, credentials: &Credentials) -> Result<String, Failed> {
+    ask(Method::POST, url, credentials)
 }
 
-fn body(method: &str, url: &str) -> Result<String, String> {
-    let answer = ask(method, url, MOST)?;
-    let end = answer.windows(4).position(|end| end == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
-    Ok(String::from_utf8_lossy(&answer[end..]).into_owned())
-}
-
-/// The answer to a request without a body, of which at most `most` bytes are read.
-fn ask(method: &str, url: &str, most: usize) -> Result<Vec<u8>, String> {
-    let rest = url.strip_prefix("http://").ok_or_else(|| format!("{url}: write http://HOST:PORT/healthz"))?;
-    let (authority, path) = rest.find('/').map_or((rest, "/healthz"), |slash| rest.split_at(slash));
-    let with_port = if authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) {
-        authority.to_owned()
-    } else {
-        format!("{authority}:80")
-    };
-    let end = Instant::now() + TIMEOUT;
-    let left = || end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-    let ask = || -> std::io::Result<Vec<u8>> {
-        let mut failed = std::io::Error::other("it has no address");
-        for address in with_port.to_socket_addrs()? {
-            match TcpStream::connect_timeout(&address, left()) {
-                Ok(mut stream) => {
-                    stream.set_write_timeout(Some(left()))?;
-                    stream.write_all(
-                        format!("{method} {path} HTTP/1.1\r\nHost: {authority}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                            .as_bytes(),
-                    )?;
-                    let mut line = Vec::new();
-                    while line.len() < most {
-                        stream.set_read_timeout(Some(left()))?;
-                        let mut part = [0; 4096];
-                        let read = stream.read(&mut part)?;
-                        if read == 0 {
-                            break;
-                        }
-                        line.extend_from_slice(&part[..read]);
-                    }
-                    return Ok(line);
-                }
-                Err(error) => failed = error,
+fn ask(method: Method, url: &str, credentials: &Credentials) -> Result<String, Failed> {
+    let no = |why: &dyn std::fmt::Display| Failed::No(format!("{url}: {why}"));
+    let parsed = Url::parse(url).ok().filter(|parsed| matches!(parsed.scheme(), "http" | "https") && parsed.has_host());
+    let mut parsed = parsed.ok_or_else(|| no(&"write http://HOST:PORT/healthz"))?;
+    if parsed.path() == "/" && !url.ends_with('/') {
+        parsed.set_path("/healthz");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| no(&error))?;
+    let client = client(&parsed, credentials).map_err(Failed::No)?;
+    let read =
+        |file: &PathBuf| std::fs::read_to_string(file).map_err(|error| Failed::No(format!("{} cannot be read ({error})", file.display())));
+    let secret = credentials.credentials_file.as_ref().map(read).transpose()?;
+    runtime.block_on(async {
+        let mut request = client.request(method, parsed);
+        match secret.as_deref().map(|secret| (secret.trim(), secret.trim().split_once(':'))) {
+            Some((_, Some((user, password)))) => request = request.basic_auth(user, Some(password)),
+            Some((token, None)) => request = request.bearer_auth(token),
+            None => {}
+        }
+        let mut answer = request.send().await.map_err(|error| no(&why(&error)))?;
+        if !answer.status().is_success() {
+            return Err(Failed::Answered { url: url.to_owned(), status: answer.status().as_u16() });
+        }
+        let mut body = Vec::new();
+        while let Some(part) = answer.chunk().await.map_err(|error| no(&why(&error)))? {
+            body.extend_from_slice(&part);
+            if body.len() > MOST {
+                return Err(no(&format!("answered with more than {MOST} bytes")));
             }
         }
-        Err(failed)
-    };
-    let line = ask().map_err(|error| format!("{url}: {error}"))?;
-    match line.get(9..12) {
-        Some(status) if line.starts_with(b"HTTP/1.") && status[0] == b'2' => Ok(line),
-        Some(status) if line.starts_with(b"HTTP/1.") => Err(format!("{url}: answered {}", String::from_utf8_lossy(status))),
-        _ => Err(format!("{url}: answered with something that is not HTTP")),
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    })
+}
+
+fn client(url: &Url, credentials: &Credentials) -> Result<Client, String> {
+    let mut client = Client::builder().no_proxy().timeout(TIMEOUT).redirect(reqwest::redirect::Policy::none());
+    if let Some(file) = &credentials.ca_file {
+        let bad = |why: &dyn std::fmt::Display| format!("{} cannot be used ({why})", file.display());
+        let pem = std::fs::read(file).map_err(|error| bad(&error))?;
+        let certificates = Certificate::from_pem_bundle(&pem).map_err(|error| bad(&why(&error)))?;
+        client = certificates.into_iter().fold(client.tls_built_in_root_certs(false), reqwest::ClientBuilder::add_root_certificate);
+    } else if is_loopback(url) {
+        // The certificate is for the name that clients know, and what is sent does not leave the machine.
+        client = client.danger_accept_invalid_certs(true);
     }
+    client.build().map_err(|error| format!("{url}: {}", why(&error)))
+}
+
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+const fn hint(status: u16) -> &'static str {
+    match status {
+        401 => ": it wants credentials; name a file with --credentials-file",
+        400 => ": if it speaks TLS, write https://HOST:PORT",
+        _ => "",
+    }
+}
+
+/// The innermost cause, which says most.
+fn why(error: &reqwest::Error) -> String {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |&error| error.source());
+    causes.last().map(ToString::to_string).unwrap_or_default()
 }

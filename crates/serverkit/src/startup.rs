@@ -5,6 +5,7 @@
 
 use crate::{health_check::health_check, log, threads};
 use castier_config::{Config, Loaded, LogFormat, Problems, load_offline_with, load_with};
+use rustix::fs::Mode;
 use std::{
     io::{self, Write as _},
     path::PathBuf,
@@ -77,6 +78,8 @@ pub fn main<C: Config, A: Future<Output = Problems>, F: Future<Output = Result<(
     if let Some(url) = &args.health {
         return health_check(url).map_or_else(|why| fail(LogFormat::Text, &why), |()| ExitCode::SUCCESS);
     }
+    // What a cache keeps is for nobody else on this machine: directories get 0700 and files 0600.
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
     let (config, notes) = match load() {
         Ok(loaded) => (loaded.config, loaded.notes),
         Err(problems) => {

@@ -15,7 +15,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use std::{os::unix::fs::MetadataExt as _, path::Path, sync::Arc, time::Duration};
-use tokio_rustls::TlsAcceptor;
+pub use tokio_rustls::TlsAcceptor;
 use x509_parser::{
     extensions::GeneralName,
     prelude::{FromDer as _, X509Certificate},
@@ -49,7 +49,19 @@ pub struct Tls {
     seen: Mutex<Stamps>,
 }
 
-struct Accept(TlsAcceptor);
+struct Accept {
+    all: TlsAcceptor,
+    /// Offers no HTTP/2.
+    http1: TlsAcceptor,
+}
+
+impl Accept {
+    fn new(config: Arc<ServerConfig>) -> Self {
+        let mut http1 = (*config).clone();
+        http1.alpn_protocols.retain(|protocol| protocol != b"h2");
+        Self { all: config.into(), http1: Arc::new(http1).into() }
+    }
+}
 
 /// What a path leads to: device, inode, size, and time of the last change in nanoseconds. `None`: nothing.
 type Stamps = Vec<Option<(u64, u64, u64, i128)>>;
@@ -67,13 +79,18 @@ impl Tls {
         let seen = stamps(&files);
         let (config, expiry) = configure(&files, &alpn, &provider, &tickets, &sessions)?;
         metrics.expiry.set(expiry);
-        let acceptor = ArcSwap::from_pointee(Accept(config.into()));
+        let acceptor = ArcSwap::from_pointee(Accept::new(config));
         Ok(Arc::new(Self { files, alpn, provider, tickets, sessions, metrics, acceptor, seen: Mutex::new(seen) }))
     }
 
     /// Makes the server's side of a connection, with the certificates in force now.
     pub fn acceptor(&self) -> TlsAcceptor {
-        self.acceptor.load().0.clone()
+        self.acceptor.load().all.clone()
+    }
+
+    /// As [`Self::acceptor`], for a server that does not speak HTTP/2.
+    pub fn http1_acceptor(&self) -> TlsAcceptor {
+        self.acceptor.load().http1.clone()
     }
 
     /// Reads the files again. If they cannot be used, the certificates in force stay, and the log and a metric tell it. Blocks.
@@ -86,7 +103,7 @@ impl Tls {
         *seen = stamps(&self.files);
         match configure(&self.files, &self.alpn, &self.provider, &self.tickets, &self.sessions) {
             Ok((config, expiry)) => {
-                self.acceptor.store(Arc::new(Accept(config.into())));
+                self.acceptor.store(Arc::new(Accept::new(config)));
                 self.metrics.expiry.set(expiry);
                 Ok(())
             }

@@ -21,6 +21,17 @@ impl EmbeddedStore {
         Self { files, server }
     }
 
+    /// Asks, if the circuit breaker lets it pass.
+    fn ask<'a, T: Send + 'a>(&'a self, answer: BoxFuture<'a, Result<T, Fault>>) -> BoxFuture<'a, Result<T, Fault>> {
+        async move {
+            self.server.admit().await?;
+            let asked = Instant::now();
+            let answer = answer.await;
+            self.found(asked, answer)
+        }
+        .boxed()
+    }
+
     /// Notes how a request ended that began at `asked`.
     fn found<T>(&self, asked: Instant, answer: Result<T, Fault>) -> Result<T, Fault> {
         // Refusals are answers: the origin is up. What was the client's fault is not counted.
@@ -52,8 +63,10 @@ struct Counted {
 
 impl Ranges for Counted {
     fn read(&self, range: Range<u64>) -> BoxFuture<'static, Result<BoxStream<'static, Result<Bytes, Fault>>, NoRange>> {
-        let (asked, server, read) = (Instant::now(), self.server.clone(), self.ranges.read(range));
+        let (server, read) = (self.server.clone(), self.ranges.read(range));
         async move {
+            server.admit().await.map_err(NoRange::Fault)?;
+            let asked = Instant::now();
             let answer = read.await;
             server.report_outcome(asked, if let Err(NoRange::Fault(fault)) = &answer { Err(fault) } else { Ok(StatusCode::OK) });
             answer.map(|bytes| counted(bytes, server))
@@ -68,9 +81,8 @@ impl Ranges for Counted {
 
 impl Source for EmbeddedStore {
     fn open(&self, ask: Ask) -> BoxFuture<'_, Result<Answer, Fault>> {
-        let asked = Instant::now();
         async move {
-            Ok(match self.found(asked, self.files.open(ask).await)? {
+            Ok(match self.ask(self.files.open(ask)).await? {
                 Answer::Bytes(Incoming { size, bytes, ranges }) => {
                     let ranges = ranges.map(|ranges| Arc::new(Counted { ranges, server: self.server.clone() }) as Arc<dyn Ranges>);
                     Answer::Bytes(Incoming::new(size, counted(bytes, self.server.clone())).with_ranges(ranges))
@@ -82,8 +94,7 @@ impl Source for EmbeddedStore {
     }
 
     fn stat<'a>(&'a self, digests: &'a [Digest]) -> BoxFuture<'a, Result<Vec<Stat>, Fault>> {
-        let asked = Instant::now();
-        self.files.stat(digests).map(move |known| self.found(asked, known)).boxed()
+        self.ask(self.files.stat(digests))
     }
 
     fn url(&self) -> Option<String> {
@@ -93,13 +104,11 @@ impl Source for EmbeddedStore {
 
 impl Store for EmbeddedStore {
     fn put<'a>(&'a self, upload: &'a mut Upload<'_>) -> BoxFuture<'a, Result<Put, Fault>> {
-        let asked = Instant::now();
-        self.files.put(upload).map(move |put| self.found(asked, put)).boxed()
+        self.ask(self.files.put(upload))
     }
 
     fn delete<'a>(&'a self, digest: &'a Digest) -> BoxFuture<'a, Result<bool, Fault>> {
-        let asked = Instant::now();
-        self.files.delete(digest).map(move |deleted| self.found(asked, deleted)).boxed()
+        self.ask(self.files.delete(digest))
     }
 
     fn forget(&self, digest: &Digest) {
@@ -107,7 +116,6 @@ impl Store for EmbeddedStore {
     }
 
     fn holds<'a>(&'a self, digest: &'a Digest, size: Option<u64>) -> BoxFuture<'a, Result<Option<u64>, Fault>> {
-        let asked = Instant::now();
-        self.files.holds(digest, size).map(move |held| self.found(asked, held)).boxed()
+        self.ask(self.files.holds(digest, size))
     }
 }

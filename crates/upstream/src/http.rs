@@ -2,6 +2,7 @@
 
 use crate::{
     access::{self, ca_file},
+    breaker::Breaker,
     metrics::Metrics,
     origin_state::{OriginHealth, OriginState},
     put::REPLAYS,
@@ -12,7 +13,7 @@ use async_trait::async_trait;
 use bytes::{Buf, Bytes};
 use castier_blob::Digest;
 use castier_cache::{
-    Answer, Ask, Fault, Incoming, Limit, NoRange, Put, RangeSupport, Ranges, Source, Stat, Store, Upload, ran_out_of_files,
+    Answer, Ask, Fault, Incoming, Limit, NoRange, Put, RangeSupport, Ranges, RetryBudget, Source, Stat, Store, Upload, ran_out_of_files,
 };
 use castier_config as config;
 use castier_wire as wire;
@@ -73,6 +74,10 @@ pub struct Upstream {
     metrics: Arc<Metrics>,
     /// Whether the origin is up; `None` for a peer, whose health the membership knows.
     health: Option<OriginHealth>,
+    /// `None` for a peer, and if it would never open.
+    breaker: Option<Breaker>,
+    /// `None` for a peer: one that fails gets no requests.
+    retry_budget: Option<Arc<RetryBudget>>,
     /// `origin.max_requests` permits. Each peer has as many of its own.
     requests: Semaphore,
     /// Permits for [`REPLAYS`].
@@ -97,6 +102,12 @@ pub struct RouteServer<'a> {
     pub read_timeout: Duration,
     /// The most small requests at once.
     pub max_requests: usize,
+    /// `origin.retry_budget`, shared by all servers of routes.
+    pub retry_budget: Arc<RetryBudget>,
+    /// `origin.breaker_failures`.
+    pub breaker_failures: u32,
+    /// `origin.breaker_pause`.
+    pub breaker_pause: Duration,
     /// Addresses that are not connected to.
     pub refuses: fn(IpAddr) -> bool,
 }
@@ -179,6 +190,8 @@ impl Upstream {
             connect_timeout: config.connect_timeout.get(),
             read_timeout: config.read_timeout.get(),
             health: Some(OriginHealth::default()),
+            retry_budget: Some(RetryBudget::new(config.retry_budget, metrics.retries_refused().clone())),
+            breaker: Breaker::new("origin", config.breaker_failures, config.breaker_pause.get(), metrics.breaker("origin")),
             metrics,
             requests: Semaphore::new(config.max_requests),
             replays: Semaphore::new(REPLAYS),
@@ -206,6 +219,8 @@ impl Upstream {
             connect_timeout: server.connect_timeout,
             read_timeout: server.read_timeout,
             health: None,
+            retry_budget: Some(server.retry_budget),
+            breaker: Breaker::new("upstream", server.breaker_failures, server.breaker_pause, metrics.breaker("upstream")),
             metrics,
             requests: Semaphore::new(server.max_requests),
             replays: Semaphore::new(REPLAYS),
@@ -235,6 +250,8 @@ impl Upstream {
             read_timeout: server.read_timeout,
             metrics,
             health: None,
+            breaker: None,
+            retry_budget: None,
             requests: Semaphore::new(server.max_requests),
             replays: Semaphore::new(REPLAYS),
             trust: Some(server.trust),
@@ -456,10 +473,23 @@ impl Upstream {
 
     /// [`Self::exchange`], with up to `repeats` retries if a connection breaks before the answer.
     pub async fn repeat(&self, request: &RequestHeader, body: &[u8], repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
+        self.admit().await?;
+        if let Some(budget) = self.retry_budget.as_ref().filter(|_| repeats > 0) {
+            budget.request();
+        }
         let asked = Instant::now();
         let answered = self.try_repeat(request, body, repeats).await;
         self.report_outcome(asked, answered.as_ref().map(|(session, _)| session.get_status().unwrap_or_default()));
         answered
+    }
+
+    fn may_retry(&self) -> bool {
+        self.retry_budget.as_ref().is_none_or(|budget| budget.retry())
+    }
+
+    /// The retries that requests to it may make, those for loads included; `None` for a peer.
+    pub const fn retry_budget(&self) -> Option<&Arc<RetryBudget>> {
+        self.retry_budget.as_ref()
     }
 
     async fn try_repeat(&self, request: &RequestHeader, body: &[u8], mut repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
@@ -484,14 +514,30 @@ impl Upstream {
                 // when the pool is empty.
                 Err(error) if reused && (error.retry == RetryType::ReusedOnly || error.etype == WriteError) => {}
                 // The source restarts, or its queue of new connections was full.
-                Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) => repeats -= 1,
+                Err(error) if repeats > 0 && matches!(error.etype, ConnectionClosed | ReadError | WriteError) && self.may_retry() => {
+                    repeats -= 1
+                }
                 Err(error) => return Err(self.fault(&error)),
             }
         }
     }
 
+    /// Lets a request pass. Call it before each: [`Self::report_outcome`] tells how it ended.
+    ///
+    /// # Errors
+    /// [`Fault::NotAsked`] while the circuit breaker is open.
+    pub async fn admit(&self) -> Result<(), Fault> {
+        match &self.breaker {
+            Some(breaker) => breaker.admit().await,
+            None => Ok(()),
+        }
+    }
+
     /// Reports the outcome of a request that was sent at `asked`: the status of the answer, or the fault.
     pub fn report_outcome(&self, asked: Instant, answer: Result<StatusCode, &Fault>) {
+        if let Some(breaker) = &self.breaker {
+            breaker.record(&self.authority, asked, answer);
+        }
         if let Some(health) = &self.health {
             health.record(&self.authority, asked, answer, &self.metrics);
         }
@@ -518,7 +564,8 @@ impl Upstream {
 
     /// Whether the origin is up, as its last requests showed; `None` for a peer.
     pub fn origin_state(&self) -> Option<OriginState> {
-        self.health.as_ref().map(OriginHealth::state)
+        let breaker = self.breaker.as_ref().map(Breaker::state).unwrap_or_default();
+        self.health.as_ref().map(|health| OriginState { breaker, ..health.state() })
     }
 
     /// Reads response heads up to the first that is not informational, all within one `origin.read_timeout`: interim answers and parts of a head

@@ -8,6 +8,7 @@
 //! - [`Chunks`]: the framing of chunked bodies.
 
 mod access;
+mod breaker;
 mod chunks;
 mod embedded;
 mod http;
@@ -21,6 +22,7 @@ mod traced_plan;
 pub mod via_header;
 
 pub use access::{ca_file, certificates_file};
+pub use breaker::BreakerState;
 pub use chunks::Chunks;
 pub use embedded::EmbeddedStore;
 pub use http::{HttpStore, PeerServer, RouteServer, Signed, Trust, UNPROVED, Upstream, connector, insert, size_of};

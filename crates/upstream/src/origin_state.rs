@@ -10,7 +10,7 @@
 //! 2. Request B is sent later, and is answered. The origin is up.
 //! 3. A times out. That shows nothing about the origin now.
 
-use crate::metrics::Metrics;
+use crate::{breaker::BreakerState, metrics::Metrics};
 use castier_cache::Fault;
 use http::StatusCode;
 use parking_lot::Mutex;
@@ -31,6 +31,8 @@ pub struct OriginState {
     pub requests: u64,
     /// Requests without an answer or with a 5xx, and answers that broke off.
     pub errors: u64,
+    /// Its circuit breaker.
+    pub breaker: BreakerState,
 }
 
 #[derive(Default)]
@@ -127,6 +129,7 @@ impl OriginHealth {
             since: known.since,
             requests: self.requests.load(Relaxed),
             errors: self.errors.load(Relaxed),
+            breaker: BreakerState::Closed,
         }
     }
 }
@@ -141,7 +144,7 @@ mod tests {
         let up = |health: &OriginHealth| health.state().up;
         let unreachable = Fault::Unreachable { source_name: "origin", why: String::new() };
         let silent = Fault::Silent { source_name: "origin", why: String::new() };
-        assert_eq!(health.state(), OriginState { up: true, since: None, requests: 0, errors: 0 });
+        assert_eq!(health.state(), OriginState { up: true, since: None, requests: 0, errors: 0, breaker: BreakerState::Closed });
         let early = Instant::now();
         health.record("o", early, Ok(StatusCode::OK), &metrics);
         assert_eq!(health.state().since, None, "nothing has changed");

@@ -81,11 +81,12 @@ fn tier(origin: SocketAddr) -> (Arc<Cache>, Arc<Memory>) {
     let metrics = Arc::new(Metrics::new().unwrap());
     let spools = Spools::new(&config, budget, metrics.cache.clone());
     let origin = Upstream::origin(&format!("http://{origin}").parse().unwrap(), &config.origin, metrics.upstream.clone()).unwrap();
+    let retry_budget = origin.retry_budget().unwrap().clone();
     let limits = Arc::new(arc_swap::ArcSwap::from_pointee(config.limits.clone()));
     let tiers = Tiers { memory: memory.clone(), mirror: None, disk: None };
     let origin = Arc::new(origin.store());
     let planner = Box::new(move |_: &Digest| Box::new(OneSource(origin.clone())) as Box<dyn castier_cache::Plan>);
-    (Cache::new(&config, limits, tiers, spools, planner, metrics.cache.clone()), memory)
+    (Cache::new(&config, limits, tiers, spools, planner, metrics.cache.clone(), retry_budget), memory)
 }
 
 /// Answers every request with the blob, and counts how often.

@@ -54,6 +54,8 @@ pub struct Stats {
 #[derive(Serialize)]
 struct OriginStats {
     up: bool,
+    /// Its circuit breaker: `closed`, `open` or `half-open`.
+    breaker: &'static str,
     since: Option<Utc>,
     requests: u64,
     errors: u64,
@@ -200,6 +202,7 @@ impl Admin {
             state: self.phase(),
             origin: OriginStats {
                 up: origin.is_none_or(|origin| origin.up),
+                breaker: origin.map(|origin| origin.breaker).unwrap_or_default().as_str(),
                 since: origin.and_then(|origin| origin.since).map(Utc),
                 requests: origin.map_or(0, |origin| origin.requests),
                 errors: origin.map_or(0, |origin| origin.errors),

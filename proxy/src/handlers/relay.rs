@@ -12,6 +12,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use castier_access::Clients;
 use castier_cache::{Fault, Lease, Limit};
 use castier_config::Limits;
 use castier_upstream::{Expected, Upstream, via_header};
@@ -20,6 +21,7 @@ use castier_wire::{
     trace::{Trace, X_REQUEST_ID},
 };
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
+use parking_lot::Mutex;
 use pingora::{
     ErrorType,
     apps::HttpServerApp,
@@ -32,7 +34,10 @@ use pingora::{
 use std::{
     any::Any,
     net::IpAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -78,6 +83,20 @@ impl Relay {
         let ahead = conn.unfence()?;
         Some((conn, ahead))
     }
+
+    /// Relays a request that came over HTTP/2. Ends without a whole answer if the client sends nothing of its body for `limits.idle_timeout`: pingora
+    /// has no such limit for HTTP/2.
+    pub async fn pass_http2(&self, mut session: ServerSession, limits: &Limits, shutdown: &ShutdownWatch, known: Known) {
+        session.set_write_timeout(Some(limits.write_timeout.get()));
+        let progress = Arc::new(Progress::default());
+        let handed = Handed(Arc::new(Mutex::new(Some((known, progress.clone())))));
+        session.req_header_mut().extensions_mut().insert(handed);
+        tokio::select! {
+            biased;
+            _ = self.proxy.process_new_http(session, shutdown) => {}
+            () = progress.stalled(limits.idle_timeout.get()) => tracing::debug!("a relayed request was given up: its client sent nothing for too long"),
+        }
+    }
 }
 
 /// What is known of a request before it is relayed.
@@ -92,11 +111,50 @@ pub struct Known {
     pub to: Option<RelayTo>,
     /// Its `Authorization` is for castier, and not for the origin.
     pub credentials_are_ours: bool,
+    /// It came over TLS.
+    pub is_secured: bool,
+    /// Limits the bytes a second of its answer; `None` without such a limit.
+    pub pace: Option<Arc<Clients>>,
+}
+
+/// [`Known`] on its way to the context that pingora makes for a request over HTTP/2.
+#[derive(Clone)]
+struct Handed(Arc<Mutex<Option<(Known, Arc<Progress>)>>>);
+
+/// How far the body of a request has come.
+#[derive(Default)]
+struct Progress {
+    pieces: AtomicU64,
+    /// It is whole.
+    is_over: AtomicBool,
+}
+
+impl Progress {
+    fn piece(&self, is_last: bool) {
+        self.pieces.fetch_add(1, Relaxed);
+        self.is_over.fetch_or(is_last, Relaxed);
+    }
+
+    /// Ends when no piece has come for `limit`, or up to twice as long.
+    async fn stalled(&self, limit: Duration) {
+        loop {
+            let before = self.pieces.load(Relaxed);
+            tokio::time::sleep(limit).await;
+            if self.is_over.load(Relaxed) {
+                return std::future::pending().await;
+            }
+            if self.pieces.load(Relaxed) == before {
+                return;
+            }
+        }
+    }
 }
 
 /// The state of one relayed request.
 struct RelayContext {
     started: Instant,
+    /// When the origin was asked.
+    asked: Instant,
     /// From the start to the first byte of the answer.
     first_byte: Option<Duration>,
     failed: bool,
@@ -107,6 +165,10 @@ struct RelayContext {
     /// Its last connection came out of the pool.
     reused: bool,
     known: Option<Known>,
+    /// Of a request over HTTP/2.
+    progress: Option<Arc<Progress>>,
+    /// Bytes of the answer that went beyond `limits.bandwidth_per_client`.
+    owed: u64,
     /// The lease covers the longest queue that the answer can need.
     answer_paid: bool,
     /// It failed because `limits.client_memory` was used up.
@@ -161,12 +223,15 @@ impl ProxyHttp for Rules {
     fn new_ctx(&self) -> RelayContext {
         RelayContext {
             started: Instant::now(),
+            asked: Instant::now(),
             first_byte: None,
             failed: false,
             error: None,
             connections: 0,
             reused: false,
             known: None,
+            progress: None,
+            owed: 0,
             answer_paid: false,
             shed: false,
         }
@@ -178,7 +243,12 @@ impl ProxyHttp for Rules {
 
     fn init_downstream_modules(&self, _modules: &mut pingora::modules::http::HttpModules) {}
 
-    async fn early_request_filter(&self, session: &mut Session, _ctx: &mut RelayContext) -> pingora::Result<()> {
+    async fn early_request_filter(&self, session: &mut Session, ctx: &mut RelayContext) -> pingora::Result<()> {
+        if let Some(Handed(handed)) = session.req_header_mut().extensions_mut().remove()
+            && let Some((known, progress)) = handed.lock().take()
+        {
+            (ctx.known, ctx.progress) = (Some(known), Some(progress));
+        }
         let request = session.req_header();
         if request.headers.contains_key(header::UPGRADE) && !asks_for_upgrade(request) {
             session.req_header_mut().remove_header(&header::UPGRADE);
@@ -192,6 +262,13 @@ impl ProxyHttp for Rules {
 
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut RelayContext) -> pingora::Result<Box<HttpPeer>> {
         let expected = Expected { head: session.req_header().method == Method::HEAD, upgrade: session.is_upgrade_req() };
+        if ctx.connections == 0 {
+            self.server(ctx)
+                .admit()
+                .await
+                .map_err(|fault| pingora::Error::because(ErrorType::ConnectError, "the origin is not asked", fault).into_up())?;
+            ctx.asked = Instant::now();
+        }
         // A retry uses a new connection: if one pooled connection was closed, the others may be closed too.
         let (peer, reused) = self.server(ctx).lend(expected, ctx.connections > 0).await.map_err(|fault| {
             let kind = if matches!(fault, Fault::Busy(_)) { ErrorType::InternalError } else { ErrorType::ConnectError };
@@ -219,12 +296,35 @@ impl ProxyHttp for Rules {
         error
     }
 
+    async fn request_body_filter(
+        &self,
+        _session: &mut Session,
+        _body: &mut Option<Bytes>,
+        end: bool,
+        ctx: &mut RelayContext,
+    ) -> pingora::Result<()> {
+        if let Some(progress) = &ctx.progress {
+            progress.piece(end);
+        }
+        Ok(())
+    }
+
     async fn upstream_request_filter(
         &self,
         session: &mut Session,
         request: &mut RequestHeader,
         ctx: &mut RelayContext,
     ) -> pingora::Result<()> {
+        if session.req_header().version == Version::HTTP_2 {
+            // `:authority` names castier. The origin is another host.
+            let target = request.uri.path_and_query().cloned().unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
+            request.set_uri(target.into());
+            if session.as_downstream_mut().is_body_empty()
+                && let Some(progress) = &ctx.progress
+            {
+                progress.piece(true);
+            }
+        }
         let upgrade = session.is_upgrade_req();
         for name in wire::hop_by_hop(&request.headers) {
             if !(upgrade && (name == header::CONNECTION || name == header::UPGRADE)) {
@@ -232,7 +332,8 @@ impl ProxyHttp for Rules {
             }
         }
         let client_address = session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical());
-        add_forwarded(request, client_address, ctx.known.as_ref().and_then(|known| known.client))?;
+        let (client, is_secured) = ctx.known.as_ref().map_or((None, false), |known| (known.client, known.is_secured));
+        add_forwarded(request, client_address, client, if is_secured { "https" } else { "http" })?;
         request.insert_header(header::HOST, self.server(ctx).authority())?;
         if let Some(to) = ctx.known.as_ref().and_then(|known| known.to.as_ref()) {
             to.prepare(request)?;
@@ -265,7 +366,7 @@ impl ProxyHttp for Rules {
         ctx: &mut RelayContext,
     ) -> pingora::Result<()> {
         if !response.status.is_informational() {
-            self.server(ctx).report_outcome(ctx.started, Ok(response.status));
+            self.server(ctx).report_outcome(ctx.asked, Ok(response.status));
             if let Some(to) = ctx.known.as_ref().and_then(|known| known.to.as_ref()) {
                 to.answered(response, ctx.started);
             }
@@ -310,7 +411,10 @@ impl ProxyHttp for Rules {
             ctx.pay(memory_plan::relay_answer(None))?;
             ctx.answer_paid = true;
         }
-        Ok(None)
+        let Some((pace, client)) = ctx.known.as_ref().and_then(|known| known.pace.as_ref().zip(known.client)) else { return Ok(None) };
+        let (owed, wait) = pace.take_now(client, ctx.owed + body.as_ref().map_or(0, |body| body.len() as u64));
+        ctx.owed = owed;
+        Ok(Some(wait).filter(|wait| !wait.is_zero()))
     }
 
     async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, ctx: &mut RelayContext) -> FailToProxy {
@@ -326,7 +430,7 @@ impl ProxyHttp for Rules {
         use ErrorType::{ConnectionClosed, ReadError, WriteError};
         let downstream = error.esource == pingora::ErrorSource::Downstream;
         if !downstream && !ctx.shed {
-            self.server(ctx).report_outcome(ctx.started, Err(&fault));
+            self.server(ctx).report_outcome(ctx.asked, Err(&fault));
             if let Some(to) = ctx.known.as_ref().and_then(|known| known.to.as_ref()) {
                 to.failed(ctx.started);
             }
@@ -391,7 +495,12 @@ impl ProxyHttp for Rules {
 
 /// Adds the client's host, address and protocol as `X-Forwarded-…`. `socket_address` is the other end of the connection. `client` is the client
 /// that trusted proxies name. Must run before `Host` is replaced.
-fn add_forwarded(request: &mut RequestHeader, socket_address: Option<IpAddr>, client: Option<IpAddr>) -> pingora::Result<()> {
+fn add_forwarded(
+    request: &mut RequestHeader,
+    socket_address: Option<IpAddr>,
+    client: Option<IpAddr>,
+    protocol: &'static str,
+) -> pingora::Result<()> {
     if let Some(host) = request.headers.get(header::HOST).cloned()
         && !request.headers.contains_key("x-forwarded-host")
     {
@@ -408,7 +517,7 @@ fn add_forwarded(request: &mut RequestHeader, socket_address: Option<IpAddr>, cl
         request.insert_header("X-Forwarded-For", chain.join(", "))?;
     }
     if !request.headers.contains_key("x-forwarded-proto") {
-        request.insert_header("X-Forwarded-Proto", "http")?;
+        request.insert_header("X-Forwarded-Proto", protocol)?;
     }
     Ok(())
 }

@@ -63,6 +63,7 @@ fn not_stored(digest: Option<&Digest>, fault: &Fault) {
     match fault {
         Fault::Unreachable { .. }
         | Fault::Silent { .. }
+        | Fault::NotAsked { .. }
         | Fault::Unusable { .. }
         | Fault::Denied { .. }
         | Fault::Corrupt { .. }

@@ -2,7 +2,7 @@
 
 use super::Route;
 use bytes::{Bytes, BytesMut};
-use castier_cache::{Fault, Limit};
+use castier_cache::{Fault, Limit, RetryBudget};
 use castier_routes::{
     Listed,
     challenge::{Challenge, challenges, token},
@@ -55,9 +55,9 @@ pub(super) struct Client {
     tokens: Cache<(usize, String), (HeaderValue, Instant)>,
     /// `origin.max_requests` questions at once, over all routes. A body that has begun counts as a fill instead.
     questions: Semaphore,
-    connect_timeout: Duration,
-    read_timeout: Duration,
-    max_requests: usize,
+    /// Timeouts and limits, as for the origin.
+    config: castier_config::Origin,
+    retry_budget: Arc<RetryBudget>,
     metrics: Arc<castier_upstream::Metrics>,
 }
 
@@ -148,9 +148,8 @@ impl Client {
             servers: Cache::new(MOST_SERVERS),
             tokens: Cache::new(MOST_TOKENS),
             questions: Semaphore::new(config.max_requests),
-            connect_timeout: config.connect_timeout.get(),
-            read_timeout: config.read_timeout.get(),
-            max_requests: config.max_requests,
+            config: config.clone(),
+            retry_budget: RetryBudget::new(config.retry_budget, metrics.retries_refused().clone()),
             metrics,
         }
     }
@@ -163,9 +162,12 @@ impl Client {
             let server = RouteServer {
                 connector: self.connector.clone(),
                 url,
-                connect_timeout: self.connect_timeout,
-                read_timeout: self.read_timeout,
-                max_requests: self.max_requests,
+                connect_timeout: self.config.connect_timeout.get(),
+                read_timeout: self.config.read_timeout.get(),
+                max_requests: self.config.max_requests,
+                retry_budget: self.retry_budget.clone(),
+                breaker_failures: self.config.breaker_failures,
+                breaker_pause: self.config.breaker_pause.get(),
                 refuses,
             };
             Upstream::of_route(server, self.metrics.clone()).map_err(|why| unusable(format!("{url}: {why}")))
@@ -190,7 +192,9 @@ impl Client {
     /// # Errors
     /// No answer came, or redirects do not end.
     pub(super) async fn ask(&self, asking: &Asking<'_>) -> Result<Answered, Fault> {
-        let Ok(Ok(_permit)) = timeout(self.read_timeout, self.questions.acquire()).await else { return Err(Fault::Busy(Limit::Requests)) };
+        let Ok(Ok(_permit)) = timeout(self.config.read_timeout.get(), self.questions.acquire()).await else {
+            return Err(Fault::Busy(Limit::Requests));
+        };
         let own = self.own_credentials(asking);
         let answered = self.follow(asking, own.as_ref()).await?;
         if answered.head.status != StatusCode::UNAUTHORIZED || asking.route.is_private {
@@ -298,7 +302,7 @@ impl Client {
 
     async fn wait_for_rate(&self, route: &Route) -> Result<(), Fault> {
         let Some(rate) = &route.rate else { return Ok(()) };
-        timeout(self.read_timeout, rate.until_ready()).await.map_err(|_| Fault::Busy(Limit::Requests))
+        timeout(self.config.read_timeout.get(), rate.until_ready()).await.map_err(|_| Fault::Busy(Limit::Requests))
     }
 
     // ---- castier's own credentials ----

@@ -29,6 +29,7 @@ mod eviction;
 mod flight;
 mod herd;
 mod http;
+mod http2;
 mod k8s_identity;
 mod lies;
 mod lifecycle;

@@ -1,7 +1,10 @@
 //! The origin is down: blobs in the tiers are served, other requests are refused quickly, and no restart is needed afterwards.
 
-use crate::support::{Blob, Castier, KIB, LyingOrigin, MIB, Random, RealOrigin, Request, assert_ledger, eventually, get, light, stats};
+use crate::support::{
+    Blob, Castier, Gate, KIB, Lie, LyingOrigin, MIB, Random, RealOrigin, Request, assert_ledger, eventually, get, light, metrics, stats,
+};
 use std::time::{Duration, Instant};
+use tokio::task::JoinSet;
 
 /// A generous limit for the pauses between retries.
 const BACKOFF: Duration = Duration::from_secs(3);
@@ -101,4 +104,126 @@ async fn the_real_origin_dies_and_returns() {
         }
     }
     assert_ledger(&castier).await;
+}
+
+/// The breakers of the origin that are open or half-open, and the requests that they have refused.
+async fn breakers(castier: &Castier) -> (u64, u64) {
+    let metrics = metrics(castier).await;
+    let source = ("source", "origin");
+    (metrics.sum("castier_circuit_breakers", &[source]), metrics.sum("castier_circuit_breaker_refusals_total", &[source]))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_origin_that_hangs_is_not_waited_for_by_everybody() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let config = "origin.read_timeout = \"400ms\"\norigin.breaker_failures = 3\norigin.breaker_pause = \"1s\"";
+    let castier = Castier::start(&origin.url(), config).await;
+    let kept = origin.blob(KIB);
+    get(castier.public, &kept).await.assert_is(&kept);
+    let gate = Gate::new();
+    origin.freeze(&gate);
+    let missing: Vec<_> = (0..40).map(|_| origin.blob(KIB)).collect();
+    for blob in &missing[..3] {
+        get(castier.public, blob).await.assert_problem(504);
+    }
+    assert_eq!(stats(&castier).await["origin"]["breaker"], "open");
+    // Nobody waits for it now. One of them may try.
+    let asked = || missing.iter().map(|blob| origin.gets(blob)).sum::<usize>();
+    let before = asked();
+    let mut refused = 0;
+    for blob in &missing[3..] {
+        let reply = get(castier.public, blob).await;
+        if reply.cache_status() == "castier; fwd=uri-miss; detail=breaker" {
+            assert_eq!((reply.status, reply.header("retry-after")), (502, Some("1")));
+            reply.assert_problem(502);
+            refused += 1;
+        }
+        get(castier.public, &kept).await.assert_is(&kept);
+    }
+    assert!(refused > 30, "{refused}");
+    assert!(asked() <= before + 3, "{} more", asked() - before);
+    let (open, refusals) = breakers(&castier).await;
+    assert!(open == 1 && refusals >= refused, "{open} {refusals}");
+    for request in
+        [Request::new("HEAD", missing[0].path()), Request::new("PUT", missing[0].path()).body(missing[0].whole()), Request::get("/kv/a")]
+    {
+        let status = request.send(castier.public).await.status;
+        assert!(matches!(status, 502 | 504), "{request:?}: {status}");
+    }
+    // It answers again: the next request that tries closes the breaker.
+    gate.open();
+    eventually("the breaker closes", async || {
+        let reply = get(castier.public, &missing[39]).await;
+        (reply.status == 200).then_some(())
+    })
+    .await;
+    for blob in &missing {
+        get(castier.public, blob).await.assert_is(blob);
+    }
+    assert_eq!(breakers(&castier).await.0, 0);
+    assert_eq!(stats(&castier).await["origin"]["breaker"], "closed");
+    let log = castier.output();
+    assert!(log.contains("the circuit breaker is open") && log.contains("the circuit breaker is closed"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retries_do_not_multiply_an_outage() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let castier = Castier::start(&origin.url(), "origin.retries = 5\norigin.breaker_failures = 0").await;
+    let blobs: Vec<_> = (0..300).map(|_| origin.blob(KIB)).collect();
+    for blob in &blobs {
+        origin.always(blob, Lie::honest().status(500));
+    }
+    let began = Instant::now();
+    let mut all = JoinSet::new();
+    for blob in blobs.clone() {
+        let public = castier.public;
+        all.spawn(async move { get(public, &blob).await.status });
+    }
+    while let Some(status) = all.join_next().await {
+        assert_eq!(status.unwrap(), 502);
+    }
+    let asked: usize = blobs.iter().map(|blob| origin.gets(blob)).sum();
+    // 300 loads; a tenth of them again; ten that are free; and one for each second.
+    let most = 300 + 30 + 10 + usize::try_from(began.elapsed().as_secs()).unwrap() + 1;
+    assert!((300..=most).contains(&asked), "{asked} of at most {most}");
+    assert!(metrics(&castier).await.total("castier_retries_refused_total") > 0);
+    // A transfer that comes forward goes on, whatever the budget.
+    let large = origin.blob(4 * MIB);
+    origin.next(&large, [Lie::honest().reset_after(512 * KIB)]);
+    for part in 2..8 {
+        origin.at(&large, (part - 1) * 512 * KIB, Lie::honest().reset_after(part * 512 * KIB));
+    }
+    get(castier.public, &large).await.assert_is(&large);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn misses_beyond_the_queue_are_refused_while_hits_flow() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let castier = Castier::start(&origin.url(), "fill.max_in_flight = 16\nfill.max_wait = \"100ms\"\norigin.read_timeout = \"60s\"").await;
+    let kept = origin.blob(KIB);
+    get(castier.public, &kept).await.assert_is(&kept);
+    let gate = Gate::new();
+    let slow: Vec<_> = (0..32).map(|_| origin.blob_with(KIB, [Lie::honest().hold(&gate)])).collect();
+    let mut all = JoinSet::new();
+    for blob in slow.clone() {
+        let public = castier.public;
+        all.spawn(async move { get(public, &blob).await });
+    }
+    eventually("the origin has all that it may", async || (gate.arrived() == 16).then_some(())).await;
+    for _ in 0..16 {
+        let reply = all.join_next().await.unwrap().unwrap();
+        assert_eq!((reply.status, reply.header("retry-after")), (503, Some("1")));
+    }
+    for _ in 0..50 {
+        get(castier.public, &kept).await.assert_is(&kept);
+    }
+    assert_eq!(breakers(&castier).await, (0, 0), "a limit of this node says nothing about the origin");
+    gate.open();
+    while let Some(reply) = all.join_next().await {
+        assert_eq!(reply.unwrap().status, 200);
+    }
 }

@@ -14,13 +14,13 @@ use std::{
 use tempfile::TempDir;
 
 /// An authority and what it has signed, in files.
-struct Authority {
+pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     dir: TempDir,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, "authority");
@@ -30,12 +30,12 @@ impl Authority {
         Self { issuer, dir }
     }
 
-    fn ca(&self) -> PathBuf {
+    pub(crate) fn ca(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }
 
     /// A certificate for these hosts and this common name, and its key: `NAME.pem` and `NAME.key` in `into`.
-    fn certify(&self, name: &str, hosts: &[&str], into: &Path) -> (PathBuf, PathBuf) {
+    pub(crate) fn certify(&self, name: &str, hosts: &[&str], into: &Path) -> (PathBuf, PathBuf) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(hosts.iter().map(|host| (*host).to_owned()).collect::<Vec<_>>()).unwrap();
         params.distinguished_name.push(DnType::CommonName, name);
@@ -48,18 +48,18 @@ impl Authority {
     }
 }
 
-struct Curl {
+pub(crate) struct Curl {
     program: PathBuf,
-    dir: TempDir,
+    pub(crate) dir: TempDir,
 }
 
 impl Curl {
-    fn find() -> Option<Self> {
+    pub(crate) fn find() -> Option<Self> {
         Some(Self { program: tool("curl")?, dir: TempDir::new().unwrap() })
     }
 
     /// The status (`000` without an answer) and the body.
-    fn get(&self, arguments: &[&str], url: &str) -> (String, Vec<u8>) {
+    pub(crate) fn get(&self, arguments: &[&str], url: &str) -> (String, Vec<u8>) {
         let body = self.dir.path().join("body");
         fs::remove_file(&body).ok();
         let mut curl = command(&self.program, self.dir.path());
@@ -75,11 +75,11 @@ fn put(castier: &Castier, body: &[u8]) -> String {
 }
 
 /// The lines of a configuration that name a certificate and its key.
-fn tls_config((cert, key): &(PathBuf, PathBuf), more: &str) -> String {
+pub(crate) fn tls_config((cert, key): &(PathBuf, PathBuf), more: &str) -> String {
     format!("listen.tls.cert_file = {cert:?}\nlisten.tls.key_file = {key:?}\n{more}\n")
 }
 
-fn https(castier: &Castier, target: &str) -> String {
+pub(crate) fn https(castier: &Castier, target: &str) -> String {
     format!("https://127.0.0.1:{}{target}", castier.public.port())
 }
 
@@ -351,6 +351,40 @@ fn the_admin_listener_asks_for_users() {
     is_refused(&Request::new("POST", &purge).send(castier.admin), 401);
     is_refused(&Request::new("POST", &purge).bearer("t0ken").send(castier.admin), 403);
     assert_eq!(Request::new("POST", &purge).bearer("b0ss").send(castier.admin).status, 200);
+}
+
+#[test]
+fn the_commands_ask_an_admin_listener_with_tls_and_users() {
+    let _turn = turn();
+    let (people, authority, dir) = (People::new(), Authority::new(), TempDir::new().unwrap());
+    let pair = authority.certify("own", &["127.0.0.1"], dir.path());
+    let config = people.config("read", &format!("access.admin = true\n{}", tls_config(&pair, "listen.tls.admin = true")));
+    let castier = castier(&config);
+    fs::write(dir.path().join("boss"), "b0ss\n").unwrap();
+    fs::write(dir.path().join("reader"), "reader:read me\n").unwrap();
+    let https = format!("https://{}", castier.admin);
+    let ask = |arguments: &[&str]| run(command(castier_program(), dir.path()).args(arguments));
+    let ca = authority.ca();
+    let ca = ca.to_str().unwrap();
+    // The right authority, and on the loopback none; another one is refused.
+    for more in [&["--ca-file", ca][..], &[]] {
+        let told = ask(&[&["why", "/kv/x", "--admin", &https, "--credentials-file", "reader"], more].concat()).ok();
+        assert!(told.contains("entries"), "{told}");
+    }
+    let other = Authority::new();
+    let refused =
+        ask(&["why", "/kv/x", "--admin", &https, "--credentials-file", "reader", "--ca-file", other.ca().to_str().unwrap()]).fails();
+    assert!(refused.to_lowercase().contains("certificate"), "{refused}");
+    let missing = ask(&["why", "/kv/x", "--admin", &https]).fails();
+    assert!(missing.contains("401") && missing.contains("--credentials-file"), "{missing}");
+    let plain = ask(&["why", "/kv/x", "--admin", &castier.admin.to_string()]).fails();
+    assert!(plain.contains("400") && plain.contains("https://"), "{plain}");
+    let role = ask(&["drain", "--admin", &https, "--credentials-file", "reader"]).fails();
+    assert!(role.contains("403"), "{role}");
+    assert!(ask(&["drain", "--admin", &https, "--credentials-file", "boss"]).ok().contains("is empty"));
+    // A browser or curl gets HTTP/1.1 here, also if it would like HTTP/2.
+    let Some(curl) = Curl::find() else { return };
+    assert_eq!(curl.get(&["--http2", "--cacert", ca, "-u", "reader:read me"], &format!("{https}/stats")).0, "200");
 }
 
 #[test]

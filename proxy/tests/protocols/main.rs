@@ -11,6 +11,7 @@ mod entrance;
 mod events;
 mod go;
 mod hostile;
+mod http2;
 mod huggingface;
 mod keys;
 mod lfs;

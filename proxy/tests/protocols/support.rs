@@ -312,7 +312,9 @@ impl Castier {
         let [public, admin] = ["listening public ", "listening admin "].map(|prefix| {
             process.says(prefix, |log| log.lines().find_map(|line| line.split(prefix).nth(1)?.split([' ', '"']).next()?.parse().ok()))
         });
-        eventually("castier is ready", || Request::get("/readyz").try_send(admin).ok().filter(|answer| answer.status == 200));
+        // With TLS it says so, and that is enough.
+        let is_ready = |answer: &Response| answer.status == 200 || (answer.status == 400 && answer.text().contains("https"));
+        eventually("castier is ready", || Request::get("/readyz").try_send(admin).ok().filter(is_ready));
         Self { process, dir, public, admin }
     }
 

@@ -122,7 +122,8 @@ impl Store {
     fn read(self: &Arc<Self>, open: &Act, from: u64, most: usize, retries: usize, memory: &Arc<Budget>) -> Parallel {
         let settings = Settings { over: 0, most, segment: TEST_SEGMENT, retries };
         let metrics = Arc::new(Metrics::new(&prometheus::Registry::new()).unwrap());
-        let shared = Shared::new(self.clone(), "test", metrics);
+        let retry_budget = RetryBudget::new(100, prometheus::IntCounter::new("refused", "refused").unwrap());
+        let shared = Shared::new(self.clone(), "test", metrics, retry_budget);
         Parallel::new(settings, shared, memory.clone(), self.bytes(from..self.size(), open), from..self.size())
     }
 

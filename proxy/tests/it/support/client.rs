@@ -122,6 +122,11 @@ impl Request {
         self.header("Transfer-Encoding", "chunked")
     }
 
+    /// Method, target, headers, and the body as it is sent.
+    pub(crate) fn parts(&self) -> (&'static str, &str, &[(String, String)], &[u8]) {
+        (self.method, &self.target, &self.headers, &self.body)
+    }
+
     pub(crate) fn head_bytes(&self) -> Vec<u8> {
         let mut text = format!("{} {} {}\r\n", self.method, self.target, self.version);
         let mut headers = self.headers.clone();

@@ -6,6 +6,7 @@ pub(crate) mod cluster;
 pub(crate) mod disk;
 pub(crate) mod group;
 pub(crate) mod hang;
+pub(crate) mod http2;
 pub(crate) mod lie;
 pub(crate) mod log;
 pub(crate) mod mute;

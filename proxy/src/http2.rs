@@ -1,0 +1,321 @@
+//! HTTP/2: one connection carries many requests at once. After the frames are taken apart by pingora and the `h2` library, a request goes the same way as
+//! one over HTTP/1.1: the same parser reads its head, the same checks admit it, the same handlers answer it.
+//!
+//! Limits that belong to a connection of HTTP/1.1 belong to each request here: memory, stall timeouts, the access record. What only HTTP/2 has is
+//! limited here: the number of requests at once, and frames without content (`frames`).
+
+pub mod frames;
+
+use crate::{
+    connection::{Conn, response_header, write},
+    fast_path,
+    handlers::relay::Relay,
+    listener::{Admitted, Answerer, Front, Refusal, Visitor},
+    memory_plan,
+    reply::{Body, Reply},
+    request_head::{self, Head, NoHead},
+    session::{Arrived, Cut, LINGER},
+};
+use bytes::BytesMut;
+use castier_access::Memo;
+use castier_blob::Digest;
+use castier_cache::{Fault, Hit, Limit, PIECE, Reader};
+use castier_config::Limits;
+use castier_upstream::trace;
+use castier_wire::{Selection, Target};
+use frames::{Flood, Frames};
+use http::StatusCode;
+use parking_lot::Mutex;
+use pingora::{
+    protocols::http::{
+        ServerSession,
+        v2::server::{H2Accept, H2Options, HttpSession, handshake},
+    },
+    server::ShutdownWatch,
+};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::AsyncWriteExt as _,
+    sync::Notify,
+    time::{sleep, timeout},
+};
+
+/// A connection with so many malformed requests is closed. A correct client sends none.
+const MALFORMED: usize = 32;
+/// An empty SETTINGS frame, which must be the first, and a GOAWAY with ENHANCE_YOUR_CALM (11) before any stream (RFC 9113, sections 6.5 and 6.8).
+const TURNED_AWAY: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 11];
+
+/// What the requests of one connection share.
+struct Shared {
+    front: Arc<Front>,
+    visitor: Visitor,
+    memo: Mutex<Memo>,
+    shutdown: ShutdownWatch,
+    /// How many requests are open.
+    open: AtomicUsize,
+    /// Wakes when none is open any more.
+    idle: Notify,
+}
+
+/// Counts one request for as long as it is open.
+struct Stream(Arc<Shared>);
+
+impl Stream {
+    fn open(shared: &Arc<Shared>) -> Self {
+        shared.open.fetch_add(1, Ordering::Relaxed);
+        shared.front.metrics.http2_streams.inc();
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.0.front.metrics.http2_streams.dec();
+        if self.0.open.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.idle.notify_one();
+        }
+    }
+}
+
+impl Shared {
+    /// Ends when no request has been open for `limit`.
+    async fn idle(&self, limit: Duration) {
+        while self.open.load(Ordering::Relaxed) > 0 {
+            self.idle.notified().await;
+        }
+        sleep(limit).await;
+    }
+}
+
+fn options(limits: &Limits) -> H2Options {
+    let size = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
+    // Of RFC 9113, section 6.9.1.
+    const MOST: u32 = (1 << 31) - 1;
+    let window = size(limits.http2_window.get()).min(MOST);
+    let mut options = H2Options::default();
+    options
+        .max_concurrent_streams(limits.http2_streams)
+        .max_header_list_size(size(limits.max_header_bytes.get()))
+        .initial_window_size(window)
+        // Enough for all: an upload that does not go on must not stop the others. Each one's window is leased from `limits.client_memory`.
+        .initial_connection_window_size(window.saturating_mul(limits.http2_streams).min(MOST))
+        // A piece is on its way while the next one is read.
+        .max_send_buffer_size(PIECE);
+    options
+}
+
+impl Front {
+    /// Serves a connection that speaks HTTP/2, until either side closes. `ahead` are bytes that were read already.
+    pub(crate) async fn serve_http2(self: &Arc<Self>, mut conn: Conn, ahead: BytesMut, visitor: Visitor, shutdown: &ShutdownWatch) {
+        let limits = self.limits.load_full();
+        let Some(_memory) = self.memory.lease(memory_plan::HTTP2) else {
+            self.metrics.shed(Limit::ClientMemory);
+            let _ = timeout(fast_path::REFUSAL, async { (conn.write_all(TURNED_AWAY).await, conn.shutdown().await) }).await;
+            return;
+        };
+        let digest = Arc::new(conn.digest());
+        let alarm = conn.count_frames(ahead, Frames::new(&limits));
+        let begun = timeout(limits.header_timeout.get(), handshake(conn.into_stream(), Some(options(&limits))));
+        let Ok(Ok(mut connection)) = begun.await else { return };
+        let shared = Arc::new(Shared {
+            front: self.clone(),
+            visitor,
+            memo: Mutex::default(),
+            shutdown: shutdown.clone(),
+            open: AtomicUsize::new(0),
+            idle: Notify::new(),
+        });
+        let mut draining = shutdown.clone();
+        let (mut is_closing, mut malformed) = (false, 0);
+        let mut wait = limits.header_timeout.get();
+        let flood = loop {
+            let accepted = tokio::select! {
+                biased;
+                flood = alarm.raised() => break Some(flood),
+                _ = draining.wait_for(|down| *down), if !is_closing => {
+                    connection.graceful_shutdown();
+                    (is_closing, wait) = (true, fast_path::REFUSAL);
+                    continue;
+                }
+                accepted = HttpSession::from_h2_conn(&mut connection, digest.clone()) => accepted,
+                () = shared.idle(wait) => {
+                    if is_closing {
+                        return;
+                    }
+                    connection.graceful_shutdown();
+                    (is_closing, wait) = (true, fast_path::REFUSAL);
+                    continue;
+                }
+            };
+            match accepted {
+                Ok(Some(H2Accept::Session(session))) => {
+                    if !is_closing {
+                        wait = limits.idle_timeout.get();
+                    }
+                    let stream = Stream::open(&shared);
+                    tokio::spawn(async move { stream.serve(session).await });
+                }
+                Ok(Some(H2Accept::Rejected)) => {
+                    malformed += 1;
+                    if malformed >= MALFORMED {
+                        break Some(Flood::Malformed);
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    let cause = error.root_cause().downcast_ref::<h2::Error>();
+                    let calm = cause.filter(|cause| !cause.is_remote()).and_then(h2::Error::reason) == Some(h2::Reason::ENHANCE_YOUR_CALM);
+                    break calm.then_some(Flood::Library);
+                }
+            }
+        };
+        let Some(flood) = flood else { return };
+        self.metrics.http2_flood(flood);
+        tracing::debug!(flood = flood.as_str(), client = ?shared.visitor.ip(), "an HTTP/2 connection was closed: its client sent too much");
+        connection.abrupt_shutdown(h2::Reason::ENHANCE_YOUR_CALM);
+        // Sends the GOAWAY.
+        let _ = timeout(fast_path::REFUSAL, HttpSession::from_h2_conn(&mut connection, digest)).await;
+    }
+}
+
+impl Stream {
+    /// Answers one request.
+    async fn serve(self, session: HttpSession) {
+        let Self(shared) = &self;
+        let front = &shared.front;
+        let started = Instant::now();
+        let limits = front.limits.load_full();
+        let _answering = front.metrics.answering();
+        let ended = session.is_body_done();
+        let mut session = ServerSession::new_http2(session);
+        session.set_write_timeout(Some(limits.write_timeout.get()));
+        let (bytes, head) = match request_head::of_http2(session.req_header(), ended, &limits) {
+            Ok(read) => read,
+            Err(refused) => {
+                let (status, why) = match refused {
+                    NoHead::Refused(status, why) => (status, why),
+                    _ => (StatusCode::BAD_REQUEST, "malformed request head".to_owned()),
+                };
+                return self.refuse(session, Reply::error(status, &why), &why, shared.visitor.ip(), started).await;
+            }
+        };
+        // A lone request may be a hit although the memory is used up: its connection has paid for as much. All others pay.
+        let memory = front.memory.lease(memory_plan::request(&head) + memory_plan::http2_window(&head, &limits));
+        if memory.is_none() && (shared.open.load(Ordering::Relaxed) > 1 || !head.plain) {
+            return self.shed(session, Limit::ClientMemory, shared.visitor.ip(), started).await;
+        }
+        // The memo is for the requests of one connection, which may come at the same moment.
+        let mut memo = std::mem::take(&mut *shared.memo.lock());
+        let admitted = front.admit(&mut memo, &head, &bytes, &shared.visitor, &limits).await;
+        *shared.memo.lock() = memo;
+        let Admitted { asked, routed, client } = match admitted {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                let (Refusal::Final(reply, why, client) | Refusal::Denied(reply, why, client)) = *refusal;
+                return self.refuse(session, reply, why, client, started).await;
+            }
+        };
+        let draining = &shared.shutdown;
+        let arrived = Arrived { head: &head, limits: &limits, draining, asked: &asked, client, routed: routed.as_deref() };
+        if let Answerer::Relay(relay) = front.answerer(&arrived, &bytes) {
+            drop(memory);
+            return Box::pin(self.relay(relay, session, &bytes, &arrived, started)).await;
+        }
+        if let Target::Blob(digest) = head.target(&bytes)
+            && head.plain
+            && routed.is_none()
+            && head.validator(&bytes).is_none()
+            && let Some(hit) = front.peek(&digest)
+            && let Hit { reader: Reader::Memory(_), .. } = hit
+        {
+            return self.hit(session, &bytes, hit, &digest, &arrived, started).await;
+        }
+        if memory.is_none() {
+            return self.shed(session, Limit::ClientMemory, client, started).await;
+        }
+        Box::pin(self.exchange(session, &head, &bytes, &arrived, started)).await;
+    }
+
+    /// Sends a blob that is in memory. As everywhere, the fast path exists because hits are what there is most of.
+    async fn hit(&self, mut session: ServerSession, bytes: &[u8], hit: Hit, digest: &Digest, arrived: &Arrived<'_>, started: Instant) {
+        let front = &self.0.front;
+        let Hit { size, via, reader } = hit;
+        let Reader::Memory(blob) = reader else { return };
+        let reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
+        let ready = started.elapsed();
+        let mut sent = 0;
+        let written = async {
+            session.write_response_header(response_header(reply.status, &reply.headers)).await?;
+            let mut rest = blob;
+            loop {
+                let piece = rest.split_to(rest.len().min(PIECE));
+                front.pace(arrived.limits, arrived.client, piece.len()).await;
+                sent += piece.len() as u64;
+                session.write_response_body(piece, rest.is_empty()).await?;
+                if rest.is_empty() {
+                    return Ok(());
+                }
+            }
+        };
+        let written: pingora::Result<()> = written.await;
+        if written.is_err() {
+            sent = session.body_bytes_sent() as u64;
+            session.shutdown().await;
+        }
+        front.metrics.served_from(front.name(), reply.tier, sent);
+        let _ = front.record(&reply, bytes, digest, arrived, (sent, written.map_err(Cut::client)), (started, ready));
+    }
+
+    /// Lets a handler answer.
+    async fn exchange(&self, mut session: ServerSession, head: &Head, bytes: &[u8], arrived: &Arrived<'_>, started: Instant) {
+        let trace = Arc::new(head.introduction(bytes, |fields| trace::of(fields)));
+        // An answer that was not written to its end must not look as if it were: a reset tells the client.
+        if self.0.front.exchange(&mut session, arrived, &trace, started).await {
+            end(session, LINGER).await;
+        } else {
+            session.shutdown().await;
+        }
+    }
+
+    async fn relay(&self, relay: &Relay, session: ServerSession, bytes: &[u8], arrived: &Arrived<'_>, started: Instant) {
+        match self.0.front.before_relay(arrived, bytes) {
+            Ok((known, _descriptors)) => relay.pass_http2(session, arrived.limits, &self.0.shutdown, known).await,
+            Err(Fault::Busy(limit)) => self.shed(session, limit, arrived.client, started).await,
+            Err(fault) => {
+                let why = fault.to_string();
+                self.refuse(session, Reply::error(StatusCode::BAD_GATEWAY, &why), &why, arrived.client, started).await;
+            }
+        }
+    }
+
+    /// Refuses a request that is over a limit.
+    async fn shed(&self, session: ServerSession, limit: Limit, client: Option<IpAddr>, started: Instant) {
+        self.0.front.metrics.shed(limit);
+        let fault = Fault::Busy(limit);
+        self.refuse(session, Reply::fault(&fault), &fault.to_string(), client, started).await;
+    }
+
+    /// Refuses a request, with the reason. The others of the connection go on.
+    async fn refuse(&self, mut session: ServerSession, reply: Reply, why: &str, client: Option<IpAddr>, started: Instant) {
+        let front = &self.0.front;
+        let code = reply.status.as_u16();
+        let _ = write(&mut session, reply).await;
+        fast_path::refused(front.name(), code, why, started, client).log(&front.metrics);
+        end(session, fast_path::REFUSAL).await;
+    }
+}
+
+/// Ends an exchange whose answer is written. If the request goes on, its rest is read and discarded for up to `linger`: an older curl that sees the reset of
+/// its upload forgets the answer before it.
+async fn end(mut session: ServerSession, linger: Duration) {
+    session.set_total_drain_timeout(Some(linger));
+    let _ = session.drain_request_body().await;
+    let _ = session.finish().await;
+}

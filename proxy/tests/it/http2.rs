@@ -1,0 +1,429 @@
+//! HTTP/2: the same replies as over HTTP/1.1, and the limits that only it needs.
+
+use crate::support::{
+    Blob, Castier, Conn, Gate, KIB, Lie, LyingOrigin, MIB, Random, Request, assert_ledger, eventually, get, heavy,
+    http2::{Http2, PREFACE, Reply2, block, frame, get_frame, goaway, read, send_all, shout},
+    lie::RangeManner,
+    light, metrics, within,
+};
+use bytes::Bytes;
+use h2::{Reason, client::Builder};
+use http::HeaderMap;
+use rustix::process::Signal;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+};
+
+async fn world(config: &str) -> (LyingOrigin, Castier) {
+    let origin = LyingOrigin::start().await;
+    let castier = Castier::start(&origin.url(), config).await;
+    (origin, castier)
+}
+
+/// The headers that must be the same over both versions.
+fn shown<'a>(headers: impl Iterator<Item = (&'a str, &'a str)>) -> BTreeMap<String, String> {
+    // Those of the connection, of this moment, and of this request.
+    let apart = ["date", "connection", "transfer-encoding", "x-request-id", "via", "age"];
+    headers.filter(|(name, _)| !apart.contains(name)).map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+fn of_map(headers: &HeaderMap) -> BTreeMap<String, String> {
+    shown(headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())))
+}
+
+impl Reply2 {
+    fn assert_is(&self, blob: &Blob) {
+        assert_eq!((self.status.as_u16(), self.error.as_ref().map(ToString::to_string)), (200, None));
+        assert!(self.body.len() as u64 == blob.size && blob.is_at(0, &self.body));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_replies_are_those_of_http1() {
+    let _turn = light().await;
+    let (origin, castier) = world("allow_delete = true\norigin.read_timeout = \"500ms\"").await;
+    let client = Http2::open(castier.public).await;
+    let (kept, large) = (origin.blob(70 * KIB), origin.blob(3 * MIB));
+    let wrong = origin.blob(KIB);
+    origin.always(&wrong, Lie::honest().flip_bit(9));
+    let absent = Blob::new(KIB);
+    for blob in [&kept, &large] {
+        get(castier.public, blob).await.assert_is(blob);
+    }
+    let (new, form) = (Blob::new(20 * KIB), Blob::new(5 * KIB));
+    let mut multipart = b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\n".to_vec();
+    multipart.extend_from_slice(&form.whole());
+    multipart.extend_from_slice(b"\r\n--b--\r\n");
+    let requests = [
+        Request::get(kept.path()),
+        Request::get(large.path()),
+        Request::new("HEAD", kept.path()),
+        Request::get(kept.path()).header("range", "bytes=100-199"),
+        Request::get(large.path()).header("range", "bytes=-5"),
+        Request::get(kept.path()).header("range", "bytes=9999999-"),
+        Request::get(kept.path()).header("if-none-match", format!("\"{}\"", kept.digest)),
+        Request::get(kept.path()).header("cache-control", "only-if-cached"),
+        Request::get(absent.path()).header("cache-control", "only-if-cached"),
+        Request::get(absent.path()),
+        Request::new("HEAD", absent.path()),
+        Request::get(wrong.path()),
+        Request::get("/cas/123"),
+        Request::new("PUT", new.path()).body(new.whole()),
+        Request::new("PUT", new.path()).body(new.whole()),
+        Request::new("PUT", new.path()).body(form.whole()),
+        Request::new("POST", "/cas").body(new.whole()),
+        Request::new("POST", "/cas").header("content-type", "multipart/form-data; boundary=b").body(multipart.clone()),
+        Request::new("POST", "/cas").header("content-type", "multipart/form-data").body(multipart),
+        Request::new("PATCH", kept.path()).body("x"),
+        Request::new("TRACE", "/"),
+        Request::get("/elsewhere?a=b"),
+        Request::new("POST", "/elsewhere").body("some body"),
+        Request::new("HEAD", "/elsewhere"),
+        Request::new("PROPFIND", "/elsewhere"),
+    ];
+    for request in requests {
+        let (method, target, headers, _) = request.parts();
+        let what = format!("{method} {target} {headers:?}");
+        let first = request.send(castier.public).await;
+        let second = client.ask(&request).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!(second.error.map(|error| error.to_string()), None, "{what}");
+        // The first PUT of the two stores the blob.
+        assert!(
+            second.status.as_u16() == first.status || (first.status, second.status.as_u16()) == (201, 200),
+            "{what}: {}",
+            second.status
+        );
+        let mut over1 = shown(first.head.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        let mut over2 = of_map(&second.headers);
+        // Chunks are of HTTP/1.1 only, and so is the length of an empty body.
+        for length in [&mut over1, &mut over2] {
+            length.retain(|name, value| name != "content-length" || value != "0");
+        }
+        if method != "PUT" && method != "POST" {
+            assert_eq!(over2, over1, "{what}");
+        }
+        if target.starts_with("/elsewhere") && first.status == 200 && method != "HEAD" && method != "POST" {
+            // What the origin says of the request: the client's port differs.
+            assert!(String::from_utf8_lossy(&second.body).starts_with(&format!("{method} {target} HTTP/1.1\n")), "{what}");
+        } else if first.status < 400 {
+            assert!(second.body == first.body, "{what}");
+        }
+    }
+    assert!(origin.holds(&new) && origin.holds(&form));
+    assert_ledger(&castier).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_origin_sees_castier_and_not_the_authority() {
+    let _turn = light().await;
+    let (origin, castier) = world("").await;
+    let client = Http2::open(castier.public).await;
+    let reply = client.ask(&Request::new("PUT", "/kv/a").header("x-own", "kept").header("te", "trailers").body("hello")).await.unwrap();
+    assert_eq!(reply.status, 200);
+    let seen = origin.seen().into_iter().find(|seen| seen.target == "/kv/a").unwrap();
+    let header = |name: &str| seen.head.header(name).map(str::to_owned);
+    assert_eq!(header("host").unwrap(), origin.url().trim_start_matches("http://"));
+    assert_eq!(header("x-forwarded-host").unwrap(), castier.public.to_string());
+    assert_eq!((header("x-forwarded-for").as_deref(), header("x-forwarded-proto").as_deref()), (Some("127.0.0.1"), Some("http")));
+    assert_eq!((header("x-own").as_deref(), header("te"), header("content-length").as_deref()), (Some("kept"), None, Some("5")));
+    assert!(header("via").is_some_and(|via| via.contains("castier-")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn uploads_follow_the_windows_and_trailers_are_ignored() {
+    let _turn = heavy().await;
+    let (origin, castier) = world("limits.http2_window = \"64KiB\"").await;
+    let client = Http2::open(castier.public).await;
+    let large = Blob::new(20 * MIB);
+    let (reply, mut body) = client.begin(&Request::new("PUT", large.path()), true).await.unwrap();
+    let mut left = Bytes::from(large.whole());
+    while !left.is_empty() {
+        body.reserve_capacity(left.len());
+        let capacity = std::future::poll_fn(|cx| body.poll_capacity(cx)).await.unwrap().unwrap();
+        body.send_data(left.split_to(capacity.min(left.len())), false).unwrap();
+    }
+    let mut trailers = HeaderMap::new();
+    trailers.insert("x-checksum", "nonsense".parse().unwrap());
+    trailers.insert("content-length", "7".parse().unwrap());
+    body.send_trailers(trailers).unwrap();
+    assert_eq!(read(reply).await.unwrap().status, 201);
+    assert!(origin.holds(&large));
+    // An upload whose origin does not take it does not keep the others of its connection from going on.
+    let (gate, kept) = (Gate::new(), origin.blob(300 * KIB));
+    client.get(&kept.path()).await.unwrap().assert_is(&kept);
+    origin.freeze(&gate);
+    let stuck = Blob::new(32 * MIB);
+    let request = Request::new("PUT", stuck.path()).header("content-length", stuck.size.to_string());
+    let (waiting, mut body) = client.begin(&request, true).await.unwrap();
+    let sending = tokio::spawn(async move { send_all(&mut body, Bytes::from(stuck.whole())).await });
+    for _ in 0..200 {
+        client.get(&kept.path()).await.unwrap().assert_is(&kept);
+    }
+    assert!(!sending.is_finished());
+    gate.open();
+    sending.await.unwrap().unwrap();
+    assert_eq!(read(waiting).await.unwrap().status, 201);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_lie_ends_as_a_whole_answer() {
+    let _turn = light().await;
+    let (origin, castier) = world("origin.read_timeout = \"500ms\"\norigin.breaker_failures = 0").await;
+    let client = Http2::open(castier.public).await;
+    let mut random = Random::seeded();
+    for lie in [
+        Lie::honest().flip_bit(2 * MIB),
+        Lie::honest().truncate(MIB),
+        Lie::honest().reset_after(2 * MIB),
+        Lie::honest().chunked().flip_bit(3 * MIB),
+        Lie::honest().chunked().truncate(3 * MIB).ranges(RangeManner::Ignore),
+    ] {
+        let blob = origin.blob(4 * MIB);
+        origin.always(&blob, lie);
+        let reply = client.get(&blob.path()).await.unwrap();
+        let cut = reply.status != 200 || reply.error.as_ref().is_some_and(|error| error.reason() == Some(Reason::INTERNAL_ERROR));
+        assert!(cut, "{} {} {:?}", reply.status, reply.body.len(), reply.error);
+        // The other requests of the connection go on.
+        let other = origin.blob(random.below(100 * KIB));
+        client.get(&other.path()).await.unwrap().assert_is(&other);
+    }
+    // A relayed answer that breaks off.
+    let raw = crate::support::RawOrigin::start(|_| b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf".to_vec()).await;
+    let other = Castier::start(&raw.url(), "origin.read_timeout = \"300ms\"").await;
+    let reply = Http2::open(other.public).await.get("/elsewhere").await.unwrap();
+    assert!(reply.error.is_some(), "{} {:?}", reply.status, reply.body);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn heads_and_streams_have_limits() {
+    let _turn = light().await;
+    let (origin, castier) = world("limits.http2_streams = 4\nlimits.max_header_bytes = \"4KiB\"\nlimits.max_headers = 20").await;
+    let blob = origin.blob(KIB);
+    let client = Http2::open(castier.public).await;
+    client.get(&blob.path()).await.unwrap().assert_is(&blob);
+    let long = client.ask(&Request::get(blob.path()).header("x-long", "x".repeat(5000))).await;
+    assert!(long.as_ref().is_ok_and(|reply| reply.status == 431) || long.is_err_and(|error| error.is_reset()));
+    let many = (0..30).fold(Request::get(blob.path()), |request, n| request.header(&format!("x-{n}"), "y"));
+    assert_eq!(client.ask(&many).await.unwrap().status, 431);
+    // Streams beyond the limit are refused. `h2` would wait, so the frames are made by hand.
+    let (gate, slow) = (Gate::new(), origin.blob(KIB));
+    origin.always(&slow, Lie::honest().hold(&gate));
+    let mut stream = TcpStream::connect(castier.public).await.unwrap();
+    let gets: Vec<u8> = (0..6).flat_map(|n| get_frame(2 * n + 1, &slow.path())).collect();
+    stream.write_all(&[PREFACE, &frame(4, 0, 0, &[]), &gets].concat()).await.unwrap();
+    let mut refused = 0;
+    while refused < 2 {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.unwrap();
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+        if head[3] == 3 {
+            assert_eq!(payload, [0, 0, 0, 7], "REFUSED_STREAM");
+            refused += 1;
+        }
+    }
+    eventually("four are open", async || (metrics(&castier).await.total("castier_http2_streams") == 4).then_some(())).await;
+    gate.open();
+    eventually("all have ended", async || (metrics(&castier).await.total("castier_http2_streams") == 0).then_some(())).await;
+    client.get(&slow.path()).await.unwrap().assert_is(&slow);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn floods_close_their_connection_and_are_counted() {
+    let _turn = light().await;
+    let (origin, castier) = world("limits.http2_resets = 50\nlimits.http2_idle_frames = 100").await;
+    let (gate, slow, blob) = (Gate::new(), origin.blob(KIB), origin.blob(KIB));
+    origin.always(&slow, Lie::honest().hold(&gate));
+    let client = Http2::open(castier.public).await;
+    client.get(&blob.path()).await.unwrap().assert_is(&blob);
+    let many = |count: u32, frames: &dyn Fn(u32) -> Vec<u8>| (0..count).flat_map(frames).collect::<Vec<u8>>();
+    let cancel = |n: u32| [get_frame(2 * n + 1, &slow.path()), frame(3, 0, 2 * n + 1, &[0, 0, 0, 8])].concat();
+    let open = |n: u32| frame(1, 4, n, &block(&[(":method", "PUT"), (":scheme", "http"), (":authority", "a"), (":path", &blob.path())]));
+    let floods = [
+        ("resets", many(5000, &cancel)),
+        ("pings", many(5000, &|_| frame(6, 0, 0, &[7; 8]))),
+        ("settings", many(5000, &|_| frame(4, 0, 0, &[]))),
+        ("priorities", many(5000, &|n| frame(2, 0, 2 * n + 1, &[0, 0, 0, 0, 9]))),
+        ("window-updates", many(5000, &|_| frame(8, 0, 0, &[0, 0, 0, 1]))),
+        ("unknown", many(5000, &|_| frame(99, 0, 0, b"grease"))),
+        ("data", [open(1), many(5000, &|_| frame(0, 0, 1, &[]))].concat()),
+    ];
+    for (kind, bytes) in floods {
+        let count = async || {
+            let told = metrics(&castier).await;
+            // The library has some limits of its own, and may be first.
+            ["library", kind].iter().map(|kind| told.sum("castier_http2_floods_total", &[("kind", kind)])).sum::<u64>()
+        };
+        let before = count().await;
+        assert_eq!(shout(castier.public, bytes).await, Some(11), "{kind}: ENHANCE_YOUR_CALM");
+        eventually(&format!("{kind} are counted"), async || (count().await == before + 1).then_some(())).await;
+        client.get(&blob.path()).await.unwrap().assert_is(&blob);
+    }
+    // CONTINUATION without end. The library may be first.
+    let head = frame(1, 1, 1, &block(&[(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", "/")]));
+    let code = shout(castier.public, [head, many(5000, &|n| frame(9, 0, 1, &block(&[("x", &n.to_string())])))].concat()).await;
+    assert_eq!(code, Some(11));
+    eventually("all eight are counted", async || (metrics(&castier).await.total("castier_http2_floods_total") == 8).then_some(())).await;
+    // Malformed requests: for no host.
+    let malformed = |n: u32| frame(1, 5, 2 * n + 1, &block(&[(":method", "GET"), (":scheme", "http"), (":path", "/")]));
+    assert_eq!(shout(castier.public, many(100, &malformed)).await, Some(11));
+    assert_eq!(metrics(&castier).await.sum("castier_http2_floods_total", &[("kind", "malformed")]), 1);
+    client.get(&blob.path()).await.unwrap().assert_is(&blob);
+    gate.open();
+    let all = metrics(&castier).await;
+    assert_eq!(all.total("castier_http2_streams"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_large_blobs_on_one_connection_share_it() {
+    let _turn = heavy().await;
+    let config = "memory.capacity = \"64MiB\"\nmemory.max_blob = \"16MiB\"\nfill.memory = \"64MiB\"\nlimits.client_memory = \"16MiB\"";
+    let (origin, castier) = world(config).await;
+    let blobs: Vec<_> = (0..4).map(|_| origin.blob(8 * MIB)).collect();
+    let mut builder = Builder::new();
+    builder.initial_window_size(1 << 20).initial_connection_window_size(4 << 20);
+    let client = Arc::new(Http2::with(castier.public, &builder).await);
+    let came: Arc<Vec<AtomicU64>> = Arc::new((0..100).map(|_| AtomicU64::new(0)).collect());
+    let mut all = JoinSet::new();
+    for n in 0..100 {
+        let (client, blob, came) = (client.clone(), blobs[n % 4].clone(), came.clone());
+        all.spawn(async move {
+            let (reply, _) = client.begin(&Request::get(blob.path()), false).await.unwrap();
+            let mut incoming = reply.await.unwrap().into_body();
+            let mut at = 0;
+            while let Some(piece) = incoming.data().await {
+                let piece = piece.unwrap();
+                incoming.flow_control().release_capacity(piece.len()).unwrap();
+                assert!(blob.is_at(at, &piece));
+                at += piece.len() as u64;
+                came[n].store(at, Relaxed);
+            }
+            assert_eq!(at, blob.size);
+            came.iter().map(|bytes| bytes.load(Relaxed)).min().unwrap()
+        });
+    }
+    // When the first has all its bytes, the last has a good part of them.
+    let last = all.join_next().await.unwrap().unwrap();
+    assert!(last > blobs[0].size / 4, "the slowest had {last} bytes when the fastest was done");
+    while let Some(done) = all.join_next().await {
+        done.unwrap();
+    }
+    // The blobs, what is loaded, what clients may make it hold, and the program itself.
+    let peak = castier.memory("VmHWM");
+    assert!(peak < (64 + 64 + 16 + 40) * MIB, "{} MiB", peak / MIB);
+    assert_ledger(&castier).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_takes_nothing_or_sends_nothing_is_cut_alone() {
+    let _turn = light().await;
+    let (origin, castier) = world("limits.write_timeout = \"300ms\"\nlimits.idle_timeout = \"300ms\"").await;
+    let blob = origin.blob(2 * MIB);
+    let client = Http2::open(castier.public).await;
+    // No window beyond the first 64 KiB, and no byte of a body after the first.
+    let (stalled, _) = client.begin(&Request::get(blob.path()), false).await.unwrap();
+    let (upload, mut sent) = client.begin(&Request::new("PUT", blob.path()).header("content-length", "100"), true).await.unwrap();
+    sent.send_data(Bytes::from_static(b"x"), false).unwrap();
+    let (relayed, mut relay_sent) = client.begin(&Request::new("PUT", "/kv/stalled").header("content-length", "100"), true).await.unwrap();
+    relay_sent.send_data(Bytes::from_static(b"x"), false).unwrap();
+    let mut incoming = stalled.await.unwrap().into_body();
+    let cut = within(Duration::from_secs(60), "the stalled reader is cut", async {
+        loop {
+            match incoming.data().await {
+                Some(Ok(_)) => {}
+                other => return other,
+            }
+        }
+    });
+    assert!(cut.await.unwrap().unwrap_err().is_reset());
+    // Gives back the window of the connection.
+    drop(incoming);
+    let silent = within(Duration::from_secs(60), "the stalled upload ends", read(upload)).await;
+    assert!(silent.as_ref().is_ok_and(|reply| reply.status == 408), "{:?}", silent.map(|reply| reply.status));
+    // Its answer had begun.
+    let relay = within(Duration::from_secs(20), "the stalled relay ends", read(relayed)).await;
+    assert!(relay.is_err() || relay.is_ok_and(|reply| reply.error.is_some()));
+    client.get(&blob.path()).await.unwrap().assert_is(&blob);
+    eventually("nothing is left open", async || (metrics(&castier).await.total("castier_http2_streams") == 0).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_is_used_up_costs_requests_and_not_the_connection() {
+    let _turn = light().await;
+    let (origin, castier) = world("limits.client_memory = \"1MiB\"\nlimits.http2_streams = 300").await;
+    let (gate, slow, kept) = (Gate::new(), origin.blob(KIB), origin.blob(KIB));
+    origin.always(&slow, Lie::honest().hold(&gate));
+    get(castier.public, &kept).await.assert_is(&kept);
+    let client = Arc::new(Http2::open(castier.public).await);
+    let mut waiting = JoinSet::new();
+    for _ in 0..200 {
+        let (client, path) = (client.clone(), slow.path());
+        waiting.spawn(async move { client.get(&path).await.unwrap().status.as_u16() });
+    }
+    let shed = async || metrics(&castier).await.sum("castier_shed_requests_total", &[("reason", "client_memory")]);
+    eventually("some are refused", async || (shed().await > 0).then_some(())).await;
+    gate.open();
+    let mut codes = BTreeMap::new();
+    while let Some(code) = waiting.join_next().await {
+        *codes.entry(code.unwrap()).or_insert(0) += 1;
+    }
+    assert!(codes.len() == 2 && codes[&200] > 50 && codes[&503] > 0, "{codes:?}");
+    client.get(&kept.path()).await.unwrap().assert_is(&kept);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_drains_finishes_what_is_open() {
+    let _turn = light().await;
+    let (origin, mut castier) = world("").await;
+    let (gate, slow) = (Gate::new(), origin.blob(3 * MIB));
+    origin.always(&slow, Lie::honest().hold(&gate));
+    let client = Http2::open(castier.public).await;
+    let (reply, _) = client.begin(&Request::get(slow.path()), false).await.unwrap();
+    let waiting = tokio::spawn(async move { read(reply).await.unwrap() });
+    eventually("it waits at the origin", async || (gate.arrived() == 1).then_some(())).await;
+    castier.signal(Signal::TERM);
+    // A new connection is not taken.
+    eventually("it drains", async || TcpStream::connect(castier.public).await.is_err().then_some(())).await;
+    gate.open();
+    waiting.await.unwrap().assert_is(&slow);
+    let ended = client.end.await.unwrap();
+    assert!(ended.is_ok() || ended.is_err_and(|error| error.reason() == Some(Reason::NO_ERROR)));
+    assert!(castier.exit().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_and_silent_connections_are_closed() {
+    let _turn = light().await;
+    let (origin, castier) = world("limits.idle_timeout = \"300ms\"\nlimits.header_timeout = \"300ms\"").await;
+    let blob = origin.blob(KIB);
+    let client = Http2::open(castier.public).await;
+    client.get(&blob.path()).await.unwrap().assert_is(&blob);
+    let ended = within(Duration::from_secs(60), "the idle connection ends", client.end).await.unwrap();
+    assert!(ended.is_ok() || ended.is_err_and(|error| error.reason() == Some(Reason::NO_ERROR)));
+    // Half a preface, a preface alone, and half a request.
+    let half = [PREFACE, &frame(4, 0, 0, &[]), &get_frame(1, &blob.path())[..20]].concat();
+    for (said, answered) in [(&PREFACE[..18], false), (PREFACE, false), (&half, true)] {
+        let mut stream = TcpStream::connect(castier.public).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        let code = within(Duration::from_secs(60), "the silent connection ends", goaway(&mut stream)).await;
+        assert!(!answered || code == Some(0), "{code:?}");
+    }
+    // The preface in the middle of a connection, or something like it, is no HTTP/2.
+    let mut conn = Conn::open(castier.public).await;
+    conn.ask(&Request::get(blob.path())).await.assert_is(&blob);
+    conn.send(PREFACE).await;
+    assert_eq!(conn.reply("GET").await.status, 505);
+    let mut conn = Conn::open(castier.public).await;
+    conn.send(b"PRI * HTTP/3.0\r\n\r\n").await;
+    assert_eq!(conn.reply("GET").await.status, 505);
+}
