@@ -1,6 +1,6 @@
 //! Who may come in: TLS, users, tokens, certificates, the PROXY protocol, and limits per client; with curl and openssl.
 
-use crate::support::{Castier, Request, Response, castier, castier_program, command, eventually, noise, run, sha256, tool, turn};
+use crate::support::{Castier, People, Request, Response, castier, castier_program, command, eventually, noise, run, sha256, tool, turn};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use std::{
     fs,
@@ -217,41 +217,6 @@ fn client_certificates_have_a_role() {
     let castier = castier.restart(&config(true));
     assert_eq!(ask(&castier, None, "GET"), "000");
     assert_eq!(ask(&castier, Some("reader"), "GET"), "200");
-}
-
-/// The files of users and tokens in a directory, and the configuration that names them.
-struct People {
-    dir: TempDir,
-}
-
-impl People {
-    fn new() -> Self {
-        let this = Self { dir: TempDir::new().unwrap() };
-        this.write_users("reader:read me\nwriter:s:e:c\nci:pull");
-        let tokens = [("robot", "write", "t0ken"), ("boss", "admin", "b0ss"), ("pull", "read", "pull-t0ken")];
-        let tokens = tokens.map(|(name, role, token)| format!("{name} {role} {}", sha256(token.as_bytes())));
-        fs::write(this.dir.path().join("tokens"), format!("# name role hash\n{}\n", tokens.join("\n"))).unwrap();
-        this
-    }
-
-    /// Lines of `NAME:PASSWORD`, hashed.
-    fn write_users(&self, users: &str) {
-        let hashed = users.lines().map(|line| {
-            let (name, password) = line.split_once(':').unwrap();
-            format!("{name}:{}\n", bcrypt::hash(password, 4).unwrap())
-        });
-        fs::write(self.dir.path().join("users"), hashed.collect::<String>()).unwrap();
-    }
-
-    fn config(&self, anonymous: &str, more: &str) -> String {
-        let path = self.dir.path();
-        format!(
-            "allow_delete = true\naccess.anonymous = \"{anonymous}\"\naccess.htpasswd_file = {:?}\naccess.tokens_file = {:?}\n\
-             access.scopes = {{ reader = [\"read:*\"], ci = [\"read:*\", \"write:ac/ci\"] }}\n{more}\n",
-            path.join("users"),
-            path.join("tokens")
-        )
-    }
 }
 
 fn is_refused(answer: &Response, status: u16) {

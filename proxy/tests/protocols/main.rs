@@ -26,3 +26,4 @@ mod pypi;
 mod races;
 mod stores;
 mod support;
+mod users;

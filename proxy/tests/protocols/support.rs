@@ -348,6 +348,14 @@ impl Castier {
         format!("http://{}", self.public)
     }
 
+    /// The URL with a user and a password in it.
+    pub(crate) fn url_as(&self, (user, password): (&str, &str)) -> String {
+        let mut url = url::Url::parse(&self.url()).unwrap();
+        url.set_username(user).unwrap();
+        url.set_password(Some(password)).unwrap();
+        url.as_str().trim_end_matches('/').to_owned()
+    }
+
     /// The sum of a metric's series whose labels contain all of these texts.
     pub(crate) fn metric(&self, name: &str, labels: &[&str]) -> f64 {
         let text = Request::get("/metrics").send(self.admin).text();
@@ -356,6 +364,55 @@ impl Castier {
             .filter(|line| labels.iter().all(|label| line.contains(label)))
             .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
             .sum()
+    }
+}
+
+// ---- castier's users ----
+
+/// A name and a password.
+pub(crate) type User = (&'static str, &'static str);
+/// May read. The space in the password must arrive as it is.
+pub(crate) const READER: User = ("reader", "read me");
+/// May write. Whoever splits at the wrong colon has another password.
+pub(crate) const WRITER: User = ("writer", "s:e:c");
+
+/// The files of users and tokens in a directory, and the configuration that names them.
+pub(crate) struct People {
+    pub(crate) dir: TempDir,
+}
+
+impl People {
+    pub(crate) fn new() -> Self {
+        let this = Self { dir: TempDir::new().unwrap() };
+        this.write_users("reader:read me\nwriter:s:e:c\nci:pull");
+        let tokens = [("robot", "write", "t0ken"), ("boss", "admin", "b0ss"), ("pull", "read", "pull-t0ken"), ("ci", "write", "ci-t0ken")];
+        let tokens = tokens.map(|(name, role, token)| format!("{name} {role} {}", sha256(token.as_bytes())));
+        fs::write(this.dir.path().join("tokens"), format!("# name role hash\n{}\n", tokens.join("\n"))).unwrap();
+        this
+    }
+
+    /// Lines of `NAME:PASSWORD`, hashed.
+    pub(crate) fn write_users(&self, users: &str) {
+        let hashed = users.lines().map(|line| {
+            let (name, password) = line.split_once(':').unwrap();
+            format!("{name}:{}\n", bcrypt::hash(password, 4).unwrap())
+        });
+        fs::write(self.dir.path().join("users"), hashed.collect::<String>()).unwrap();
+    }
+
+    pub(crate) fn config(&self, anonymous: &str, more: &str) -> String {
+        let path = self.dir.path();
+        format!(
+            "allow_delete = true\naccess.anonymous = \"{anonymous}\"\naccess.htpasswd_file = {:?}\naccess.tokens_file = {:?}\n\
+             access.scopes = {{ reader = [\"read:*\"], ci = [\"read:*\", \"write:ac/ci\"] }}\n{more}\n",
+            path.join("users"),
+            path.join("tokens")
+        )
+    }
+
+    /// castier for these people alone.
+    pub(crate) fn castier(&self, more: &str) -> Castier {
+        castier(&self.config("none", more))
     }
 }
 
