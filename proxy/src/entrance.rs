@@ -6,7 +6,7 @@ use crate::{
     proxy_protocol,
     reply::Reply,
     request_head::Head,
-    routes::{Match, is_batch},
+    routes::{Match, has_ticket, is_batch},
     secured::{self, Failed},
 };
 use castier_access::{Access, Clients, Connection, Memo, Refused, Sources, Users, What, Who};
@@ -240,7 +240,7 @@ impl Entrance {
         }
         let Some(access) = &self.access else { return Ok(None) };
         // The upstream of the route decides by the client's own credentials, which are not castier's.
-        if routed.is_some_and(|found| found.is_private()) {
+        if routed.is_some_and(|found| found.is_private() || has_ticket(&head.method, found)) {
             return Ok(None);
         }
         let path;

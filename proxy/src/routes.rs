@@ -33,7 +33,7 @@ use client::{Client, Own};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use learn::Learned;
-pub(crate) use lfs::is_batch;
+pub(crate) use lfs::{has_ticket, is_batch};
 use metrics::RouteMetrics;
 pub use metrics::{RouteFigures, Series};
 use parking_lot::Mutex;

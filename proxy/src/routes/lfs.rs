@@ -62,6 +62,11 @@ fn is_object(found: &Match) -> bool {
     found.route.protocol == "lfs" && found.digest().is_some()
 }
 
+/// Whether the request's `Authorization` is a ticket, which is looked at when the object is. A client had it from a batch that it was let in for.
+pub(crate) fn has_ticket(method: &Method, found: &Match) -> bool {
+    matches!(*method, Method::GET | Method::HEAD) && is_object(found)
+}
+
 impl Routes {
     /// Answers a batch request of Git LFS.
     ///

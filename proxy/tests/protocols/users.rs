@@ -3,6 +3,7 @@
 use crate::{
     build::{Sccache, write_source},
     checks::asked,
+    lfs::{self, Giftless, Git, clone, clones},
     nix::{self, Built},
     npm::{self, npm},
     oci::{self, Image, Skopeo, docker, pull, pull_to},
@@ -156,6 +157,31 @@ fn nix_copies() {
     netrc(WRITER);
     built.copies(&castier.url());
     no_credentials_left(&upstream);
+}
+
+#[test]
+fn git_lfs_clones_and_pushes() {
+    let _turn = turn();
+    let Some(server) = Giftless::open() else { return };
+    let people = People::new();
+    let castier = people.castier(&lfs::route(&server.front, "access = \"local\"\nprefix = \"/lfs\""));
+    let at = |url: &str| format!("{url}/lfs/org/repo");
+    let dir = TempDir::new().unwrap();
+    let hub = dir.path().join("hub.git");
+    Git::new().publish(&hub, &at(&castier.url_as(WRITER)));
+    server.front.take();
+    let refused = ["Authentication required", "Authorization error", "could not read Username"];
+    for url in [castier.url(), castier.url_as(WRONG)] {
+        is_refused(clone(&hub, &at(&url)).0, &refused, &server.front);
+    }
+    clones(&hub, &at(&castier.url_as(READER)));
+    no_credentials_left(&server.front);
+    // By a helper: the address has no password in it.
+    let git = Git::new();
+    fs::write(git.home.path().join(".git-credentials"), format!("{}\n", castier.url_as(READER))).unwrap();
+    git.ok(&["config", "--global", "credential.helper", "store"]);
+    git.ok(&["-c", &format!("lfs.url={}", at(&castier.url())), "clone", &format!("file://{}", hub.display()), "copy"]);
+    assert!(fs::metadata(git.home.path().join("copy/large.bin")).unwrap().len() > 1 << 20, "a pointer");
 }
 
 /// Bazel's `--remote_header=Authorization=Bearer …` is this header; Bazel itself is not needed for it.
