@@ -227,7 +227,7 @@ impl Front {
                 Ok(asked) => asked,
                 Err((status, why)) => return Box::pin(self.refuse_request(conn, status, why, address)).await,
             };
-            let routed = match self.route(&head, &ahead) {
+            let mut routed = match self.route(&head, &ahead) {
                 Ok(routed) => routed,
                 Err((status, why)) => return Box::pin(self.refuse_request(conn, status, why, address)).await,
             };
@@ -235,7 +235,7 @@ impl Front {
             if let Audience::Clients(_, entrance) = &self.audience
                 && !entrance.is_open(&limits)
                 && let Err(refused) =
-                    Box::pin(entrance.check(&mut memo, &head, &ahead, routed.as_deref(), client, certificate.as_ref())).await
+                    Box::pin(entrance.check(&mut memo, &head, &ahead, routed.as_deref_mut(), client, certificate.as_ref())).await
             {
                 let (reply, why) = *refused;
                 match Box::pin(self.deny(conn, ahead, &head, reply, why, client)).await {

@@ -147,6 +147,8 @@ pub struct Match {
     namespace: Option<String>,
     /// Host, path and query as the client sent them, for other nodes.
     asked: (String, String),
+    /// The status of the answer to a batch for uploads, if the client may not store here.
+    pub(crate) no_uploads: Option<StatusCode>,
 }
 
 /// Bodies that are on their way: under which key of the cache a name comes, and with which head.
@@ -598,6 +600,7 @@ impl Routes {
             far: None,
             namespace: route.namespace_in(target),
             asked: (host.unwrap_or_default().to_owned(), target.to_owned()),
+            no_uploads: None,
         }))
     }
 
@@ -632,6 +635,7 @@ impl Routes {
                 far: Some(url),
                 namespace: None,
                 asked,
+                no_uploads: None,
             });
         }
         None

@@ -9,8 +9,8 @@ use crate::{
     oci::{self, Image, Skopeo, docker, pull, pull_to},
     pypi::{self, Index, pip},
     support::{
-        Castier, People, Port, READER, Ran, Request, Upstream, User, WRITER, command, eventually, file_answer, noise, run, sha256, tool,
-        turn,
+        Castier, People, Port, READER, Ran, Request, Seen, Upstream, User, WRITER, castier, command, eventually, file_answer, noise, run,
+        sha256, tool, turn,
     },
 };
 use std::{
@@ -182,6 +182,39 @@ fn git_lfs_clones_and_pushes() {
     git.ok(&["config", "--global", "credential.helper", "store"]);
     git.ok(&["-c", &format!("lfs.url={}", at(&castier.url())), "clone", &format!("file://{}", hub.display()), "copy"]);
     assert!(fs::metadata(git.home.path().join("copy/large.bin")).unwrap().len() > 1 << 20, "a pointer");
+}
+
+/// The links of a batch for uploads lead past castier, so whoever may not write gets none.
+#[test]
+fn git_lfs_pushes_nothing_for_readers() {
+    let _turn = turn();
+    let Some(server) = Giftless::open() else { return };
+    let people = People::new();
+    let castier = castier(&people.config("read", &lfs::route(&server.front, "access = \"local\"\nprefix = \"/lfs\"")));
+    let at = |url: &str| format!("{url}/lfs/org/repo");
+    let dir = TempDir::new().unwrap();
+    let hub = |name: &str| dir.path().join(name);
+    let nobody = Git::new().push(&hub("nobody.git"), &at(&castier.url()));
+    is_refused(nobody, &["could not read Username"], &server.front);
+    let reader = Git::new().push(&hub("reader.git"), &at(&castier.url_as(READER)));
+    is_refused(reader, &["Authorization error"], &server.front);
+    // Asked for credentials, git-lfs gets them from its helper.
+    let writer = Git::new();
+    fs::write(writer.home.path().join(".git-credentials"), format!("{}\n", castier.url_as(WRITER))).unwrap();
+    writer.ok(&["config", "--global", "credential.helper", "store"]);
+    writer.publish(&hub("writer.git"), &at(&castier.url()));
+    clones(&hub("writer.git"), &at(&castier.url()));
+    // The uploads themselves have the server's own.
+    let basic = |seen: &Seen| seen.authorization().is_some_and(|value| value.starts_with("Basic"));
+    assert_eq!(server.front.count(basic), 0, "{}", server.front.history());
+    server.front.take();
+    // For a server that takes names in any case, this is an upload.
+    let body = r#"{"operation":"download","Operation":"upload","transfers":["basic"],"objects":[]}"#;
+    let sly = Request::new("POST", "/lfs/org/repo/objects/batch").body(body);
+    assert_eq!(sly.clone().basic(READER.0, READER.1).send(castier.public).status, 403);
+    let answer = sly.send(castier.public);
+    assert_eq!((answer.status, answer.header("www-authenticate").as_deref()), (401, Some("Basic realm=\"castier\"")));
+    assert_eq!(asked(&server.front), [""; 0]);
 }
 
 /// Bazel's `--remote_header=Authorization=Bearer …` is this header; Bazel itself is not needed for it.
