@@ -110,6 +110,8 @@ pub(crate) struct Route {
     proof_ttl: Duration,
     /// `access = "upstream"`.
     is_private: bool,
+    /// Whether every client must be one of castier's users.
+    asks_for_users: bool,
     own: Option<Own>,
     query_is_key: bool,
     max_body: u64,
@@ -307,6 +309,7 @@ impl Route {
             query_is_key: config.query == config::RouteQuery::Key,
             max_body: config.max_body.get().min(most),
             is_implied: false,
+            asks_for_users: false,
             priority: config.priority,
             rate: NonZeroU32::new(config.upstream_rate).map(|rate| RateLimiter::direct(Quota::per_second(rate))),
             health: Mutex::default(),
@@ -350,6 +353,7 @@ impl Route {
             query_is_key: true,
             max_body: most,
             is_implied: true,
+            asks_for_users: false,
             priority: None,
             rate: None,
             health: Mutex::default(),
@@ -517,7 +521,8 @@ impl Routes {
         let series = &node.metrics.routes;
         let (mut routes, mut table) = (Vec::new(), Vec::new());
         for (index, route) in config.route.iter().enumerate() {
-            let (built, list) = Route::new(index, route, series, config.limits.max_blob.get())?;
+            let (mut built, list) = Route::new(index, route, series, config.limits.max_blob.get())?;
+            built.asks_for_users = !built.is_private && config.access.anonymous == config::Role::None;
             table.push(table_route(&built, route, list));
             routes.push(Arc::new(built));
         }

@@ -2,6 +2,7 @@
 
 use crate::{
     build::{Sccache, write_source},
+    cargo::{self, PLACES, cargo_in, write_project},
     checks::asked,
     lfs::{self, Giftless, Git, clone, clones},
     nix::{self, Built},
@@ -9,8 +10,8 @@ use crate::{
     oci::{self, Image, Skopeo, docker, pull, pull_to},
     pypi::{self, Index, pip},
     support::{
-        Castier, People, Port, READER, Ran, Request, Seen, Upstream, User, WRITER, castier, command, eventually, file_answer, noise, run,
-        sha256, tool, turn,
+        Castier, People, Port, READER, Ran, Request, Seen, Upstream, User, WRITER, basic, castier, command, eventually, file_answer, noise,
+        run, sha256, tool, turn,
     },
 };
 use std::{
@@ -137,6 +138,41 @@ fn npm_installs() {
         npm::assert_installed(dir.path());
     }
     no_credentials_left(&registry.upstream);
+}
+
+/// cargo sends its token as it is, so the token names the scheme.
+#[test]
+fn cargo_fetches() {
+    let _turn = turn();
+    let Some(cargo) = tool("cargo") else { return };
+    for place in [PLACES[0], PLACES[2]] {
+        let registry = cargo::Registry::start(&cargo, place);
+        let people = People::new();
+        let castier = people.castier(&format!(
+            "[[route]]\nprotocol = \"cargo\"\nprefix = \"/crates\"\nupstream = \"{}\"\nredirects = [\"{}\"]\naccess = \"local\"\n",
+            registry.index.url(),
+            registry.files.addr()
+        ));
+        let fetch = |token: Option<&str>| {
+            let dir = TempDir::new().unwrap();
+            write_project(dir.path(), &castier);
+            let config = dir.path().join(".cargo/config.toml");
+            let token = token.map(|token| format!("token = \"{token}\"\n")).unwrap_or_default();
+            let registry =
+                format!("[registries.users]\nindex = \"sparse+{}/crates/\"\ncredential-provider = \"cargo:token\"\n{token}", castier.url());
+            fs::write(&config, format!("{}{registry}", fs::read_to_string(&config).unwrap())).unwrap();
+            (cargo_in(&cargo, dir.path(), &["fetch"]), dir)
+        };
+        is_refused(fetch(None).0, &["no token found"], &registry.index);
+        is_refused(fetch(Some(&basic(WRONG.0, WRONG.1))).0, &["token rejected"], &registry.index);
+        for token in [basic(READER.0, READER.1), "Bearer pull-t0ken".to_owned()] {
+            let (ran, dir) = fetch(Some(&token));
+            ran.ok();
+            cargo_in(&cargo, dir.path(), &["check", "--frozen"]).ok();
+        }
+        no_credentials_left(&registry.index);
+        no_credentials_left(&registry.files);
+    }
 }
 
 #[test]
