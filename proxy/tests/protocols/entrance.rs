@@ -340,7 +340,7 @@ fn castier_does_not_open_itself_to_the_world_by_mistake() {
 }
 
 /// One request over a connection that begins with `before`: the status line.
-fn after(addr: SocketAddr, before: &[u8], target: &str) -> String {
+pub(crate) fn after(addr: SocketAddr, before: &[u8], target: &str) -> String {
     let mut stream = TcpStream::connect(addr).unwrap();
     // castier may have closed it already.
     stream.write_all(before).ok();

@@ -298,6 +298,17 @@ pub(crate) fn castier_with(config: &str, variables: &[(&str, String)]) -> Castie
     Castier::start(TempDir::new().unwrap(), "127.0.0.1:0", config, variables)
 }
 
+/// Starts castier with a whole configuration, as somebody would write it. Only its addresses and its origin are others, and its log tells of requests.
+pub(crate) fn castier_as_written(config: &str) -> Castier {
+    let variables = [
+        ("CASTIER_LISTEN__PUBLIC", "127.0.0.1:0"),
+        ("CASTIER_LISTEN__ADMIN", "127.0.0.1:0"),
+        ("CASTIER_ORIGIN__URL", "embedded:./origin"),
+        ("CASTIER_LOG__LEVEL", "info"),
+    ];
+    Castier::start_as_written(TempDir::new().unwrap(), config, &variables.map(|(name, value)| (name, value.to_owned())))
+}
+
 impl Castier {
     fn start(dir: TempDir, public: &str, config: &str, variables: &[(&str, String)]) -> Self {
         let mut text = format!("listen.public = \"{public}\"\nlisten.admin = \"127.0.0.1:0\"\n");
@@ -305,6 +316,10 @@ impl Castier {
             text.push_str("origin.url = \"embedded:./origin\"\n");
         }
         text.push_str(config);
+        Self::start_as_written(dir, &text, variables)
+    }
+
+    fn start_as_written(dir: TempDir, text: &str, variables: &[(&str, String)]) -> Self {
         fs::write(dir.path().join("castier.toml"), text).unwrap();
         let mut program = command(castier_program(), dir.path());
         program.args(["--config", "castier.toml"]).envs(variables.iter().map(|(name, value)| (name, value)));
@@ -331,6 +346,10 @@ impl Castier {
     /// Waits until its log has this text.
     pub(crate) fn says(&self, text: &str) {
         eventually(text, || self.process.log().contains(text).then_some(()));
+    }
+
+    pub(crate) fn log(&self) -> String {
+        self.process.log()
     }
 
     /// Kills it at once (SIGKILL).
