@@ -6,7 +6,7 @@ use crate::{
     proxy_protocol,
     reply::Reply,
     request_head::Head,
-    routes::{Match, is_batch},
+    routes::{Match, has_ticket, is_batch},
     secured::{self, Failed},
 };
 use castier_access::{Access, Clients, Connection, Memo, Refused, Sources, Users, What, Who};
@@ -227,7 +227,7 @@ impl Entrance {
         memo: &mut Memo,
         head: &Head,
         bytes: &[u8],
-        routed: Option<&Match>,
+        mut routed: Option<&mut Match>,
         client: Option<IpAddr>,
         certificate: Option<&Arc<Who>>,
     ) -> Result<Option<Arc<Who>>, Box<(Reply, &'static str)>> {
@@ -242,12 +242,16 @@ impl Entrance {
         }
         let Some(access) = &self.access else { return Ok(None) };
         // The upstream of the route decides by the client's own credentials, which are not castier's.
-        if routed.is_some_and(|found| found.is_private()) {
+        if routed.as_ref().is_some_and(|found| found.is_private() || has_ticket(&head.method, found)) {
             return Ok(None);
         }
         let path;
-        let (needed, what) = match routed {
-            Some(found) if !found.is_entry() => (needed(&head.method, is_batch(&head.method, found)), What::Route(found.route.label())),
+        let route;
+        let (needed, what) = match &routed {
+            Some(found) if !found.is_entry() => {
+                route = found.route.clone();
+                (needed(&head.method, is_batch(&head.method, found)), What::Route(route.label()))
+            }
             _ => match head.target(bytes) {
                 Target::Blob(_) | Target::Malformed(_) | Target::Collection => (needed(&head.method, false), What::Blobs),
                 Target::Other => {
@@ -270,6 +274,12 @@ impl Entrance {
             None => certificate.unwrap_or_else(|| access.anonymous()).clone(),
         };
         if who.may(needed, what) {
+            if let Some(found) = &mut routed
+                && !who.may(Role::Write, what)
+            {
+                let status = if who.name().is_empty() { StatusCode::UNAUTHORIZED } else { StatusCode::FORBIDDEN };
+                found.no_uploads = Some(status);
+            }
             return Ok(Some(who).filter(|who| !who.name().is_empty()));
         }
         Err(Box::new(if who.name().is_empty() {

@@ -327,11 +327,11 @@ impl Front {
     ) -> Result<Admitted, Box<Refusal>> {
         let refuse = |(status, why)| Box::new(Refusal::Final(Reply::error(status, why), why, visitor.ip()));
         let asked = self.admit_request(head, bytes).map_err(refuse)?;
-        let routed = self.route(head, bytes).map_err(refuse)?;
+        let mut routed = self.route(head, bytes).map_err(refuse)?;
         let client = self.client(visitor.address, head, bytes);
         if let Audience::Clients(_, entrance) = &self.audience
             && !entrance.is_open(limits)
-            && let Err(refused) = Box::pin(entrance.check(memo, head, bytes, routed.as_deref(), client, visitor.certificate.as_ref())).await
+            && let Err(refused) = Box::pin(entrance.check(memo, head, bytes, routed.as_deref_mut(), client, visitor.certificate.as_ref())).await
         {
             let (reply, why) = *refused;
             return Err(Box::new(Refusal::Denied(reply, why, client)));

@@ -33,7 +33,7 @@ use client::{Client, Own};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use learn::Learned;
-pub(crate) use lfs::is_batch;
+pub(crate) use lfs::{has_ticket, is_batch};
 use metrics::RouteMetrics;
 pub use metrics::{RouteFigures, Series};
 use parking_lot::Mutex;
@@ -110,6 +110,8 @@ pub(crate) struct Route {
     proof_ttl: Duration,
     /// `access = "upstream"`.
     is_private: bool,
+    /// Whether every client must be one of castier's users.
+    asks_for_users: bool,
     own: Option<Own>,
     query_is_key: bool,
     max_body: u64,
@@ -147,6 +149,8 @@ pub struct Match {
     namespace: Option<String>,
     /// Host, path and query as the client sent them, for other nodes.
     asked: (String, String),
+    /// The status of the answer to a batch for uploads, if the client may not store here.
+    pub(crate) no_uploads: Option<StatusCode>,
 }
 
 /// Bodies that are on their way: under which key of the cache a name comes, and with which head.
@@ -305,6 +309,7 @@ impl Route {
             query_is_key: config.query == config::RouteQuery::Key,
             max_body: config.max_body.get().min(most),
             is_implied: false,
+            asks_for_users: false,
             priority: config.priority,
             rate: NonZeroU32::new(config.upstream_rate).map(|rate| RateLimiter::direct(Quota::per_second(rate))),
             health: Mutex::default(),
@@ -348,6 +353,7 @@ impl Route {
             query_is_key: true,
             max_body: most,
             is_implied: true,
+            asks_for_users: false,
             priority: None,
             rate: None,
             health: Mutex::default(),
@@ -515,7 +521,8 @@ impl Routes {
         let series = &node.metrics.routes;
         let (mut routes, mut table) = (Vec::new(), Vec::new());
         for (index, route) in config.route.iter().enumerate() {
-            let (built, list) = Route::new(index, route, series, config.limits.max_blob.get())?;
+            let (mut built, list) = Route::new(index, route, series, config.limits.max_blob.get())?;
+            built.asks_for_users = !built.is_private && config.access.anonymous == config::Role::None;
             table.push(table_route(&built, route, list));
             routes.push(Arc::new(built));
         }
@@ -598,6 +605,7 @@ impl Routes {
             far: None,
             namespace: route.namespace_in(target),
             asked: (host.unwrap_or_default().to_owned(), target.to_owned()),
+            no_uploads: None,
         }))
     }
 
@@ -632,6 +640,7 @@ impl Routes {
                 far: Some(url),
                 namespace: None,
                 asked,
+                no_uploads: None,
             });
         }
         None

@@ -56,6 +56,19 @@ pub fn parse_request(body: &[u8]) -> Option<Request> {
     Some(Request { operation: text.operation, transfers: text.transfers, objects, hash_algo })
 }
 
+/// Whether a batch request is for downloads, however its reader parses it: some servers take the names of members in any case, and the last of two.
+pub fn only_downloads(body: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Text {
+        operation: String,
+    }
+    // A second `operation` is an error for the first parser, and one in another case counts for the second.
+    let text: Option<Text> = serde_json::from_slice(body).ok();
+    let members: Option<serde_json::Map<String, serde_json::Value>> = serde_json::from_slice(body).ok();
+    let is_alone = |members: serde_json::Map<_, _>| members.keys().filter(|name| name.eq_ignore_ascii_case("operation")).count() == 1;
+    text.is_some_and(|text| text.operation == "download") && members.is_some_and(is_alone)
+}
+
 /// An upstream's answer to a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
@@ -378,6 +391,27 @@ mod tests {
         let many =
             |count| format!(r#"{{"operation":"download","objects":[{}]}}"#, vec![with_oids(r#"{"oid":"<a>","size":1}"#); count].join(","));
         assert!(parse_request(many(MOST).as_bytes()).is_some() && parse_request(many(MOST + 1).as_bytes()).is_none());
+    }
+
+    #[test]
+    fn downloads_and_nothing_else() {
+        for (body, only) in [
+            (r#"{"operation":"download","objects":[]}"#, true),
+            (r#"{"operation":"download","hash_algo":"sha512"}"#, true),
+            (r#"{"operation":"upload","objects":[]}"#, false),
+            (r#"{"operation":"Download"}"#, false),
+            (r#"{"operation":"download","operation":"upload"}"#, false),
+            (r#"{"operation":"upload","operation":"download"}"#, false),
+            (r#"{"operation":"download","Operation":"upload"}"#, false),
+            (r#"{"OPERATION":"upload","operation":"download"}"#, false),
+            (r#"{"operation":"download","\u004fperation":"upload"}"#, false),
+            (r#"{"operation":"download"} {"operation":"upload"}"#, false),
+            (r#"{"objects":[]}"#, false),
+            (r#"["download"]"#, false),
+            ("", false),
+        ] {
+            assert_eq!(only_downloads(body.as_bytes()), only, "{body}");
+        }
     }
 
     #[test]

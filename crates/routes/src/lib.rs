@@ -37,7 +37,7 @@ pub use freshness::{Freshness, NotKept, Terms, age, conditions, freshness, if_ra
 pub use glob::{BadGlob, Glob};
 pub use hosts::{BadHost, Hosts, Listed, is_private};
 pub use json::Step;
-pub use links::{Links, Unparsed, drop_members, html_base};
+pub use links::{Links, Unparsed, drop_members, html_base, require_log_in};
 pub use names::{Entry, Names};
 pub use path::{BadPath, Path};
 pub use preset::{Kind, Rule, first, preset, protocols};

@@ -59,6 +59,27 @@ pub fn drop_members(document: &str, names: &[&str]) -> Result<Option<String>, Un
     Ok(json::without(document, names)?)
 }
 
+/// `config.json` of a cargo registry, in which `auth-required` is true; every other byte stays. cargo then sends its token with each request; else with none
+/// but that for this document.
+///
+/// # Errors
+/// [`Unparsed`]: the document is not JSON.
+pub fn require_log_in(document: &str) -> Result<Option<String>, Unparsed> {
+    let (mut edit, mut is_there) = (Edit::of(document), false);
+    json::each(document, &[Step::Member("auth-required")], &mut |value| {
+        is_there = true;
+        if value.get() != "true" {
+            edit.replace(range_in(document, value.get()), "true");
+        }
+    })?;
+    let start = document.len() - document.trim_start().len();
+    if let (false, Some(rest)) = (is_there, document[start..].strip_prefix('{')) {
+        let comma = if rest.trim_start().starts_with('}') { "" } else { "," };
+        edit.replace(start + 1..start + 1, &format!("\"auth-required\":true{comma}"));
+    }
+    Ok(edit.finish())
+}
+
 /// What the relative links of an HTML page are relative to, if the page says so: the `href` of a `base` before the first link.
 pub fn html_base(page: &str) -> Option<String> {
     let mut before_links = tags(page).take_while(|tag| !matches!(tag.name.as_slice(), b"a" | b"body"));
@@ -145,6 +166,21 @@ mod tests {
             let (host, path) = link.strip_prefix("https://")?.split_once('/')?;
             (host == "files.example").then(|| format!("http://castier/f/{path}"))
         })
+    }
+
+    #[test]
+    fn log_ins_of_cargo() {
+        for (document, with) in [
+            (r#" {"dl":"x"}"#, Some(r#" {"auth-required":true,"dl":"x"}"#)),
+            ("{ }\n", Some("{\"auth-required\":true }\n")),
+            (r#"{"dl":"é", "auth-required" : false}"#, Some(r#"{"dl":"é", "auth-required" : true}"#)),
+            (r#"{"x":{"auth-required":false},"auth-required":null}"#, Some(r#"{"x":{"auth-required":false},"auth-required":true}"#)),
+            (r#"{"auth-required":true}"#, None),
+            ("[]", None),
+        ] {
+            assert_eq!(require_log_in(document).unwrap().as_deref(), with, "{document}");
+        }
+        assert!(require_log_in("{").is_err());
     }
 
     #[test]

@@ -62,6 +62,20 @@ fn is_object(found: &Match) -> bool {
     found.route.protocol == "lfs" && found.digest().is_some()
 }
 
+/// Whether the request's `Authorization` is a ticket, which is looked at when the object is. A client had it from a batch that it was let in for.
+pub(crate) fn has_ticket(method: &Method, found: &Match) -> bool {
+    matches!(*method, Method::GET | Method::HEAD) && is_object(found)
+}
+
+/// The links that the upstream gives for uploads are good for whoever has them, and castier's own credentials may have paid for them.
+fn no_uploads(status: StatusCode) -> Reply {
+    let mut reply = Reply::error(status, "uploads of Git LFS need a user or a token with the role write");
+    if status == StatusCode::UNAUTHORIZED {
+        reply.headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"castier\""));
+    }
+    reply
+}
+
 impl Routes {
     /// Answers a batch request of Git LFS.
     ///
@@ -70,6 +84,10 @@ impl Routes {
     pub async fn batch(&self, request: &Request<'_>, found: Match, body: Body<'_>, asker: Asker) -> Result<Reply, Fault> {
         let route = found.route.clone();
         let body = super::client::read_all(body, MOST_BATCH).await?.ok_or(Fault::TooLarge { limit: MOST_BATCH as u64 })?;
+        if let Some(status) = found.no_uploads.filter(|_| !rules::only_downloads(&body)) {
+            route.metrics.request(Outcome::Refused);
+            return Ok(no_uploads(status));
+        }
         let subject = Subject::of(self.shared.clone(), request, found, asker)?;
         let asked = rules::parse_request(&body).filter(|asked| asked.operation == "download");
         let answered = self.ask_batch(&subject, &body).await;

@@ -5,6 +5,7 @@ use castier_routes::{
     Links, Unparsed, drop_members, html_base,
     link_header::{self, Rewrite},
     metadata::nix_priority,
+    require_log_in,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use percent_encoding::percent_decode_str;
@@ -93,7 +94,13 @@ impl Rewriter<'_> {
                 Links::PYPI_HTML.rewrite(document, |link| rewriter.link(link))
             }
             "npm" => Links::NPM.rewrite(document, |link| self.link(link)),
-            "cargo" => Links::CARGO.rewrite(document, |link| self.template(link)),
+            "cargo" => {
+                let rewritten = Links::CARGO.rewrite(document, |link| self.template(link))?;
+                if !self.route.asks_for_users || !wanted.rule.links {
+                    return Ok(rewritten);
+                }
+                Ok(require_log_in(rewritten.as_deref().unwrap_or(document))?.or(rewritten))
+            }
             "huggingface" if is_json && wanted.path.as_str().starts_with("/api/") => drop_members(document, &["xetHash"]),
             "nix" if wanted.path.as_str() == "/nix-cache-info" => {
                 Ok(self.route.priority.map(|priority| nix_priority(document, priority)).filter(|new| new != document))

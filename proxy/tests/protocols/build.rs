@@ -90,7 +90,7 @@ fn before(store: &Store) -> Castier {
     castier(&format!("origin.url = \"{}\"\n", store.upstream.url()))
 }
 
-fn write_source(dir: &Path) {
+pub(crate) fn write_source(dir: &Path) {
     fs::write(dir.join("a.c"), "int main(void) { return 42; }\n").unwrap();
 }
 
@@ -134,19 +134,19 @@ fn ccache_through_castier() {
 }
 
 /// sccache's server. Stopped on drop.
-struct Sccache<'a> {
-    program: &'a Path,
-    dir: &'a Path,
-    env: Vec<(&'static str, String)>,
+pub(crate) struct Sccache<'a> {
+    pub(crate) program: &'a Path,
+    pub(crate) dir: &'a Path,
+    pub(crate) env: Vec<(&'static str, String)>,
 }
 
 impl Sccache<'_> {
-    fn run(&self, args: &[&str]) -> String {
+    pub(crate) fn run(&self, args: &[&str]) -> String {
         run(command(self.program, self.dir).args(args).envs(self.env.iter().cloned())).ok()
     }
 
     /// A figure of its statistics.
-    fn figure(&self, path: &str) -> u64 {
+    pub(crate) fn figure(&self, path: &str) -> u64 {
         let stats: serde_json::Value = serde_json::from_str(&self.run(&["--show-stats", "--stats-format=json"])).unwrap();
         stats.pointer(path).and_then(serde_json::Value::as_u64).unwrap_or(0)
     }

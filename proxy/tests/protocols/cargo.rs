@@ -14,7 +14,7 @@ use std::{
 use tempfile::TempDir;
 
 /// The forms in which a registry says where its crates are. The first two get `/{crate}/{version}/download` added.
-const PLACES: [&str; 4] =
+pub(crate) const PLACES: [&str; 4] =
     ["/crates", "/store/v1", "/{crate}-{version}.crate", "/files/{prefix}/{lowerprefix}/{crate}/{crate}-{version}-{sha256-checksum}.crate"];
 
 /// The path of a crate.
@@ -26,9 +26,9 @@ fn path_of(place: &str, name: &str, bytes: &[u8]) -> String {
 }
 
 /// The registry: its index and the host of its crates.
-struct Registry {
-    index: Upstream,
-    files: Upstream,
+pub(crate) struct Registry {
+    pub(crate) index: Upstream,
+    pub(crate) files: Upstream,
     /// Crates by name.
     crates: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
     /// Where the crates are, below their host: one of [`PLACES`].
@@ -58,7 +58,7 @@ fn write_crate(dir: &Path, name: &str, dependencies: &str, code: &str) {
 }
 
 /// cargo without settings, with its home below the directory.
-fn cargo_in(cargo: &Path, dir: &Path, args: &[&str]) -> Ran {
+pub(crate) fn cargo_in(cargo: &Path, dir: &Path, args: &[&str]) -> Ran {
     let home = env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     let rustup = env::var_os("RUSTUP_HOME").map_or_else(|| home.join(".rustup"), PathBuf::from);
     let mut cargo = command(cargo, dir);
@@ -69,7 +69,7 @@ fn cargo_in(cargo: &Path, dir: &Path, args: &[&str]) -> Ran {
 }
 
 impl Registry {
-    fn start(cargo: &Path, place: &'static str) -> Self {
+    pub(crate) fn start(cargo: &Path, place: &'static str) -> Self {
         let leaf = package(cargo, "leaf-crate");
         let code = "pub fn name() -> &'static str { leaf_crate::NAME }\npub static DATA: &[u8] = include_bytes!(\"data.bin\");\n";
         let data = noise(7, 200_000);
@@ -135,7 +135,7 @@ impl Registry {
 }
 
 /// A project that needs a crate that needs another one, and takes all from castier. Put together here, as the rules on words know one of them.
-fn write_project(dir: &Path, castier: &Castier) {
+pub(crate) fn write_project(dir: &Path, castier: &Castier) {
     write_crate(
         dir,
         "project",

@@ -1,6 +1,6 @@
 //! Who may come in: TLS, users, tokens, certificates, the PROXY protocol, and limits per client; with curl and openssl.
 
-use crate::support::{Castier, Request, Response, castier, castier_program, command, eventually, noise, run, sha256, tool, turn};
+use crate::support::{Castier, People, Request, Response, castier, castier_program, command, eventually, noise, run, sha256, tool, turn};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use std::{
     fs,
@@ -219,41 +219,6 @@ fn client_certificates_have_a_role() {
     assert_eq!(ask(&castier, Some("reader"), "GET"), "200");
 }
 
-/// The files of users and tokens in a directory, and the configuration that names them.
-struct People {
-    dir: TempDir,
-}
-
-impl People {
-    fn new() -> Self {
-        let this = Self { dir: TempDir::new().unwrap() };
-        this.write_users("reader:read me\nwriter:s:e:c\nci:pull");
-        let tokens = [("robot", "write", "t0ken"), ("boss", "admin", "b0ss"), ("pull", "read", "pull-t0ken")];
-        let tokens = tokens.map(|(name, role, token)| format!("{name} {role} {}", sha256(token.as_bytes())));
-        fs::write(this.dir.path().join("tokens"), format!("# name role hash\n{}\n", tokens.join("\n"))).unwrap();
-        this
-    }
-
-    /// Lines of `NAME:PASSWORD`, hashed.
-    fn write_users(&self, users: &str) {
-        let hashed = users.lines().map(|line| {
-            let (name, password) = line.split_once(':').unwrap();
-            format!("{name}:{}\n", bcrypt::hash(password, 4).unwrap())
-        });
-        fs::write(self.dir.path().join("users"), hashed.collect::<String>()).unwrap();
-    }
-
-    fn config(&self, anonymous: &str, more: &str) -> String {
-        let path = self.dir.path();
-        format!(
-            "allow_delete = true\naccess.anonymous = \"{anonymous}\"\naccess.htpasswd_file = {:?}\naccess.tokens_file = {:?}\n\
-             access.scopes = {{ reader = [\"read:*\"], ci = [\"read:*\", \"write:ac/ci\"] }}\n{more}\n",
-            path.join("users"),
-            path.join("tokens")
-        )
-    }
-}
-
 fn is_refused(answer: &Response, status: u16) {
     assert_eq!(answer.status, status, "{}", answer.text());
     assert_eq!(answer.header("content-type").as_deref(), Some("application/problem+json"));
@@ -409,7 +374,7 @@ fn castier_does_not_open_itself_to_the_world_by_mistake() {
 }
 
 /// One request over a connection that begins with `before`: the status line.
-fn after(addr: SocketAddr, before: &[u8], target: &str) -> String {
+pub(crate) fn after(addr: SocketAddr, before: &[u8], target: &str) -> String {
     let mut stream = TcpStream::connect(addr).unwrap();
     // castier may have closed it already.
     stream.write_all(before).ok();

@@ -20,11 +20,11 @@ fn content((_, seed, length): (&str, u64, usize)) -> Vec<u8> {
 
 // ---- the server ----
 
-struct Giftless {
+pub(crate) struct Giftless {
     _process: Running,
     _port: Port,
     dir: TempDir,
-    front: Upstream,
+    pub(crate) front: Upstream,
     real: SocketAddr,
 }
 
@@ -65,7 +65,7 @@ impl Giftless {
     }
 
     /// Everybody may read and write.
-    fn open() -> Option<Self> {
+    pub(crate) fn open() -> Option<Self> {
         Self::start(&json!(["giftless.auth.allow_anon:read_write"]), 900)
     }
 
@@ -94,12 +94,12 @@ fn is_object(seen: &Seen) -> bool {
 // ---- git ----
 
 /// git, with a home of its own, where LFS is installed.
-struct Git {
-    home: TempDir,
+pub(crate) struct Git {
+    pub(crate) home: TempDir,
 }
 
 impl Git {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let git = Self { home: TempDir::new().unwrap() };
         for (key, value) in
             [("user.name", "Ann"), ("user.email", "ann@example.org"), ("init.defaultBranch", "main"), ("lfs.locksverify", "false")]
@@ -115,28 +115,32 @@ impl Git {
         run(command.args(arguments).env("HOME", self.home.path()).env("GIT_TERMINAL_PROMPT", "0").env("GIT_CONFIG_NOSYSTEM", "1"))
     }
 
-    fn ok(&self, arguments: &[&str]) -> String {
+    pub(crate) fn ok(&self, arguments: &[&str]) -> String {
         self.run(self.home.path(), arguments).ok()
     }
 
     /// Makes a repository with files in LFS, and pushes it to a bare one in a folder. The objects go to `url`.
-    fn publish(&self, hub: &Path, url: &str) {
+    pub(crate) fn publish(&self, hub: &Path, url: &str) {
+        self.push(hub, url).ok();
+    }
+
+    pub(crate) fn push(&self, hub: &Path, url: &str) -> Ran {
         self.ok(&["init", "--bare", &hub.display().to_string()]);
         let tree = self.home.path().join("tree");
         self.ok(&["init", "tree"]);
-        let git = |arguments: &[&str]| self.run(&tree, arguments).ok();
-        git(&["lfs", "track", "*.bin"]);
+        let git = |arguments: &[&str]| self.run(&tree, arguments);
+        git(&["lfs", "track", "*.bin"]).ok();
         for file in FILES {
             fs::write(tree.join(file.0), content(file)).unwrap();
         }
-        git(&["add", "."]);
-        git(&["commit", "-m", "files"]);
-        git(&["-c", &format!("lfs.url={url}"), "push", &format!("file://{}", hub.display()), "main"]);
+        git(&["add", "."]).ok();
+        git(&["commit", "-m", "files"]).ok();
+        git(&["-c", &format!("lfs.url={url}"), "push", &format!("file://{}", hub.display()), "main"])
     }
 }
 
 /// Clones with a fresh git. The objects come from `url`.
-fn clone(hub: &Path, url: &str) -> (Ran, Git) {
+pub(crate) fn clone(hub: &Path, url: &str) -> (Ran, Git) {
     let git = Git::new();
     let home = git.home.path().to_owned();
     let ran = git.run(&home, &["-c", &format!("lfs.url={url}"), "clone", &format!("file://{}", hub.display()), "copy"]);
@@ -144,7 +148,7 @@ fn clone(hub: &Path, url: &str) -> (Ran, Git) {
 }
 
 #[track_caller]
-fn clones(hub: &Path, url: &str) {
+pub(crate) fn clones(hub: &Path, url: &str) {
     let (ran, git) = clone(hub, url);
     ran.ok();
     for file in FILES {
@@ -152,7 +156,7 @@ fn clones(hub: &Path, url: &str) {
     }
 }
 
-fn route(upstream: &Upstream, keys: &str) -> String {
+pub(crate) fn route(upstream: &Upstream, keys: &str) -> String {
     format!("[[route]]\nprotocol = \"lfs\"\nupstream = \"{}\"\n{keys}\n", upstream.url())
 }
 

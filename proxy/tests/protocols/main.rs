@@ -25,5 +25,7 @@ mod outbox;
 mod pack;
 mod pypi;
 mod races;
+mod recipes;
 mod stores;
 mod support;
+mod users;

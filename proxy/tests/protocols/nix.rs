@@ -13,16 +13,16 @@ use tempfile::TempDir;
 const MIB: usize = 1 << 20;
 
 /// A store with two packages, one of which needs the other, and a binary cache of them in a folder.
-struct Built {
+pub(crate) struct Built {
     dir: TempDir,
     /// The store paths: what is needed, and what needs it.
     paths: [String; 2],
-    public_key: String,
+    pub(crate) public_key: String,
 }
 
 impl Built {
     /// None, after saying so, if nix is not there.
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         tool("nix")?;
         let mut built = Self { dir: TempDir::new().unwrap(), paths: Default::default(), public_key: String::new() };
         fs::create_dir(built.at("conf")).unwrap();
@@ -48,7 +48,7 @@ impl Built {
         Some(built)
     }
 
-    fn at(&self, name: &str) -> PathBuf {
+    pub(crate) fn at(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -57,7 +57,7 @@ impl Built {
         format!("secret-key={}&compression={compression}", self.at("secret").display())
     }
 
-    fn cache(&self) -> PathBuf {
+    pub(crate) fn cache(&self) -> PathBuf {
         self.dir.path().join("cache")
     }
 
@@ -70,7 +70,7 @@ impl Built {
     }
 
     /// A client without anything copies from a cache, and trusts this key. Returns its store too.
-    fn copy(&self, url: &str, key: &str) -> (Ran, TempDir) {
+    pub(crate) fn copy(&self, url: &str, key: &str) -> (Ran, TempDir) {
         let client = TempDir::new().unwrap();
         let mut nix = self.nix("nix");
         nix.args(["copy", "--option", "trusted-public-keys", key, "--option", "require-sigs", "true", "--from", url]);
@@ -80,7 +80,7 @@ impl Built {
     }
 
     #[track_caller]
-    fn copies(&self, url: &str) {
+    pub(crate) fn copies(&self, url: &str) {
         let (ran, client) = self.copy(url, &self.public_key);
         ran.ok();
         let base = self.paths[0].rsplit('/').next().unwrap();
@@ -101,7 +101,7 @@ impl Built {
     }
 }
 
-fn route(upstream: &Upstream, keys: &str) -> String {
+pub(crate) fn route(upstream: &Upstream, keys: &str) -> String {
     format!("[[route]]\nprotocol = \"nix\"\nupstream = \"{}\"\naccess = \"local\"\n{keys}\n", upstream.url())
 }
 

@@ -69,15 +69,15 @@ fn document(name: &str, abbreviated: bool, registry: &str) -> String {
 type Posts = Arc<Mutex<Vec<(Option<String>, Vec<u8>)>>>;
 
 /// The registry.
-struct Registry {
-    upstream: Upstream,
+pub(crate) struct Registry {
+    pub(crate) upstream: Upstream,
     /// Tarballs by path.
     tarballs: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
     posts: Posts,
 }
 
 impl Registry {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let tarballs = PACKAGES.iter().map(|(name, version, needs)| (tarball_path(name, version), tarball(name, version, needs)));
         let tarballs = Arc::new(Mutex::new(tarballs.collect::<BTreeMap<_, _>>()));
         let posts = Posts::default();
@@ -113,7 +113,7 @@ impl Registry {
     }
 }
 
-fn assert_installed(dir: &Path) {
+pub(crate) fn assert_installed(dir: &Path) {
     let modules = dir.join("node_modules");
     let code = |path: &str| fs::read_to_string(modules.join(path)).unwrap();
     assert_eq!(code("app/index.js"), "module.exports = 'app 1.0.0';\n");
@@ -152,7 +152,7 @@ fn installs(install: impl Fn(&str, &Path)) {
 }
 
 /// npm without settings and without a cache.
-fn npm(program: &Path, dir: &Path, args: &[&str], registry: &str) -> Ran {
+pub(crate) fn npm(program: &Path, dir: &Path, args: &[&str], registry: &str) -> Ran {
     let mut npm = command(program, dir);
     npm.args(args).args([
         "--registry",

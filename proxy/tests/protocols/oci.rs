@@ -30,7 +30,7 @@ const HTPASSWD: &str = "ann:$2b$04$.E8aY.EDw69Mqk5UgyBPWO1ODmExygvyYT4MqnSwRZ.qH
 // ---- images ----
 
 /// An image in a folder, as an OCI layout with the tag `1`.
-struct Image {
+pub(crate) struct Image {
     layout: TempDir,
     manifest: Vec<u8>,
     /// Every blob of it but manifests, by its digest.
@@ -59,7 +59,7 @@ fn finish_layout(layout: &Path, kind: &str, top: &[u8]) {
 
 impl Image {
     /// With layers of about these sizes, for this machine's architecture.
-    fn new(seed: u64, sizes: &[usize]) -> Self {
+    pub(crate) fn new(seed: u64, sizes: &[usize]) -> Self {
         let layout = TempDir::new().unwrap();
         let (manifest, blobs) = Self::write(layout.path(), seed, sizes, "amd64");
         finish_layout(layout.path(), MANIFEST, &manifest);
@@ -110,11 +110,11 @@ impl Image {
         (manifest.to_string().into_bytes(), blobs)
     }
 
-    fn source(&self) -> String {
+    pub(crate) fn source(&self) -> String {
         format!("oci:{}:1", self.layout.path().display())
     }
 
-    fn digest(&self) -> String {
+    pub(crate) fn digest(&self) -> String {
         format!("sha256:{}", sha256(&self.manifest))
     }
 
@@ -125,7 +125,7 @@ impl Image {
     }
 
     /// A folder that skopeo has filled with this image has every byte of it.
-    fn assert_in(&self, dir: &Path) {
+    pub(crate) fn assert_in(&self, dir: &Path) {
         assert_eq!(fs::read(dir.join("manifest.json")).unwrap(), self.manifest);
         for (digest, bytes) in &self.blobs {
             assert!(fs::read(dir.join(digest)).unwrap() == *bytes, "{digest}");
@@ -135,19 +135,19 @@ impl Image {
 
 // ---- the registry and its clients ----
 
-struct Registry {
+pub(crate) struct Registry {
     _process: Running,
     _port: Port,
     _dir: TempDir,
     /// What counts in front of it.
-    front: Upstream,
+    pub(crate) front: Upstream,
     /// Past the counting.
-    real: SocketAddr,
+    pub(crate) real: SocketAddr,
 }
 
 impl Registry {
     /// None, after saying so, if the programs are not there.
-    fn start(auth: &str) -> Option<Self> {
+    pub(crate) fn start(auth: &str) -> Option<Self> {
         let program = tool("docker-registry")?;
         tool("skopeo")?;
         let (dir, port) = (TempDir::new().unwrap(), Port::free());
@@ -170,26 +170,26 @@ impl Registry {
     }
 
     /// Stores an image, past the counting.
-    fn push(&self, image: &Image, name: &str, options: &[&str]) {
+    pub(crate) fn push(&self, image: &Image, name: &str, options: &[&str]) {
         Skopeo::new().copy(&image.source(), &docker(self.real, name), options).ok();
     }
 }
 
-fn docker(addr: SocketAddr, name: &str) -> String {
+pub(crate) fn docker(addr: SocketAddr, name: &str) -> String {
     format!("docker://{addr}/{name}")
 }
 
 /// skopeo, with a home of its own.
-struct Skopeo {
+pub(crate) struct Skopeo {
     dir: TempDir,
 }
 
 impl Skopeo {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { dir: TempDir::new().unwrap() }
     }
 
-    fn run(&self, arguments: &[&str]) -> Ran {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ran {
         let program = tool("skopeo").unwrap();
         // No password of this machine's user, and none of an earlier call.
         let auth = self.dir.path().join("auth.json");
@@ -197,7 +197,7 @@ impl Skopeo {
         run(command.args(["--insecure-policy", "--tmpdir", "."]).args(arguments).env("REGISTRY_AUTH_FILE", auth))
     }
 
-    fn copy(&self, from: &str, to: &str, options: &[&str]) -> Ran {
+    pub(crate) fn copy(&self, from: &str, to: &str, options: &[&str]) -> Ran {
         let copy = ["copy", "--all", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
         let arguments: Vec<_> = copy.iter().chain(options).copied().chain([from, to]).collect();
         self.run(&arguments)
@@ -205,7 +205,7 @@ impl Skopeo {
 }
 
 /// Pulls with skopeo into a fresh folder. Returns how that ended, and the folder.
-fn pull_to(addr: SocketAddr, name: &str, options: &[&str]) -> (Ran, TempDir) {
+pub(crate) fn pull_to(addr: SocketAddr, name: &str, options: &[&str]) -> (Ran, TempDir) {
     let dir = TempDir::new().unwrap();
     let ran = Skopeo::new().copy(&docker(addr, name), &format!("dir:{}", dir.path().display()), options);
     (ran, dir)
@@ -213,7 +213,7 @@ fn pull_to(addr: SocketAddr, name: &str, options: &[&str]) -> (Ran, TempDir) {
 
 /// Pulls with skopeo, and compares every byte.
 #[track_caller]
-fn pull(addr: SocketAddr, name: &str, image: &Image, options: &[&str]) {
+pub(crate) fn pull(addr: SocketAddr, name: &str, image: &Image, options: &[&str]) {
     let (ran, dir) = pull_to(addr, name, options);
     ran.ok();
     image.assert_in(dir.path());
@@ -261,7 +261,7 @@ fn error_code(answer: &Response) -> String {
     error["errors"][0]["code"].as_str().unwrap_or_else(|| panic!("{error}")).to_owned()
 }
 
-fn route(upstream: &str, keys: &str) -> String {
+pub(crate) fn route(upstream: &str, keys: &str) -> String {
     format!("[[route]]\nprotocol = \"oci\"\nupstream = \"{upstream}\"\n{keys}\n")
 }
 

@@ -63,16 +63,16 @@ struct Pages {
 }
 
 /// The index and the host of the files.
-struct Index {
-    index: Upstream,
-    files: Upstream,
+pub(crate) struct Index {
+    pub(crate) index: Upstream,
+    pub(crate) files: Upstream,
     pages: Arc<BTreeMap<String, Pages>>,
     wheels: Arc<Mutex<BTreeMap<String, Wheel>>>,
 }
 
 impl Index {
     /// With `json` false it knows HTML alone, as old mirrors do.
-    fn start(json: bool) -> Self {
+    pub(crate) fn start(json: bool) -> Self {
         Self::with(json, true)
     }
 
@@ -176,7 +176,7 @@ fn pages(name: &str, wheels: &[Wheel], metadata: bool, files: &str) -> Pages {
 }
 
 #[track_caller]
-fn assert_installed(dir: &Path) {
+pub(crate) fn assert_installed(dir: &Path) {
     for (name, version) in [("app", "1.0"), ("lib", "2.0")] {
         assert_eq!(fs::read_to_string(dir.join(name).join("__init__.py")).unwrap(), format!("VERSION = \"{version}\"\n"));
         let data = noise(version.len() as u64 + name.len() as u64, 300_000);
@@ -215,7 +215,7 @@ fn installs(upstream: &Index, install: impl Fn(&str, &Path)) {
 }
 
 /// pip without settings and without a cache.
-fn pip(program: &Path, dir: &Path, args: &[&str], index: &str) -> Ran {
+pub(crate) fn pip(program: &Path, dir: &Path, args: &[&str], index: &str) -> Ran {
     let mut pip = command(program, dir);
     pip.args(["-m", "pip", "--isolated", "--no-cache-dir", "--disable-pip-version-check", "--retries", "0"]);
     run(pip.args(args).args(["--index-url", index]).env("PIP_CONFIG_FILE", "/dev/null"))

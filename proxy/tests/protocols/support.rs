@@ -298,6 +298,17 @@ pub(crate) fn castier_with(config: &str, variables: &[(&str, String)]) -> Castie
     Castier::start(TempDir::new().unwrap(), "127.0.0.1:0", config, variables)
 }
 
+/// Starts castier with a whole configuration, as somebody would write it. Only its addresses and its origin are others, and its log tells of requests.
+pub(crate) fn castier_as_written(config: &str) -> Castier {
+    let variables = [
+        ("CASTIER_LISTEN__PUBLIC", "127.0.0.1:0"),
+        ("CASTIER_LISTEN__ADMIN", "127.0.0.1:0"),
+        ("CASTIER_ORIGIN__URL", "embedded:./origin"),
+        ("CASTIER_LOG__LEVEL", "info"),
+    ];
+    Castier::start_as_written(TempDir::new().unwrap(), config, &variables.map(|(name, value)| (name, value.to_owned())))
+}
+
 impl Castier {
     fn start(dir: TempDir, public: &str, config: &str, variables: &[(&str, String)]) -> Self {
         let mut text = format!("listen.public = \"{public}\"\nlisten.admin = \"127.0.0.1:0\"\n");
@@ -305,6 +316,10 @@ impl Castier {
             text.push_str("origin.url = \"embedded:./origin\"\n");
         }
         text.push_str(config);
+        Self::start_as_written(dir, &text, variables)
+    }
+
+    fn start_as_written(dir: TempDir, text: &str, variables: &[(&str, String)]) -> Self {
         fs::write(dir.path().join("castier.toml"), text).unwrap();
         let mut program = command(castier_program(), dir.path());
         program.args(["--config", "castier.toml"]).envs(variables.iter().map(|(name, value)| (name, value)));
@@ -335,6 +350,10 @@ impl Castier {
         eventually(text, || self.process.log().contains(text).then_some(()));
     }
 
+    pub(crate) fn log(&self) -> String {
+        self.process.log()
+    }
+
     /// Kills it at once (SIGKILL).
     pub(crate) fn kill(&mut self) {
         self.process.kill();
@@ -350,6 +369,14 @@ impl Castier {
         format!("http://{}", self.public)
     }
 
+    /// The URL with a user and a password in it.
+    pub(crate) fn url_as(&self, (user, password): (&str, &str)) -> String {
+        let mut url = url::Url::parse(&self.url()).unwrap();
+        url.set_username(user).unwrap();
+        url.set_password(Some(password)).unwrap();
+        url.as_str().trim_end_matches('/').to_owned()
+    }
+
     /// The sum of a metric's series whose labels contain all of these texts.
     pub(crate) fn metric(&self, name: &str, labels: &[&str]) -> f64 {
         let text = Request::get("/metrics").send(self.admin).text();
@@ -358,6 +385,55 @@ impl Castier {
             .filter(|line| labels.iter().all(|label| line.contains(label)))
             .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
             .sum()
+    }
+}
+
+// ---- castier's users ----
+
+/// A name and a password.
+pub(crate) type User = (&'static str, &'static str);
+/// May read. The space in the password must arrive as it is.
+pub(crate) const READER: User = ("reader", "read me");
+/// May write. Whoever splits at the wrong colon has another password.
+pub(crate) const WRITER: User = ("writer", "s:e:c");
+
+/// The files of users and tokens in a directory, and the configuration that names them.
+pub(crate) struct People {
+    pub(crate) dir: TempDir,
+}
+
+impl People {
+    pub(crate) fn new() -> Self {
+        let this = Self { dir: TempDir::new().unwrap() };
+        this.write_users("reader:read me\nwriter:s:e:c\nci:pull");
+        let tokens = [("robot", "write", "t0ken"), ("boss", "admin", "b0ss"), ("pull", "read", "pull-t0ken"), ("ci", "write", "ci-t0ken")];
+        let tokens = tokens.map(|(name, role, token)| format!("{name} {role} {}", sha256(token.as_bytes())));
+        fs::write(this.dir.path().join("tokens"), format!("# name role hash\n{}\n", tokens.join("\n"))).unwrap();
+        this
+    }
+
+    /// Lines of `NAME:PASSWORD`, hashed.
+    pub(crate) fn write_users(&self, users: &str) {
+        let hashed = users.lines().map(|line| {
+            let (name, password) = line.split_once(':').unwrap();
+            format!("{name}:{}\n", bcrypt::hash(password, 4).unwrap())
+        });
+        fs::write(self.dir.path().join("users"), hashed.collect::<String>()).unwrap();
+    }
+
+    pub(crate) fn config(&self, anonymous: &str, more: &str) -> String {
+        let path = self.dir.path();
+        format!(
+            "allow_delete = true\naccess.anonymous = \"{anonymous}\"\naccess.htpasswd_file = {:?}\naccess.tokens_file = {:?}\n\
+             access.scopes = {{ reader = [\"read:*\"], ci = [\"read:*\", \"write:ac/ci\"] }}\n{more}\n",
+            path.join("users"),
+            path.join("tokens")
+        )
+    }
+
+    /// castier for these people alone.
+    pub(crate) fn castier(&self, more: &str) -> Castier {
+        castier(&self.config("none", more))
     }
 }
 
