@@ -23,7 +23,11 @@ pub mod via_header;
 pub use access::{ca_file, certificates_file};
 pub use chunks::Chunks;
 pub use embedded::EmbeddedStore;
+#[doc(hidden)]
+pub use http::content_range;
 pub use http::{HttpStore, PeerServer, RouteServer, Signed, Trust, UNPROVED, Upstream, connector, insert, size_of};
+#[doc(hidden)]
+pub use lent::Answer;
 pub use lent::Expected;
 pub use metrics::Metrics;
 pub use origin_state::OriginState;
