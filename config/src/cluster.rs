@@ -197,6 +197,8 @@ impl FromStr for Peer {
         let (host, port) = address.rsplit_once(':').ok_or_else(|| bad("has no port"))?;
         let port = number(port).ok_or_else(|| bad("has a port that is not a number from 1 to 65535"))?;
         let host = match Host::parse(host.strip_suffix('.').unwrap_or(host)).map_err(|_| bad("has no valid host"))? {
+            // The name of a host has no empty label. Without its last dot, `10.0.0.7..` would be another node.
+            Host::Domain(name) if name.split('.').any(str::is_empty) => return Err(bad("has no valid host")),
             Host::Domain(name) => name,
             Host::Ipv4(ip) => ip.to_string(),
             Host::Ipv6(ip) => ip.to_string(),
@@ -385,9 +387,23 @@ mod tests {
             assert_eq!((peer.name().as_str(), peer.weight), (name, weight));
             assert_eq!(peer.to_string().parse(), Ok(peer));
         }
-        for text in
-            ["", "a", "a:", "a:0", "a:+1", "a:65536", ":1", "a b:1", "a:1 weight=0", "a:1 weight=x", "a:1 heavy", "0.0.0.0:1", "[::]:1"]
-        {
+        for text in [
+            "",
+            "a",
+            "a:",
+            "a:0",
+            "a:+1",
+            "a:65536",
+            ":1",
+            "a b:1",
+            "a:1 weight=0",
+            "a:1 weight=x",
+            "a:1 heavy",
+            "0.0.0.0:1",
+            "[::]:1",
+            "a..b:1",
+            "10.0.0.7...:1",
+        ] {
             let error = text.parse::<Peer>().unwrap_err().to_string();
             assert!(error.contains("write HOST:PORT"), "{text}: {error}");
         }

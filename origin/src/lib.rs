@@ -48,6 +48,9 @@ mod service;
 mod store;
 mod webdav;
 
+#[doc(hidden)]
+pub use service::condition;
+
 /// How many entries of the action cache are validated at once. Each is in memory meanwhile, together with one tree that it names.
 const VALIDATIONS: usize = 8;
 

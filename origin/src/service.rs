@@ -139,7 +139,7 @@ async fn operate_on_entry(
 }
 
 /// The condition in `If-Match` and `If-None-Match` on the current version, for a PUT or DELETE (RFC 9110, section 13).
-pub(crate) fn condition(headers: &HeaderMap) -> Option<Condition> {
+pub fn condition(headers: &HeaderMap) -> Option<Condition> {
     let mut asked = HeaderMap::new();
     for name in [header::IF_MATCH, header::IF_NONE_MATCH] {
         for value in headers.get_all(&name) {

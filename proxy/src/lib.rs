@@ -22,7 +22,8 @@ pub mod node;
 pub mod online_check;
 pub mod outboxes;
 pub mod peer_access;
-mod proxy_protocol;
+#[doc(hidden)]
+pub mod proxy_protocol;
 pub mod recent;
 pub mod reply;
 pub mod request_body;

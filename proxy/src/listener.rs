@@ -331,7 +331,8 @@ impl Front {
         let client = self.client(visitor.address, head, bytes);
         if let Audience::Clients(_, entrance) = &self.audience
             && !entrance.is_open(limits)
-            && let Err(refused) = Box::pin(entrance.check(memo, head, bytes, routed.as_deref_mut(), client, visitor.certificate.as_ref())).await
+            && let Err(refused) =
+                Box::pin(entrance.check(memo, head, bytes, routed.as_deref_mut(), client, visitor.certificate.as_ref())).await
         {
             let (reply, why) = *refused;
             return Err(Box::new(Refusal::Denied(reply, why, client)));

@@ -43,7 +43,10 @@ async fn read_header(socket: &mut Socket, bytes: &mut Vec<u8>) -> Result<(usize,
 }
 
 /// The length of the header, and the client's address. `None`: it is not complete yet.
-fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, String> {
+///
+/// # Errors
+/// A text: this is no such header.
+pub fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, String> {
     const LINE: &[u8] = b"PROXY ";
     // The library takes a line of version 1 that is not complete for a wrong one if it ends in the wrong part.
     let is_line = LINE.starts_with(&bytes[..bytes.len().min(LINE.len())]);

@@ -33,7 +33,11 @@ use client::{Client, Own};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use learn::Learned;
+#[doc(hidden)]
+pub use learn::crate_path;
 pub(crate) use lfs::{has_ticket, is_batch};
+#[doc(hidden)]
+pub use links::parse_far;
 use metrics::RouteMetrics;
 pub use metrics::{RouteFigures, Series};
 use parking_lot::Mutex;
@@ -50,7 +54,7 @@ use std::{
     },
     time::{Duration, Instant, SystemTime},
 };
-use url::Url;
+use url::{Position, Url};
 pub use why::PurgedNames;
 
 /// The name table's file, below `disk.path`.
@@ -429,6 +433,15 @@ impl Route {
     }
 }
 
+/// The URL of a target at a server. A reference that begins with two slashes would name another host, so this is no join.
+///
+/// # Errors
+/// The target cannot be part of a URL.
+#[doc(hidden)]
+pub fn url_at(server: &Url, target: &str) -> Result<Url, url::ParseError> {
+    Url::parse(&format!("{}{target}", &server[..Position::BeforePath]))
+}
+
 /// Scheme, host and port of a URL.
 fn authority_part(url: &str) -> String {
     let start = url.find("://").map_or(0, |at| at + 3);
@@ -745,4 +758,19 @@ fn headers_of(entry: &Entry) -> HeaderMap {
         }
     }
     headers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_target_leads_to_another_server() {
+        let base = Url::parse("https://user:password@up.example:8443/base/").unwrap();
+        for target in ["/", "/base/a?b=//c", "//other.example/a", "//other.example:1/@v/list?x", "///a"] {
+            let url = url_at(&base, target).unwrap();
+            assert_eq!((url.host_str(), url.port()), (Some("up.example"), Some(8443)), "{target}");
+            assert_eq!(&url[Position::BeforePath..], target);
+        }
+    }
 }

@@ -137,7 +137,7 @@ fn nothing_tells_of_a_machine_or_of_unfinished_work() {
         // Binary files say nothing.
         let Ok(text) = fs::read_to_string(root().join(&path)) else { continue };
         for (number, line) in (1..).zip(text.lines()) {
-            if path == "Cargo.lock" {
+            if path.ends_with("Cargo.lock") {
                 if line.strip_prefix("source = ").is_some_and(|source| plain(source) != public_index) {
                     wrong.push(format!("{path}:{number}: not from the public registry; take the dependency from there"));
                 }

@@ -291,6 +291,15 @@ impl Credentials {
     }
 }
 
+/// The pair of `Basic`, and where its colon is.
+#[doc(hidden)]
+pub fn password_of(authorization: &[u8]) -> Option<(Zeroizing<Vec<u8>>, usize)> {
+    match Credentials::parse(authorization)? {
+        Credentials::Password { pair, colon } => Some((pair, colon)),
+        Credentials::Token(_) => None,
+    }
+}
+
 /// Checks passwords, few at once.
 struct Hashing {
     /// Those that are checked now.

@@ -20,6 +20,8 @@ mod metrics;
 mod users;
 mod who;
 
+#[doc(hidden)]
+pub use access::password_of;
 pub use access::{Access, Options, Refused};
 pub use castier_config::Role;
 pub use clients::{Clients, Connection, Limits};

@@ -46,18 +46,22 @@ pub(crate) struct Raw {
 
 /// A page of the list.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Page {
-    uploads: Vec<Unfinished>,
+pub struct Page {
+    /// The uploads.
+    pub uploads: Vec<Unfinished>,
     /// Where the next page begins: key and id.
-    next: Option<(String, String)>,
+    pub next: Option<(String, String)>,
 }
 
 /// An upload that was begun, and neither completed nor aborted.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Unfinished {
-    key: String,
-    id: String,
-    begun: Option<SystemTime>,
+pub struct Unfinished {
+    /// Its key.
+    pub key: String,
+    /// Its id.
+    pub id: String,
+    /// When it was begun.
+    pub begun: Option<SystemTime>,
 }
 
 impl Bucket {
@@ -137,7 +141,8 @@ impl Raw {
 }
 
 impl Page {
-    fn parse(xml: &str) -> Option<Self> {
+    /// Parses a page; `None`: it is none.
+    pub fn parse(xml: &str) -> Option<Self> {
         let mut reader = quick_xml::Reader::from_str(xml);
         let (mut page, mut next, mut is_whole, mut is_encoded) = (Self::default(), (String::new(), String::new()), true, false);
         let mut is_list = false;

@@ -26,5 +26,9 @@ mod upload;
 
 pub use blobs::{Bucket, Options};
 pub use entries::{Condition, Delete, Entry, Listed, MOST_LISTED, MOST_MEMBERS, Objects, PutEntry};
+#[doc(hidden)]
+pub use leftovers::Page;
 pub use metrics::Metrics;
 pub use objects::Object;
+#[doc(hidden)]
+pub use transport::element;

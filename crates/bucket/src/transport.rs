@@ -286,7 +286,7 @@ async fn described(body: reqwest::Body) -> (Option<String>, Option<String>) {
 }
 
 /// The text of the first element of this name.
-fn element(xml: &str, name: &str) -> Option<String> {
+pub fn element(xml: &str, name: &str) -> Option<String> {
     let mut reader = quick_xml::Reader::from_str(xml);
     loop {
         match reader.read_event().ok()? {

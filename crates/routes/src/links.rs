@@ -111,7 +111,8 @@ impl Place {
     /// A value as it stands in a tag.
     fn quote(&self, value: &str) -> String {
         let quote = self.quote.unwrap_or('"');
-        let escaped = value.replace('&', "&amp;").replace(quote, if quote == '"' { "&quot;" } else { "&#39;" });
+        // A page's own carriage returns are read as line feeds.
+        let escaped = value.replace('&', "&amp;").replace('\r', "&#13;").replace(quote, if quote == '"' { "&quot;" } else { "&#39;" });
         format!("{quote}{escaped}{quote}")
     }
 
@@ -286,10 +287,10 @@ mod tests {
 
     #[test]
     fn new_links_are_escaped() {
-        let evil = |links: Links, document: &str| links.rewrite(document, |_| Some("a\"b'<&>\n".into())).unwrap().unwrap();
-        assert_eq!(evil(Links::Anchors, "<a href=\"x\">"), "<a href=\"a&quot;b'<&amp;>\n\">");
-        assert_eq!(evil(Links::Anchors, "<a href='x'>"), "<a href='a\"b&#39;<&amp;>\n'>");
-        assert_eq!(evil(Links::CARGO, "{\"dl\":\"x\"}"), "{\"dl\":\"a\\\"b'<&>\\n\"}");
+        let evil = |links: Links, document: &str| links.rewrite(document, |_| Some("a\"b'<&>\r\n".into())).unwrap().unwrap();
+        assert_eq!(evil(Links::Anchors, "<a href=\"x\">"), "<a href=\"a&quot;b'<&amp;>&#13;\n\">");
+        assert_eq!(evil(Links::Anchors, "<a href='x'>"), "<a href='a\"b&#39;<&amp;>&#13;\n'>");
+        assert_eq!(evil(Links::CARGO, "{\"dl\":\"x\"}"), "{\"dl\":\"a\\\"b'<&>\\r\\n\"}");
     }
 
     proptest! {

@@ -22,7 +22,7 @@ pub enum BadPath {
     /// A segment `..`, plain or escaped. Servers do not agree on what it means, so a key made of it could be that of another resource.
     #[error("the path has a segment ..")]
     Dots,
-    /// A control character, a space, or a character beyond ASCII, not escaped.
+    /// A control character, a space, `#`, a backslash, or a character beyond ASCII, not escaped.
     #[error("the path has a character that must be escaped")]
     Character,
     /// Longer than 8 KiB.
@@ -58,6 +58,8 @@ impl Path {
                         canonical.extend(['%', char::from(high.to_ascii_uppercase()), char::from(low.to_ascii_uppercase())]);
                     }
                 }
+                // A fragment is no part of a target, and URLs read a backslash as a slash.
+                b'#' | b'\\' => return Err(BadPath::Character),
                 b'!'..=b'~' => canonical.push((*byte).into()),
                 _ => return Err(BadPath::Character),
             }
@@ -141,6 +143,8 @@ mod tests {
             ("/a%2F..%2fb", BadPath::Dots),
             ("/a b", BadPath::Character),
             ("/ä", BadPath::Character),
+            ("/a#b", BadPath::Character),
+            ("/a\\..\\b", BadPath::Character),
             ("/a\u{7f}", BadPath::Character),
             (&long, BadPath::TooLong),
         ] {

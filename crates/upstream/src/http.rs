@@ -908,7 +908,7 @@ pub fn size_of(head: &ResponseHeader, digest: &Digest) -> Option<u64> {
     let coded = head.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
     let size = head.headers.get(header::CONTENT_LENGTH).map(HeaderValue::as_bytes)?;
     // pingora has checked that repeated lengths are equal.
-    let size = str::from_utf8(size.split(|byte| *byte == b',').next()?).ok()?.trim().parse().ok()?;
+    let size = digits(size.split(|byte| *byte == b',').next()?.trim_ascii())?;
     (!coded && (size > 0 || *digest == Digest::of(b""))).then_some(size)
 }
 
@@ -921,7 +921,12 @@ pub fn insert(request: &mut RequestHeader, name: header::HeaderName, value: &str
 }
 
 fn number(value: Option<&http::HeaderValue>) -> Option<u64> {
-    value?.to_str().ok()?.trim().parse().ok()
+    digits(value?.as_bytes().trim_ascii())
+}
+
+/// A number of digits only. Rust takes a `+` before them, and others do not.
+fn digits(text: &[u8]) -> Option<u64> {
+    str::from_utf8(text).ok().filter(|_| text.iter().all(u8::is_ascii_digit))?.parse().ok()
 }
 
 /// Whether a server says that it gives parts of this body.
@@ -931,12 +936,12 @@ fn accepts_ranges(headers: &HeaderMap) -> bool {
 }
 
 /// `bytes 5-9/10` → (5, 9, Some(10)); `bytes 5-9/*` → (5, 9, None).
-fn content_range(value: &http::HeaderValue) -> Option<(u64, u64, Option<u64>)> {
+pub fn content_range(value: &http::HeaderValue) -> Option<(u64, u64, Option<u64>)> {
     let (range, size) = value.to_str().ok()?.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
-    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
-    let size = if size == "*" { None } else { Some(size.parse().ok()?) };
-    (first <= last && size.is_none_or(|size: u64| last < size)).then_some((first, last, size))
+    let (first, last) = (digits(first.as_bytes())?, digits(last.as_bytes())?);
+    let size = if size == "*" { None } else { Some(digits(size.as_bytes())?) };
+    (first <= last && size.is_none_or(|size| last < size)).then_some((first, last, size))
 }
 
 #[cfg(test)]
@@ -948,8 +953,37 @@ mod tests {
         let parse = |text: &'static str| content_range(&http::HeaderValue::from_static(text));
         assert_eq!(parse("bytes 5-9/10"), Some((5, 9, Some(10))));
         assert_eq!(parse("bytes 5-9/*"), Some((5, 9, None)));
-        for bad in ["bytes 5-9/9", "bytes 9-5/10", "bytes */10", "lines 5-9/10", "bytes 5-9", "bytes -/10", ""] {
+        for bad in [
+            "bytes +5-9/10",
+            "bytes 5-+9/10",
+            "bytes 5-9/+10",
+            "bytes 5-9/9",
+            "bytes 9-5/10",
+            "bytes */10",
+            "lines 5-9/10",
+            "bytes 5-9",
+            "bytes -/10",
+            "",
+        ] {
             assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_digits_only() {
+        for (length, size) in [
+            (&b"5"[..], Some(5)),
+            (b"05 ", Some(5)),
+            (b"5, 5", Some(5)),
+            (b"+5", None),
+            (b"5\xc2\xa0", None),
+            (b"", None),
+            (b"-1", None),
+            (b"0", None),
+        ] {
+            let mut head = ResponseHeader::build(200, None).unwrap();
+            head.insert_header(header::CONTENT_LENGTH, length).unwrap();
+            assert_eq!(size_of(&head, &Digest::of(b"x")), size, "{}", length.escape_ascii());
         }
     }
 }

@@ -72,7 +72,7 @@ impl Upstream {
             stream: Some(connection.stream),
             peer: connection.peer,
             upstream: self.clone(),
-            answer: Answer { expected, left: Remaining::Head },
+            answer: Answer::of(expected),
             ahead: BytesMut::new(),
             passed: 0,
             since: Instant::now(),
@@ -110,7 +110,7 @@ struct Lent {
 }
 
 /// The position of the reader in an answer.
-struct Answer {
+pub struct Answer {
     expected: Expected,
     left: Remaining,
 }
@@ -128,7 +128,13 @@ enum Remaining {
 }
 
 impl Answer {
-    const fn is_over(&self) -> bool {
+    /// Before the head.
+    pub const fn of(expected: Expected) -> Self {
+        Self { expected, left: Remaining::Head }
+    }
+
+    /// Whether the answer has ended.
+    pub const fn is_over(&self) -> bool {
         match &self.left {
             Remaining::Bytes(left) => *left == 0,
             Remaining::Chunks(chunks) => chunks.is_over(),
@@ -137,7 +143,10 @@ impl Answer {
     }
 
     /// How many of these bytes belong to the answer. A head counts only when it is complete, so 0 means that it is not.
-    fn pass(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+    ///
+    /// # Errors
+    /// This is no answer.
+    pub fn pass(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         Ok(match &mut self.left {
             Remaining::Head => {
                 let Some((length, left)) = self.head(bytes)? else {

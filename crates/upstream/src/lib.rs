@@ -25,7 +25,11 @@ pub use access::{ca_file, certificates_file};
 pub use breaker::BreakerState;
 pub use chunks::Chunks;
 pub use embedded::EmbeddedStore;
+#[doc(hidden)]
+pub use http::content_range;
 pub use http::{HttpStore, PeerServer, RouteServer, Signed, Trust, UNPROVED, Upstream, connector, insert, size_of};
+#[doc(hidden)]
+pub use lent::Answer;
 pub use lent::Expected;
 pub use metrics::Metrics;
 pub use origin_state::OriginState;

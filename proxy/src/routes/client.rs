@@ -227,7 +227,7 @@ impl Client {
     async fn follow(&self, asking: &Asking<'_>, own: Option<&HeaderValue>) -> Result<Answered, Fault> {
         let route = asking.route;
         let (mut server, mut target) = (self.begin_at(route, asking.far)?, asking.target.to_owned());
-        let url = asking.far.unwrap_or(&route.base).join(&target);
+        let url = super::url_at(asking.far.unwrap_or(&route.base), &target);
         let mut url = url.map_err(|error| Fault::BadRequest(format!("the path cannot be a URL: {error}")))?;
         // The request's own headers are for the server that is asked first.
         let (mut is_first, mut first): (bool, Option<HeaderMap>) = (true, None);

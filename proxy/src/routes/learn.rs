@@ -65,7 +65,7 @@ fn name(route: &Route, at: &Url) -> String {
 
 /// The path of a crate, from the `dl` of `config.json` (<https://doc.rust-lang.org/cargo/reference/registry-index.html#index-configuration>). `known`: its
 /// path as [`metadata::expectations`] gives it.
-fn crate_path(dl: &str, known: &str, checksum: &Expected) -> Option<String> {
+pub fn crate_path(dl: &str, known: &str, checksum: &Expected) -> Option<String> {
     let mut parts = known.strip_prefix("/crates/")?.split('/');
     let (name, version) = (parts.next()?, parts.next()?);
     let lower = name.to_ascii_lowercase();

@@ -15,17 +15,18 @@ use url::{Position, Url};
 pub(super) const FAR: &str = "/~/";
 
 /// The server and the path of such a link: `/~/https/files.example/packages/x`.
-pub(super) fn parse_far(path: &str) -> Option<(Url, String)> {
+pub fn parse_far(path: &str) -> Option<(Url, String)> {
     let (scheme, rest) = path.strip_prefix(FAR)?.split_once('/')?;
     let (authority, path) = rest.split_once('/')?;
     // Some clients escape the colon before a port.
     let authority = percent_decode_str(authority).decode_utf8().ok()?;
-    if !matches!(scheme, "http" | "https") {
+    // What a URL parser would read otherwise is no host.
+    let is_plain = authority.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
+    if !is_plain || !matches!(scheme, "http" | "https") {
         return None;
     }
     let url = Url::parse(&format!("{scheme}://{authority}")).ok()?;
-    // Neither user nor password, and nothing that a URL parser reads otherwise.
-    (url.username().is_empty() && url.password().is_none() && url.path() == "/").then(|| (url, format!("/{path}")))
+    Some((url, format!("/{path}")))
 }
 
 /// Rewrites the links of one answer.
@@ -158,6 +159,36 @@ impl Rewriter<'_> {
             link.strip_prefix(&authority_part(&self.castier)).map(str::to_owned).unwrap_or(link)
         } else {
             link
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_to_other_servers() {
+        let parsed = |path: &str| parse_far(path).map(|(url, path)| (url.to_string(), path));
+        for (path, url, rest) in [
+            ("/~/https/files.example/packages/x", "https://files.example/", "/packages/x"),
+            ("/~/http/files.example%3A8080/a//b", "http://files.example:8080/", "/a//b"),
+            ("/~/https/%5B::1%5D:80/", "https://[::1]:80/", "/"),
+        ] {
+            assert_eq!(parsed(path), Some((url.into(), rest.into())), "{path}");
+        }
+        for path in [
+            "/~/ftp/a/b",
+            "/~/https/a",
+            "/~/https//b",
+            "/~/https/user%40a.example/b",
+            "/~/https/a.example%2Fb/c",
+            "/~/https/a.example%5Cb/c",
+            "/~/https/a.example%3Fx/y",
+            "/~/https/a.example%23x/y",
+            "/~/https/a.exam%0Aple/y",
+        ] {
+            assert_eq!(parsed(path), None, "{path}");
         }
     }
 }

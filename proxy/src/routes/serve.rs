@@ -140,7 +140,7 @@ impl Subject {
             Some(_) => found.target.clone(),
             None => route.upstream_target(&found.captures, &found.target),
         };
-        let at = found.far.as_ref().unwrap_or(&route.base).join(&target);
+        let at = super::url_at(found.far.as_ref().unwrap_or(&route.base), &target);
         let at = at.map_err(|error| Fault::BadRequest(format!("the path cannot be part of a URL: {error}")))?;
         let query = found.target.split_once('?').map(|(_, query)| query.to_owned()).filter(|_| route.query_is_key);
         let expected = shared.learned.expected(&route, &at);
