@@ -221,7 +221,7 @@ impl AsyncRead for Conn {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if let Some(frames) = &mut this.frames {
-            if frames.is_over() {
+            if frames.found().is_some() {
                 // Whoever waits for the alarm closes the connection.
                 return Poll::Pending;
             }

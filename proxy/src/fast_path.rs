@@ -15,7 +15,7 @@ use castier_cache::{Fault, Hit, Limit, PIECE, Part, Reader, Tier};
 use castier_cluster::Asked;
 use castier_upstream::trace;
 use castier_wire::Selection;
-use http::{Method, StatusCode};
+use http::{Method, StatusCode, Version};
 use pingora::protocols::http::date::get_cached_date;
 use std::{
     future::poll_fn,
@@ -215,10 +215,13 @@ impl Front {
         client: Option<IpAddr>,
     ) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
-        let keep_alive = head.framing == Framing::Length(0) && !head.close && !head.upgrade;
+        let keep_alive = head.framing == Framing::Length(0) && !head.close && !head.upgrade && head.version == Version::HTTP_11;
         if !keep_alive {
+            let path = head.path(&ahead).to_owned();
             drop(ahead);
-            self.refuse(conn, &reply, why, client).await;
+            self.write_refusal(conn, &reply).await;
+            let record = refused(self.name(), reply.status.as_u16(), why, started, client);
+            Record { method: head.method.as_str(), path: &path, ..record }.log(&self.metrics);
             return None;
         }
         let body = if let (Body::Whole(body), true) = (&reply.body, head.method != Method::HEAD) { body.clone() } else { Bytes::new() };
@@ -249,11 +252,15 @@ impl Front {
         self.refuse(conn, &reply, &fault.to_string(), client).await;
     }
 
-    pub(crate) async fn refuse(&self, mut conn: Conn, reply: &Reply, why: &str, client: Option<IpAddr>) {
+    pub(crate) async fn refuse(&self, conn: Conn, reply: &Reply, why: &str, client: Option<IpAddr>) {
         let started = Instant::now();
+        self.write_refusal(conn, reply).await;
+        refused(self.name(), reply.status.as_u16(), why, started, client).log(&self.metrics);
+    }
+
+    async fn write_refusal(&self, mut conn: Conn, reply: &Reply) {
         let wait = if self.descriptors.may_linger(self.connections()) { REFUSAL } else { Duration::ZERO };
         let _ = timeout(wait, write_and_close(&mut conn, reply)).await;
-        refused(self.name(), reply.status.as_u16(), why, started, client).log(&self.metrics);
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod frames;
 
 use crate::{
+    access_log::Record,
     connection::{Conn, response_header, write},
     fast_path,
     handlers::relay::Relay,
@@ -307,7 +308,9 @@ impl Stream {
         let front = &self.0.front;
         let code = reply.status.as_u16();
         let _ = write(&mut session, reply).await;
-        fast_path::refused(front.name(), code, why, started, client).log(&front.metrics);
+        let head = session.req_header();
+        let record = fast_path::refused(front.name(), code, why, started, client);
+        Record { method: head.method.as_str(), path: head.uri.path(), ..record }.log(&front.metrics);
         end(session, fast_path::REFUSAL).await;
     }
 }

@@ -16,6 +16,8 @@ use std::{fs, path::Path};
 pub const BASE: u64 = 32 << 20;
 /// An idle connection, and its socket in the kernel.
 pub const CONNECTION: u64 = 8 << 10;
+/// What TLS adds to a connection: its keys and buffers.
+const SECURED: u64 = 16 << 10;
 /// A kept-alive connection to an origin or a peer. To an embedded origin, which gets relayed requests only, both ends are here.
 const UPSTREAM: u64 = 24 << 10;
 /// A fill: its task, the connection that it reads from, and bytes that are not in its spool yet.
@@ -40,7 +42,7 @@ pub const RELAY_ANSWER: u64 = 512 << 10;
 pub const RELAY_PIECE: usize = 1 << 10;
 
 /// A connection of HTTP/2, beside [`CONNECTION`]: the buffers and tables of the protocol.
-pub const HTTP2: u64 = 48 << 10;
+pub const HTTP2: u64 = 40 << 10;
 
 /// The additional charge to `limits.client_memory` for a request over HTTP/2: the part of its body that may come before it is asked for.
 pub fn http2_window(head: &Head, limits: &Limits) -> u64 {
@@ -80,6 +82,12 @@ pub fn relay_answer(length: Option<u64>) -> u64 {
 pub fn memory(config: &Castier, limits: &Limits) -> u64 {
     let peers = config.cluster.as_ref().map_or(0, |_| limits.max_peer_connections as u64);
     let connections = limits.max_connections as u64 + limits.max_admin_connections as u64 + peers;
+    let secured = [
+        (config.listen.tls.is_on(), limits.max_connections as u64),
+        (config.listen.tls.is_on() && config.listen.tls.admin, limits.max_admin_connections as u64),
+        (config.cluster.as_ref().is_some_and(|cluster| cluster.tls.is_on()), peers),
+    ];
+    let secured: u64 = secured.iter().map(|(is_on, connections)| u64::from(*is_on) * connections).sum();
     let sources = 1 + config.cluster.as_ref().map_or(0, |cluster| cluster.peers.len() as u64);
     let fills = config.fill.max_in_flight as u64 * FILL + config.origin.max_requests as u64 * UPSTREAM;
     let disk = config.disk.as_ref().map_or(0, |disk| disk.write_behind.get() + disk.open_files * OPEN_FILE + BUFFERS);
@@ -99,6 +107,7 @@ pub fn memory(config: &Castier, limits: &Limits) -> u64 {
         limits.client_memory.get(),
         names,
         connections * CONNECTION,
+        secured * SECURED,
         sources * fills,
         // Their bytes are in `fill.memory`.
         descriptors::ahead(config) * FILL,

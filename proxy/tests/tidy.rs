@@ -78,6 +78,21 @@ fn every_function_that_the_architecture_names_exists() {
     verdict(&wrong);
 }
 
+#[test]
+fn every_test_that_the_table_of_attacks_names_exists() {
+    let text = read("SECURITY.md");
+    let names: BTreeSet<_> = text.split('`').skip(1).step_by(2).filter_map(|name| name.split_once("::")).collect();
+    let names: Vec<_> = names.into_iter().filter(|(file, _)| *file != "FILE").collect();
+    assert!(names.len() > 30, "SECURITY.md names tests as `file::test`");
+    let all = files();
+    let exists = |(file, test): &(&str, &str)| {
+        let sources = all.iter().filter(|path| path.ends_with(&format!("/{file}.rs")));
+        sources.map(|path| read(path)).any(|source| source.contains(&format!("fn {test}(")))
+    };
+    let wrong = names.iter().filter(|name| !exists(name));
+    verdict(&wrong.map(|(file, test)| format!("SECURITY.md: there is no test {file}::{test}; correct the name")).collect::<Vec<_>>());
+}
+
 /// The names of metrics that stand as whole literals in source text.
 fn registered(source: &str) -> BTreeSet<String> {
     source.split('"').filter(|literal| literal.starts_with("castier_") && names(literal).contains(*literal)).map(str::to_owned).collect()

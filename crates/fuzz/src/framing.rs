@@ -3,8 +3,9 @@
 use crate::{cuts, first_line, header_map};
 use bytes::{Bytes, BytesMut};
 use castier::{
+    http2::frames::Frames,
     proxy_protocol,
-    request_head::{Framing, Head, NoHead, read_head},
+    request_head::{Framing, Head, NoHead, of_http2, read_head},
 };
 use castier_cache::Budget;
 use castier_config::Limits;
@@ -117,6 +118,41 @@ pub(crate) fn request_head(bytes: &[u8]) {
     let client = head.introduction(text, |fields| forwarded::client(peer, fields, |_| false));
     assert_eq!(client, peer, "nobody but a trusted proxy names another client");
     as_pingora_reads_it(&head, text, rest);
+}
+
+/// The frames of an HTTP/2 client: what is counted does not depend on the reads.
+pub(crate) fn http2_frames(bytes: &[u8]) {
+    let limits = Limits { http2_resets: 2, http2_idle_frames: 3, ..Limits::default() };
+    let counted = |pieces: &[&[u8]]| {
+        let mut frames = Frames::new(&limits);
+        frames.wrote(1000);
+        pieces.iter().for_each(|piece| frames.read(piece));
+        frames.found()
+    };
+    let whole = counted(&[bytes]);
+    for pieces in cuts(bytes) {
+        assert_eq!(counted(&pieces), whole);
+    }
+}
+
+/// A head that came over HTTP/2: method and target in the first line, a field in each further one. What castier reads is what came, or it refuses.
+pub(crate) fn http2_head(bytes: &[u8]) {
+    let (first, rest) = first_line(bytes);
+    let Some((method, target)) = str::from_utf8(first).ok().and_then(|line| line.split_once(' ')) else { return };
+    let Ok(request) = http::Request::builder().method(method).uri(target).body(()) else { return };
+    let (mut parts, ()) = request.into_parts();
+    parts.headers = header_map(rest);
+    for ended in [true, false] {
+        let Ok((text, head)) = of_http2(&parts, ended, &Limits::default()) else { continue };
+        assert_eq!((&head.method, head.len), (&parts.method, text.len()));
+        assert_eq!(head.path(&text), parts.uri.path());
+        assert_eq!(head.path_and_query(&text), parts.uri.path_and_query().map_or("/", |target| target.as_str()));
+        assert!(head.absolute.is_none() && !head.upgrade);
+        let named = |name: &str| parts.headers.get_all(name).iter().count();
+        assert!(named("host") <= 1 && (named("host") == 1 || head.host(&text) == parts.uri.authority().map(|host| host.as_str())));
+        assert!(!head.plain || (head.method == Method::GET && head.framing == Framing::Length(0) && named("range") == 0));
+        assert!(!ended || head.framing != Framing::Chunked);
+    }
 }
 
 fn head_of(pieces: &[&[u8]]) -> Result<(Head, Vec<u8>), NoHead> {

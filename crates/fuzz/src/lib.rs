@@ -31,6 +31,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("glob", routes::glob),
     ("hosts", routes::hosts),
     ("html_links", documents::html_links),
+    ("http2_frames", framing::http2_frames),
+    ("http2_head", framing::http2_head),
     ("json_links", documents::json_links),
     ("json_members", documents::json_members),
     ("lfs_answer", documents::lfs_answer),

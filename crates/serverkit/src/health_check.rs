@@ -24,12 +24,14 @@ pub struct Credentials {
 #[derive(Debug, thiserror::Error)]
 pub enum Failed {
     /// Something answered with this status.
-    #[error("{url}: answered {status}{hint}", hint = hint(*status))]
+    #[error("{url}: answered {status}{detail}")]
     Answered {
         /// What was asked.
         url: String,
         /// The status.
         status: u16,
+        /// What the answer says, and what may help, behind a colon.
+        detail: String,
     },
     /// Nothing answered, or not in HTTP. A text that names the URL, and why.
     #[error("{0}")]
@@ -80,15 +82,18 @@ fn ask(method: Method, url: &str, credentials: &Credentials) -> Result<String, F
             None => {}
         }
         let mut answer = request.send().await.map_err(|error| no(&why(&error)))?;
-        if !answer.status().is_success() {
-            return Err(Failed::Answered { url: url.to_owned(), status: answer.status().as_u16() });
-        }
+        let status = answer.status();
         let mut body = Vec::new();
         while let Some(part) = answer.chunk().await.map_err(|error| no(&why(&error)))? {
             body.extend_from_slice(&part);
             if body.len() > MOST {
                 return Err(no(&format!("answered with more than {MOST} bytes")));
             }
+        }
+        if !status.is_success() {
+            let problem = serde_json::from_slice::<serde_json::Value>(&body).unwrap_or_default();
+            let detail = problem["detail"].as_str().map(|detail| format!(": {detail}")).unwrap_or_default() + hint(status.as_u16());
+            return Err(Failed::Answered { url: url.to_owned(), status: status.as_u16(), detail });
         }
         Ok(String::from_utf8_lossy(&body).into_owned())
     })
@@ -115,8 +120,8 @@ fn is_loopback(url: &Url) -> bool {
 
 const fn hint(status: u16) -> &'static str {
     match status {
-        401 => ": it wants credentials; name a file with --credentials-file",
-        400 => ": if it speaks TLS, write https://HOST:PORT",
+        401 => "; name a file with --credentials-file",
+        400 => "; if it speaks TLS, write https://HOST:PORT",
         _ => "",
     }
 }

@@ -143,9 +143,9 @@ impl Frames {
         &self.alarm
     }
 
-    /// The client has sent too much: nothing more is read from it.
-    pub fn is_over(&self) -> bool {
-        self.alarm.found.get().is_some()
+    /// What the client has sent too much of: nothing more is read from it.
+    pub fn found(&self) -> Option<Flood> {
+        self.alarm.found.get().copied()
     }
 
     /// Castier has sent so many bytes.
@@ -158,7 +158,7 @@ impl Frames {
         let preface = self.preface.min(bytes.len());
         self.preface -= preface;
         bytes = &bytes[preface..];
-        while !bytes.is_empty() && !self.is_over() {
+        while !bytes.is_empty() && self.found().is_none() {
             let skipped = usize::try_from(self.payload).unwrap_or(usize::MAX).min(bytes.len());
             self.payload -= skipped as u64;
             bytes = &bytes[skipped..];
@@ -214,10 +214,6 @@ mod tests {
         Limits { http2_resets: 3, http2_idle_frames: 5, ..Limits::default() }
     }
 
-    fn found(frames: &Frames) -> Option<Flood> {
-        frames.alarm.found.get().copied()
-    }
-
     #[test]
     fn each_flood_is_told_by_its_name() {
         for (kind, flags, payload, most, flood) in [
@@ -235,9 +231,9 @@ mod tests {
             for _ in 0..most {
                 frames.read(&frame(kind, flags, payload));
             }
-            assert_eq!(found(&frames), None, "{flood:?}");
+            assert_eq!(frames.found(), None, "{flood:?}");
             frames.read(&frame(kind, flags, payload));
-            assert_eq!(found(&frames), Some(flood));
+            assert_eq!(frames.found(), Some(flood));
         }
     }
 
@@ -252,11 +248,11 @@ mod tests {
             frames.wrote(256);
             frames.read(&frame(8, 0, b"1234"));
         }
-        assert_eq!(found(&frames), None);
+        assert_eq!(frames.found(), None);
         for _ in 0..6 {
             frames.read(&frame(8, 0, b"1234"));
         }
-        assert_eq!(found(&frames), Some(Flood::WindowUpdates));
+        assert_eq!(frames.found(), Some(Flood::WindowUpdates));
     }
 
     #[test]
@@ -267,7 +263,7 @@ mod tests {
             let (mut few, mut flood) = (Frames::new(&limits()), Frames::new(&limits()));
             all.chunks(piece).for_each(|part| few.read(part));
             many.chunks(piece).for_each(|part| flood.read(part));
-            assert_eq!((found(&few), found(&flood)), (None, Some(Flood::Pings)), "{piece}");
+            assert_eq!((few.found(), flood.found()), (None, Some(Flood::Pings)), "{piece}");
         }
     }
 }

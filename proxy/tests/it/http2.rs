@@ -7,6 +7,7 @@ use crate::support::{
     light, metrics, within,
 };
 use bytes::Bytes;
+use castier::memory_plan;
 use h2::{Reason, client::Builder};
 use http::HeaderMap;
 use rustix::process::Signal;
@@ -426,4 +427,28 @@ async fn idle_and_silent_connections_are_closed() {
     let mut conn = Conn::open(castier.public).await;
     conn.send(b"PRI * HTTP/3.0\r\n\r\n").await;
     assert_eq!(conn.reply("GET").await.status, 505);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_costs_what_the_plan_says() {
+    const MANY: u64 = 400;
+    let _turn = heavy().await;
+    let (origin, castier) = world("").await;
+    let blob = origin.blob(KIB);
+    let mut open = Vec::new();
+    let mut connect = async || {
+        let client = Http2::open(castier.public).await;
+        client.get(&blob.path()).await.unwrap().assert_is(&blob);
+        open.push(client);
+    };
+    for _ in 0..50 {
+        connect().await;
+    }
+    let before = castier.memory("VmRSS");
+    for _ in 0..MANY {
+        connect().await;
+    }
+    let each = (castier.memory("VmRSS") - before) / MANY;
+    let planned = memory_plan::HTTP2 + memory_plan::CONNECTION;
+    assert!(each < planned, "{each} of {planned}");
 }

@@ -50,7 +50,7 @@ async fn requests_that_are_not_http() {
         b"GET /x HTTP/1.1\r\nHost: a\r\nName: va\0lue\r\n\r\n",
         b"GET /x HTTP/1.1\r\nHost: a\r\nName: va\rlue\r\n\r\n",
         b"GET /x HTTP/1.1\r\nHost: a\r\nName: one\r\n two\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"PRI * HTTP/3.0\r\n\r\nSM\r\n\r\n",
         b"GET /x<y HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET /x`y HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET /x HTTP/1.1\r\nHost: u@a\r\n\r\n",

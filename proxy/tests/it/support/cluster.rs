@@ -23,13 +23,13 @@ const PUBLIC: u16 = 8080;
 const PEER: u16 = 8081;
 const ADMIN: u16 = 8082;
 
-/// An unused address in 127.0.0.0/8, so that the ports of a stopped node stay free until it starts again.
+/// An unused address in 127.0.0.0/8, so that the ports of a stopped node or origin stay free until it starts again.
 pub(crate) fn own_address() -> Ipv4Addr {
     static SERIAL: AtomicU32 = AtomicU32::new(0);
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-    // 14 bits from the process, 9 from the node: more than the nodes of one run, since a long test keeps its addresses. Never 127.0.0.x, and
+    // 12 bits from the process, 11 from the serial: more than are used in one run, since a long test keeps its addresses. Never 127.0.0.x, and
     // never the broadcast address.
-    let host = ((std::process::id() & 0x3fff) << 9 | (serial & 0x1ff)) + (1 << 16);
+    let host = ((std::process::id() & 0xfff) << 11 | (serial & 0x7ff)) + (1 << 16);
     Ipv4Addr::from((127 << 24) | host)
 }
 

@@ -2,6 +2,7 @@
 
 use super::{
     Blob,
+    cluster::own_address,
     lie::{Break, Gate, Lie, Pace, RangeManner},
     proof,
     wire::{Framing, Head, Wire},
@@ -87,7 +88,8 @@ impl Drop for LyingOrigin {
 
 impl LyingOrigin {
     pub(crate) async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // On an address of its own: while it is down, nobody else may get its port.
+        let listener = TcpListener::bind((own_address(), 0)).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let state = Arc::default();
         Self { addr, accepting: tokio::spawn(accept(listener, Arc::clone(&state))), state }
