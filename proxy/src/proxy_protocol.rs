@@ -63,10 +63,12 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, String
     }
     let result = HeaderResult::parse(bytes);
     if result.is_incomplete() {
-        return Ok(None);
+        // A line that has ended does not become complete.
+        return if is_line { Err(NONE.to_owned()) } else { Ok(None) };
     }
     match result {
-        HeaderResult::V1(Ok(header)) => {
+        // The library takes any byte behind a carriage return for the line feed.
+        HeaderResult::V1(Ok(header)) if header.header.ends_with("\r\n") => {
             let client = match header.addresses {
                 v1::Addresses::Tcp4(found) => Some(SocketAddr::new(IpAddr::V4(found.source_address), found.source_port)),
                 v1::Addresses::Tcp6(found) => Some(SocketAddr::new(IpAddr::V6(found.source_address), found.source_port)),
@@ -83,7 +85,7 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, String
             };
             Ok(Some((header.len(), client)))
         }
-        HeaderResult::V1(Err(_)) | HeaderResult::V2(Err(_)) => Err(NONE.to_owned()),
+        HeaderResult::V1(_) | HeaderResult::V2(Err(_)) => Err(NONE.to_owned()),
     }
 }
 
@@ -116,6 +118,8 @@ mod tests {
             &b"GET / HTTP/1.1\r\n"[..],
             b"\x16\x03\x01\x02\x00\x01",
             b"P\rP6 x",
+            b"PROXY UNKNOWN \rGET / HTTP/1.1\r\n",
+            b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 443\rGET / HTTP/1.1\r\n",
             b"PROXY TCP4 x y 1 2\r\n",
             b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 99999\r\n",
             &[b"PROXY ", &[b'x'; 200][..]].concat(),
