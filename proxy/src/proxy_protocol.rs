@@ -15,6 +15,9 @@ const LONGEST: usize = 1024;
 /// The longest header of version 1, with the end of its line.
 const LONGEST_LINE: usize = 107;
 
+/// The connection begins with something else.
+const NONE: &str = "no PROXY header; listen.proxy_protocol is for proxies that send one";
+
 /// Reads the header at the start of a connection, within `limit`. Returns the connection from behind the header, and the client's address; `None` if the
 /// proxy speaks for itself (a health check) or does not know it.
 ///
@@ -48,17 +51,24 @@ async fn read_header(socket: &mut Socket, bytes: &mut Vec<u8>) -> Result<(usize,
 /// A text: this is no such header.
 pub fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, String> {
     const LINE: &[u8] = b"PROXY ";
-    // The library takes a line of version 1 that is not complete for a wrong one if it ends in the wrong part.
-    let is_line = LINE.starts_with(&bytes[..bytes.len().min(LINE.len())]);
+    let begins = |with: &[u8]| with.starts_with(&bytes[..bytes.len().min(with.len())]);
+    let is_line = begins(LINE);
+    // The library takes some other beginnings for a header that is not complete.
+    if !is_line && !begins(v2::PROTOCOL_PREFIX) {
+        return Err(NONE.to_owned());
+    }
+    // It takes a line of version 1 that is not complete for a wrong one if it ends in the wrong part.
     if is_line && bytes.len() < LONGEST_LINE && !bytes.windows(2).any(|end| end == b"\r\n") {
         return Ok(None);
     }
     let result = HeaderResult::parse(bytes);
     if result.is_incomplete() {
-        return Ok(None);
+        // A line that has ended does not become complete.
+        return if is_line { Err(NONE.to_owned()) } else { Ok(None) };
     }
     match result {
-        HeaderResult::V1(Ok(header)) => {
+        // The library takes any byte behind a carriage return for the line feed.
+        HeaderResult::V1(Ok(header)) if header.header.ends_with("\r\n") => {
             let client = match header.addresses {
                 v1::Addresses::Tcp4(found) => Some(SocketAddr::new(IpAddr::V4(found.source_address), found.source_port)),
                 v1::Addresses::Tcp6(found) => Some(SocketAddr::new(IpAddr::V6(found.source_address), found.source_port)),
@@ -75,9 +85,7 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, String
             };
             Ok(Some((header.len(), client)))
         }
-        HeaderResult::V1(Err(_)) | HeaderResult::V2(Err(_)) => {
-            Err("no PROXY header; listen.proxy_protocol is for proxies that send one".to_owned())
-        }
+        HeaderResult::V1(_) | HeaderResult::V2(Err(_)) => Err(NONE.to_owned()),
     }
 }
 
@@ -109,6 +117,9 @@ mod tests {
         for wrong in [
             &b"GET / HTTP/1.1\r\n"[..],
             b"\x16\x03\x01\x02\x00\x01",
+            b"P\rP6 x",
+            b"PROXY UNKNOWN \rGET / HTTP/1.1\r\n",
+            b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 443\rGET / HTTP/1.1\r\n",
             b"PROXY TCP4 x y 1 2\r\n",
             b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 99999\r\n",
             &[b"PROXY ", &[b'x'; 200][..]].concat(),

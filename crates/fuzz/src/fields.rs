@@ -146,7 +146,7 @@ pub(crate) fn forwarded(bytes: &[u8]) {
 
 /// `traceparent`, `tracestate` and `X-Request-ID`. What is passed on is valid, and stays the same at the next hop.
 pub(crate) fn trace(bytes: &[u8]) {
-    let chance = Chance { trace: 5, request: 7, span: 9, sampled: bytes.len() % 2 == 0 };
+    let chance = Chance { trace: 5, request: 7, span: 9, sampled: bytes.len().is_multiple_of(2) };
     let trace = Trace::of(&header_map(bytes), chance);
     let told = |trace: &Trace| trace.headers().into_iter().filter_map(|(name, value)| Some((name, value?))).collect::<HeaderMap>();
     let headers = told(&trace);

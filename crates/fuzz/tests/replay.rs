@@ -1,4 +1,5 @@
 //! Gives each target its corpus, and then seeds that were changed by chance: 2,000 of them, or `CASTIER_FUZZ_CASES`. `TEST_SEED` makes other ones.
+#![expect(clippy::unwrap_used, reason = "a test panics on what should not be")]
 
 use castier_fuzz::{TARGETS, run};
 use rand::{Rng as _, RngExt as _, SeedableRng as _, seq::IndexedRandom as _};
