@@ -32,8 +32,13 @@ fn admin_url(args: &CommonArgs, admin: Option<String>) -> String {
     };
     let admin = admin.or_else(of_config).unwrap_or_else(|| "127.0.0.1:8082".into());
     let (scheme, address) = admin.split_once("://").unwrap_or(("http", &admin));
-    let address = address.trim_end_matches('/').replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:");
-    format!("{scheme}://{address}")
+    let address = address.trim_end_matches('/');
+    // Every interface is also the loopback.
+    match (address.strip_prefix("0.0.0.0:"), address.strip_prefix("[::]:")) {
+        (Some(port), _) => format!("{scheme}://127.0.0.1:{port}"),
+        (_, Some(port)) => format!("{scheme}://[::1]:{port}"),
+        _ => format!("{scheme}://{address}"),
+    }
 }
 
 /// Prints what a running castier knows about a URL, one fact a line.
@@ -91,7 +96,7 @@ pub(super) fn drain(args: &CommonArgs, admin: Option<String>, credentials: &Cred
     let url = format!("{}/drain", admin_url(args, admin));
     let read = |body: String| serde_json::from_str::<Left>(&body).map_err(|error| format!("{url}: {error}"));
     let outcome = match health_check::post(&url, credentials) {
-        Err(Failed::No(_)) if args.config.is_some() && !is_named => {
+        Err(Failed::Refused(_)) if args.config.is_some() && !is_named => {
             let load = || args.load_with(config::environment(), routes::check);
             let ask = ("origin.url", online_check::ask);
             return startup::main(super::PROGRAM, args, load, ask, move |config| drain_here(config, limit));

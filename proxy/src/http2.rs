@@ -7,7 +7,7 @@
 pub mod frames;
 
 use crate::{
-    access_log::Record,
+    access_log::{self, Record},
     connection::{Conn, response_header, write},
     fast_path,
     handlers::relay::Relay,
@@ -20,12 +20,12 @@ use crate::{
 use bytes::BytesMut;
 use castier_access::Memo;
 use castier_blob::Digest;
-use castier_cache::{Fault, Hit, Limit, PIECE, Reader};
+use castier_cache::{Fault, Hit, Limit, Reader};
 use castier_config::Limits;
 use castier_upstream::trace;
 use castier_wire::{Selection, Target};
 use frames::{Flood, Frames};
-use http::StatusCode;
+use http::{HeaderValue, StatusCode, header};
 use parking_lot::Mutex;
 use pingora::{
     protocols::http::{
@@ -48,8 +48,11 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// A connection with so many malformed requests is closed. A correct client sends none.
+/// A connection with so many malformed requests in a minute is closed. A correct client sends none; a proxy may carry some.
 const MALFORMED: usize = 32;
+const MINUTE: Duration = Duration::from_secs(60);
+/// How often to look whether the queue to the client is empty.
+const TICK: Duration = Duration::from_secs(1);
 /// An empty SETTINGS frame, which must be the first, and a GOAWAY with ENHANCE_YOUR_CALM (11) before any stream (RFC 9113, sections 6.5 and 6.8).
 const TURNED_AWAY: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 11];
 
@@ -107,8 +110,9 @@ fn options(limits: &Limits) -> H2Options {
         .initial_window_size(window)
         // Enough for all: an upload that does not go on must not stop the others. Each one's window is leased from `limits.client_memory`.
         .initial_connection_window_size(window.saturating_mul(limits.http2_streams).min(MOST))
-        // A piece is on its way while the next one is read.
-        .max_send_buffer_size(PIECE);
+        .max_send_buffer_size(memory_plan::HTTP2_QUEUE)
+        // Frames with a byte or two cost the library more than they carry. Its default is half of the connection's window, which is far larger here.
+        .data_frame_budget(window as usize);
     options
 }
 
@@ -116,7 +120,7 @@ impl Front {
     /// Serves a connection that speaks HTTP/2, until either side closes. `ahead` are bytes that were read already.
     pub(crate) async fn serve_http2(self: &Arc<Self>, mut conn: Conn, ahead: BytesMut, visitor: Visitor, shutdown: &ShutdownWatch) {
         let limits = self.limits.load_full();
-        let Some(_memory) = self.memory.lease(memory_plan::HTTP2) else {
+        let Some(mut memory) = self.memory.lease(memory_plan::HTTP2) else {
             self.metrics.shed(Limit::ClientMemory);
             let _ = timeout(fast_path::REFUSAL, async { (conn.write_all(TURNED_AWAY).await, conn.shutdown().await) }).await;
             return;
@@ -134,38 +138,66 @@ impl Front {
             idle: Notify::new(),
         });
         let mut draining = shutdown.clone();
-        let (mut is_closing, mut malformed) = (false, 0);
+        // When castier began to close the connection.
+        let mut closing: Option<Instant> = None;
+        let mut malformed = (0, Instant::now());
         let mut wait = limits.header_timeout.get();
+        // For how long no request has been open, and how many were open at once before.
+        let (mut idle, mut most) = (Duration::ZERO, 1);
         let flood = loop {
+            let step = if most > 1 { TICK.min(wait) } else { wait };
             let accepted = tokio::select! {
                 biased;
                 flood = alarm.raised() => break Some(flood),
-                _ = draining.wait_for(|down| *down), if !is_closing => {
+                _ = draining.wait_for(|down| *down), if closing.is_none() => {
                     connection.graceful_shutdown();
-                    (is_closing, wait) = (true, fast_path::REFUSAL);
+                    (closing, wait) = (Some(Instant::now()), fast_path::REFUSAL);
                     continue;
                 }
                 accepted = HttpSession::from_h2_conn(&mut connection, digest.clone()) => accepted,
-                () = shared.idle(wait) => {
-                    if is_closing {
-                        return;
+                () = shared.idle(step) => {
+                    idle += step;
+                    // What was answered may still be in the queue. If nothing is, its memory is given back.
+                    if !connection.has_streams() {
+                        most = 1;
+                        memory.resize(memory_plan::HTTP2);
                     }
-                    connection.graceful_shutdown();
-                    (is_closing, wait) = (true, fast_path::REFUSAL);
+                    if idle < wait {
+                        continue;
+                    }
+                    idle = Duration::ZERO;
+                    match closing {
+                        // What is in the queue still goes out, if the client takes it.
+                        Some(began) if !connection.has_streams() || began.elapsed() > limits.write_timeout.get() => return,
+                        Some(_) => {}
+                        None => {
+                            connection.graceful_shutdown();
+                            (closing, wait) = (Some(Instant::now()), fast_path::REFUSAL);
+                        }
+                    }
                     continue;
                 }
             };
             match accepted {
                 Ok(Some(H2Accept::Session(session))) => {
-                    if !is_closing {
-                        wait = limits.idle_timeout.get();
+                    match closing {
+                        None => wait = limits.idle_timeout.get(),
+                        // The client does not answer to the shutdown, which would end this.
+                        Some(began) if began.elapsed() > limits.write_timeout.get() => continue,
+                        Some(_) => {}
                     }
+                    idle = Duration::ZERO;
                     let stream = Stream::open(&shared);
-                    tokio::spawn(async move { stream.serve(session).await });
+                    most = most.max(shared.open.load(Ordering::Relaxed));
+                    let fits = memory.cover(memory_plan::HTTP2 + ((most - 1) * memory_plan::HTTP2_QUEUE) as u64);
+                    tokio::spawn(async move { stream.serve(session, fits).await });
                 }
                 Ok(Some(H2Accept::Rejected)) => {
-                    malformed += 1;
-                    if malformed >= MALFORMED {
+                    if malformed.1.elapsed() > MINUTE {
+                        malformed = (0, Instant::now());
+                    }
+                    malformed.0 += 1;
+                    if malformed.0 >= MALFORMED {
                         break Some(Flood::Malformed);
                     }
                 }
@@ -187,8 +219,8 @@ impl Front {
 }
 
 impl Stream {
-    /// Answers one request.
-    async fn serve(self, session: HttpSession) {
+    /// Answers one request. Not `fits`: the memory for it is used up.
+    async fn serve(self, session: HttpSession, fits: bool) {
         let Self(shared) = &self;
         let front = &shared.front;
         let started = Instant::now();
@@ -197,6 +229,7 @@ impl Stream {
         let ended = session.is_body_done();
         let mut session = ServerSession::new_http2(session);
         session.set_write_timeout(Some(limits.write_timeout.get()));
+        complete(&mut session);
         let (bytes, head) = match request_head::of_http2(session.req_header(), ended, &limits) {
             Ok(read) => read,
             Err(refused) => {
@@ -208,7 +241,7 @@ impl Stream {
             }
         };
         // A lone request may be a hit although the memory is used up: its connection has paid for as much. All others pay.
-        let memory = front.memory.lease(memory_plan::request(&head) + memory_plan::http2_window(&head, &limits));
+        let memory = front.memory.lease(memory_plan::request(&head) + memory_plan::http2_window(&head, &limits)).filter(|_| fits);
         if memory.is_none() && (shared.open.load(Ordering::Relaxed) > 1 || !head.plain) {
             return self.shed(session, Limit::ClientMemory, shared.visitor.ip(), started).await;
         }
@@ -256,7 +289,7 @@ impl Stream {
             session.write_response_header(response_header(reply.status, &reply.headers)).await?;
             let mut rest = blob;
             loop {
-                let piece = rest.split_to(rest.len().min(PIECE));
+                let piece = rest.split_to(rest.len().min(memory_plan::HTTP2_QUEUE));
                 front.pace(arrived.limits, arrived.client, piece.len()).await;
                 sent += piece.len() as u64;
                 session.write_response_body(piece, rest.is_empty()).await?;
@@ -287,7 +320,15 @@ impl Stream {
 
     async fn relay(&self, relay: &Relay, session: ServerSession, bytes: &[u8], arrived: &Arrived<'_>, started: Instant) {
         match self.0.front.before_relay(arrived, bytes) {
-            Ok((known, _descriptors)) => relay.pass_http2(session, arrived.limits, &self.0.shutdown, known).await,
+            Ok((known, _descriptors)) => {
+                if relay.pass_http2(session, arrived.limits, &self.0.shutdown, known).await {
+                    let front = &self.0.front;
+                    let why = "the client sent nothing of its body for too long (limits.idle_timeout)";
+                    let record = fast_path::refused(front.name(), access_log::CLIENT_GONE, why, started, arrived.client);
+                    let (method, path) = (arrived.head.method.as_str(), arrived.head.path(bytes));
+                    Record { method, path, ..record }.log(&front.metrics);
+                }
+            }
             Err(Fault::Busy(limit)) => self.shed(session, limit, arrived.client, started).await,
             Err(fault) => {
                 let why = fault.to_string();
@@ -312,6 +353,23 @@ impl Stream {
         let record = fast_path::refused(front.name(), code, why, started, client);
         Record { method: head.method.as_str(), path: head.uri.path(), ..record }.log(&front.metrics);
         end(session, fast_path::REFUSAL).await;
+    }
+}
+
+/// Gives a request the fields that HTTP/1.1 has for what HTTP/2 says otherwise, so that handlers and the origin find them: `Host` for `:authority`, and one
+/// `Cookie` for several (RFC 9113, sections 8.3.1 and 8.2.3).
+fn complete(session: &mut ServerSession) {
+    let request = session.req_header_mut();
+    if !request.headers.contains_key(header::HOST)
+        && let Some(host) = request.uri.authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok())
+    {
+        let _ = request.insert_header(header::HOST, host);
+    }
+    let cookies: Vec<&[u8]> = request.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if cookies.len() > 1
+        && let Ok(joined) = HeaderValue::from_bytes(&cookies.join(&b"; "[..]))
+    {
+        let _ = request.insert_header(header::COOKIE, joined);
     }
 }
 

@@ -440,7 +440,10 @@ impl Front {
     /// [`Fault::Busy`] over a limit, else the fault of its route.
     pub(crate) fn before_relay(&self, arrived: &Arrived<'_>, bytes: &[u8]) -> Result<(Known, Outgoing), Fault> {
         let Arrived { head, client, routed, .. } = *arrived;
-        let memory = self.memory.lease(memory_plan::relay(head)).ok_or(Fault::Busy(Limit::ClientMemory))?;
+        let memory = self
+            .memory
+            .lease(memory_plan::relay(head) + memory_plan::http2_window(head, arrived.limits))
+            .ok_or(Fault::Busy(Limit::ClientMemory))?;
         let descriptors = self.outgoing().ok_or(Fault::Busy(Limit::Files))?;
         // An entry of the origin is relayed to it as what is for no route.
         let to = routed.filter(|found| !found.is_entry()).map(|found| self.handlers.routes().relay(found)).transpose()?;

@@ -10,6 +10,7 @@ use crate::{
 };
 use castier_cache::SMALL;
 use castier_config::{Castier, Limits, Size, Write};
+use http::Version;
 use std::{fs, path::Path};
 
 /// The program itself, its threads, and freed memory that the allocator keeps.
@@ -44,9 +45,13 @@ pub const RELAY_PIECE: usize = 1 << 10;
 /// A connection of HTTP/2, beside [`CONNECTION`]: the buffers and tables of the protocol.
 pub const HTTP2: u64 = 40 << 10;
 
+/// What an open request over HTTP/2 may have in the queue to its client, after it was answered. The first of a connection is in [`HTTP2`].
+pub const HTTP2_QUEUE: usize = 16 << 10;
+
 /// The additional charge to `limits.client_memory` for a request over HTTP/2: the part of its body that may come before it is asked for.
 pub fn http2_window(head: &Head, limits: &Limits) -> u64 {
     match head.framing {
+        _ if head.version != Version::HTTP_2 => 0,
         Framing::Length(length) => length.min(limits.http2_window.get()),
         Framing::Chunked => limits.http2_window.get(),
     }

@@ -311,6 +311,9 @@ async fn read_some(
 /// [`NoHead::Refused`].
 pub fn of_http2(request: &http::request::Parts, ended: bool, limits: &Limits) -> Result<(BytesMut, Head), NoHead> {
     let target = request.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    if !target.starts_with('/') && target != "*" {
+        return Err(bad("malformed request target"));
+    }
     let mut bytes = BytesMut::with_capacity(512);
     for part in [request.method.as_str(), " ", target, " HTTP/1.1\r\n"] {
         bytes.put_slice(part.as_bytes());

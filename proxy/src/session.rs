@@ -14,7 +14,7 @@ use crate::{
     routes::{Match, is_batch},
 };
 use bytes::{Bytes, BytesMut};
-use castier_cache::{Asker, Fault, Limit};
+use castier_cache::{Asker, Fault, Limit, Tier};
 use castier_cluster::Asked;
 use castier_config::Limits;
 use castier_upstream::{trace, via_header};
@@ -310,11 +310,14 @@ impl Front {
                 _ = session.read_body_or_idle(true) => return Err(Cut::client("closed")),
             };
             match piece {
-                Ok(Some(piece)) => {
-                    let bytes = piece.len() as u64;
+                Ok(Some(mut piece)) => {
                     self.pace(arrived.limits, arrived.client, piece.len()).await;
-                    session.write_response_body(piece, false).await.map_err(Cut::client)?;
-                    self.metrics.served_from(self.name(), tier, bytes);
+                    while !piece.is_empty() {
+                        let part = part_for(session, &mut piece, tier);
+                        let bytes = part.len() as u64;
+                        session.write_response_body(part, false).await.map_err(Cut::client)?;
+                        self.metrics.served_from(self.name(), tier, bytes);
+                    }
                 }
                 Ok(None) => return session.write_response_body(Bytes::new(), true).await.map_err(Cut::client),
                 Err(fault) => return Err(self.cut(&fault)),
@@ -331,6 +334,16 @@ impl Front {
         tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
         Cut { why: fault.to_string() }
     }
+}
+
+/// The front of a piece that is written at once: over HTTP/1.1 all of it. Over HTTP/2 as much as its queue holds, for which the write timeout counts.
+/// What comes from the disk is copied then: the queue may outlive the request, and would hold the whole read buffer.
+fn part_for(session: &ServerSession, piece: &mut Bytes, tier: Option<Tier>) -> Bytes {
+    if !session.is_http2() {
+        return std::mem::take(piece);
+    }
+    let part = piece.split_to(piece.len().min(memory_plan::HTTP2_QUEUE));
+    if tier == Some(Tier::Disk) { Bytes::copy_from_slice(&part) } else { part }
 }
 
 /// A session over a fenced connection. `prefix` is the head, which has been read already.

@@ -25,6 +25,8 @@ use tokio::{
 const MOST_ADDRESSES: u64 = 65_536;
 /// The least burst of a bandwidth, and what a connection gets in one turn.
 const PIECE: u64 = 64 << 10;
+/// The longest wait that [`Clients::take_now`] asks for: well below what clients and load balancers take for a stall.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// Bandwidth is counted in units, as many a second at most: `governor` counts whole nanoseconds for each, and this is exact to a thousandth.
 const MOST_UNITS: u64 = 1_000_000;
 
@@ -177,7 +179,9 @@ impl Clients {
             let piece = left.min(PIECE);
             let units = u32::try_from(piece.div_ceil(bandwidth.unit)).ok().and_then(NonZeroU32::new);
             if let Some(Err(wait)) = units.map(|units| bucket.take(units)) {
-                return (left, wait);
+                // As long as all that is owed takes: several that send for one client wait for each other in this way.
+                let rest = Duration::from_secs_f64((left - piece) as f64 / buckets.limits.bandwidth_per_client as f64);
+                return (left, (wait + rest).min(LONGEST_WAIT));
             }
             left -= piece;
         }
@@ -289,6 +293,23 @@ mod tests {
         // 1 MB; the first second's worth at once.
         let took = began.elapsed().as_secs_f64();
         assert!((8.0..=10.5).contains(&took), "{took}");
+        // Ten at once share it.
+        let (clients, began) = (Arc::new(Clients::new(bandwidth(100_000))), Instant::now());
+        let mut all = tokio::task::JoinSet::new();
+        for _ in 0..10 {
+            let clients = clients.clone();
+            all.spawn(async move {
+                let mut owed = 0;
+                for _ in 0..20 {
+                    let (left, wait) = clients.take_now(client, owed + 10_000);
+                    owed = left;
+                    sleep(wait).await;
+                }
+            });
+        }
+        while all.join_next().await.is_some() {}
+        let took = began.elapsed().as_secs_f64();
+        assert!(took > 10.0, "2 MB in {took} s");
         assert_eq!(Clients::new(Limits::default()).take_now(client, u64::MAX), (0, Duration::ZERO));
     }
 

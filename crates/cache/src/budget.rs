@@ -71,6 +71,16 @@ impl Lease {
         amount <= self.amount || self.grow(amount - self.amount)
     }
 
+    /// Makes the lease `amount` bytes, larger or smaller; false, and unchanged, if the budget does not have them.
+    pub fn resize(&mut self, amount: u64) -> bool {
+        if amount >= self.amount {
+            return self.cover(amount);
+        }
+        self.budget.used.fetch_sub(self.amount - amount, Ordering::Relaxed);
+        self.amount = amount;
+        true
+    }
+
     /// Makes the lease larger by `more`; false, and unchanged, if the budget does not have that.
     pub fn grow(&mut self, more: u64) -> bool {
         self.grow_within(more, self.budget.limit())

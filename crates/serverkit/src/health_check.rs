@@ -33,7 +33,10 @@ pub enum Failed {
         /// What the answer says, and what may help, behind a colon.
         detail: String,
     },
-    /// Nothing answered, or not in HTTP. A text that names the URL, and why.
+    /// Nothing listens there.
+    #[error("{0}")]
+    Refused(String),
+    /// Nothing answered in time, or not in HTTP; or the request could not be made. A text that names the URL, and why.
     #[error("{0}")]
     No(String),
 }
@@ -73,6 +76,9 @@ fn ask(method: Method, url: &str, credentials: &Credentials) -> Result<String, F
     let client = client(&parsed, credentials).map_err(Failed::No)?;
     let read =
         |file: &PathBuf| std::fs::read_to_string(file).map_err(|error| Failed::No(format!("{} cannot be read ({error})", file.display())));
+    if credentials.credentials_file.is_some() && parsed.scheme() == "http" && !is_loopback(&parsed) {
+        return Err(no(&"the credentials would travel in the clear; write https://HOST:PORT"));
+    }
     let secret = credentials.credentials_file.as_ref().map(read).transpose()?;
     runtime.block_on(async {
         let mut request = client.request(method, parsed);
@@ -81,7 +87,10 @@ fn ask(method: Method, url: &str, credentials: &Credentials) -> Result<String, F
             Some((token, None)) => request = request.bearer_auth(token),
             None => {}
         }
-        let mut answer = request.send().await.map_err(|error| no(&why(&error)))?;
+        let mut answer = request
+            .send()
+            .await
+            .map_err(|error| if is_refused(&error) { Failed::Refused(format!("{url}: {}", why(&error))) } else { no(&why(&error)) })?;
         let status = answer.status();
         let mut body = Vec::new();
         while let Some(part) = answer.chunk().await.map_err(|error| no(&why(&error)))? {
@@ -124,6 +133,11 @@ const fn hint(status: u16) -> &'static str {
         400 => "; if it speaks TLS, write https://HOST:PORT",
         _ => "",
     }
+}
+
+fn is_refused(error: &reqwest::Error) -> bool {
+    let mut causes = std::iter::successors(Some(error as &dyn std::error::Error), |&error| error.source());
+    causes.any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|cause| cause.kind() == std::io::ErrorKind::ConnectionRefused))
 }
 
 /// The innermost cause, which says most.

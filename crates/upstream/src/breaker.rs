@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use prometheus::{IntCounter, IntGauge};
 use std::{
     fmt,
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::{sync::Notify, time::timeout_at};
@@ -73,6 +74,22 @@ pub(crate) struct Breaker {
     metrics: BreakerMetrics,
 }
 
+/// A request that has passed.
+pub struct Admission(Option<(Arc<Breaker>, Instant)>);
+
+impl Admission {
+    /// Where there is no breaker.
+    pub(crate) const FREE: Self = Self(None);
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if let Some((breaker, began)) = self.0.take() {
+            breaker.give_up(began);
+        }
+    }
+}
+
 #[derive(Default)]
 struct Known {
     /// Failures in a row.
@@ -102,23 +119,25 @@ impl Open {
 
 impl Breaker {
     /// `None` if it would never open.
-    pub(crate) fn new(source_name: &'static str, failures: u32, most: Duration, metrics: BreakerMetrics) -> Option<Self> {
-        (failures > 0).then(|| Self { source_name, failures, most, known: Mutex::default(), tried: Notify::new(), metrics })
+    pub(crate) fn new(source_name: &'static str, failures: u32, most: Duration, metrics: BreakerMetrics) -> Option<Arc<Self>> {
+        (failures > 0).then(|| Arc::new(Self { source_name, failures, most, known: Mutex::default(), tried: Notify::new(), metrics }))
     }
 
-    /// Lets a request pass.
+    /// Lets a request pass, which lasts as long as what is returned. If that is dropped before [`Self::record`], the request told nothing, and the next
+    /// one may try.
     ///
     /// # Errors
     /// [`Fault::NotAsked`] while the breaker is open.
-    pub(crate) async fn admit(&self) -> Result<(), Fault> {
+    pub(crate) async fn admit(self: &Arc<Self>) -> Result<Admission, Fault> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let tried = self.tried.notified();
             tokio::pin!(tried);
             // Before the look: what is told after it is not missed.
             tried.as_mut().enable();
-            let next = match self.admit_at(Instant::now()) {
-                Ok(()) => return Ok(()),
+            let now = Instant::now();
+            let next = match self.admit_at(now) {
+                Ok(tries) => return Ok(Admission(tries.then(|| (self.clone(), now)))),
                 Err(next) => next,
             };
             if Instant::now() >= deadline || next.is_some_and(|next| next > deadline) {
@@ -129,14 +148,14 @@ impl Breaker {
         }
     }
 
-    /// Or tells when a request may try; `None` if one does.
-    fn admit_at(&self, now: Instant) -> Result<(), Option<Instant>> {
+    /// Whether the request is the one that tries. Or when one may try; `None` if one does.
+    fn admit_at(&self, now: Instant) -> Result<bool, Option<Instant>> {
         let mut known = self.known.lock();
-        let Some(open) = &mut known.open else { return Ok(()) };
-        // The client of a request that tried may have left before the answer: then another one may try.
+        let Some(open) = &mut known.open else { return Ok(false) };
         if now < open.until {
             return Err(Some(open.until));
         }
+        // A request that takes long must not keep all others out.
         if open.trying.is_some_and(|since| now < since + open.pause.max(FIRST_PAUSE)) {
             return Err(None);
         }
@@ -144,13 +163,30 @@ impl Breaker {
             self.metrics.open.dec();
             self.metrics.half_open.inc();
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// The request that tried since `began` was given up, by its client for example.
+    fn give_up(&self, began: Instant) {
+        let mut known = self.known.lock();
+        if let Some(open) = known.open.as_mut().filter(|open| open.trying == Some(began)) {
+            open.trying = None;
+            self.metrics.half_open.dec();
+            self.metrics.open.inc();
+            self.tried.notify_waiters();
+        }
     }
 
     /// How a request ended that began at `asked`. `server` is its name in the log.
     pub(crate) fn record(&self, server: &str, asked: Instant, answer: Result<StatusCode, &Fault>) {
         let why: &dyn fmt::Display = match &answer {
-            Ok(status) if matches!(*status, StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT) => status,
+            // Of a gateway. One that comes at once costs nobody anything, and may be about one path only.
+            Ok(status) if matches!(*status, StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT) => {
+                if asked.elapsed() < AT_ONCE {
+                    return;
+                }
+                status
+            }
             Err(fault @ (Fault::Unreachable { .. } | Fault::Silent { .. })) => fault,
             Ok(_) | Err(Fault::Unusable { .. } | Fault::Denied { .. } | Fault::Corrupt { .. }) => return self.answered(server),
             // The server was not asked.
@@ -224,7 +260,7 @@ impl Drop for Breaker {
 mod tests {
     use super::*;
 
-    fn breaker(failures: u32) -> Breaker {
+    fn breaker(failures: u32) -> Arc<Breaker> {
         let counter = IntCounter::new("c", "c").unwrap();
         let gauge = |name| IntGauge::new(name, "g").unwrap();
         let metrics = BreakerMetrics { open: gauge("a"), half_open: gauge("b"), refusals: counter };
@@ -250,16 +286,21 @@ mod tests {
         assert_eq!(figures(&breaker), (BreakerState::Open, 1, 0, 0));
         assert_eq!(breaker.admit_at(ms(1499)), Err(Some(ms(1500))));
         // One tries, and the others wait for what it finds.
-        assert_eq!((breaker.admit_at(ms(1500)), breaker.admit_at(ms(1501))), (Ok(()), Err(None)));
+        assert_eq!((breaker.admit_at(ms(1500)), breaker.admit_at(ms(1501))), (Ok(true), Err(None)));
         assert_eq!(figures(&breaker), (BreakerState::HalfOpen, 0, 1, 0));
         // What began before tells nothing new.
         breaker.failed("o", ms(999), ms(1502), &silent);
         assert_eq!(breaker.state(), BreakerState::HalfOpen);
         breaker.failed("o", ms(1500), ms(2000), &silent);
         assert_eq!(figures(&breaker), (BreakerState::Open, 1, 0, 0));
-        assert_eq!((breaker.admit_at(ms(2999)), breaker.admit_at(ms(3000))), (Err(Some(ms(3000))), Ok(())), "the pause has doubled");
-        // Its client left: another one may try after as long again.
-        assert_eq!((breaker.admit_at(ms(3999)), breaker.admit_at(ms(4000))), (Err(None), Ok(())));
+        assert_eq!((breaker.admit_at(ms(2999)), breaker.admit_at(ms(3000))), (Err(Some(ms(3000))), Ok(true)), "the pause has doubled");
+        // It takes long: another one may try after as long again.
+        assert_eq!((breaker.admit_at(ms(3999)), breaker.admit_at(ms(4000))), (Err(None), Ok(true)));
+        // Its client left: another one may try at once.
+        breaker.give_up(ms(3000));
+        assert_eq!(breaker.state(), BreakerState::HalfOpen, "not the one that tries");
+        breaker.give_up(ms(4000));
+        assert_eq!((figures(&breaker), breaker.admit_at(ms(4001))), ((BreakerState::Open, 1, 0, 0), Ok(true)));
         breaker.record("o", ms(4000), Ok(StatusCode::NOT_FOUND));
         assert_eq!(figures(&breaker), (BreakerState::Closed, 0, 0, 0));
         assert!(breaker.admit_at(ms(4001)).is_ok());
@@ -285,17 +326,19 @@ mod tests {
         let breaker = breaker(2);
         let unreachable = Fault::Unreachable { source_name: "origin", why: String::new() };
         for _ in 0..5 {
-            breaker.admit().await.unwrap();
+            let admission = breaker.admit().await;
+            assert!(admission.is_ok());
             breaker.record("o", Instant::now(), Err(&unreachable));
         }
         assert_eq!(breaker.state(), BreakerState::Open);
-        breaker.admit().await.unwrap();
+        let tries = breaker.admit().await;
+        assert!(tries.is_ok());
         // Others wait for what it finds.
         let (other, ()) = tokio::join!(breaker.admit(), async {
             tokio::task::yield_now().await;
             breaker.record("o", Instant::now(), Ok(StatusCode::OK));
         });
-        other.unwrap();
+        assert!(other.is_ok());
         assert_eq!(figures(&breaker), (BreakerState::Closed, 0, 0, 0));
         // A pause that is long is not waited for.
         for _ in 0..2 {
@@ -322,6 +365,10 @@ mod tests {
         breaker.record("o", now(), Err(&unreachable));
         assert_eq!(breaker.state(), BreakerState::Closed, "another request was answered meanwhile");
         breaker.record("o", now(), Ok(StatusCode::BAD_GATEWAY));
+        assert_eq!(breaker.state(), BreakerState::Closed, "it came at once");
+        let asked = now();
+        std::thread::sleep(AT_ONCE);
+        breaker.record("o", asked, Ok(StatusCode::BAD_GATEWAY));
         assert_eq!(breaker.state(), BreakerState::Open);
     }
 }

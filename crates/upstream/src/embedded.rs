@@ -24,7 +24,7 @@ impl EmbeddedStore {
     /// Asks, if the circuit breaker lets it pass.
     fn ask<'a, T: Send + 'a>(&'a self, answer: BoxFuture<'a, Result<T, Fault>>) -> BoxFuture<'a, Result<T, Fault>> {
         async move {
-            self.server.admit().await?;
+            let _admission = self.server.admit().await?;
             let asked = Instant::now();
             let answer = answer.await;
             self.found(asked, answer)
@@ -65,7 +65,7 @@ impl Ranges for Counted {
     fn read(&self, range: Range<u64>) -> BoxFuture<'static, Result<BoxStream<'static, Result<Bytes, Fault>>, NoRange>> {
         let (server, read) = (self.server.clone(), self.ranges.read(range));
         async move {
-            server.admit().await.map_err(NoRange::Fault)?;
+            let _admission = server.admit().await.map_err(NoRange::Fault)?;
             let asked = Instant::now();
             let answer = read.await;
             server.report_outcome(asked, if let Err(NoRange::Fault(fault)) = &answer { Err(fault) } else { Ok(StatusCode::OK) });

@@ -2,7 +2,7 @@
 
 use crate::{
     access::{self, ca_file},
-    breaker::Breaker,
+    breaker::{Admission, Breaker},
     metrics::Metrics,
     origin_state::{OriginHealth, OriginState},
     put::REPLAYS,
@@ -75,7 +75,7 @@ pub struct Upstream {
     /// Whether the origin is up; `None` for a peer, whose health the membership knows.
     health: Option<OriginHealth>,
     /// `None` for a peer, and if it would never open.
-    breaker: Option<Breaker>,
+    breaker: Option<Arc<Breaker>>,
     /// `None` for a peer: one that fails gets no requests.
     retry_budget: Option<Arc<RetryBudget>>,
     /// `origin.max_requests` permits. Each peer has as many of its own.
@@ -473,7 +473,7 @@ impl Upstream {
 
     /// [`Self::exchange`], with up to `repeats` retries if a connection breaks before the answer.
     pub async fn repeat(&self, request: &RequestHeader, body: &[u8], repeats: usize) -> Result<(HttpSession, HttpPeer), Fault> {
-        self.admit().await?;
+        let _admission = self.admit().await?;
         if let Some(budget) = self.retry_budget.as_ref().filter(|_| repeats > 0) {
             budget.request();
         }
@@ -522,14 +522,14 @@ impl Upstream {
         }
     }
 
-    /// Lets a request pass. Call it before each: [`Self::report_outcome`] tells how it ended.
+    /// Lets a request pass. Call it before each, and keep what it returns until [`Self::report_outcome`] tells how it ended.
     ///
     /// # Errors
     /// [`Fault::NotAsked`] while the circuit breaker is open.
-    pub async fn admit(&self) -> Result<(), Fault> {
+    pub async fn admit(&self) -> Result<Admission, Fault> {
         match &self.breaker {
             Some(breaker) => breaker.admit().await,
-            None => Ok(()),
+            None => Ok(Admission::FREE),
         }
     }
 
@@ -564,7 +564,7 @@ impl Upstream {
 
     /// Whether the origin is up, as its last requests showed; `None` for a peer.
     pub fn origin_state(&self) -> Option<OriginState> {
-        let breaker = self.breaker.as_ref().map(Breaker::state).unwrap_or_default();
+        let breaker = self.breaker.as_ref().map(|breaker| breaker.state()).unwrap_or_default();
         self.health.as_ref().map(|health| OriginState { breaker, ..health.state() })
     }
 

@@ -22,7 +22,7 @@ mod traced_plan;
 pub mod via_header;
 
 pub use access::{ca_file, certificates_file};
-pub use breaker::BreakerState;
+pub use breaker::{Admission, BreakerState};
 pub use chunks::Chunks;
 pub use embedded::EmbeddedStore;
 #[doc(hidden)]

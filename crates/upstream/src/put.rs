@@ -31,9 +31,7 @@ impl Upstream {
     pub async fn put(&self, upload: &mut Upload<'_>) -> Result<Put, Fault> {
         // `repeat` reports the outcome of small uploads, which are in memory. Streamed uploads do not go through it.
         let streams = upload.whole().is_none();
-        if streams {
-            self.admit().await?;
-        }
+        let _admission = if streams { Some(self.admit().await?) } else { None };
         let asked = std::time::Instant::now();
         let put = self.send(upload).await;
         if streams {

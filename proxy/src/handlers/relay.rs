@@ -15,7 +15,7 @@ use bytes::{Bytes, BytesMut};
 use castier_access::Clients;
 use castier_cache::{Fault, Lease, Limit};
 use castier_config::Limits;
-use castier_upstream::{Expected, Upstream, via_header};
+use castier_upstream::{Admission, Expected, Upstream, via_header};
 use castier_wire::{
     self as wire,
     trace::{Trace, X_REQUEST_ID},
@@ -86,15 +86,16 @@ impl Relay {
 
     /// Relays a request that came over HTTP/2. Ends without a whole answer if the client sends nothing of its body for `limits.idle_timeout`: pingora
     /// has no such limit for HTTP/2.
-    pub async fn pass_http2(&self, mut session: ServerSession, limits: &Limits, shutdown: &ShutdownWatch, known: Known) {
+    /// Returns whether that was so.
+    pub async fn pass_http2(&self, mut session: ServerSession, limits: &Limits, shutdown: &ShutdownWatch, known: Known) -> bool {
         session.set_write_timeout(Some(limits.write_timeout.get()));
         let progress = Arc::new(Progress::default());
         let handed = Handed(Arc::new(Mutex::new(Some((known, progress.clone())))));
         session.req_header_mut().extensions_mut().insert(handed);
         tokio::select! {
             biased;
-            _ = self.proxy.process_new_http(session, shutdown) => {}
-            () = progress.stalled(limits.idle_timeout.get()) => tracing::debug!("a relayed request was given up: its client sent nothing for too long"),
+            _ = self.proxy.process_new_http(session, shutdown) => false,
+            () = progress.stalled(limits.idle_timeout.get()) => true,
         }
     }
 }
@@ -155,6 +156,8 @@ struct RelayContext {
     started: Instant,
     /// When the origin was asked.
     asked: Instant,
+    /// Its circuit breaker let the request pass.
+    admission: Option<Admission>,
     /// From the start to the first byte of the answer.
     first_byte: Option<Duration>,
     failed: bool,
@@ -224,6 +227,7 @@ impl ProxyHttp for Rules {
         RelayContext {
             started: Instant::now(),
             asked: Instant::now(),
+            admission: None,
             first_byte: None,
             failed: false,
             error: None,
@@ -263,10 +267,12 @@ impl ProxyHttp for Rules {
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut RelayContext) -> pingora::Result<Box<HttpPeer>> {
         let expected = Expected { head: session.req_header().method == Method::HEAD, upgrade: session.is_upgrade_req() };
         if ctx.connections == 0 {
-            self.server(ctx)
+            let admission = self
+                .server(ctx)
                 .admit()
                 .await
                 .map_err(|fault| pingora::Error::because(ErrorType::ConnectError, "the origin is not asked", fault).into_up())?;
+            ctx.admission = Some(admission);
             ctx.asked = Instant::now();
         }
         // A retry uses a new connection: if one pooled connection was closed, the others may be closed too.

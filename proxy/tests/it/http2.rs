@@ -129,7 +129,9 @@ async fn the_origin_sees_castier_and_not_the_authority() {
     let _turn = light().await;
     let (origin, castier) = world("").await;
     let client = Http2::open(castier.public).await;
-    let reply = client.ask(&Request::new("PUT", "/kv/a").header("x-own", "kept").header("te", "trailers").body("hello")).await.unwrap();
+    let request =
+        Request::new("PUT", "/kv/a").header("x-own", "kept").header("te", "trailers").header("cookie", "a=1").header("cookie", "b=2");
+    let reply = client.ask(&request.body("hello")).await.unwrap();
     assert_eq!(reply.status, 200);
     let seen = origin.seen().into_iter().find(|seen| seen.target == "/kv/a").unwrap();
     let header = |name: &str| seen.head.header(name).map(str::to_owned);
@@ -138,6 +140,21 @@ async fn the_origin_sees_castier_and_not_the_authority() {
     assert_eq!((header("x-forwarded-for").as_deref(), header("x-forwarded-proto").as_deref()), (Some("127.0.0.1"), Some("http")));
     assert_eq!((header("x-own").as_deref(), header("te"), header("content-length").as_deref()), (Some("kept"), None, Some("5")));
     assert!(header("via").is_some_and(|via| via.contains("castier-")));
+    assert_eq!((header("cookie").as_deref(), seen.head.headers.iter().filter(|(name, _)| name == "cookie").count()), (Some("a=1; b=2"), 1));
+    // A target that two readers take differently goes nowhere.
+    let before = origin.seen().len();
+    for path in ["?u=:x://h/kv/b", "?x", "http://other/kv/b"] {
+        let mut stream = TcpStream::connect(castier.public).await.unwrap();
+        let fields = [(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", path)];
+        stream.write_all(&[PREFACE, &frame(4, 0, 0, &[]), &frame(1, 5, 1, &block(&fields))].concat()).await.unwrap();
+        let mut head = [0; 9];
+        // The answer of the request, a reset, or the end.
+        while stream.read_exact(&mut head).await.is_ok() && head[5..] != [0, 0, 0, 1] {
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            stream.read_exact(&mut payload).await.unwrap();
+        }
+    }
+    assert_eq!(origin.seen().len(), before);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -378,7 +395,7 @@ async fn memory_that_is_used_up_costs_requests_and_not_the_connection() {
     while let Some(code) = waiting.join_next().await {
         *codes.entry(code.unwrap()).or_insert(0) += 1;
     }
-    assert!(codes.len() == 2 && codes[&200] > 50 && codes[&503] > 0, "{codes:?}");
+    assert!(codes.len() == 2 && codes[&200] > 30 && codes[&503] > 0, "{codes:?}");
     client.get(&kept.path()).await.unwrap().assert_is(&kept);
 }
 

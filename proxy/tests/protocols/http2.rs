@@ -50,6 +50,24 @@ fn curl_over_tls_and_by_prior_knowledge() {
 }
 
 #[test]
+fn links_lead_back_to_castier() {
+    let _turn = turn();
+    let Some(curl) = Curl::find() else { return };
+    let upstream = Upstream::answering(|request| {
+        let host = request.header("host").unwrap_or_default();
+        let text = format!(
+            r#"{{"name":"a","versions":{{"1.0.0":{{"name":"a","version":"1.0.0","dist":{{"tarball":"http://{host}/a/-/a-1.0.0.tgz"}}}}}}}}"#
+        );
+        Response::ok("application/json", text)
+    });
+    let route = format!("[[route]]\nprotocol = \"npm\"\nprefix = \"/npm\"\nupstream = \"{}\"\naccess = \"local\"\n", upstream.url());
+    let castier = castier(&route);
+    let (status, body) = curl.get(&["--http2-prior-knowledge"], &format!("{}/npm/a", castier.url()));
+    let text = String::from_utf8(body).unwrap();
+    assert!(status == "200" && text.contains(&format!("\"{}/npm/a/-/a-1.0.0.tgz\"", castier.url())), "{status} {text}");
+}
+
+#[test]
 fn h2load_with_64_streams() {
     let _turn = turn();
     let Some(h2load) = tool("h2load") else { return };
