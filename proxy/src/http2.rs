@@ -258,11 +258,12 @@ impl Stream {
         };
         let draining = &shared.shutdown;
         let arrived = Arrived { head: &head, limits: &limits, draining, asked: &asked, client, routed: routed.as_deref() };
-        if let Answerer::Relay(relay) = front.answerer(&arrived, &bytes) {
+        let target = head.target(&bytes);
+        if let Answerer::Relay(relay) = front.answerer(&arrived, &target) {
             drop(memory);
             return Box::pin(self.relay(relay, session, &bytes, &arrived, started)).await;
         }
-        if let Target::Blob(digest) = head.target(&bytes)
+        if let Target::Blob(digest) = target
             && head.plain
             && routed.is_none()
             && head.validator(&bytes).is_none()

@@ -291,9 +291,12 @@ impl Front {
             };
             let Admitted { asked, routed, client } = &admitted;
             let arrived = Arrived { head: &head, limits: &limits, draining: &draining, asked, client: *client, routed: routed.as_deref() };
-            let next = match (self.answerer(&arrived, &ahead), head.target(&ahead)) {
+            let target = head.target(&ahead);
+            let answerer = self.answerer(&arrived, &target);
+            let blob = if let Target::Blob(digest) = target { Some(digest) } else { None };
+            let next = match (answerer, blob) {
                 (Answerer::Relay(relay), _) => Box::pin(self.relay_request(relay, conn, ahead, &arrived, shutdown)).await,
-                (Answerer::Handlers, Target::Blob(digest)) if routed.is_none() && head.plain && !*draining.borrow() => {
+                (Answerer::Handlers, Some(digest)) if routed.is_none() && head.plain && !*draining.borrow() => {
                     match self.fast_hit(&mut conn, &mut ahead, &digest, &arrived).await {
                         Ok(true) if head.close => {
                             let _ = timeout(limits.write_timeout.get(), conn.shutdown()).await;
@@ -340,14 +343,12 @@ impl Front {
         Ok(Admitted { asked, routed, client })
     }
 
-    /// Who answers a request, whose head is at the front of `bytes`.
-    pub(crate) fn answerer(&self, arrived: &Arrived<'_>, bytes: &[u8]) -> Answerer<'_> {
+    /// Who answers a request for this target.
+    pub(crate) fn answerer(&self, arrived: &Arrived<'_>, target: &Target<'_>) -> Answerer<'_> {
         let method = &arrived.head.method;
         match &self.audience {
             Audience::Clients(relay, _)
-                if !arrived
-                    .routed
-                    .map_or_else(|| is_for_handlers(&arrived.head.target(bytes), method), |found| found.is_answered(method)) =>
+                if !arrived.routed.map_or_else(|| is_for_handlers(target, method), |found| found.is_answered(method)) =>
             {
                 Answerer::Relay(relay)
             }

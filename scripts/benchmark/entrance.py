@@ -55,7 +55,7 @@ def castier(build, directory, port, tls=None, origin=None, **more):
 def nginx(directory, port, tls, root):
     """Files from memory: with open_file_cache and sendfile there is nothing that nginx does faster."""
     config = f"""
-worker_processes 1; pid {directory}/nginx.pid; error_log /dev/null; daemon off;
+user root; worker_processes 1; pid {directory}/nginx.pid; error_log /dev/null; daemon off;
 events {{ worker_connections 4096; }}
 http {{
   access_log off; sendfile on; tcp_nopush on; open_file_cache max=1000; keepalive_requests 1000000000; http2_max_concurrent_streams 128;

@@ -136,7 +136,7 @@ macro_rules! tests {
 
 tests! {
     answer authorization challenge chunks conditions content_range crate_path digest entry far_link fields form forwarded freshness glob hosts html_links
-    json_links json_members lfs_answer lfs_request link_header manifest metadata_cargo metadata_debian metadata_nix metadata_npm metadata_pypi nix_priority
+    http2_frames http2_head json_links json_members lfs_answer lfs_request link_header manifest metadata_cargo metadata_debian metadata_nix metadata_npm metadata_pypi nix_priority
     object_key path peer_name proof proxy_header range request_head route_path route_table ticket trace xml_error xml_uploads
 }
 
