@@ -190,7 +190,11 @@ impl Front {
                     let stream = Stream::open(&shared);
                     most = most.max(shared.open.load(Ordering::Relaxed));
                     let fits = memory.cover(memory_plan::HTTP2 + ((most - 1) * memory_plan::HTTP2_QUEUE) as u64);
-                    tokio::spawn(async move { stream.serve(session, fits).await });
+                    // A hit is answered here and now. What has to wait goes on in a task of its own.
+                    let mut answer = Box::pin(stream.serve(session, fits));
+                    if futures::poll!(answer.as_mut()).is_pending() {
+                        tokio::spawn(answer);
+                    }
                 }
                 Ok(Some(H2Accept::Rejected)) => {
                     if malformed.1.elapsed() > MINUTE {
