@@ -20,7 +20,10 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -37,8 +40,27 @@ pub struct Conn {
     /// `limits.write_timeout`: if the client takes no byte for this long, the write fails.
     stall: StallTimeout,
     fence: Option<Box<Fence>>,
-    /// Over HTTP/2: counts what comes.
-    frames: Option<Box<Frames>>,
+    /// Over HTTP/2.
+    http2: Option<Box<Http2>>,
+}
+
+/// What a connection has for HTTP/2.
+#[derive(Debug)]
+struct Http2 {
+    /// Counts what comes.
+    frames: Frames,
+    /// Bytes that the `h2` library has written and flushed, and that are not sent yet. It flushes behind each frame with a body, which would be a system
+    /// call for each small answer.
+    out: BytesMut,
+    /// While this is set, writes wait. Who sets it polls the connection once more without it before it sleeps: the next read sends what waits.
+    gathers: Arc<AtomicBool>,
+    /// TLS may hold some of what was written.
+    is_unflushed: bool,
+}
+
+impl Http2 {
+    /// The most bytes that wait to be sent together.
+    const TOGETHER: usize = 32 << 10;
 }
 
 /// Limits what a session reads to one request. Without it, pingora would read ahead into the next request of a pipelining client, and those
@@ -101,7 +123,7 @@ impl Conn {
 
     /// Wraps an accepted connection.
     pub fn new(stream: Stream, write_timeout: Duration) -> Self {
-        Self { stream, stall: StallTimeout::new(write_timeout), fence: None, frames: None }
+        Self { stream, stall: StallTimeout::new(write_timeout), fence: None, http2: None }
     }
 
     /// A connection that tokio accepted, not pingora.
@@ -144,11 +166,12 @@ impl Conn {
     }
 
     /// The connection speaks HTTP/2 from now on. Reads give `ahead` first, and all bytes that come are counted as `frames`, until they are too many.
-    pub fn count_frames(&mut self, ahead: BytesMut, frames: Frames) -> Arc<Alarm> {
-        let alarm = frames.alarm().clone();
+    /// While what is returned with the alarm is set, small writes wait for each other: see [`Http2::gathers`].
+    pub fn count_frames(&mut self, ahead: BytesMut, frames: Frames) -> (Arc<Alarm>, Arc<AtomicBool>) {
+        let (alarm, gathers) = (frames.alarm().clone(), Arc::new(AtomicBool::new(false)));
         self.fence = Some(Box::new(Fence { ahead, remaining: Remaining::All, next_check: None }));
-        self.frames = Some(Box::new(frames));
-        alarm
+        self.http2 = Some(Box::new(Http2 { frames, out: BytesMut::new(), gathers: gathers.clone(), is_unflushed: false }));
+        (alarm, gathers)
     }
 
     /// For a pingora session. [`Self::from_stream`] is the way back.
@@ -164,10 +187,54 @@ impl Conn {
 
 impl Conn {
     fn watch_write(&mut self, written: Poll<io::Result<usize>>, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if let (Some(frames), Poll::Ready(Ok(bytes))) = (&mut self.frames, &written) {
-            frames.wrote(*bytes);
+        if let (Some(http2), Poll::Ready(Ok(bytes))) = (&mut self.http2, &written) {
+            http2.frames.wrote(*bytes);
         }
         self.stall.watch_write(written, cx)
+    }
+
+    fn gathers(&self) -> bool {
+        self.http2.as_ref().is_some_and(|http2| http2.gathers.load(Relaxed))
+    }
+
+    /// Over HTTP/2: takes a small write into what is sent together. False if the write is to be made at once: then nothing waits before it.
+    fn poll_gather(&mut self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<bool>> {
+        let Some(http2) = &mut self.http2 else { return Poll::Ready(Ok(false)) };
+        let length: usize = bufs.iter().map(|buf| buf.len()).sum();
+        if http2.out.len() + length > Http2::TOGETHER {
+            ready!(self.poll_send(cx))?;
+            if length > Http2::TOGETHER {
+                return Poll::Ready(Ok(false));
+            }
+        }
+        if let Some(http2) = &mut self.http2 {
+            bufs.iter().for_each(|buf| http2.out.extend_from_slice(buf));
+        }
+        Poll::Ready(Ok(true))
+    }
+
+    /// Over HTTP/2: sends what waits to be sent together.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(http2) = self.http2.as_mut().filter(|http2| !http2.out.is_empty()) {
+            let written = Pin::new(&mut self.stream).poll_write(cx, &http2.out);
+            http2.is_unflushed = true;
+            let bytes = ready!(self.watch_write(written, cx))?;
+            if bytes == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            if let Some(http2) = &mut self.http2 {
+                http2.out.advance(bytes);
+            }
+        }
+        if self.http2.as_ref().is_some_and(|http2| http2.is_unflushed) {
+            let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+            ready!(self.stall.watch_write(flushed, cx))?;
+            if let Some(http2) = &mut self.http2 {
+                // An idle connection has no buffer.
+                (http2.out, http2.is_unflushed) = (BytesMut::new(), false);
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -220,7 +287,11 @@ fn has_closed(stream: &Stream) -> bool {
 impl AsyncRead for Conn {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if let Some(frames) = &mut this.frames {
+        if !this.gathers() {
+            // If the socket does not take it now, it is sent later. Reading goes on.
+            let _ = this.poll_send(cx)?;
+        }
+        if let Some(Http2 { frames, .. }) = this.http2.as_deref_mut() {
             if frames.found().is_some() {
                 // Whoever waits for the alarm closes the connection.
                 return Poll::Pending;
@@ -274,6 +345,9 @@ impl AsyncWrite for Conn {
         if let Some(fence) = &mut self.fence {
             fence.decide(buf);
         }
+        if ready!(self.poll_gather(cx, &[io::IoSlice::new(buf)]))? {
+            return Poll::Ready(Ok(buf.len()));
+        }
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.watch_write(written, cx)
     }
@@ -281,6 +355,9 @@ impl AsyncWrite for Conn {
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
         if let (Some(fence), Some(first)) = (&mut self.fence, bufs.iter().find(|buf| !buf.is_empty())) {
             fence.decide(first);
+        }
+        if ready!(self.poll_gather(cx, bufs))? {
+            return Poll::Ready(Ok(bufs.iter().map(|buf| buf.len()).sum()));
         }
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
         self.watch_write(written, cx)
@@ -291,11 +368,16 @@ impl AsyncWrite for Conn {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.gathers() {
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_send(cx))?;
         let flushed = Pin::new(&mut self.stream).poll_flush(cx);
         self.stall.watch_write(flushed, cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
         // Under a timeout: TLS writes its last record here, and the client may not read it.
         let ended = Pin::new(&mut self.stream).poll_shutdown(cx);
         self.stall.watch_write(ended, cx)

@@ -35,10 +35,12 @@ use pingora::{
     server::ShutdownWatch,
 };
 use std::{
+    future::poll_fn,
     net::IpAddr,
+    pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -126,7 +128,7 @@ impl Front {
             return;
         };
         let digest = Arc::new(conn.digest());
-        let alarm = conn.count_frames(ahead, Frames::new(&limits));
+        let (alarm, gathers) = conn.count_frames(ahead, Frames::new(&limits));
         let begun = timeout(limits.header_timeout.get(), handshake(conn.into_stream(), Some(options(&limits))));
         let Ok(Ok(mut connection)) = begun.await else { return };
         let shared = Arc::new(Shared {
@@ -154,7 +156,7 @@ impl Front {
                     (closing, wait) = (Some(Instant::now()), fast_path::REFUSAL);
                     continue;
                 }
-                accepted = HttpSession::from_h2_conn(&mut connection, digest.clone()) => accepted,
+                accepted = together(&gathers, HttpSession::from_h2_conn(&mut connection, digest.clone())) => accepted,
                 () = shared.idle(step) => {
                     idle += step;
                     // What was answered may still be in the queue. If nothing is, its memory is given back.
@@ -359,6 +361,19 @@ impl Stream {
         Record { method: head.method.as_str(), path: head.uri.path(), ..record }.log(&front.metrics);
         end(session, fast_path::REFUSAL).await;
     }
+}
+
+/// Polls a connection so that all answers which are ready are sent together, before it sleeps.
+async fn together<T>(gathers: &AtomicBool, accept: impl Future<Output = T>) -> T {
+    let mut accept = pin!(accept);
+    poll_fn(|cx| {
+        gathers.store(true, Ordering::Relaxed);
+        let accepted = accept.as_mut().poll(cx);
+        gathers.store(false, Ordering::Relaxed);
+        // There is nothing more to answer now: this sends what waits.
+        if accepted.is_pending() { accept.as_mut().poll(cx) } else { accepted }
+    })
+    .await
 }
 
 /// Gives a request the fields that HTTP/1.1 has for what HTTP/2 says otherwise, so that handlers and the origin find them: `Host` for `:authority`, and one
