@@ -30,7 +30,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
-    time::{Instant, Sleep},
+    time::{Instant, Sleep, timeout},
 };
 
 /// A client's connection.
@@ -420,11 +420,22 @@ impl GetSocketDigest for Conn {
 
 impl Peek for Conn {}
 
+/// How long an answer over HTTP/2 waits for the end of an upload that it does not need, and how long for more of it.
+const EARLY: Duration = Duration::from_secs(2);
+const LULL: Duration = Duration::from_millis(200);
+
 /// Writes a reply whose body is in memory, or empty. Long bodies are written in pieces, so that the write timeout counts for each piece.
 ///
 /// # Errors
 /// The client has closed, or has taken no byte for `limits.write_timeout`.
 pub async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
+    if let ServerSession::H2(stream) = session
+        && !stream.is_body_done()
+    {
+        // Some clients of HTTP/2 (curl 7.88) lose an answer that comes before the end of their upload.
+        let upload = async { while let Ok(Ok(Some(_))) = timeout(LULL, stream.read_body_bytes()).await {} };
+        let _ = timeout(EARLY, upload).await;
+    }
     let head = response_header(reply.status, &reply.headers);
     let mut rest = if let Body::Whole(bytes) = reply.body { bytes } else { Bytes::new() };
     if let ServerSession::H2(stream) = session

@@ -37,7 +37,7 @@ async fn localhost_may_be_the_other_address() {
     let _turn = light().await;
     let origin = LyingOrigin::start().await;
     let url = format!("http://localhost:{}", origin.addr.port());
-    let Some(castier) = start(&url, "::1 localhost\n127.0.0.1 localhost\n", NOBODY, "").await else { return };
+    let Some(castier) = start(&url, &format!("::1 localhost\n{} localhost\n", origin.addr.ip()), NOBODY, "").await else { return };
     let reply = Request::get("/who").send(castier.public).await;
     assert_eq!((reply.status, reply.header("x-from")), (200, Some("origin")), "a relay");
     let blob = origin.blob(10 * KIB);
