@@ -120,7 +120,9 @@ pub struct Known {
 
 /// [`Known`] on its way to the context that pingora makes for a request over HTTP/2.
 #[derive(Clone)]
-struct Handed(Arc<Mutex<Option<(Known, Arc<Progress>)>>>);
+struct Handed(Arc<Mutex<Option<InHand>>>);
+
+type InHand = (Known, Arc<Progress>);
 
 /// How far the body of a request has come.
 #[derive(Default)]
