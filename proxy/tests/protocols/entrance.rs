@@ -6,7 +6,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
@@ -465,4 +465,25 @@ fn other_scopes_need_a_restart() {
     castier.says("these changes need a restart");
     castier.says("access.scopes");
     assert_eq!(put(), 403);
+}
+
+#[test]
+fn files_are_for_their_owner_only() {
+    let _turn = turn();
+    let castier = castier("disk.path = \"./cache\"\ndisk.capacity = \"64MiB\"\n");
+    put(&castier, &noise(701, 300_000));
+    assert_eq!(Request::new("PUT", "/kv/a").body("an entry").send(castier.public).status, 201);
+    eventually("the disk has the blob", || (castier.metric("castier_tier_blobs", &["tier=\"disk\""]) > 0.0).then_some(()));
+    let mut left: Vec<_> = ["cache", "origin"].map(|name| castier.dir.path().join(name)).into();
+    let mut files = 0;
+    while let Some(path) = left.pop() {
+        let found = fs::symlink_metadata(&path).unwrap();
+        assert_eq!(found.permissions().mode() & 0o077, 0, "{}", path.display());
+        if found.is_dir() {
+            left.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        } else {
+            files += 1;
+        }
+    }
+    assert!(files >= 3, "{files}");
 }
