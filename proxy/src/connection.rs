@@ -293,7 +293,7 @@ impl AsyncRead for Conn {
         }
         if let Some(Http2 { frames, .. }) = this.http2.as_deref_mut() {
             if frames.found().is_some() {
-                // Whoever waits for the alarm closes the connection.
+                // The task that waits for the alarm closes the connection.
                 return Poll::Pending;
             }
             let before = buf.filled().len();

@@ -27,7 +27,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// A failure that comes as fast as this costs nobody anything. The pause after it.
 const AT_ONCE: Duration = Duration::from_millis(100);
 /// The longest wait of a request for the end of a pause.
-const PATIENCE: Duration = Duration::from_millis(150);
+const LONGEST_WAIT: Duration = Duration::from_millis(150);
 
 /// The state of a breaker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -129,7 +129,7 @@ impl Breaker {
     /// # Errors
     /// [`Fault::NotAsked`] while the breaker is open.
     pub(crate) async fn admit(self: &Arc<Self>) -> Result<Admission, Fault> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + LONGEST_WAIT;
         loop {
             let tried = self.tried.notified();
             tokio::pin!(tried);

@@ -67,7 +67,7 @@ pub(crate) fn has_ticket(method: &Method, found: &Match) -> bool {
     matches!(*method, Method::GET | Method::HEAD) && is_object(found)
 }
 
-/// The links that the upstream gives for uploads are good for whoever has them, and castier's own credentials may have paid for them.
+/// The links that the upstream gives for uploads are good for every client that has them, and castier's own credentials may have paid for them.
 fn no_uploads(status: StatusCode) -> Reply {
     let mut reply = Reply::error(status, "uploads of Git LFS need a user or a token with the role write");
     if status == StatusCode::UNAUTHORIZED {

@@ -1,8 +1,8 @@
 //! HTTP/2: the same replies as over HTTP/1.1, and the limits that only it needs.
 
 use crate::support::{
-    Blob, Castier, Conn, Gate, KIB, Lie, LyingOrigin, MIB, Random, Request, assert_ledger, eventually, get, heavy,
-    http2::{Http2, PREFACE, Reply2, block, frame, get_frame, goaway, read, send_all, shout},
+    Blob, Castier, Conn, Gate, KIB, Lie, LyingOrigin, MIB, MuteOrigin, Random, Request, assert_ledger, eventually, get, heavy,
+    http2::{Http2, PREFACE, Reply2, block, frame, get_frame, goaway, read, read_frame, send_all, shout},
     lie::RangeManner,
     light, metrics, within,
 };
@@ -19,11 +19,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    task::JoinSet,
-};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, task::JoinSet};
 
 async fn world(config: &str) -> (LyingOrigin, Castier) {
     let origin = LyingOrigin::start().await;
@@ -106,7 +102,7 @@ async fn the_replies_are_those_of_http1() {
         );
         let mut over1 = shown(first.head.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())));
         let mut over2 = of_map(&second.headers);
-        // Chunks are of HTTP/1.1 only, and so is the length of an empty body.
+        // Only HTTP/1.1 has chunks. Only there an empty body has a length.
         for length in [&mut over1, &mut over2] {
             length.retain(|name, value| name != "content-length" || value != "0");
         }
@@ -147,12 +143,8 @@ async fn the_origin_sees_castier_and_not_the_authority() {
         let mut stream = TcpStream::connect(castier.public).await.unwrap();
         let fields = [(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", path)];
         stream.write_all(&[PREFACE, &frame(4, 0, 0, &[]), &frame(1, 5, 1, &block(&fields))].concat()).await.unwrap();
-        let mut head = [0; 9];
         // The answer of the request, a reset, or the end.
-        while stream.read_exact(&mut head).await.is_ok() && head[5..] != [0, 0, 0, 1] {
-            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-            stream.read_exact(&mut payload).await.unwrap();
-        }
+        while read_frame(&mut stream).await.is_some_and(|(_, stream, _)| stream != 1) {}
     }
     assert_eq!(origin.seen().len(), before);
 }
@@ -241,11 +233,8 @@ async fn heads_and_streams_have_limits() {
     stream.write_all(&[PREFACE, &frame(4, 0, 0, &[]), &gets].concat()).await.unwrap();
     let mut refused = 0;
     while refused < 2 {
-        let mut head = [0; 9];
-        stream.read_exact(&mut head).await.unwrap();
-        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-        stream.read_exact(&mut payload).await.unwrap();
-        if head[3] == 3 {
+        let (kind, _, payload) = read_frame(&mut stream).await.unwrap();
+        if kind == 3 {
             assert_eq!(payload, [0, 0, 0, 7], "REFUSED_STREAM");
             refused += 1;
         }
@@ -468,4 +457,42 @@ async fn a_connection_costs_what_the_plan_says() {
     let each = (castier.memory("VmRSS") - before) / MANY;
     let planned = memory_plan::HTTP2 + memory_plan::CONNECTION;
     assert!(each < planned, "{each} of {planned}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relayed_upload_pays_for_its_window() {
+    let _turn = light().await;
+    let origin = MuteOrigin::start().await;
+    let castier = Castier::start(&origin.url, "limits.client_memory = \"1MiB\"").await;
+    let client = Http2::open(castier.public).await;
+    // 56 KiB for the relay, 256 KiB for what it holds, and 256 KiB for what may come before that: one fits.
+    let (_waiting, mut body) = client.begin(&Request::new("POST", "/elsewhere"), true).await.unwrap();
+    body.send_data(Bytes::from_static(b"x"), false).unwrap();
+    eventually("it waits at the origin", async || (origin.waiting() == 1).then_some(())).await;
+    let (refused, _body) = client.begin(&Request::new("POST", "/elsewhere"), true).await.unwrap();
+    assert_eq!(read(refused).await.unwrap().status, 503);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_queued_goes_out_before_a_node_ends() {
+    const MANY: u32 = 400;
+    let _turn = heavy().await;
+    let (origin, castier) = world("limits.http2_streams = 500").await;
+    let blob = origin.blob(16 * KIB);
+    get(castier.public, &blob).await.assert_is(&blob);
+    // A client that lets everything come, and reads nothing yet: more than the kernel holds for it.
+    let mut stream = TcpStream::connect(castier.public).await.unwrap();
+    let window = frame(4, 0, 0, &[0, 4, 0, 16, 0, 0]);
+    let gets: Vec<u8> = (0..MANY).flat_map(|n| get_frame(2 * n + 1, &blob.path())).collect();
+    stream.write_all(&[PREFACE, &window, &frame(8, 0, 0, &[0x3f, 0, 0, 0]), &gets].concat()).await.unwrap();
+    let answered = async || metrics(&castier).await.sum("castier_http_requests_total", &[("route", "blob"), ("code", "200")]);
+    eventually("all are answered", async || (answered().await == u64::from(MANY) + 1).then_some(())).await;
+    castier.signal(Signal::TERM);
+    // Longer than castier waits for clients that have nothing left to get.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let mut bytes = 0;
+    while let Some((kind, _, payload)) = read_frame(&mut stream).await {
+        bytes += if kind == 0 { payload.len() as u64 } else { 0 };
+    }
+    assert_eq!(bytes, u64::from(MANY) * blob.size);
 }

@@ -190,7 +190,7 @@ async fn retries_do_not_multiply_an_outage() {
     let most = 300 + 30 + 10 + usize::try_from(began.elapsed().as_secs()).unwrap() + 1;
     assert!((300..=most).contains(&asked), "{asked} of at most {most}");
     assert!(metrics(&castier).await.total("castier_retries_refused_total") > 0);
-    // A transfer that comes forward goes on, whatever the budget.
+    // A transfer that comes forward goes on, also without a budget.
     let large = origin.blob(4 * MIB);
     origin.next(&large, [Lie::honest().reset_after(512 * KIB)]);
     for part in 2..8 {
@@ -226,4 +226,35 @@ async fn misses_beyond_the_queue_are_refused_while_hits_flow() {
     while let Some(reply) = all.join_next().await {
         assert_eq!(reply.unwrap().status, 200);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_requests_one_tries() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let config = "origin.read_timeout = \"1s\"\norigin.breaker_failures = 1\norigin.breaker_pause = \"500ms\"";
+    let castier = Castier::start(&origin.url(), config).await;
+    let gate = Gate::new();
+    origin.freeze(&gate);
+    let blobs: Vec<_> = (0..30).map(|_| origin.blob(KIB)).collect();
+    get(castier.public, &blobs[0]).await.assert_problem(504);
+    assert_eq!(breakers(&castier).await.0, 1);
+    let asked = || blobs[1..].iter().map(|blob| origin.gets(blob)).sum::<usize>();
+    // The pause is over when a request reaches the origin again. That one hangs, and the others do not follow it.
+    let mut clients = JoinSet::new();
+    while asked() == 0 {
+        for blob in &blobs[1..] {
+            let (public, path) = (castier.public, blob.path());
+            clients.spawn(async move { Request::get(path).send(public).await.status });
+        }
+        while asked() == 0 && clients.len() > 1 {
+            assert_eq!(clients.join_next().await.unwrap().unwrap(), 502);
+        }
+    }
+    while clients.len() > 1 {
+        clients.join_next().await.unwrap().unwrap();
+    }
+    // After half a second another one may try, on a slow machine.
+    assert!(asked() <= 2, "{}", asked());
+    gate.open();
 }

@@ -46,7 +46,7 @@ certbot() { :; }
 chgrp() { shift 2; command chgrp -R \"$(id -g)\" \"$@\"; }
 ";
 
-/// A machine to follow recipes on: its `/etc` is a folder, and so is the home, where curl finds castier as `cache.example`.
+/// A machine to follow recipes on: its `/etc` and its home are folders. In the home curl finds castier as `cache.example`.
 struct Machine {
     dir: TempDir,
     body: Vec<u8>,

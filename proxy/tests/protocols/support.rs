@@ -394,7 +394,7 @@ impl Castier {
 pub(crate) type User = (&'static str, &'static str);
 /// May read. The space in the password must arrive as it is.
 pub(crate) const READER: User = ("reader", "read me");
-/// May write. Whoever splits at the wrong colon has another password.
+/// May write. A reader that splits at the wrong colon has another password.
 pub(crate) const WRITER: User = ("writer", "s:e:c");
 
 /// The files of users and tokens in a directory, and the configuration that names them.

@@ -220,7 +220,7 @@ fn git_lfs_clones_and_pushes() {
     assert!(fs::metadata(git.home.path().join("copy/large.bin")).unwrap().len() > 1 << 20, "a pointer");
 }
 
-/// The links of a batch for uploads lead past castier, so whoever may not write gets none.
+/// The links of a batch for uploads lead past castier, so a client that may not write gets none.
 #[test]
 fn git_lfs_pushes_nothing_for_readers() {
     let _turn = turn();

@@ -126,14 +126,20 @@ pub(crate) fn get_frame(stream: u32, path: &str) -> Vec<u8> {
     frame(1, 5, stream, &block(&[(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", path)]))
 }
 
+/// Reads a frame: its type, its stream and its payload. `None` at the end of the connection.
+pub(crate) async fn read_frame(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> Option<(u8, u32, Vec<u8>)> {
+    let mut head = [0; 9];
+    timeout(DEADLINE, stream.read_exact(&mut head)).await.expect("a frame, or the end").ok()?;
+    let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    timeout(DEADLINE, stream.read_exact(&mut payload)).await.expect("a payload").ok()?;
+    Some((head[3], u32::from_be_bytes(head[5..].try_into().unwrap()), payload))
+}
+
 /// Reads frames up to a GOAWAY, and returns its error code; `None` if the connection ends without one.
 pub(crate) async fn goaway(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> Option<u32> {
     loop {
-        let mut head = [0; 9];
-        timeout(DEADLINE, stream.read_exact(&mut head)).await.expect("the connection ends").ok()?;
-        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-        timeout(DEADLINE, stream.read_exact(&mut payload)).await.expect("a payload").ok()?;
-        if head[3] == 7 {
+        let (kind, _, payload) = read_frame(stream).await?;
+        if kind == 7 {
             return Some(u32::from_be_bytes(payload[4..8].try_into().unwrap()));
         }
     }
