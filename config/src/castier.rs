@@ -166,13 +166,15 @@ pub struct Origin {
     pub retry_budget: u32,
     /// After how many failures in a row the circuit breaker opens: then requests for what is not kept fail at once. 0: never.
     ///
-    /// A failure is a connection that cannot be opened or breaks before the answer, a silence of `origin.read_timeout`, or a 502 or 504 of a gateway.
+    /// A failure is a connection that cannot be opened or breaks before the answer, a silence of `origin.read_timeout`, or a 502 or 504 of a gateway that took
+    /// over 100 ms: one that comes at once costs nobody time, and may be about one path only.
     /// Each server of a route has a breaker of its own. The default is more than one client with its retries makes, so that a single request
     /// does not open it.
     pub breaker_failures: u32,
     /// The longest time for which an open circuit breaker lets nothing pass.
     ///
-    /// It begins with half a second, and doubles each time. After it one request may try; if the origin answers, the breaker closes. The default
+    /// It begins with half a second, and doubles each time. After failures that come at once, such as a refused connection, it is 100 ms. After it one
+    /// request may try; if the origin answers, the breaker closes. The default
     /// is how long clients may wait for an origin that is back.
     ///
     /// - Type: duration over 0
