@@ -629,10 +629,12 @@ mod tests {
             (400, "\u{16}\u{3}\u{1}TLS client hello\r\n\r\n"),
             (405, "TRACE / HTTP/1.1\r\nHost: a\r\n\r\n"),
             (405, "CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n"),
-            (505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+            (505, "GET / HTTP/2.0\r\nHost: a\r\n\r\n"),
+            (505, "PRI / HTTP/2.0\r\n\r\nSM\r\n\r\n"),
         ] {
             assert_eq!(refused(text), status, "{text:?}");
         }
+        assert_eq!(head("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), Err(NoHead::Http2), "spoken by who knows that this is HTTP/2");
         let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: y\r\n".repeat(100));
         assert_eq!(refused(&many), 431);
     }
