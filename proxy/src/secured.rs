@@ -58,7 +58,10 @@ async fn shake(acceptor: TlsAcceptor, mut stream: Stream) -> Result<(Stream, Han
     }
     let secured = acceptor.accept(stream).await.map_err(|error| Failed::Handshake(error.to_string()))?;
     let (_, session) = secured.get_ref();
-    let certificate = session.peer_certificates().and_then(|chain| subject(chain.first()?));
+    let certificate = match session.peer_certificates().and_then(<[_]>::first) {
+        Some(certificate) => subject(certificate).map_err(Failed::Handshake)?,
+        None => None,
+    };
     let is_http2 = session.alpn_protocol() == Some(b"h2");
     Ok((Box::new(Secured(Box::new(secured))), Handshake { certificate, is_http2 }))
 }

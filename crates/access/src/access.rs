@@ -1,6 +1,7 @@
 //! From an `Authorization` header to a client.
 //!
-//! 1. A verdict about the same header, if there is a fresh one. Verdicts are found by an HMAC, with a random key: what is kept does not help to guess.
+//! 1. A verdict about the same credentials, if there is a fresh one. Verdicts are found by an HMAC, with a random key: what is kept does not help to guess.
+//!    The HMAC covers what the credentials were compared with as well, so that verdicts stay true when the users are read again.
 //! 2. Else the address must be allowed an attempt (`failures`).
 //! 3. The attempt is a task of its own. A client that closes its connection does not end it: its slot stays taken, and the verdict is kept for the next try.
 //! 4. Passwords are checked on the blocking pool, few at once. Who brings the same header meanwhile waits for the same verdict.
@@ -67,7 +68,7 @@ pub enum Refused {
 
 /// Finds out who clients are.
 pub struct Access {
-    epoch: ArcSwap<Epoch>,
+    users: ArcSwap<Users>,
     shared: Arc<Shared>,
     /// Makes the keys of verdicts. Its own key is random and never leaves it.
     keyed: Hmac<Sha256>,
@@ -75,31 +76,43 @@ pub struct Access {
     certificates: Role,
 }
 
-/// From one reload to the next. A verdict that is reached after a reload goes to the former users' verdicts, which nobody asks any more.
-struct Epoch {
-    users: Users,
-    /// Those that are asked for often stay: a flood of wrong credentials does not displace the clients that work.
-    verdicts: Cache<[u8; 32], Verdict>,
-}
-
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 struct Verdict {
     outcome: Outcome,
     at: Instant,
 }
 
-#[derive(Clone)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Outcome {
-    Right(Arc<Who>),
+    Right,
     Wrong,
     Busy,
 }
 
 /// What attempts need of [`Access`].
 struct Shared {
+    /// Those that are asked for often stay: a flood of wrong credentials does not displace the clients that work.
+    verdicts: Cache<[u8; 32], Verdict>,
     hashing: Hashing,
     failures: Failures,
     metrics: Arc<Metrics>,
+}
+
+/// Credentials, and what they are compared with.
+struct Question {
+    /// Of its verdict.
+    key: [u8; 32],
+    /// Who has such a name or token; `None`: nobody, so that the credentials are wrong.
+    who: Option<Arc<Who>>,
+    /// The password to check; `None` for a token, and if there are no users.
+    password: Option<Password>,
+}
+
+/// A password that is checked against a hash.
+struct Password {
+    pair: Zeroizing<Vec<u8>>,
+    colon: usize,
+    hash: Zeroizing<String>,
 }
 
 enum Credentials {
@@ -114,9 +127,10 @@ enum Credentials {
 impl Access {
     /// Knows these users.
     pub fn new(options: Options, users: Users, metrics: Arc<Metrics>) -> Self {
-        let shared = Shared { hashing: Hashing::new(options.hashing), failures: Failures::new(), metrics };
+        let verdicts = Cache::new(MOST_VERDICTS);
+        let shared = Shared { verdicts, hashing: Hashing::new(options.hashing), failures: Failures::new(), metrics };
         Self {
-            epoch: ArcSwap::from_pointee(Epoch::new(users)),
+            users: ArcSwap::from_pointee(users),
             shared: Arc::new(shared),
             keyed: Hmac::new(&rand::random::<[u8; 64]>().into()),
             anonymous: Arc::new(Who::new(String::new(), options.anonymous, Arc::default(), 0)),
@@ -129,9 +143,9 @@ impl Access {
         &self.shared.metrics
     }
 
-    /// Replaces the users, and forgets all verdicts and memos. Failures stay counted.
+    /// Replaces the users, and forgets all memos. Failures stay counted, and verdicts about hashes that are the same stay.
     pub fn reload(&self, users: Users) {
-        self.epoch.store(Arc::new(Epoch::new(users)));
+        self.users.store(Arc::new(users));
     }
 
     /// Whose credentials these are. `authorization`: the value of the header; `address`: the client's, for the count of its failures. To be called on a
@@ -142,13 +156,11 @@ impl Access {
     /// - [`Refused::TooMany`]: not verified, since too many attempts are under way.
     /// - [`Refused::Busy`]: not verified, since too many passwords are waiting for it.
     pub async fn identify(&self, authorization: &[u8], address: Option<IpAddr>) -> Result<Arc<Who>, Refused> {
-        let epoch = self.epoch.load_full();
-        let key = self.keyed.clone().chain_update(authorization).finalize().into_bytes().into();
-        let kept = epoch.verdicts.get(&key).await;
-        if let Some(Verdict { outcome: Outcome::Right(who), .. }) = kept.as_ref().filter(|kept| kept.is_fresh()) {
-            return Ok(who.clone());
-        }
-        let result = self.attempt(epoch, key, kept, authorization, address).await;
+        let result = match Credentials::parse(authorization) {
+            Some(credentials) => self.attempt(self.question(credentials), address).await,
+            // Not a guess, and costs nothing.
+            None => Err(Refused::Wrong),
+        };
         match result {
             Ok(_) => {}
             Err(Refused::Wrong) => self.shared.metrics.wrong_credentials(),
@@ -158,30 +170,42 @@ impl Access {
         result
     }
 
-    async fn attempt(
-        &self,
-        epoch: Arc<Epoch>,
-        key: [u8; 32],
-        kept: Option<Verdict>,
-        authorization: &[u8],
-        address: Option<IpAddr>,
-    ) -> Result<Arc<Who>, Refused> {
-        // Not a guess, and costs nothing.
-        let credentials = Credentials::parse(authorization).ok_or(Refused::Wrong)?;
+    fn question(&self, credentials: Credentials) -> Question {
+        let users = self.users.load();
+        let key = |of: &[&[u8]]| {
+            let lengths = of.iter().fold(self.keyed.clone(), |hmac, part| hmac.chain_update(part.len().to_le_bytes()));
+            of.iter().fold(lengths, |hmac, part| hmac.chain_update(part)).finalize().into_bytes().into()
+        };
+        match credentials {
+            Credentials::Token(hash) => Question { key: key(&[&hash.0]), who: users.token(hash).cloned(), password: None },
+            Credentials::Password { pair, colon } => {
+                let name = pair.get(..colon).and_then(|name| std::str::from_utf8(name).ok());
+                let (hash, who) = users.password(name).unzip();
+                let key = key(&[&pair, hash.map_or(&b""[..], |hash| hash.as_bytes())]);
+                let who = who.flatten().cloned();
+                Question { key, who, password: hash.cloned().map(|hash| Password { pair, colon, hash }) }
+            }
+        }
+    }
+
+    async fn attempt(&self, question: Question, address: Option<IpAddr>) -> Result<Arc<Who>, Refused> {
+        let kept = self.shared.verdicts.get(&question.key).await.filter(|kept| kept.outcome == Outcome::Right);
+        if kept.is_some_and(|kept| kept.is_fresh())
+            && let Some(who) = &question.who
+        {
+            return Ok(who.clone());
+        }
         let shared = self.shared.clone();
-        let task = match kept {
-            // These were right before, and the users are the same: it is no guess. So one client with a wrong password does not lock out those with whom it
-            // shares its address.
-            Some(kept @ Verdict { outcome: Outcome::Right(_), .. }) => {
-                tokio::spawn(async move { epoch.verdict(key, credentials, Some(kept), &shared).await.into_result() })
-            }
-            _ => {
-                let attempt = shared.failures.begin(address)?;
-                tokio::spawn(async move {
-                    let result = epoch.verdict(key, credentials, None, &shared).await.into_result();
-                    shared.ended(attempt, result).await
-                })
-            }
+        let task = if kept.is_some() && question.who.is_some() {
+            // These were right before, and what they are compared with is the same: it is no guess. So one client with a wrong password does not lock out
+            // those with whom it shares its address.
+            tokio::spawn(async move { shared.answer(question, kept).await })
+        } else {
+            let attempt = shared.failures.begin(address)?;
+            tokio::spawn(async move {
+                let result = shared.answer(question, None).await;
+                shared.ended(attempt, result).await
+            })
         };
         // The task has panicked, or the runtime ends.
         task.await.unwrap_or(Err(Refused::Busy))
@@ -192,80 +216,60 @@ impl Access {
         &self.anonymous
     }
 
-    /// The client with a certificate of this name, which the caller has verified. To be asked for again with each request: a reload may change its scopes.
+    /// The client with a certificate of this name, which the caller has verified.
     pub fn certificate(&self, name: &str) -> Arc<Who> {
-        let scopes = self.epoch.load().users.scopes(name);
+        let scopes = self.users.load().scopes(name);
         Arc::new(Who::new(name.to_owned(), self.certificates, scopes, 0))
     }
 
     /// Whether this is the result of [`Access::identify`], with the users of now.
     pub(crate) fn is_current(&self, who: &Who) -> bool {
-        who.epoch() == self.epoch.load().users.epoch()
-    }
-}
-
-impl Epoch {
-    fn new(users: Users) -> Self {
-        Self { users, verdicts: Cache::new(MOST_VERDICTS) }
-    }
-
-    /// The verdict about credentials with this key. `known`: an old one by which they are right.
-    async fn verdict(&self, key: [u8; 32], credentials: Credentials, known: Option<Verdict>, shared: &Shared) -> Verdict {
-        let reached = async {
-            match (self.outcome(credentials, shared).await, known) {
-                // Still true: the users are the same. It stays old, so that the next request tries again.
-                (Outcome::Busy, Some(known)) => known,
-                (outcome, _) => Verdict { outcome, at: Instant::now() },
-            }
-        };
-        self.verdicts.entry(key).or_insert_with_if(reached, |kept| !kept.is_fresh()).await.into_value()
-    }
-
-    async fn outcome(&self, credentials: Credentials, shared: &Shared) -> Outcome {
-        let (pair, colon) = match credentials {
-            Credentials::Token(hash) => return self.users.token(hash).cloned().map_or(Outcome::Wrong, Outcome::Right),
-            Credentials::Password { pair, colon } => (pair, colon),
-        };
-        let name = pair.get(..colon).and_then(|name| std::str::from_utf8(name).ok());
-        let Some((hash, who)) = self.users.password(name) else { return Outcome::Wrong };
-        let Ok(is_right) = shared.hashing.check(hash.clone(), pair, colon).await else { return Outcome::Busy };
-        match who.filter(|_| is_right) {
-            Some(who) => {
-                shared.metrics.checked(true);
-                Outcome::Right(who.clone())
-            }
-            None => {
-                shared.metrics.checked(false);
-                Outcome::Wrong
-            }
-        }
+        who.epoch() == self.users.load().epoch()
     }
 }
 
 impl Verdict {
     fn is_fresh(&self) -> bool {
         match self.outcome {
-            Outcome::Right(_) => self.at.elapsed() < RIGHT_FOR,
+            Outcome::Right => self.at.elapsed() < RIGHT_FOR,
             Outcome::Wrong => self.at.elapsed() < WRONG_FOR,
             // Only those who waited for it get it.
             Outcome::Busy => false,
         }
     }
+}
 
-    fn into_result(self) -> Result<Arc<Who>, Refused> {
-        match self.outcome {
-            Outcome::Right(who) => Ok(who),
+impl Shared {
+    /// `known`: an old verdict by which the credentials are right.
+    async fn answer(&self, question: Question, known: Option<Verdict>) -> Result<Arc<Who>, Refused> {
+        let Question { key, who, password } = question;
+        let is_known = who.is_some();
+        let reached = async {
+            match (self.outcome(is_known, password).await, known) {
+                // Still true: the hash is the same. It stays old, so that the next request tries again.
+                (Outcome::Busy, Some(known)) => known,
+                (outcome, _) => Verdict { outcome, at: Instant::now() },
+            }
+        };
+        match self.verdicts.entry(key).or_insert_with_if(reached, |kept| !kept.is_fresh()).await.into_value().outcome {
+            Outcome::Right => who.ok_or(Refused::Wrong),
             Outcome::Wrong => Err(Refused::Wrong),
             Outcome::Busy => Err(Refused::Busy),
         }
     }
-}
 
-impl Shared {
+    async fn outcome(&self, is_known: bool, password: Option<Password>) -> Outcome {
+        let Some(Password { pair, colon, hash }) = password else { return if is_known { Outcome::Right } else { Outcome::Wrong } };
+        let Ok(is_right) = self.hashing.check(hash, pair, colon).await else { return Outcome::Busy };
+        let is_right = is_right && is_known;
+        self.metrics.checked(is_right);
+        if is_right { Outcome::Right } else { Outcome::Wrong }
+    }
+
     /// Counts how an attempt ended; returns when the client may be told.
     async fn ended(&self, attempt: Attempt, result: Result<Arc<Who>, Refused>) -> Result<Arc<Who>, Refused> {
         match result {
-            Ok(_) => self.failures.succeeded(attempt),
+            Ok(_) => Failures::succeeded(&attempt),
             Err(Refused::Wrong) => return Err(self.failures.failed(attempt).await),
             Err(_) => {}
         }
@@ -333,7 +337,7 @@ impl Hashing {
 
 impl fmt::Debug for Access {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Access").field("users", &self.epoch.load().users).finish_non_exhaustive()
+        f.debug_struct("Access").field("users", &self.users.load()).finish_non_exhaustive()
     }
 }
 
@@ -542,11 +546,11 @@ pub(crate) mod tests {
         let (access, registry) = access(ann());
         let header = basic(b"ann:secret");
         access.identify(&header, None).await.unwrap();
-        let epoch = access.epoch.load_full();
-        let key: [u8; 32] = *epoch.verdicts.iter().next().unwrap().0;
-        let mut old = epoch.verdicts.get(&key).await.unwrap();
+        let verdicts = &access.shared.verdicts;
+        let key: [u8; 32] = *verdicts.iter().next().unwrap().0;
+        let mut old = verdicts.get(&key).await.unwrap();
         old.at -= RIGHT_FOR;
-        epoch.verdicts.insert(key, old).await;
+        verdicts.insert(key, old).await;
         let asking: Vec<_> = (0..200).map(|number| start(&access, &header, address(number))).collect();
         for asking in asking {
             assert_eq!(asking.await.unwrap().unwrap().name(), "ann");
@@ -605,6 +609,40 @@ pub(crate) mod tests {
         assert_eq!(access.identify(&old, None).await.err(), Some(Refused::Wrong));
         assert_eq!(access.identify(b"Bearer token", None).await.err(), Some(Refused::Wrong));
         assert_eq!(checks(&registry), [2, 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reload_keeps_what_is_still_true() {
+        let lines = |bob: &str| format!("ann:{}\nbob:{bob}", "$2y$05$c4WoMPo3SXsafkva.HHa6uXQZWr7oboPiC2bT/r7q1BB8I2s0BRqC");
+        let (access, registry) = access(users(&lines(&bcrypted(b"secret")), &format!("ci read {}", sha256("token")), &[]));
+        let (ann, bob) = (basic(b"ann:myPassword"), basic(b"bob:secret"));
+        for header in [&ann[..], &bob, b"Bearer token"] {
+            assert!(access.identify(header, None).await.is_ok());
+        }
+        access.reload(users(&lines(&bcrypted(b"changed")), "", &[("ann", &["cas"])]));
+        let who = access.identify(&ann, None).await.unwrap();
+        assert_eq!(checks(&registry), [2, 0], "the hash of ann is the same");
+        assert!(access.is_current(&who) && !who.may(Role::Read, What::Other), "the rest is read again");
+        for header in [&bob[..], b"Bearer token"] {
+            assert_eq!(access.identify(header, None).await.err(), Some(Refused::Wrong));
+        }
+        access.reload(users("", "", &[]));
+        assert_eq!(access.identify(&ann, None).await.err(), Some(Refused::Wrong));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn credentials_in_another_form_are_no_success_of_their_own() {
+        let (access, registry) = access(ann());
+        let credentials = BASE64.encode(b"ann:secret");
+        for spaces in 1..6 {
+            for header in [format!("Bearer{}token", " ".repeat(spaces)), format!("basic{}{credentials}", " ".repeat(spaces))] {
+                assert!(access.identify(header.as_bytes(), address(1)).await.is_ok());
+            }
+            let begun = Instant::now();
+            assert!(access.identify(b"Bearer wrong", address(1)).await.is_err());
+            assert_eq!(begun.elapsed().as_millis(), 100 << (spaces - 1), "no success in between has forgotten the failures");
+        }
+        assert_eq!(checks(&registry), [1, 0]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -675,11 +713,12 @@ pub(crate) mod tests {
         let right = basic(b"ann:secret");
         access.identify(&right, address(0)).await.unwrap();
         let guesses: Vec<_> = (1..=256).map(|number| start(&access, b"Bearer wrong", address(number))).collect();
-        until(|| access.shared.failures.begin(None).is_err()).await;
+        until(|| access.shared.failures.begin(address(1)).is_err()).await;
         let too_many = Some(Refused::TooMany { retry_after: Duration::from_secs(5) });
-        assert_eq!(access.identify(&basic(b"ann:guess"), address(1000)).await.err(), too_many);
+        assert_eq!(access.identify(&basic(b"ann:guess"), address(1)).await.err(), too_many);
         assert_eq!(checks(&registry), [1, 0], "it was not verified");
-        assert!(access.identify(&right, address(1000)).await.is_ok());
+        assert!(access.identify(&right, address(1)).await.is_ok());
+        assert!(access.identify(b"Bearer token", address(1000)).await.is_ok(), "who has not failed is let in");
         for guess in guesses {
             assert_eq!(guess.await.unwrap().err(), Some(Refused::Wrong));
         }
@@ -736,16 +775,16 @@ pub(crate) mod tests {
         let (access, registry) = access(ann());
         let right = basic(b"ann:secret");
         access.identify(&right, None).await.unwrap();
-        let epoch = access.epoch.load_full();
+        let verdicts = &access.shared.verdicts;
         for number in 0..20_000_u64 {
             let key = [&number.to_le_bytes()[..], &[0; 24]].concat().try_into().unwrap();
-            epoch.verdicts.insert(key, Verdict { outcome: Outcome::Wrong, at: Instant::now() }).await;
+            verdicts.insert(key, Verdict { outcome: Outcome::Wrong, at: Instant::now() }).await;
             if number % 100 == 0 {
                 access.identify(&right, None).await.unwrap();
-                epoch.verdicts.run_pending_tasks().await;
+                verdicts.run_pending_tasks().await;
             }
         }
-        assert!(epoch.verdicts.entry_count() <= 10_000);
+        assert!(verdicts.entry_count() <= 10_000);
         assert_eq!(checks(&registry), [1, 0]);
     }
 
@@ -773,7 +812,7 @@ pub(crate) mod tests {
         let (access, _) = access(users(&format!("ann:{hash}"), &tokens, &[]));
         let who = access.identify(&basic(b"ann:secret"), None).await.unwrap();
         let refused = access.identify(&basic(b"ann:wrong"), None).await.unwrap_err();
-        let shown = format!("{access:?} {who:?} {refused:?} {:?}", access.epoch.load().users);
+        let shown = format!("{access:?} {who:?} {refused:?} {:?}", access.users.load());
         for secret in ["secret", "wrong", "token\"", &hash[7..], &sha256("token"), &BASE64.encode(b"ann:secret"), "sha256"] {
             assert!(!shown.contains(secret), "{secret} is in {shown}");
         }

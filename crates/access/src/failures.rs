@@ -8,7 +8,7 @@ use moka::{policy::EvictionPolicy, sync::Cache};
 use parking_lot::Mutex;
 use std::{net::IpAddr, sync::Arc, time::Duration};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::Semaphore,
     time::{Instant, sleep},
 };
 
@@ -22,30 +22,48 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 const MOST_WAITING: usize = 256;
 /// As many attempts of an address with failures may be under way.
 const MOST_ATTEMPTS: usize = 4;
+/// As many of an address without failures: a part of the passwords that may wait for a check, so that one address cannot take all of it.
+const MOST_FIRST_ATTEMPTS: usize = 32;
 
 /// After this time some of what fills a limit here has ended.
 const TOO_MANY: Refused = Refused::TooMany { retry_after: LONGEST_DELAY };
 
 /// Counts failures by address. Clients without an address, such as those of a UNIX socket, count as one.
 pub(crate) struct Failures {
-    addresses: Cache<Option<IpAddr>, Arc<Address>>,
+    addresses: Cache<Option<IpAddr>, Arc<Mutex<Address>>>,
     waiting: Semaphore,
 }
 
+#[derive(Default)]
 struct Address {
-    failures: Mutex<InARow>,
-    attempts: Arc<Semaphore>,
-}
-
-struct InARow {
-    count: u32,
-    last: Instant,
+    /// Failures in a row, and when the last one was.
+    failures: u32,
+    last: Option<Instant>,
+    /// Attempts that are under way.
+    attempts: usize,
 }
 
 /// An attempt that is under way. Counts as one until it is dropped.
-pub(crate) struct Attempt {
-    client: Option<IpAddr>,
-    _held: Option<OwnedSemaphorePermit>,
+pub(crate) struct Attempt(Arc<Mutex<Address>>);
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        self.0.lock().attempts -= 1;
+    }
+}
+
+impl Address {
+    fn has_failed(&self) -> bool {
+        self.last.is_some_and(|last| last.elapsed() < FORGOTTEN_AFTER)
+    }
+
+    /// Counts a failure; returns how long its refusal is delayed.
+    fn count(&mut self) -> Duration {
+        let before = if self.has_failed() { self.failures } else { 0 };
+        self.failures = before.saturating_add(1);
+        self.last = Some(Instant::now());
+        FIRST_DELAY.saturating_mul(2_u32.saturating_pow(before)).min(LONGEST_DELAY)
+    }
 }
 
 impl Failures {
@@ -63,38 +81,33 @@ impl Failures {
     /// # Errors
     /// [`Refused::TooMany`]: too many are under way.
     pub(crate) fn begin(&self, address: Option<IpAddr>) -> Result<Attempt, Refused> {
-        if self.waiting.available_permits() == 0 {
+        let address = self.addresses.get_with(address.map(clients::client), Arc::default);
+        let mut state = address.lock();
+        let (most, can_be_delayed) = if state.has_failed() {
+            (MOST_ATTEMPTS, self.waiting.available_permits() > 0)
+        } else {
+            // It is let in even if its refusal could not be delayed: many guessing addresses lock out nobody else.
+            (MOST_FIRST_ATTEMPTS, true)
+        };
+        if state.attempts >= most || !can_be_delayed {
             return Err(TOO_MANY);
         }
-        let client = address.map(clients::client);
-        let failed = self.addresses.get(&client).filter(|address| address.failures.lock().last.elapsed() < FORGOTTEN_AFTER);
-        let held = failed.map(|address| address.attempts.clone().try_acquire_owned()).transpose().map_err(|_| TOO_MANY)?;
-        Ok(Attempt { client, _held: held })
+        state.attempts += 1;
+        drop(state);
+        Ok(Attempt(address))
     }
 
     /// The attempt has ended, and the credentials were right.
-    pub(crate) fn succeeded(&self, attempt: Attempt) {
-        self.addresses.invalidate(&attempt.client);
+    pub(crate) fn succeeded(attempt: &Attempt) {
+        attempt.0.lock().last = None;
     }
 
     /// The credentials of this attempt were wrong. Returns when the client may be told; until then the attempt is under way.
     pub(crate) async fn failed(&self, attempt: Attempt) -> Refused {
-        let delay = self.count(attempt.client);
+        let delay = attempt.0.lock().count();
         let Ok(_waiting) = self.waiting.try_acquire() else { return TOO_MANY };
         sleep(delay).await;
         Refused::Wrong
-    }
-
-    /// Counts a failure; returns how long its refusal is delayed.
-    fn count(&self, client: Option<IpAddr>) -> Duration {
-        let address = self.addresses.get_with(client, || {
-            let failures = Mutex::new(InARow { count: 0, last: Instant::now() });
-            Arc::new(Address { failures, attempts: Arc::new(Semaphore::new(MOST_ATTEMPTS)) })
-        });
-        let mut failures = address.failures.lock();
-        let before = if failures.last.elapsed() < FORGOTTEN_AFTER { failures.count } else { 0 };
-        *failures = InARow { count: before.saturating_add(1), last: Instant::now() };
-        FIRST_DELAY.saturating_mul(2_u32.saturating_pow(before)).min(LONGEST_DELAY)
     }
 }
 
@@ -105,6 +118,11 @@ mod tests {
 
     fn address(text: &str) -> Option<IpAddr> {
         Some(text.parse().unwrap())
+    }
+
+    /// Counts a failure of this address.
+    fn count(failures: &Failures, client: Option<IpAddr>) -> Duration {
+        failures.addresses.get_with(client, Arc::default).lock().count()
     }
 
     /// How long a failure from this address is delayed, in milliseconds.
@@ -124,7 +142,7 @@ mod tests {
         assert_eq!(fail(&failures, address("192.0.2.2")).await, 100, "each address has its own");
         assert_eq!(fail(&failures, None).await, 100);
         assert_eq!(fail(&failures, None).await, 200, "those without an address count as one");
-        failures.succeeded(failures.begin(ann).unwrap());
+        Failures::succeeded(&failures.begin(ann).unwrap());
         assert_eq!(fail(&failures, ann).await, 100, "a success forgets");
         assert_eq!(fail(&failures, ann).await, 200);
         assert_eq!(fail(&failures, address("192.0.2.2")).await, 200, "but only those of its address");
@@ -134,9 +152,9 @@ mod tests {
         tokio::time::advance(Duration::from_millis(599_600)).await;
         assert_eq!(fail(&failures, ann).await, 100);
         for _ in 0..100 {
-            failures.count(ann);
+            count(&failures, ann);
         }
-        assert_eq!(failures.count(ann), LONGEST_DELAY);
+        assert_eq!(count(&failures, ann), LONGEST_DELAY);
     }
 
     #[tokio::test(start_paused = true)]
@@ -152,8 +170,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_address_with_failures_has_four_attempts_at_once() {
         let (failures, ann) = (Failures::new(), address("192.0.2.1"));
-        let before: Vec<_> = (0..100).map(|_| failures.begin(ann).unwrap()).collect();
-        fail(&failures, ann).await;
+        let mut before: Vec<_> = (0..32).map(|_| failures.begin(ann).unwrap()).collect();
+        assert_eq!(failures.begin(ann).err(), Some(TOO_MANY), "nor does one without failures have more than 32");
+        before.truncate(4);
+        count(&failures, ann);
+        assert_eq!(failures.begin(ann).err(), Some(TOO_MANY), "those that began before count");
+        drop(before);
         let mut held: Vec<_> = (0..4).map(|_| failures.begin(ann).unwrap()).collect();
         assert_eq!(failures.begin(ann).err(), Some(TOO_MANY));
         assert!(failures.begin(address("192.0.2.2")).is_ok() && failures.begin(None).is_ok());
@@ -164,7 +186,6 @@ mod tests {
         assert!(failures.begin(ann).is_err(), "one whose refusal waits is under way");
         waits.await;
         held.push(failures.begin(ann).unwrap());
-        drop(before);
         assert!(failures.begin(ann).is_err());
         tokio::time::advance(Duration::from_secs(600)).await;
         assert!(failures.begin(ann).is_ok());
@@ -182,7 +203,8 @@ mod tests {
             })
             .collect();
         until(|| failures.waiting.available_permits() == 0).await;
-        assert_eq!(failures.begin(address("198.51.100.2")).err(), Some(TOO_MANY));
+        assert_eq!(failures.begin(Some(IpAddr::from(7_u32.to_be_bytes()))).err(), Some(TOO_MANY), "its refusal could not be delayed");
+        assert!(failures.begin(address("198.51.100.2")).is_ok(), "who has not failed has nothing to do with it");
         let begun = Instant::now();
         assert_eq!(failures.failed(last).await, TOO_MANY, "one that began before is not delayed");
         assert_eq!(begun.elapsed(), Duration::ZERO);
@@ -196,24 +218,24 @@ mod tests {
     async fn the_address_that_was_seen_least_recently_leaves() {
         let failures = Failures::with_capacity(10);
         let ann = address("192.0.2.1");
-        failures.count(ann);
-        failures.count(address("192.0.2.2"));
+        count(&failures, ann);
+        count(&failures, address("192.0.2.2"));
         for number in 0..100_u8 {
-            failures.count(Some(IpAddr::from([10, 0, 0, number])));
+            count(&failures, Some(IpAddr::from([10, 0, 0, number])));
             assert!(failures.begin(ann).is_ok());
             failures.addresses.run_pending_tasks();
         }
         assert!(failures.addresses.entry_count() <= 10);
-        assert_eq!(failures.count(ann), 2 * FIRST_DELAY);
-        assert_eq!(failures.count(address("192.0.2.2")), FIRST_DELAY);
+        assert_eq!(count(&failures, ann), 2 * FIRST_DELAY);
+        assert_eq!(count(&failures, address("192.0.2.2")), FIRST_DELAY);
         // A newcomer has a count, although all others were seen more often.
         for number in 0..100_u8 {
-            failures.count(Some(IpAddr::from([10, 0, 1, number % 10])));
+            count(&failures, Some(IpAddr::from([10, 0, 1, number % 10])));
             failures.addresses.run_pending_tasks();
         }
-        assert_eq!(failures.count(ann), FIRST_DELAY);
+        assert_eq!(count(&failures, ann), FIRST_DELAY);
         failures.addresses.run_pending_tasks();
-        assert_eq!(failures.count(ann), 2 * FIRST_DELAY);
+        assert_eq!(count(&failures, ann), 2 * FIRST_DELAY);
     }
 
     /// Whether a future has not ended after it was polled once.

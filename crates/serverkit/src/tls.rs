@@ -11,6 +11,7 @@ use prometheus::{IntCounter, IntGauge};
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::{CryptoProvider, ring},
+    pki_types::CertificateDer,
     server::{ClientHello, ProducesTickets, ResolvesServerCert, ServerSessionMemoryCache, StoresServerSessions, WebPkiClientVerifier},
     sign::CertifiedKey,
 };
@@ -40,9 +41,6 @@ pub struct Tls {
     files: TlsFiles,
     alpn: Vec<Vec<u8>>,
     provider: Arc<CryptoProvider>,
-    /// Outlive a reload, so that sessions can be resumed after it.
-    tickets: Arc<dyn ProducesTickets>,
-    sessions: Arc<dyn StoresServerSessions>,
     metrics: Metrics,
     acceptor: ArcSwap<Accept>,
     /// What the files were when they were last read, and one reading at a time.
@@ -53,13 +51,23 @@ struct Accept {
     all: TlsAcceptor,
     /// Offers no HTTP/2.
     http1: TlsAcceptor,
+    resumption: Resumption,
+    /// When the first certificate of the server expires, in seconds since 1970.
+    expiry: i64,
 }
 
-impl Accept {
-    fn new(config: Arc<ServerConfig>) -> Self {
-        let mut http1 = (*config).clone();
-        http1.alpn_protocols.retain(|protocol| protocol != b"h2");
-        Self { all: config.into(), http1: Arc::new(http1).into() }
+/// What resumes sessions. It outlives a reload, but not a change of the authorities of client certificates: a resumed session has the client's
+/// certificate of the first handshake, and nobody verifies it again.
+#[derive(Clone)]
+struct Resumption {
+    authorities: Vec<CertificateDer<'static>>,
+    tickets: Arc<dyn ProducesTickets>,
+    sessions: Arc<dyn StoresServerSessions>,
+}
+
+impl Resumption {
+    fn new(authorities: Vec<CertificateDer<'static>>) -> Result<Self, rustls::Error> {
+        Ok(Self { authorities, tickets: ring::Ticketer::new()?, sessions: ServerSessionMemoryCache::new(SESSIONS) })
     }
 }
 
@@ -73,14 +81,11 @@ impl Tls {
     /// A text that names the key and the file that cannot be used.
     pub fn open(files: TlsFiles, alpn: &[&[u8]], metrics: Metrics) -> Result<Arc<Self>, String> {
         let provider = Arc::new(ring::default_provider());
-        let tickets = ring::Ticketer::new().map_err(|error| format!("{}: no key for tickets: {error}", files.section))?;
         let alpn: Vec<_> = alpn.iter().map(|protocol| protocol.to_vec()).collect();
-        let sessions: Arc<dyn StoresServerSessions> = ServerSessionMemoryCache::new(SESSIONS);
         let seen = stamps(&files);
-        let (config, expiry) = configure(&files, &alpn, &provider, &tickets, &sessions)?;
-        metrics.expiry.set(expiry);
-        let acceptor = ArcSwap::from_pointee(Accept::new(config));
-        Ok(Arc::new(Self { files, alpn, provider, tickets, sessions, metrics, acceptor, seen: Mutex::new(seen) }))
+        let accept = configure(&files, &alpn, &provider, None)?;
+        metrics.expiry.set(accept.expiry);
+        Ok(Arc::new(Self { files, alpn, provider, metrics, acceptor: ArcSwap::from_pointee(accept), seen: Mutex::new(seen) }))
     }
 
     /// Makes the server's side of a connection, with the certificates in force now.
@@ -101,10 +106,10 @@ impl Tls {
         let mut seen = self.seen.lock();
         // Before they are read: what changes meanwhile is seen the next time.
         *seen = stamps(&self.files);
-        match configure(&self.files, &self.alpn, &self.provider, &self.tickets, &self.sessions) {
-            Ok((config, expiry)) => {
-                self.acceptor.store(Arc::new(Accept::new(config)));
-                self.metrics.expiry.set(expiry);
+        match configure(&self.files, &self.alpn, &self.provider, Some(&self.acceptor.load().resumption)) {
+            Ok(accept) => {
+                self.metrics.expiry.set(accept.expiry);
+                self.acceptor.store(Arc::new(accept));
                 Ok(())
             }
             Err(why) => {
@@ -150,37 +155,39 @@ fn stamps(files: &TlsFiles) -> Stamps {
     files.paths().map(stamp).collect()
 }
 
-/// The configuration, and when the first certificate of a server expires, in seconds since 1970.
-fn configure(
-    files: &TlsFiles,
-    alpn: &[Vec<u8>],
-    provider: &Arc<CryptoProvider>,
-    tickets: &Arc<dyn ProducesTickets>,
-    sessions: &Arc<dyn StoresServerSessions>,
-) -> Result<(Arc<ServerConfig>, i64), String> {
+/// Reads the files. `before`: what resumes the sessions until now.
+fn configure(files: &TlsFiles, alpn: &[Vec<u8>], provider: &Arc<CryptoProvider>, before: Option<&Resumption>) -> Result<Accept, String> {
     let pairs = files.pairs.iter().map(|pair| Pair::read(pair, provider)).collect::<Result<Vec<_>, _>>()?;
     let expiry = pairs.iter().map(|pair| pair.expiry).min().unwrap_or(i64::MAX);
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|error| format!("{}: {error}", files.section))?;
+    let mut authorities = Vec::new();
     let builder = match &files.clients {
         None => builder.with_no_client_auth(),
         Some(clients) => {
             let bad = |error: &dyn std::fmt::Display| unusable(&clients.key, &clients.ca_file, error);
             let mut roots = RootCertStore::empty();
-            for root in certificates(&clients.key, &clients.ca_file)? {
-                roots.add(root).map_err(|error| bad(&error))?;
+            authorities = certificates(&clients.key, &clients.ca_file)?;
+            for root in &authorities {
+                roots.add(root.clone()).map_err(|error| bad(&error))?;
             }
             let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone());
             let verifier = if clients.required { verifier } else { verifier.allow_unauthenticated() };
             builder.with_client_cert_verifier(verifier.build().map_err(|error| bad(&error))?)
         }
     };
+    let resumption = match before {
+        Some(before) if before.authorities == authorities => before.clone(),
+        _ => Resumption::new(authorities).map_err(|error| format!("{}: no key for tickets: {error}", files.section))?,
+    };
     let mut config = builder.with_cert_resolver(Arc::new(ByName(pairs)));
+    config.ticketer = resumption.tickets.clone();
+    config.session_storage = resumption.sessions.clone();
+    let mut http1 = config.clone();
     config.alpn_protocols = alpn.to_vec();
-    config.ticketer = tickets.clone();
-    config.session_storage = sessions.clone();
-    Ok((Arc::new(config), expiry))
+    http1.alpn_protocols = alpn.iter().filter(|protocol| *protocol != b"h2").cloned().collect();
+    Ok(Accept { all: Arc::new(config).into(), http1: Arc::new(http1).into(), resumption, expiry })
 }
 
 /// A certificate with its key, and the names that it is for.
@@ -241,8 +248,14 @@ impl ResolvesServerCert for ByName {
 }
 
 /// The name of a client's certificate: its common name, or its first DNS or mail name.
-pub fn subject(certificate: &[u8]) -> Option<String> {
-    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+///
+/// # Errors
+/// The certificate has expired: that of a resumed session can have, since only its first handshake verified it.
+pub fn subject(certificate: &[u8]) -> Result<Option<String>, String> {
+    let Ok((_, certificate)) = X509Certificate::from_der(certificate) else { return Ok(None) };
+    if !certificate.validity().is_valid() {
+        return Err(format!("the client's certificate is valid from {} to {}", certificate.validity().not_before, certificate.validity().not_after));
+    }
     let common = certificate.subject().iter_common_name().find_map(|name| name.as_str().ok()).filter(|name| !name.is_empty());
     let alternative = || {
         let names = certificate.subject_alternative_name().ok().flatten()?;
@@ -251,5 +264,5 @@ pub fn subject(certificate: &[u8]) -> Option<String> {
             _ => None,
         })
     };
-    common.map(str::to_owned).or_else(alternative)
+    Ok(common.map(str::to_owned).or_else(alternative))
 }
