@@ -1,6 +1,6 @@
 //! Who may come in: TLS at the listeners, users, tokens and roles.
 
-use crate::{Castier, Malformed, Problems, address::Address, file::first_byte, value::path_text};
+use crate::{Castier, Listen, Malformed, Problems, address::Address, file::first_byte, value::path_text};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::{
     collections::BTreeMap,
@@ -203,7 +203,7 @@ pub struct Access {
     /// not confined.
     ///
     /// Each item is `WHAT` or `ROLE:WHAT`. `WHAT` is `*` (everything), `cas`, `ac`, `ac/INSTANCE` (entries below `/INSTANCE/ac/`), `kv`, `kv/PATH`, or
-    /// `route/NAME`, the name of a route. Without `ROLE` it is that of the user or token. In a variable: `NAME=ITEM ITEM,NAME=ITEM`.
+    /// `route/NAME`, the name or the protocol of a route. Without `ROLE` it is that of the user or token. In a variable: `NAME=ITEM ITEM,NAME=ITEM`.
     pub scopes: Scopes,
     /// Whether the admin listener asks for the same users: everything there needs `read`, a purge and a drain need `admin`.
     ///
@@ -287,6 +287,7 @@ impl<'de> Deserialize<'de> for Scopes {
 pub(crate) fn check_access(config: &Castier, problems: &mut Problems) {
     let (access, tls) = (&config.access, &config.listen.tls);
     check_tls(tls, problems);
+    check_proxies(&config.listen, problems);
     if access.anonymous == Role::Admin {
         problems.add("access.anonymous", "is \"admin\", which needs credentials; write \"none\", \"read\" or \"write\"");
     }
@@ -338,6 +339,15 @@ pub(crate) fn check_access(config: &Castier, problems: &mut Problems) {
                 config.listen.admin,
                 if access.admin { "TLS" } else { "a log-in" }
             ),
+        );
+    }
+}
+
+fn check_proxies(listen: &Listen, problems: &mut Problems) {
+    if listen.proxy_protocol && listen.trusted_proxies.0.is_empty() {
+        problems.add(
+            "listen.trusted_proxies",
+            "is empty, and listen.proxy_protocol needs it: every connection would be closed; list the addresses of the proxies",
         );
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     Access, Cluster, EventSink, KeyTemplate, ListenTls, Log, OriginUrl, Otlp, Policy, Proxies, Role, Route, S3, Shutdown, Size, Span,
-    Write, value::path_text,
+    Write, address::Address, value::path_text,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -54,6 +54,11 @@ pub struct Castier {
 }
 
 impl Castier {
+    /// Whether only this machine can reach the public listener.
+    pub fn is_public_on_loopback(&self) -> bool {
+        Address::parse(&self.listen.public).is_some_and(|address| address.is_on_loopback())
+    }
+
     /// Whether castier itself decides what a client may do. If not, everybody may do everything that the origin allows.
     pub fn decides_access(&self) -> bool {
         self.access.has_users(&self.listen.tls) || self.access.anonymous != Role::Write
@@ -70,7 +75,7 @@ pub struct Listen {
     ///
     /// - Type: HOST:PORT
     pub public: String,
-    /// The address for metrics, health checks, statistics and purges. It has no log-in.
+    /// The address for metrics, health checks, statistics and purges. It has no log-in unless `access.admin` is true.
     ///
     /// That is why the default is on the loopback.
     ///
@@ -410,6 +415,12 @@ pub struct Fill {
     /// For a permit to ask a peer it waits half as long, and then asks the next source. The default evens out a burst. After that
     /// `Retry-After` serves a client better.
     pub max_wait: Span,
+    /// How many fills may wait for a permit. The clients of one more get 503 at once. 0: none waits.
+    ///
+    /// Each costs some kilobytes. The default is a burst that a quick origin takes within `fill.max_wait`: many more would wait in vain.
+    ///
+    /// - Type: 0 or more
+    pub max_waiting: usize,
     /// An existing directory for blobs that are too large for memory and only pass through. Empty: the system's temporary directory.
     ///
     /// The files there have no name. A blob that the disk tier will keep is written in `disk.path` instead. The system's temporary directory
@@ -448,6 +459,7 @@ impl Default for Fill {
             parallel: 4,
             memory: Size::mib(256),
             max_wait: Span::secs(2),
+            max_waiting: 4096,
             spool_dir: PathBuf::new(),
             spool: Size::gib(64),
             finish_under: Size::mib(8),

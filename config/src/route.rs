@@ -76,8 +76,8 @@ pub struct Route {
     ///
     /// With `upstream`, castier serves what it keeps only to clients whose credentials the upstream has accepted in the same repository
     /// within `route.proof_ttl`. In a cluster the credentials travel between nodes, so that needs `cluster.tls`, or all nodes on the loopback.
-    /// With `local`, everybody who reaches castier may read, without credentials. The default never shows a client what the upstream would not
-    /// show to it.
+    /// With `local`, castier's own users (`[access]`) may read, and castier's credentials go to the upstream. The default never shows a client what the
+    /// upstream would not show to it.
     ///
     /// - Type: `upstream` or `local`
     pub access: RouteAccess,

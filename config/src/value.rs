@@ -179,7 +179,12 @@ impl OriginUrl {
     /// The text that reads back to the same value. It has the password: not for logs.
     fn in_full(&self) -> String {
         match self {
-            Self::Embedded(directory) => format!("embedded:{}", directory.display()),
+            Self::Embedded(directory) => {
+                let directory = directory.display().to_string();
+                // Two slashes at its front are one, and would look like those of a URL.
+                let (root, rest) = if directory.starts_with('/') { ("/", directory.trim_start_matches('/')) } else { ("", &*directory) };
+                format!("embedded:{root}{rest}")
+            }
             Self::Remote(url) => url.as_str().trim_end_matches('/').to_owned(),
             Self::Bucket(bucket) => bucket.to_string(),
         }
@@ -363,6 +368,7 @@ mod tests {
     #[test]
     fn origin_urls() {
         assert_eq!("embedded:./a b".parse(), Ok(OriginUrl::Embedded("./a b".into())));
+        assert_eq!(OriginUrl::Embedded("//?a/b".into()).to_string(), "embedded:/?a/b");
         for text in ["http://origin.internal:9000", "https://[::1]", "http://u:p@h:1"] {
             let url: OriginUrl = text.parse().unwrap();
             assert_eq!(url.in_full(), text);

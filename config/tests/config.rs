@@ -44,7 +44,7 @@ fn examples_show_every_key_at_its_default() {
 #[test]
 fn keys_are_dotted_and_in_the_order_of_the_documentation() {
     let keys = keys::<Castier>();
-    assert_eq!(keys.len(), 152);
+    assert_eq!(keys.len(), 153);
     assert_eq!(&keys[..4], ["allow_delete", "ac_validation", "listen.public", "listen.admin"]);
     assert_eq!(keys.last().unwrap(), "events.timeout");
 }

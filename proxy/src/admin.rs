@@ -11,6 +11,7 @@ pub use stats::{Brief, Stats};
 
 use crate::{
     connection::Conn,
+    entrance::{Certified, Explained, MISSING, explain, seconds},
     fast_path, memory_plan,
     metrics::Metrics,
     node::Node,
@@ -28,7 +29,7 @@ use axum::{
     routing::{get, post},
 };
 use bytes::Bytes;
-use castier_access::{Access, Refused, What};
+use castier_access::{Access, What};
 use castier_blob::{Digest, MalformedDigest};
 use castier_cluster::{Members, Purge};
 use castier_config::{Limits, Role};
@@ -50,7 +51,10 @@ use std::{
     },
     time::{Duration, Instant, SystemTime},
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
 use tower_service::Service as _;
 
 /// The longest request head, and the most bytes of a body that are read at once.
@@ -188,8 +192,8 @@ pub struct Guard {
 
 impl Guard {
     /// The refusal, if the request is refused.
-    async fn check(&self, request: &Request<Incoming>, client: IpAddr) -> Option<Response> {
-        let access = self.access.as_ref()?;
+    async fn check(&self, request: &Request<Incoming>, client: IpAddr, certificate: Option<&Certified>) -> Option<Response> {
+        let Some(access) = &self.access else { return self.check_host(request, client) };
         let is_probe = *request.method() != Method::POST && matches!(request.uri().path(), "/metrics" | "/healthz" | "/readyz");
         if is_probe && (self.open_probes || client.to_canonical().is_loopback()) {
             return None;
@@ -199,21 +203,24 @@ impl Guard {
         let who = match (credentials.next(), credentials.next()) {
             (Some(authorization), None) => match access.identify(authorization.as_bytes(), Some(client)).await {
                 Ok(who) => who,
-                Err(Refused::Wrong) => return Some(challenge("these credentials are not accepted")),
-                Err(Refused::TooMany { retry_after }) => {
-                    let mut answer =
-                        problem(StatusCode::TOO_MANY_REQUESTS, "too many wrong credentials came from this address; try again later");
-                    answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs().max(1)));
+                Err(refused) => {
+                    let Explained { status, detail, retry_after, .. } = explain(&refused);
+                    let mut answer = if status == StatusCode::UNAUTHORIZED { challenge(detail) } else { problem(status, detail) };
+                    answer.headers_mut().extend(retry_after.map(|wait| (header::RETRY_AFTER, seconds(wait))));
                     return Some(answer);
                 }
-                Err(Refused::Busy) => {
-                    return Some(problem(StatusCode::SERVICE_UNAVAILABLE, "too many passwords are being checked; try again in a second"));
+            },
+            (None, _) => match certificate {
+                Some(certified) if self.tls.as_ref().is_some_and(|tls| certified.is_trusted(tls)) => certified.who().clone(),
+                Some(_) => {
+                    access.metrics().wrong_credentials();
+                    return Some(challenge("the certificate of this connection is not accepted any more; connect again"));
+                }
+                None => {
+                    access.metrics().missing();
+                    return Some(challenge(MISSING));
                 }
             },
-            (None, _) => {
-                access.metrics().missing();
-                return Some(challenge("this needs credentials: send a user and a password (Basic), or a token (Bearer)"));
-            }
             (Some(_), Some(_)) => return Some(problem(StatusCode::BAD_REQUEST, "more than one Authorization header")),
         };
         if who.may(needed, What::Other) {
@@ -221,6 +228,22 @@ impl Guard {
         }
         access.metrics().role();
         Some(problem(StatusCode::FORBIDDEN, &format!("these credentials do not suffice: this needs the role {needed}")))
+    }
+
+    /// Without a log-in, a page of another site could read and purge what its reader may: it lets its own name lead to the loopback address, and the
+    /// browser takes castier for that site (DNS rebinding). So a browser on this machine must ask by address, or for `localhost`.
+    fn check_host(&self, request: &Request<Incoming>, client: IpAddr) -> Option<Response> {
+        let is_browser = ["sec-fetch-site", "origin"].iter().any(|name| request.headers().contains_key(*name));
+        if !is_browser || !client.to_canonical().is_loopback() {
+            return None;
+        }
+        let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let authority: Option<http::uri::Authority> = host.parse().ok();
+        let name = authority.as_ref().map_or("", |authority| authority.host());
+        let is_address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok();
+        let is_here = is_address || name.eq_ignore_ascii_case("localhost") || name.to_ascii_lowercase().ends_with(".localhost");
+        let why = "a browser must ask by address or for localhost, since any site's name can lead here; or set access.admin";
+        (!is_here).then(|| problem(StatusCode::FORBIDDEN, why))
     }
 }
 
@@ -230,25 +253,30 @@ fn challenge(detail: &str) -> Response {
     answer
 }
 
+/// The request with its whole body; `None` if it is cut or too large. A body that does not come would keep its connection busy, and other clients out.
+async fn whole(request: Request<Incoming>) -> Option<Request<Body>> {
+    let (head, body) = request.into_parts();
+    let bytes = axum::body::to_bytes(Body::new(body), MAX_HEAD).await.ok()?;
+    Some(Request::from_parts(head, bytes.into()))
+}
+
+fn late() -> Response {
+    let mut answer = problem(StatusCode::REQUEST_TIMEOUT, "the body took longer than limits.header_timeout");
+    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    answer
+}
+
 /// Serves one connection. hyper's timeout for heads also runs between requests, so a scraper that comes back later opens a new connection.
 async fn connection(stream: TcpStream, client: IpAddr, router: Router, guard: Arc<Guard>, busy: Arc<AtomicBool>, limits: Arc<Limits>) {
-    let tls = guard.tls.clone();
-    let answer = service_fn(move |request: Request<Incoming>| {
-        let (mut router, guard, busy) = (router.clone(), guard.clone(), busy.clone());
-        async move {
-            busy.store(true, Ordering::Relaxed);
-            let answer = match guard.check(&request, client).await {
-                Some(refusal) => Ok(refusal),
-                None => router.call(request.map(Body::new)).await,
-            };
-            busy.store(false, Ordering::Relaxed);
-            answer
-        }
-    });
     let mut stream = Conn::socket(stream);
-    if let Some(tls) = tls {
+    let mut certificate = None;
+    if let Some(tls) = &guard.tls {
         stream = match secured::accept(tls.http1_acceptor(), stream, limits.header_timeout.get()).await {
-            Ok((stream, _)) => stream,
+            Ok((stream, handshake)) => {
+                certificate =
+                    handshake.certificate.zip(guard.access.as_ref()).map(|(shown, access)| Arc::new(Certified::new(shown, access)));
+                stream
+            }
             Err(Failed::Plain(stream)) => {
                 let reply = Reply::error(StatusCode::BAD_REQUEST, "this port speaks TLS: ask it with https");
                 return fast_path::answer_and_close(Conn::new(stream, limits.write_timeout.get()), &reply).await;
@@ -256,6 +284,23 @@ async fn connection(stream: TcpStream, client: IpAddr, router: Router, guard: Ar
             Err(Failed::Handshake(_)) => return,
         };
     }
+    let body_timeout = limits.header_timeout.get();
+    let answer = service_fn(move |request: Request<Incoming>| {
+        let (mut router, guard, busy, certificate) = (router.clone(), guard.clone(), busy.clone(), certificate.clone());
+        async move {
+            busy.store(true, Ordering::Relaxed);
+            let answer = match guard.check(&request, client, certificate.as_deref()).await {
+                Some(refusal) => Ok(refusal),
+                None => match timeout(body_timeout, whole(request)).await {
+                    Ok(Some(request)) => router.call(request).await,
+                    Ok(None) => Ok(problem(StatusCode::PAYLOAD_TOO_LARGE, "the body is cut, or larger than 16 KiB")),
+                    Err(_) => Ok(late()),
+                },
+            };
+            busy.store(false, Ordering::Relaxed);
+            answer
+        }
+    });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout.get())

@@ -26,7 +26,7 @@ const TELL: Duration = Duration::from_secs(5);
 /// The URL of the admin listener: the one that is named, or that of the configuration.
 fn admin_url(args: &CommonArgs, admin: Option<String>) -> String {
     let of_config = || {
-        let loaded = args.load_with::<Castier>(config::environment(), routes::check).ok()?;
+        let loaded = args.load_with::<Castier>(config::environment(), |config, problems| drop(routes::check(config, problems))).ok()?;
         let listen = loaded.config.listen;
         Some(if listen.tls.is_on() && listen.tls.admin { format!("https://{}", listen.admin) } else { listen.admin })
     };
@@ -97,7 +97,7 @@ pub(super) fn drain(args: &CommonArgs, admin: Option<String>, credentials: &Cred
     let read = |body: String| serde_json::from_str::<Left>(&body).map_err(|error| format!("{url}: {error}"));
     let outcome = match health_check::post(&url, credentials) {
         Err(Failed::Refused(_)) if args.config.is_some() && !is_named => {
-            let load = || args.load_with(config::environment(), routes::check);
+            let load = || args.load_with(config::environment(), |config, problems| drop(routes::check(config, problems)));
             let ask = ("origin.url", online_check::ask);
             return startup::main(super::PROGRAM, args, load, ask, move |config| drain_here(config, limit));
         }

@@ -2,19 +2,17 @@
 
 use crate::{
     http2::frames::{Alarm, Frames},
-    reply::{Body, Reply},
     request_head::Framing,
 };
 use async_trait::async_trait;
-use bytes::{Buf, Bytes, BytesMut};
-use castier_cache::PIECE;
+use bytes::{Buf, BytesMut};
 use castier_serverkit::stall_timeout::StallTimeout;
 use castier_upstream::Chunks;
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, StatusCode};
 use pingora::http::ResponseHeader;
 use pingora::protocols::{
     Digest, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID,
-    UniqueIDType, http::ServerSession, raw_connect::ProxyDigest,
+    UniqueIDType, raw_connect::ProxyDigest,
 };
 use std::{
     io,
@@ -30,7 +28,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
-    time::{Instant, Sleep, timeout},
+    time::{Instant, Sleep, sleep},
 };
 
 /// A client's connection.
@@ -172,6 +170,13 @@ impl Conn {
         self.fence = Some(Box::new(Fence { ahead, remaining: Remaining::All, next_check: None }));
         self.http2 = Some(Box::new(Http2 { frames, out: BytesMut::new(), gathers: gathers.clone(), is_unflushed: false }));
         (alarm, gathers)
+    }
+
+    /// Ends when the client has closed, which is looked for every second. Reads nothing.
+    pub async fn closed(&self) {
+        while !has_closed(&self.stream) {
+            sleep(Self::CHECK_INTERVAL).await;
+        }
     }
 
     /// For a pingora session. [`Self::from_stream`] is the way back.
@@ -419,37 +424,6 @@ impl GetSocketDigest for Conn {
 }
 
 impl Peek for Conn {}
-
-/// How long an answer over HTTP/2 waits for the end of an upload that it does not need, and how long for more of it.
-const EARLY: Duration = Duration::from_secs(2);
-const LULL: Duration = Duration::from_millis(200);
-
-/// Writes a reply whose body is in memory, or empty. Long bodies are written in pieces, so that the write timeout counts for each piece.
-///
-/// # Errors
-/// The client has closed, or has taken no byte for `limits.write_timeout`.
-pub async fn write(session: &mut ServerSession, reply: Reply) -> pingora::Result<()> {
-    if let ServerSession::H2(stream) = session
-        && !stream.is_body_done()
-    {
-        // Some clients of HTTP/2 (curl 7.88) lose an answer that comes before the end of their upload.
-        let upload = async { while let Ok(Ok(Some(_))) = timeout(LULL, stream.read_body_bytes()).await {} };
-        let _ = timeout(EARLY, upload).await;
-    }
-    let head = response_header(reply.status, &reply.headers);
-    let mut rest = if let Body::Whole(bytes) = reply.body { bytes } else { Bytes::new() };
-    if let ServerSession::H2(stream) = session
-        && (rest.is_empty() || stream.req_header().method == Method::HEAD)
-    {
-        // Over HTTP/1.1 pingora itself leaves out the body of an answer to HEAD.
-        return stream.write_response_header(head, true);
-    }
-    session.write_response_header(head).await?;
-    while rest.len() > PIECE {
-        session.write_response_body(rest.split_to(PIECE), false).await?;
-    }
-    session.write_response_body(rest, true).await
-}
 
 /// The head of a reply as pingora's type.
 pub fn response_header(status: StatusCode, headers: &HeaderMap) -> Box<ResponseHeader> {

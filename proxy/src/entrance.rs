@@ -11,8 +11,8 @@ use crate::{
 };
 use castier_access::{Access, Clients, Connection, Memo, Refused, Sources, Users, What, Who};
 use castier_config::{Castier, Limits, Problems, Proxies, Role};
-use castier_serverkit::tls::Tls;
-use castier_wire::{Target, entry::Entry};
+use castier_serverkit::tls::{Certificate, Tls};
+use castier_wire::{Target, entry::Entry, forwarded};
 use http::{HeaderValue, Method, StatusCode, header};
 use pingora::protocols::Stream;
 use std::{
@@ -51,7 +51,7 @@ impl Door {
                 certificates: config.access.certificates,
                 ..Default::default()
             };
-            Some(Arc::new(Access::new(options, users(config).map_err(|(key, why)| format!("{key}: {why}"))?, metrics.access.clone())))
+            Some(Arc::new(Access::new(options, users(config, true).map_err(|(key, why)| format!("{key}: {why}"))?, metrics.access.clone())))
         } else {
             None
         };
@@ -60,8 +60,13 @@ impl Door {
 
     /// The entrance of the public listener.
     pub fn entrance(&self, config: &Castier) -> Entrance {
-        let Self { tls, access, clients, metrics } = self.clone();
-        Entrance { tls, proxy_protocol: config.listen.proxy_protocol, proxies: proxies(config), access, clients, metrics }
+        let (proxies, also) = (&config.listen.trusted_proxies.0, &config.log.trusted_proxies.0);
+        Entrance {
+            door: self.clone(),
+            proxy_protocol: config.listen.proxy_protocol,
+            proxies: Proxies(proxies.clone()),
+            shown_proxies: (!also.is_empty()).then(|| Proxies(proxies.iter().chain(also).copied().collect())),
+        }
     }
 
     /// What guards the admin listener.
@@ -81,17 +86,18 @@ impl Door {
             tracing::error!(why, "the certificates stay as they are");
         }
         if let Some(access) = &self.access {
-            match users(config) {
-                Ok(users) => access.reload(users),
+            match users(config, true) {
+                Ok(users) => {
+                    // No reason to keep the old ones: the name may be that of somebody who has left.
+                    for name in users.unknown_names() {
+                        tracing::warn!(name, "access.scopes confines a name that no user and no token has");
+                    }
+                    access.reload(users);
+                }
                 Err((key, why)) => tracing::error!(key, why, "users and tokens stay as they are"),
             }
         }
     }
-}
-
-/// The proxies that may name a client.
-pub fn proxies(config: &Castier) -> Proxies {
-    Proxies(config.listen.trusted_proxies.0.iter().chain(&config.log.trusted_proxies.0).copied().collect())
 }
 
 /// The limits per client address.
@@ -103,59 +109,125 @@ pub fn limits(limits: &Limits) -> castier_access::Limits {
     }
 }
 
-/// The users and tokens, or the key that is at fault and why.
-fn users(config: &Castier) -> Result<Users, (&'static str, String)> {
+/// The users and tokens, or the key that is at fault and why. Not `with_files`: the scopes alone.
+fn users(config: &Castier, with_files: bool) -> Result<Users, (&'static str, String)> {
     let access = &config.access;
     let files = [("access.htpasswd_file", &access.htpasswd_file), ("access.tokens_file", &access.tokens_file)];
-    let [htpasswd, tokens] = files.map(|(_, file)| Some(file.as_path()).filter(|file| !file.as_os_str().is_empty()));
+    let [htpasswd, tokens] = files.map(|(_, file)| Some(file.as_path()).filter(|file| with_files && !file.as_os_str().is_empty()));
     Users::read(&Sources { htpasswd, tokens, role: access.users, scopes: &access.scopes.0 }).map_err(|why| {
         let at_fault = files.iter().find(|(_, file)| !file.as_os_str().is_empty() && why.starts_with(&format!("{}: ", file.display())));
         (at_fault.map_or("access.scopes", |(key, _)| key), why)
     })
 }
 
-/// Checks the files of users and tokens, and the scopes.
-pub fn check(config: &Castier, problems: &mut Problems) {
-    if problems.ask_machine()
-        && let Err((key, why)) = users(config)
-    {
-        problems.add(key, why);
+/// Checks the files of users and tokens, and the scopes. `routes`: the names of the routes.
+pub fn check(config: &Castier, routes: &[String], problems: &mut Problems) {
+    let key = "access.scopes";
+    let users = match users(config, problems.ask_machine()) {
+        Ok(users) => users,
+        Err((key, why)) => return problems.add(key, why),
+    };
+    for (name, route) in users.routes().filter(|(_, route)| !routes.iter().any(|known| known == route)) {
+        let known = if routes.is_empty() { "there are none".to_owned() } else { format!("there are: {}", routes.join(", ")) };
+        problems.add(key, format!("{name:?} is confined to the route {route:?}, which is not configured; {known}"));
+    }
+    let is_plain = !config.listen.tls.is_on() && !config.listen.proxy_protocol && config.listen.trusted_proxies.0.is_empty();
+    if is_plain && config.access.has_users(&config.listen.tls) && !config.is_public_on_loopback() {
+        problems
+            .note("listen.tls", "is not set, so passwords and tokens pass the network in the clear, unless something in front speaks TLS");
     }
 }
 
-/// What stands at the door of the public listener.
+/// Checks that scopes are for somebody: a misspelt name leaves its client unconfined. Only before the start: later somebody may have been removed from the
+/// files, and must not stay in because of that.
+pub fn check_names(config: &Castier, problems: &mut Problems) {
+    if !problems.ask_machine() {
+        return;
+    }
+    let Ok(users) = users(config, true) else { return };
+    let key = "access.scopes";
+    for name in users.unknown_names() {
+        if config.listen.tls.client_ca_file.as_os_str().is_empty() {
+            problems.add(key, format!("{name:?} is no user and no token, so nobody is confined by this; correct the name, or remove it"));
+        } else {
+            problems.note(key, format!("{name:?} is no user and no token: it confines only a certificate with this name"));
+        }
+    }
+}
+
+/// What a connection and its requests must pass at the public listener.
 pub struct Entrance {
-    /// `None`: plain HTTP.
-    pub tls: Option<Arc<Tls>>,
+    pub(crate) door: Door,
     /// Whether connections begin with a PROXY header.
-    pub proxy_protocol: bool,
-    /// The proxies that may name a client.
-    pub proxies: Proxies,
-    /// `None`: everybody may do everything.
-    pub access: Option<Arc<Access>>,
-    /// The limits per client address.
-    pub clients: Arc<Clients>,
-    pub(crate) metrics: Arc<castier_access::Metrics>,
+    proxy_protocol: bool,
+    /// `listen.trusted_proxies`: the proxies that may name a client.
+    proxies: Proxies,
+    /// With `log.trusted_proxies`, which are believed in records only; `None`: they are none.
+    shown_proxies: Option<Proxies>,
 }
 
 /// A connection that may send requests.
 pub(crate) struct Entered {
     pub(crate) stream: Stream,
-    /// The client's address, or that of a proxy which names the client in each request.
-    pub(crate) address: Option<SocketAddr>,
-    /// Who the client is by its certificate.
-    pub(crate) certificate: Option<Arc<Who>>,
+    pub(crate) visitor: Visitor,
     /// It counts for its client until it closes.
     pub(crate) counted: Option<Connection>,
     /// TLS has agreed on HTTP/2.
     pub(crate) is_http2: bool,
 }
 
+/// Whose connection a request came on.
+pub(crate) struct Visitor {
+    /// The address of the client, or of a proxy that names the client in each request.
+    pub(crate) address: Option<SocketAddr>,
+    /// Not, if a proxy in front does not know the client: the fields of its requests may be the client's own.
+    pub(crate) names_clients: bool,
+    /// Who the client is by its certificate.
+    pub(crate) certificate: Option<Certified>,
+}
+
+/// A client with a certificate.
+pub(crate) struct Certified {
+    who: Arc<Who>,
+    shown: Certificate,
+}
+
+/// The client that sent a request.
+#[derive(Clone, Copy)]
+pub(crate) struct Client {
+    /// The address that limits count by.
+    pub(crate) counted: Option<IpAddr>,
+    /// The address in records. Another one only if `log.trusted_proxies` are more than `listen.trusted_proxies`.
+    pub(crate) shown: Option<IpAddr>,
+}
+
+/// Why a request may not be answered.
+pub(crate) struct Refusal {
+    pub(crate) reply: Reply,
+    /// For the access record.
+    pub(crate) why: &'static str,
+    pub(crate) client: Client,
+    /// Whether its connection cannot serve another one.
+    pub(crate) closes: bool,
+}
+
 impl Entered {
     /// A peer's connection, which the peer listener has secured.
     pub(crate) fn peer(stream: Stream) -> Self {
-        let address = address_of(&stream);
-        Self { stream, address, certificate: None, counted: None, is_http2: false }
+        let visitor = Visitor { address: address_of(&stream), names_clients: false, certificate: None };
+        Self { stream, visitor, counted: None, is_http2: false }
+    }
+}
+
+impl Visitor {
+    /// The address, as logs have it.
+    pub(crate) fn ip(&self) -> Option<IpAddr> {
+        self.address.map(|address| address.ip().to_canonical())
+    }
+
+    /// As a client whose requests name nobody else.
+    pub(crate) fn client(&self) -> Client {
+        Client { counted: self.ip(), shown: self.ip() }
     }
 }
 
@@ -167,23 +239,19 @@ fn address_of(stream: &Stream) -> Option<SocketAddr> {
 pub(crate) enum Closed {
     /// The client speaks plain HTTP where TLS is spoken.
     Plain(Stream),
-    /// Its address has too many connections. The stream is `None` if an answer would need a handshake.
-    TooMany(Option<Stream>),
+    /// This address has too many connections. The stream is `None` if an answer would need a handshake.
+    TooMany(Option<Stream>, IpAddr),
     /// There is nobody to answer. The text is for the log.
     Silently(String),
 }
 
 impl Entrance {
-    /// Whether every request may pass unseen.
-    pub(crate) fn is_open(&self, limits: &Limits) -> bool {
-        self.access.is_none() && limits.requests_per_second == 0
-    }
-
     /// Lets a connection in. Its PROXY header and its handshake may each take `limits.header_timeout`.
     pub(crate) async fn enter(&self, stream: Stream, limits: &Limits) -> Result<Entered, Closed> {
         let limit = limits.header_timeout.get();
         let mut address = address_of(&stream);
         let mut stream = stream;
+        let mut names_clients = true;
         if self.proxy_protocol {
             let is_trusted = address.is_some_and(|address| self.proxies.contains(&address.ip()));
             if !is_trusted {
@@ -191,66 +259,85 @@ impl Entrance {
             }
             let (behind, client) = proxy_protocol::read(stream, limit).await.map_err(Closed::Silently)?;
             stream = behind;
+            names_clients = client.is_some();
             address = client.or(address);
         }
         let counted = match address.map(|address| address.ip().to_canonical()) {
             // A proxy's own connections carry many clients.
             Some(ip) if !self.proxies.contains(&ip) => {
-                let Some(counted) = self.clients.connect(ip) else {
-                    self.metrics.connections();
-                    return Err(Closed::TooMany(Some(stream).filter(|_| self.tls.is_none())));
+                let Some(counted) = self.door.clients.connect(ip) else {
+                    self.door.metrics.connections();
+                    return Err(Closed::TooMany(Some(stream).filter(|_| self.door.tls.is_none()), ip));
                 };
                 Some(counted)
             }
             _ => None,
         };
         let (mut certificate, mut is_http2) = (None, false);
-        if let Some(tls) = &self.tls {
+        if let Some(tls) = &self.door.tls {
             match secured::accept(tls.acceptor(), stream, limit).await {
                 Ok((secured, handshake)) => {
                     (stream, is_http2) = (secured, handshake.is_http2);
-                    certificate = handshake.certificate.zip(self.access.as_ref()).map(|(name, access)| access.certificate(&name));
+                    certificate = handshake.certificate.zip(self.door.access.as_ref()).map(|(shown, access)| Certified::new(shown, access));
                 }
                 Err(Failed::Plain(stream)) => return Err(Closed::Plain(stream)),
                 Err(Failed::Handshake(why)) => return Err(Closed::Silently(format!("the TLS handshake failed: {why}"))),
             }
         }
-        Ok(Entered { stream, address, certificate, counted, is_http2 })
+        Ok(Entered { stream, visitor: Visitor { address, names_clients, certificate }, counted, is_http2 })
     }
 
-    /// Decides about a request, whose head is at the front of `bytes`. Returns the name of who sent it; `None` for an anonymous client.
+    /// The client that sent a request, whose head is at the front of `bytes`: the connection's, or who a trusted proxy names.
+    pub(crate) fn client(&self, visitor: &Visitor, head: &Head, bytes: &[u8]) -> Client {
+        let Some(ip) = visitor.ip() else { return visitor.client() };
+        let named_by = |proxies: &Proxies| {
+            let trusted = |address: &IpAddr| proxies.contains(address);
+            if visitor.names_clients && trusted(&ip) {
+                head.introduction(bytes, |fields| forwarded::client(ip, fields, trusted))
+            } else {
+                ip
+            }
+        };
+        let counted = Some(named_by(&self.proxies));
+        Client { counted, shown: self.shown_proxies.as_ref().map_or(counted, |proxies| Some(named_by(proxies))) }
+    }
+
+    /// Counts a request.
     ///
     /// # Errors
-    /// The answer for the client, and the reason for the access record.
+    /// Its client sends too many.
+    pub(crate) fn count(&self, limits: &Limits, client: Client) -> Result<(), Box<Refusal>> {
+        let counted = client.counted.filter(|_| limits.requests_per_second > 0);
+        let Some(Err(wait)) = counted.map(|counted| self.door.clients.admit(counted)) else { return Ok(()) };
+        self.door.metrics.requests();
+        let reply = too_many(wait, "more requests than one client may send; try again later");
+        Err(Box::new(Refusal { reply, why: "over limits.requests_per_second", client, closes: false }))
+    }
+
+    /// Decides whether a request is allowed, whose head is at the front of `bytes`.
+    ///
+    /// # Errors
+    /// It is not.
     pub(crate) async fn check(
         &self,
         memo: &mut Memo,
         head: &Head,
         bytes: &[u8],
         mut routed: Option<&mut Match>,
-        client: Option<IpAddr>,
-        certificate: Option<&Arc<Who>>,
-    ) -> Result<Option<Arc<Who>>, Box<(Reply, &'static str)>> {
-        if let Some(client) = client
-            && let Err(wait) = self.clients.admit(client)
-        {
-            self.metrics.requests();
-            return Err(Box::new((
-                too_many(wait, "more requests than one client may send; try again later"),
-                "over limits.requests_per_second",
-            )));
-        }
-        let Some(access) = &self.access else { return Ok(None) };
+        client: Client,
+        visitor: &Visitor,
+    ) -> Result<(), Box<Refusal>> {
+        let Some(access) = &self.door.access else { return Ok(()) };
         // The upstream of the route decides by the client's own credentials, which are not castier's.
         if routed.as_ref().is_some_and(|found| found.is_private() || has_ticket(&head.method, found)) {
-            return Ok(None);
+            return Ok(());
         }
         let path;
         let route;
         let (needed, what) = match &routed {
             Some(found) if !found.is_entry() => {
                 route = found.route.clone();
-                (needed(&head.method, is_batch(&head.method, found)), What::Route(route.label()))
+                (needed(&head.method, is_batch(&head.method, found)), What::Route { name: route.label(), protocol: route.protocol() })
             }
             _ => match head.target(bytes) {
                 Target::Blob(_) | Target::Malformed(_) | Target::Collection => (needed(&head.method, false), What::Blobs),
@@ -260,18 +347,39 @@ impl Entrance {
                 }
             },
         };
+        let refuse = |(reply, why): (Reply, &'static str), routed: Option<&Match>| {
+            // In the form that the clients of the route read.
+            let reply = if let Some(found) = routed { found.error(reply) } else { reply };
+            Box::new(Refusal { reply, why, client, closes: false })
+        };
         let who = match head.authorization(bytes) {
             Some(authorization) => match memo.recall(access, authorization) {
                 Some(who) => who,
-                None => match Box::pin(access.identify(authorization, client)).await {
+                None => match Box::pin(access.identify(authorization, client.counted)).await {
                     Ok(who) => {
                         memo.keep(authorization, &who);
                         who
                     }
-                    Err(refused) => return Err(Box::new(self.refuse(&refused, head, bytes))),
+                    Err(refused) => {
+                        let Explained { status, detail, why, retry_after } = explain(&refused);
+                        let reply = match retry_after {
+                            _ if status == StatusCode::UNAUTHORIZED => challenge(head, bytes, detail),
+                            Some(wait) => too_many(wait, detail),
+                            None => Reply::error(status, detail),
+                        };
+                        return Err(refuse((reply, why), routed.as_deref()));
+                    }
                 },
             },
-            None => certificate.unwrap_or_else(|| access.anonymous()).clone(),
+            None => match &visitor.certificate {
+                Some(certified) if self.door.tls.as_ref().is_some_and(|tls| certified.is_trusted(tls)) => certified.who().clone(),
+                Some(_) => {
+                    access.metrics().wrong_credentials();
+                    let reply = challenge(head, bytes, "the certificate of this connection is not accepted any more; connect again");
+                    return Err(Box::new(Refusal { closes: true, ..*refuse((reply, "the certificate has ended"), routed.as_deref()) }));
+                }
+                None => access.anonymous().clone(),
+            },
         };
         if who.may(needed, what) {
             if let Some(found) = &mut routed
@@ -280,29 +388,68 @@ impl Entrance {
                 let status = if who.name().is_empty() { StatusCode::UNAUTHORIZED } else { StatusCode::FORBIDDEN };
                 found.no_uploads = Some(status);
             }
-            return Ok(Some(who).filter(|who| !who.name().is_empty()));
+            return Ok(());
         }
-        Err(Box::new(if who.name().is_empty() {
+        let refused = if who.name().is_empty() {
             access.metrics().missing();
-            (challenge(head, bytes, "this needs credentials: send a user and a password (Basic), or a token (Bearer)"), "no credentials")
+            (challenge(head, bytes, MISSING), "no credentials")
         } else {
             access.metrics().role();
             let detail = format!("these credentials do not suffice: {} needs the role {needed} for this", head.method);
             (Reply::error(StatusCode::FORBIDDEN, &detail), "the role does not suffice")
-        }))
+        };
+        Err(refuse(refused, routed.as_deref()))
+    }
+}
+
+impl Certified {
+    pub(crate) fn new(shown: Certificate, access: &Access) -> Self {
+        Self { who: access.certificate(&shown.name), shown }
     }
 
-    fn refuse(&self, refused: &Refused, head: &Head, bytes: &[u8]) -> (Reply, &'static str) {
-        match refused {
-            Refused::Wrong => (challenge(head, bytes, "these credentials are not accepted"), "wrong credentials"),
-            Refused::TooMany { retry_after } => {
-                (too_many(*retry_after, "too many wrong credentials came from this address; try again later"), "too many wrong credentials")
-            }
-            Refused::Busy => {
-                let detail = "too many passwords are being checked; try again in a second";
-                (Reply::error(StatusCode::SERVICE_UNAVAILABLE, detail), "too many passwords at once")
-            }
-        }
+    pub(crate) const fn who(&self) -> &Arc<Who> {
+        &self.who
+    }
+
+    /// Whether the certificate of this open connection still counts.
+    pub(crate) fn is_trusted(&self, tls: &Tls) -> bool {
+        tls.trusts(&self.shown)
+    }
+}
+
+/// What is wanted of a client without credentials.
+pub(crate) const MISSING: &str = "this needs credentials: send a user and a password (Basic), or a token (Bearer)";
+
+/// How a refusal is answered.
+pub(crate) struct Explained {
+    pub(crate) status: StatusCode,
+    /// For the client.
+    pub(crate) detail: &'static str,
+    /// For the access record.
+    pub(crate) why: &'static str,
+    pub(crate) retry_after: Option<Duration>,
+}
+
+pub(crate) fn explain(refused: &Refused) -> Explained {
+    match *refused {
+        Refused::Wrong => Explained {
+            status: StatusCode::UNAUTHORIZED,
+            detail: "these credentials are not accepted",
+            why: "wrong credentials",
+            retry_after: None,
+        },
+        Refused::TooMany { retry_after } => Explained {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            detail: "too many wrong credentials came from this address; try again later",
+            why: "too many wrong credentials",
+            retry_after: Some(retry_after),
+        },
+        Refused::Busy => Explained {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            detail: "too many passwords are being checked; try again in a second",
+            why: "too many passwords at once",
+            retry_after: None,
+        },
     }
 }
 
@@ -338,10 +485,14 @@ fn challenge(head: &Head, bytes: &[u8], detail: &str) -> Reply {
     reply
 }
 
-fn too_many(wait: Duration, detail: &str) -> Reply {
+/// A 429.
+pub(crate) fn too_many(wait: Duration, detail: &str) -> Reply {
     let mut reply = Reply::error(StatusCode::TOO_MANY_REQUESTS, detail);
-    // In whole seconds, rounded up, and at least one.
-    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-    reply.headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+    reply.headers.insert(header::RETRY_AFTER, seconds(wait));
     reply
+}
+
+/// The value of `Retry-After`: whole seconds, rounded up, and at least one.
+pub(crate) fn seconds(wait: Duration) -> HeaderValue {
+    HeaderValue::from((wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1))
 }

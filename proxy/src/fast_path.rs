@@ -3,6 +3,7 @@
 use crate::{
     access_log::{self, More, Record},
     connection::Conn,
+    entrance::Refusal,
     listener::Front,
     metrics::{Listener, Route, Served},
     reply::{Body, Reply, cache_status},
@@ -129,7 +130,7 @@ impl Front {
             took: started.elapsed(),
             cache: cache_status(&reply.headers),
             served: if sent.is_ok() { reply.served } else { Served::Error },
-            client: arrived.client,
+            client: arrived.client.shown,
             more,
         };
         record.log(&self.metrics);
@@ -142,9 +143,13 @@ impl Front {
         let mut head = reply.head(&get_cached_date(), !arrived.head.close, if one_write { blob.len() } else { 0 });
         let before_body = head.len();
         let (out, sent) = if one_write {
-            self.pace(arrived.limits, arrived.client, blob.len()).await;
-            head.extend_from_slice(&blob);
-            send(conn, &mut &head[..]).await
+            match self.pace(arrived, blob.len(), async || conn.closed().await).await {
+                Ok(()) => {
+                    head.extend_from_slice(&blob);
+                    send(conn, &mut &head[..]).await
+                }
+                Err(cut) => (0, Err(cut)),
+            }
         } else if arrived.limits.bandwidth_per_client.get() == 0 {
             send(conn, &mut head.chain(&blob[..])).await
         } else {
@@ -162,7 +167,10 @@ impl Front {
             if sent.is_err() {
                 break;
             }
-            self.pace(arrived.limits, arrived.client, piece.len()).await;
+            if let Err(cut) = self.pace(arrived, piece.len(), async || conn.closed().await).await {
+                sent = Err(cut);
+                break;
+            }
             let (out, result) = send(conn, &mut piece).await;
             (all, sent) = (all + out, result);
         }
@@ -183,7 +191,9 @@ impl Front {
         let (mut head, mut pieces, mut bytes, mut many) = (head.freeze(), [first, Bytes::new(), Bytes::new(), Bytes::new()], 0, 1);
         loop {
             let before_body = head.len();
-            self.pace(arrived.limits, arrived.client, pieces.iter().map(Bytes::len).sum()).await;
+            if let Err(cut) = self.pace(arrived, pieces.iter().map(Bytes::len).sum(), async || conn.closed().await).await {
+                return (bytes, Err(cut));
+            }
             let [first, second, third, fourth] = pieces;
             let (out, sent) = send(conn, &mut head.chain(first).chain(second).chain(third).chain(fourth)).await;
             let part = out.saturating_sub(before_body) as u64;
@@ -205,31 +215,26 @@ impl Front {
     }
 
     /// Answers a request that may not be served. Gives the connection back if it can serve another: clients that learn of a challenge ask again at once.
-    pub(crate) async fn deny(
-        &self,
-        mut conn: Conn,
-        mut ahead: BytesMut,
-        head: &Head,
-        reply: Reply,
-        why: &str,
-        client: Option<IpAddr>,
-    ) -> Option<(Conn, BytesMut)> {
+    pub(crate) async fn deny(&self, mut conn: Conn, mut ahead: BytesMut, head: &Head, refusal: Refusal) -> Option<(Conn, BytesMut)> {
         let started = Instant::now();
-        let keep_alive = head.framing == Framing::Length(0) && !head.close && !head.upgrade && head.version == Version::HTTP_11;
-        if !keep_alive {
+        let Refusal { reply, why, client, closes } = refusal;
+        let is_last = closes || head.close || head.upgrade || head.framing != Framing::Length(0) || head.version != Version::HTTP_11;
+        let record = |path: &str| {
+            let record = refused(self.name(), reply.status.as_u16(), why, started, client.shown);
+            Record { method: head.method.as_str(), path, ..record }.log(&self.metrics);
+        };
+        if is_last {
             let path = head.path(&ahead).to_owned();
             drop(ahead);
             self.write_refusal(conn, &reply).await;
-            let record = refused(self.name(), reply.status.as_u16(), why, started, client);
-            Record { method: head.method.as_str(), path: &path, ..record }.log(&self.metrics);
+            record(&path);
             return None;
         }
         let body = if let (Body::Whole(body), true) = (&reply.body, head.method != Method::HEAD) { body.clone() } else { Bytes::new() };
         let mut out = reply.head(&get_cached_date(), true, body.len());
         out.extend_from_slice(&body);
         let (_, sent) = send(&mut conn, &mut &out[..]).await;
-        let record = refused(self.name(), reply.status.as_u16(), why, started, client);
-        Record { method: head.method.as_str(), path: head.path(&ahead), ..record }.log(&self.metrics);
+        record(head.path(&ahead));
         sent.ok()?;
         ahead.advance(head.len);
         Some((conn, ahead))

@@ -8,16 +8,17 @@ pub mod frames;
 
 use crate::{
     access_log::{self, Record},
-    connection::{Conn, response_header, write},
+    connection::{Conn, response_header},
+    entrance::{Refusal, Visitor},
     fast_path,
     handlers::relay::Relay,
-    listener::{Admitted, Answerer, Front, Refusal, Visitor},
+    listener::{Admitted, Answerer, Audience, Front},
     memory_plan,
     reply::{Body, Reply},
     request_head::{self, Head, NoHead},
-    session::{Arrived, Cut, LINGER},
+    session::{Arrived, Cut, LINGER, write},
 };
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use castier_access::Memo;
 use castier_blob::Digest;
 use castier_cache::{Fault, Hit, Limit, Reader};
@@ -144,10 +145,10 @@ impl Front {
         let mut closing: Option<Instant> = None;
         let mut malformed = (0, Instant::now());
         let mut wait = limits.header_timeout.get();
-        // For how long no request has been open, and how many were open at once before.
-        let (mut idle, mut most) = (Duration::ZERO, 1);
+        // For how long no request has been open, and how many were there when the last one came.
+        let (mut idle, mut streams) = (Duration::ZERO, 1);
         let flood = loop {
-            let step = if most > 1 { TICK.min(wait) } else { wait };
+            let step = if streams > 1 { TICK.min(wait) } else { wait };
             let accepted = tokio::select! {
                 biased;
                 flood = alarm.raised() => break Some(flood),
@@ -161,7 +162,7 @@ impl Front {
                     idle += step;
                     // What was answered may still be in the queue. If nothing is, its memory is given back.
                     if !connection.has_streams() {
-                        most = 1;
+                        streams = 1;
                         memory.resize(memory_plan::HTTP2);
                     }
                     if idle < wait {
@@ -190,10 +191,11 @@ impl Front {
                     }
                     idle = Duration::ZERO;
                     let stream = Stream::open(&shared);
-                    most = most.max(shared.open.load(Ordering::Relaxed));
-                    let fits = memory.cover(memory_plan::HTTP2 + ((most - 1) * memory_plan::HTTP2_QUEUE) as u64);
+                    // With those that have ended, and whose answer is still in the queue.
+                    streams = connection.num_wired_streams().max(1);
+                    let fits = memory.resize(memory_plan::HTTP2 + ((streams - 1) * memory_plan::HTTP2_QUEUE) as u64);
                     // A hit is answered here and now. What has to wait goes on in a task of its own.
-                    let mut answer = Box::pin(stream.serve(session, fits));
+                    let mut answer = Box::pin(stream.serve(session, fits, streams <= 2));
                     if futures::poll!(answer.as_mut()).is_pending() {
                         tokio::spawn(answer);
                     }
@@ -225,8 +227,8 @@ impl Front {
 }
 
 impl Stream {
-    /// Answers one request. Not `fits`: the memory for it is used up.
-    async fn serve(self, session: HttpSession, fits: bool) {
+    /// Answers one request. Not `fits`: the memory for it is used up. `is_lone`: there is no other, but for one that is about to end.
+    async fn serve(self, session: HttpSession, fits: bool, is_lone: bool) {
         let Self(shared) = &self;
         let front = &shared.front;
         let started = Instant::now();
@@ -239,16 +241,23 @@ impl Stream {
         let (bytes, head) = match request_head::of_http2(session.req_header(), ended, &limits) {
             Ok(read) => read,
             Err(refused) => {
+                // It counts as any other. Over HTTP/1.1 the connection would end here.
+                let client = shared.visitor.client();
+                if let Audience::Clients(_, entrance) = &front.audience
+                    && let Err(refusal) = entrance.count(&limits, client)
+                {
+                    return self.refuse(session, refusal.reply, refusal.why, client.shown, started).await;
+                }
                 let (status, why) = match refused {
                     NoHead::Refused(status, why) => (status, why),
                     _ => (StatusCode::BAD_REQUEST, "malformed request head".to_owned()),
                 };
-                return self.refuse(session, Reply::error(status, &why), &why, shared.visitor.ip(), started).await;
+                return self.refuse(session, Reply::error(status, &why), &why, client.shown, started).await;
             }
         };
         // A lone request may be a hit although the memory is used up: its connection has paid for as much. All others pay.
         let memory = front.memory.lease(memory_plan::request(&head) + memory_plan::http2_window(&head, &limits)).filter(|_| fits);
-        if memory.is_none() && (shared.open.load(Ordering::Relaxed) > 1 || !head.plain) {
+        if memory.is_none() && !(is_lone && head.plain) {
             return self.shed(session, Limit::ClientMemory, shared.visitor.ip(), started).await;
         }
         // The memo is for the requests of one connection, which may come at the same moment.
@@ -258,12 +267,20 @@ impl Stream {
         let Admitted { asked, routed, client } = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => {
-                let (Refusal::Final(reply, why, client) | Refusal::Denied(reply, why, client)) = *refusal;
-                return self.refuse(session, reply, why, client, started).await;
+                let Refusal { reply, why, client, .. } = *refusal;
+                return self.refuse(session, reply, why, client.shown, started).await;
             }
         };
         let draining = &shared.shutdown;
-        let arrived = Arrived { head: &head, limits: &limits, draining, asked: &asked, client, routed: routed.as_deref() };
+        let arrived = Arrived {
+            head: &head,
+            limits: &limits,
+            draining,
+            asked: &asked,
+            client,
+            address: shared.visitor.ip(),
+            routed: routed.as_deref(),
+        };
         let target = head.target(&bytes);
         if let Answerer::Relay(relay) = front.answerer(&arrived, &target) {
             drop(memory);
@@ -279,7 +296,7 @@ impl Stream {
             return self.hit(session, &bytes, hit, &digest, &arrived, started).await;
         }
         if memory.is_none() {
-            return self.shed(session, Limit::ClientMemory, client, started).await;
+            return self.shed(session, Limit::ClientMemory, client.shown, started).await;
         }
         Box::pin(self.exchange(session, &head, &bytes, &arrived, started)).await;
     }
@@ -293,25 +310,29 @@ impl Stream {
         let ready = started.elapsed();
         let mut sent = 0;
         let written = async {
-            session.write_response_header(response_header(reply.status, &reply.headers)).await?;
+            session.write_response_header(response_header(reply.status, &reply.headers)).await.map_err(Cut::client)?;
             let mut rest = blob;
             loop {
-                let piece = rest.split_to(rest.len().min(memory_plan::HTTP2_QUEUE));
-                front.pace(arrived.limits, arrived.client, piece.len()).await;
+                let mut piece = rest.split_to(rest.len().min(memory_plan::HTTP2_QUEUE));
+                front.pace(arrived, piece.len(), async || session.read_body_or_idle(true).await).await?;
+                if rest.is_empty() && sent > 0 {
+                    // The queue may outlive the request, and would hold the whole blob.
+                    piece = Bytes::copy_from_slice(&piece);
+                }
                 sent += piece.len() as u64;
-                session.write_response_body(piece, rest.is_empty()).await?;
+                session.write_response_body(piece, rest.is_empty()).await.map_err(Cut::client)?;
                 if rest.is_empty() {
                     return Ok(());
                 }
             }
         };
-        let written: pingora::Result<()> = written.await;
+        let written: Result<(), Cut> = written.await;
         if written.is_err() {
             sent = session.body_bytes_sent() as u64;
             session.shutdown().await;
         }
         front.metrics.served_from(front.name(), reply.tier, sent);
-        let _ = front.record(&reply, bytes, digest, arrived, (sent, written.map_err(Cut::client)), (started, ready));
+        let _ = front.record(&reply, bytes, digest, arrived, (sent, written), (started, ready));
     }
 
     /// Lets a handler answer.
@@ -331,15 +352,15 @@ impl Stream {
                 if relay.pass_http2(session, arrived.limits, &self.0.shutdown, known).await {
                     let front = &self.0.front;
                     let why = "the client sent nothing of its body for too long (limits.idle_timeout)";
-                    let record = fast_path::refused(front.name(), access_log::CLIENT_GONE, why, started, arrived.client);
+                    let record = fast_path::refused(front.name(), access_log::CLIENT_GONE, why, started, arrived.client.shown);
                     let (method, path) = (arrived.head.method.as_str(), arrived.head.path(bytes));
                     Record { method, path, ..record }.log(&front.metrics);
                 }
             }
-            Err(Fault::Busy(limit)) => self.shed(session, limit, arrived.client, started).await,
+            Err(Fault::Busy(limit)) => self.shed(session, limit, arrived.client.shown, started).await,
             Err(fault) => {
                 let why = fault.to_string();
-                self.refuse(session, Reply::error(StatusCode::BAD_GATEWAY, &why), &why, arrived.client, started).await;
+                self.refuse(session, Reply::error(StatusCode::BAD_GATEWAY, &why), &why, arrived.client.shown, started).await;
             }
         }
     }
@@ -355,7 +376,7 @@ impl Stream {
     async fn refuse(&self, mut session: ServerSession, reply: Reply, why: &str, client: Option<IpAddr>, started: Instant) {
         let front = &self.0.front;
         let code = reply.status.as_u16();
-        let _ = write(&mut session, reply).await;
+        let _ = write(&mut session, reply, None).await;
         let head = session.req_header();
         let record = fast_path::refused(front.name(), code, why, started, client);
         Record { method: head.method.as_str(), path: head.uri.path(), ..record }.log(&front.metrics);

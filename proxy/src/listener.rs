@@ -6,7 +6,7 @@
 use crate::{
     connection::Conn,
     descriptors::{Descriptors, Outgoing},
-    entrance::{Closed, Entered, Entrance},
+    entrance::{Client, Closed, Door, Entered, Entrance, Refusal, Visitor, too_many},
     fast_path,
     handlers::{
         Handlers,
@@ -23,19 +23,15 @@ use crate::{
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::BytesMut;
-use castier_access::{Memo, Who};
+use castier_access::Memo;
 use castier_cache::{Budget, Fault, Limit};
 use castier_cluster::{Asked, ROUTE};
-use castier_config::{Limits, Proxies};
+use castier_config::Limits;
 use castier_upstream::trace;
 use castier_wire::Target;
 use http::{Method, StatusCode};
 use pingora::{apps::ServerApp, protocols::Stream, server::ShutdownWatch};
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 use tokio::{io::AsyncWriteExt, time::timeout};
 
 /// A listener's application.
@@ -43,8 +39,6 @@ pub struct Front {
     pub(crate) handlers: Handlers,
     pub(crate) audience: Audience,
     pub(crate) limits: Arc<ArcSwap<Limits>>,
-    /// `listen.trusted_proxies` and `log.trusted_proxies`.
-    proxies: Proxies,
     /// `limits.client_memory`.
     pub(crate) memory: Arc<Budget>,
     /// How many files and connections each part of the program may open.
@@ -70,29 +64,13 @@ enum Admission {
     Refused,
 }
 
-/// Whose connection a request came on.
-pub(crate) struct Visitor {
-    /// The address of the client, or of a proxy that names the client in each request.
-    pub(crate) address: Option<SocketAddr>,
-    /// Who the client is by its certificate.
-    pub(crate) certificate: Option<Arc<Who>>,
-}
-
 /// What a request that may be answered is for.
 pub(crate) struct Admitted {
     /// What the answer must prove.
     pub(crate) asked: Asked,
     /// Boxed, since few requests are for a route.
     pub(crate) routed: Option<Box<Match>>,
-    pub(crate) client: Option<IpAddr>,
-}
-
-/// Why a request may not be answered.
-pub(crate) enum Refusal {
-    /// Its connection is closed after the answer.
-    Final(Reply, &'static str, Option<IpAddr>),
-    /// The client may ask again, with credentials or later.
-    Denied(Reply, &'static str, Option<IpAddr>),
+    pub(crate) client: Client,
 }
 
 /// Who answers an admitted request.
@@ -124,13 +102,6 @@ impl ServerApp for Front {
     }
 }
 
-impl Visitor {
-    /// The address, as logs have it.
-    pub(crate) fn ip(&self) -> Option<IpAddr> {
-        self.address.map(|address| address.ip().to_canonical())
-    }
-}
-
 impl Front {
     /// The label of this listener.
     pub(crate) const fn name(&self) -> Listener {
@@ -145,23 +116,11 @@ impl Front {
         handlers: Handlers,
         audience: Audience,
         limits: Arc<ArcSwap<Limits>>,
-        proxies: Proxies,
         memory: Arc<Budget>,
         descriptors: Arc<Descriptors>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { handlers, audience, limits, proxies, memory, descriptors, metrics }
-    }
-
-    /// The address of the client that sent a request. If `socket_address` is a trusted proxy's, the client that the proxy names. At the peer
-    /// listener always `socket_address`: a peer's flight may be for many clients.
-    fn client(&self, socket_address: Option<SocketAddr>, head: &Head, bytes: &[u8]) -> Option<IpAddr> {
-        let address = socket_address?.ip();
-        let trusted = |address: &IpAddr| self.proxies.contains(address);
-        if matches!(self.audience, Audience::Peers(_)) || !trusted(&address) {
-            return Some(address.to_canonical());
-        }
-        Some(head.introduction(bytes, |fields| castier_wire::forwarded::client(address, fields, trusted)))
+        Self { handlers, audience, limits, memory, descriptors, metrics }
     }
 
     /// The descriptors for one connection to the origin that a client's request needs for itself; `None` if too few are left.
@@ -170,12 +129,23 @@ impl Front {
     }
 
     /// Waits until so many bytes of a body may go to a client (`limits.bandwidth_per_client`). Boxed, since few clients have such a limit.
-    pub(crate) async fn pace(&self, limits: &Limits, client: Option<IpAddr>, bytes: usize) {
-        if limits.bandwidth_per_client.get() > 0
-            && let (Audience::Clients(_, entrance), Some(client)) = (&self.audience, client)
+    ///
+    /// # Errors
+    /// The client leaves first, which `gone` tells. It would wait with what it holds, and its place in the queue would cost others of its address.
+    pub(crate) async fn pace<T>(&self, arrived: &Arrived<'_>, bytes: usize, gone: impl AsyncFnOnce() -> T) -> Result<(), Cut> {
+        if arrived.limits.bandwidth_per_client.get() > 0
+            && let (Audience::Clients(_, entrance), Some(client)) = (&self.audience, arrived.client.counted)
         {
-            Box::pin(entrance.clients.take(client, bytes)).await;
+            let turn = async {
+                tokio::select! {
+                    biased;
+                    () = entrance.door.clients.take(client, bytes) => Ok(()),
+                    _ = gone() => Err(Cut::client("closed")),
+                }
+            };
+            return Box::pin(turn).await;
         }
+        Ok(())
     }
 
     /// How many clients are connected.
@@ -219,7 +189,7 @@ impl Front {
         self.metrics.shed(Limit::Connections);
         // With TLS there is no answer: it would cost a handshake.
         let is_secured = match &self.audience {
-            Audience::Clients(_, entrance) => entrance.tls.is_some(),
+            Audience::Clients(_, entrance) => entrance.door.tls.is_some(),
             Audience::Peers(access) => access.is_secured(),
         };
         if !is_secured {
@@ -231,8 +201,7 @@ impl Front {
     /// Serves one request after the other until either side closes. Boxes every future that only a request needs: there are many idle
     /// connections, and each holds this function's state.
     async fn serve_connection(self: &Arc<Self>, entered: Entered, write_timeout: Duration, shutdown: &ShutdownWatch) {
-        let Entered { stream, address, certificate, counted: _counted, is_http2 } = entered;
-        let visitor = Visitor { address, certificate };
+        let Entered { stream, visitor, counted: _counted, is_http2 } = entered;
         let mut conn = Conn::new(stream, write_timeout);
         let mut ahead = BytesMut::new();
         if is_http2 {
@@ -278,19 +247,24 @@ impl Front {
             let _answering = self.metrics.answering();
             let admitted = match self.admit(&mut memo, &head, &ahead, &visitor, &limits).await {
                 Ok(admitted) => admitted,
-                Err(refusal) => match *refusal {
-                    Refusal::Final(reply, why, client) => return Box::pin(self.refuse(conn, &reply, why, client)).await,
-                    Refusal::Denied(reply, why, client) => match Box::pin(self.deny(conn, ahead, &head, reply, why, client)).await {
-                        Some(next) => {
-                            (conn, ahead) = next;
-                            continue;
-                        }
-                        None => return,
-                    },
+                Err(refusal) => match Box::pin(self.deny(conn, ahead, &head, *refusal)).await {
+                    Some(next) => {
+                        (conn, ahead) = next;
+                        continue;
+                    }
+                    None => return,
                 },
             };
             let Admitted { asked, routed, client } = &admitted;
-            let arrived = Arrived { head: &head, limits: &limits, draining: &draining, asked, client: *client, routed: routed.as_deref() };
+            let arrived = Arrived {
+                head: &head,
+                limits: &limits,
+                draining: &draining,
+                asked,
+                client: *client,
+                address: visitor.ip(),
+                routed: routed.as_deref(),
+            };
             let target = head.target(&ahead);
             let answerer = self.answerer(&arrived, &target);
             let blob = if let Target::Blob(digest) = target { Some(digest) } else { None };
@@ -328,17 +302,22 @@ impl Front {
         visitor: &Visitor,
         limits: &Limits,
     ) -> Result<Admitted, Box<Refusal>> {
-        let refuse = |(status, why)| Box::new(Refusal::Final(Reply::error(status, why), why, visitor.ip()));
+        let client = match &self.audience {
+            Audience::Clients(_, entrance) => {
+                let client = entrance.client(visitor, head, bytes);
+                entrance.count(limits, client)?;
+                client
+            }
+            // A peer's flight may be for many clients.
+            Audience::Peers(_) => visitor.client(),
+        };
+        let refuse = |(status, why)| Box::new(Refusal { reply: Reply::error(status, why), why, client, closes: true });
         let asked = self.admit_request(head, bytes).map_err(refuse)?;
         let mut routed = self.route(head, bytes).map_err(refuse)?;
-        let client = self.client(visitor.address, head, bytes);
         if let Audience::Clients(_, entrance) = &self.audience
-            && !entrance.is_open(limits)
-            && let Err(refused) =
-                Box::pin(entrance.check(memo, head, bytes, routed.as_deref_mut(), client, visitor.certificate.as_ref())).await
+            && entrance.door.access.is_some()
         {
-            let (reply, why) = *refused;
-            return Err(Box::new(Refusal::Denied(reply, why, client)));
+            Box::pin(entrance.check(memo, head, bytes, routed.as_deref_mut(), client, visitor)).await?;
         }
         Ok(Admitted { asked, routed, client })
     }
@@ -363,10 +342,13 @@ impl Front {
                 let why = "this port speaks TLS: ask it with https";
                 self.refuse_request(Conn::new(stream, limits.write_timeout.get()), StatusCode::BAD_REQUEST, why, None).await;
             }
-            Closed::TooMany(stream) => {
+            Closed::TooMany(stream, client) => {
                 let why = "more connections than one client may open (limits.connections_per_client)";
                 if let Some(stream) = stream {
-                    self.refuse_request(Conn::new(stream, limits.write_timeout.get()), StatusCode::TOO_MANY_REQUESTS, why, None).await;
+                    let reply = too_many(Duration::ZERO, why);
+                    self.refuse(Conn::new(stream, limits.write_timeout.get()), &reply, why, Some(client)).await;
+                } else {
+                    tracing::debug!(why, %client, "a connection was closed before its first request");
                 }
             }
             Closed::Silently(why) => tracing::debug!(why, "a connection was closed before its first request"),
@@ -427,8 +409,8 @@ impl Front {
             Err(fault) => {
                 drop(ahead);
                 match fault {
-                    Fault::Busy(limit) => self.shed_request(conn, limit, Some(arrived.asked), arrived.client).await,
-                    fault => self.refuse_request(conn, StatusCode::BAD_GATEWAY, &fault.to_string(), arrived.client).await,
+                    Fault::Busy(limit) => self.shed_request(conn, limit, Some(arrived.asked), arrived.client.shown).await,
+                    fault => self.refuse_request(conn, StatusCode::BAD_GATEWAY, &fault.to_string(), arrived.client.shown).await,
                 }
                 None
             }
@@ -450,13 +432,17 @@ impl Front {
         let to = routed.filter(|found| !found.is_entry()).map(|found| self.handlers.routes().relay(found)).transpose()?;
         let (credentials_are_ours, is_secured, pace) = match &self.audience {
             Audience::Clients(_, entrance) => {
-                let pace = (arrived.limits.bandwidth_per_client.get() > 0).then(|| entrance.clients.clone());
-                (entrance.access.is_some(), entrance.tls.is_some(), pace)
+                let Door { tls, access, clients, .. } = &entrance.door;
+                let pace = client.counted.filter(|_| arrived.limits.bandwidth_per_client.get() > 0);
+                (access.is_some(), tls.is_some(), pace.map(|client| (clients.clone(), client)))
             }
             Audience::Peers(_) => (false, false, None),
         };
         let trace = head.introduction(bytes, |fields| trace::of(fields));
-        Ok((Known { memory, client, trace, to, credentials_are_ours, is_secured, pace }, descriptors))
+        Ok((
+            Known { memory, client: client.shown, address: arrived.address, trace, to, credentials_are_ours, is_secured, pace },
+            descriptors,
+        ))
     }
 }
 

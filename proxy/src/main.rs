@@ -137,8 +137,15 @@ fn main() -> ExitCode {
 
 /// The checks that the configuration cannot make itself.
 fn check(config: &Castier, problems: &mut config::Problems) {
-    routes::check(config, problems);
-    entrance::check(config, problems);
+    let routes = routes::check(config, problems);
+    entrance::check(config, &routes, problems);
+    entrance::check_names(config, problems);
+}
+
+/// As [`check`], of a castier that runs.
+fn check_again(config: &Castier, problems: &mut config::Problems) {
+    let routes = routes::check(config, problems);
+    entrance::check(config, &routes, problems);
 }
 
 /// Starts everything, reloads the config at each SIGHUP, and ends at SIGTERM or SIGINT.
@@ -339,9 +346,9 @@ impl Parts {
     /// Accepts connections at every socket.
     fn listen(&self, config: &Castier, sockets: Sockets) -> Result<Listeners, String> {
         let front = |asks, audience| {
-            let (handlers, proxies) = (Handlers::new(self.node.clone(), asks, self.routes.clone()), entrance::proxies(config));
+            let handlers = Handlers::new(self.node.clone(), asks, self.routes.clone());
             let (limits, client_memory) = (self.limits.clone(), self.client_memory.clone());
-            Front::new(handlers, audience, limits, proxies, client_memory, self.descriptors.clone(), self.metrics.clone())
+            Front::new(handlers, audience, limits, client_memory, self.descriptors.clone(), self.metrics.clone())
         };
         let relay = Relay::new(self.origin.clone(), self.metrics.clone(), upstream::ca_file(&config.origin)?);
         let admin =
@@ -813,7 +820,7 @@ impl Live {
         // Of the config in force: what its keys name is read again, and other names need a restart.
         let (door, nodes, in_force) = (self.parts.door.clone(), self.parts.nodes.clone(), self.config.clone());
         let mut reading = Reading::new(move || {
-            let loaded = args.load_with::<Castier>(config::environment(), check);
+            let loaded = args.load_with::<Castier>(config::environment(), check_again);
             // If the config is refused, the secrets stay too.
             let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
             if loaded.is_ok() {

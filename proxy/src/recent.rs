@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use std::{
     cell::Cell,
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     hash::Hash,
     mem,
     net::IpAddr,
@@ -122,7 +122,7 @@ struct Sum {
 pub struct Top {
     /// The time that it covers at most.
     pub seconds: u64,
-    /// The heaviest clients. Each request counts its bytes and 32 KiB.
+    /// The ten with the most requests, the ten with the most bytes, and more up to 20 in all; the heaviest first. Each request counts its bytes and 32 KiB.
     pub clients: Vec<TopClient>,
     /// The digests that clients have read most often.
     pub digests: Vec<TopDigest>,
@@ -135,7 +135,7 @@ pub struct Top {
 /// One client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TopClient {
-    /// The client's address.
+    /// The client's address, or its network of 64 bits.
     pub client: IpAddr,
     /// The number of its requests.
     pub requests: u64,
@@ -226,9 +226,7 @@ impl Recent {
         let text = |digest: Digest| digest.to_string();
         Top {
             seconds: COVERED.as_secs(),
-            clients: heaviest(all.clients, LISTED)
-                .map(|(client, sum)| TopClient { client, requests: sum.requests, bytes: sum.bytes })
-                .collect(),
+            clients: top_clients(all.clients),
             digests: heaviest(all.digests, LISTED)
                 .map(|(digest, sum)| TopDigest { digest: text(digest), requests: sum.requests, bytes: sum.bytes })
                 .collect(),
@@ -247,11 +245,26 @@ impl Recent {
     }
 }
 
+/// Those with the most requests and those with the most bytes, half of the list each, and then the heaviest of the others.
+fn top_clients(sums: KeySums<IpAddr>) -> Vec<TopClient> {
+    let all: Vec<_> =
+        heaviest(sums, usize::MAX).map(|(client, sum)| TopClient { client, requests: sum.requests, bytes: sum.bytes }).collect();
+    let first = |of: fn(&TopClient) -> u64| {
+        let mut order: Vec<usize> = (0..all.len()).collect();
+        order.sort_by_key(|index| std::cmp::Reverse(of(&all[*index])));
+        order.into_iter().take(LISTED / 2)
+    };
+    let mut listed: BTreeSet<usize> = first(|client| client.requests).chain(first(|client| client.bytes)).collect();
+    let others: Vec<usize> = (0..all.len()).filter(|index| !listed.contains(index)).take(LISTED - listed.len()).collect();
+    listed.extend(others);
+    listed.into_iter().map(|index| all[index].clone()).collect()
+}
+
 impl ThreadShard {
     fn note(&mut self, asked: &ClientRequest) {
         let counts = &mut self.counts;
         if let Some(client) = asked.client {
-            counts.clients.add(client.to_canonical(), asked.bytes.saturating_add(REQUEST), asked.bytes);
+            counts.clients.add(castier_access::client(client), asked.bytes.saturating_add(REQUEST), asked.bytes);
         }
         match asked.digest {
             Some(digest) if asked.code >= 400 => counts.refused.add(digest, 1, 0),
@@ -377,7 +390,17 @@ mod tests {
             };
             let top = recent.top();
             let client_weight = |sum: (u64, u64)| sum.1 + sum.0 * REQUEST;
-            prop_assert_eq!(top.clients.iter().map(|top| client_weight((top.requests, top.bytes))).collect::<Vec<_>>(), heaviest(&clients, client_weight));
+            prop_assert!(top.clients.is_sorted_by_key(|top| std::cmp::Reverse(client_weight((top.requests, top.bytes)))));
+            prop_assert_eq!(top.clients.len(), clients.len().min(LISTED));
+            let ten = |weight: fn((u64, u64)) -> u64| heaviest(&clients, weight).into_iter().take(10).collect::<Vec<_>>();
+            let ten_listed = |weight: fn((u64, u64)) -> u64| {
+                let mut weights: Vec<_> = top.clients.iter().map(|top| weight((top.requests, top.bytes))).collect();
+                weights.sort_unstable_by(|a, b| b.cmp(a));
+                weights.truncate(10);
+                weights
+            };
+            prop_assert_eq!(ten_listed(|sum| sum.0), ten(|sum| sum.0));
+            prop_assert_eq!(ten_listed(|sum| sum.1), ten(|sum| sum.1));
             prop_assert_eq!(top.digests.iter().map(|top| top.requests).collect::<Vec<_>>(), heaviest(&digests, |sum| sum.0));
             prop_assert_eq!(top.refused.iter().map(|top| top.requests).collect::<Vec<_>>(), heaviest(&refused, |sum| sum.0));
             for top in &top.clients {

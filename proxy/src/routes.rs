@@ -258,6 +258,10 @@ impl Route {
         &self.label
     }
 
+    pub(crate) fn protocol(&self) -> &str {
+        &self.protocol
+    }
+
     fn new(index: usize, config: &config::Route, series: &Series, most: u64) -> Result<(Self, Vec<Rule>), String> {
         let key = |key: &str, why: &dyn std::fmt::Display| format!("route[{index}].{key}: {why}");
         let mut base = Url::parse(&authority_part(&config.upstream)).map_err(|error| key("upstream", &error))?;
@@ -474,10 +478,11 @@ fn own(config: &config::Route, base: &Url) -> Result<Option<Own>, String> {
     own.map(Some).ok_or_else(|| "have characters that no header can hold".to_owned())
 }
 
-/// Adds the problems that the routes of a configuration have, and notes about requests that two of them can match. Asks this machine for nothing.
-pub fn check(config: &Castier, problems: &mut config::Problems) {
-    let Ok(series) = Series::new(&prometheus::Registry::new()) else { return };
-    let mut table = Vec::new();
+/// Adds the problems that the routes of a configuration have, and notes about requests that two of them can match. Asks this machine for nothing. Returns
+/// the names of the routes and of their protocols.
+pub fn check(config: &Castier, problems: &mut config::Problems) -> Vec<String> {
+    let Ok(series) = Series::new(&prometheus::Registry::new()) else { return Vec::new() };
+    let (mut table, mut labels) = (Vec::new(), Vec::new());
     for (index, route) in config.route.iter().enumerate() {
         if route.path.is_empty() == route.protocol.is_empty() || route.upstream.is_empty() {
             continue;
@@ -486,6 +491,7 @@ pub fn check(config: &Castier, problems: &mut config::Problems) {
         let bare = config::Route { credentials: None, ..route.clone() };
         match Route::new(index, &bare, &series, config.limits.max_blob.get()) {
             Ok((built, list)) => {
+                labels.extend([built.label.clone(), built.protocol.clone()]);
                 for rule in &list {
                     let has_digest = rule.path.has("sha256") || rule.path.has("nix32");
                     if rule.kind == Kind::Blob && !has_digest {
@@ -500,12 +506,15 @@ pub fn check(config: &Castier, problems: &mut config::Problems) {
             }
         }
     }
+    labels.retain(|label| !label.is_empty());
+    labels.dedup();
     let indexes: Vec<_> = table.iter().map(|(index, _)| *index).collect();
     for overlap in Table::new(table.into_iter().map(|(_, route)| route).collect()).overlaps() {
         let (first, second) = (indexes[overlap.first], indexes[overlap.second]);
         let note = format!("can match what route[{first}] matches and gets, such as {}; give one of them a host or a prefix", overlap.path);
         problems.note(format!("route[{second}]"), note);
     }
+    labels
 }
 
 fn table_route(built: &Route, config: &config::Route, list: Vec<Rule>) -> rules::Route {
@@ -669,8 +678,9 @@ impl Routes {
     /// The routes' figures, for `/stats` and the status page.
     pub fn figures(&self) -> Vec<RouteFigures> {
         let figures = |route: &Arc<Route>| {
+            let breaker = self.shared.client.upstream(route).map(|server| server.breaker_state()).unwrap_or_default();
             let health = route.health.lock();
-            route.metrics.figures(&route.label, route.base.as_str(), (!health.is_down, health.since))
+            route.metrics.figures(&route.label, route.base.as_str(), (!health.is_down, health.since), breaker.as_str())
         };
         self.configured().map(figures).collect()
     }

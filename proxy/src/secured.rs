@@ -2,7 +2,7 @@
 //! handshake cannot occupy the listener without limit.
 
 use async_trait::async_trait;
-use castier_serverkit::tls::{TlsAcceptor, subject};
+use castier_serverkit::tls::{Acceptor, Certificate};
 use pingora::{
     protocols::{
         GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID, UniqueIDType,
@@ -27,8 +27,8 @@ const HANDSHAKE: u8 = 22;
 
 /// What the handshake has shown.
 pub(crate) struct Handshake {
-    /// The name in the client's certificate; `None` if it has shown none.
-    pub(crate) certificate: Option<String>,
+    /// The client's certificate, if it has shown one.
+    pub(crate) certificate: Option<Certificate>,
     /// Both have agreed on HTTP/2.
     pub(crate) is_http2: bool,
 }
@@ -42,13 +42,13 @@ pub(crate) enum Failed {
 }
 
 /// The connection after its handshake, which may take `limit`.
-pub(crate) async fn accept(acceptor: TlsAcceptor, stream: Stream, limit: Duration) -> Result<(Stream, Handshake), Failed> {
+pub(crate) async fn accept(acceptor: Acceptor, stream: Stream, limit: Duration) -> Result<(Stream, Handshake), Failed> {
     timeout(limit, shake(acceptor, stream))
         .await
         .unwrap_or_else(|_| Err(Failed::Handshake("it took longer than limits.header_timeout".into())))
 }
 
-async fn shake(acceptor: TlsAcceptor, mut stream: Stream) -> Result<(Stream, Handshake), Failed> {
+async fn shake(acceptor: Acceptor, mut stream: Stream) -> Result<(Stream, Handshake), Failed> {
     let mut first = [0];
     match stream.try_peek(&mut first).await {
         // Letters begin the method of a request.
@@ -56,13 +56,8 @@ async fn shake(acceptor: TlsAcceptor, mut stream: Stream) -> Result<(Stream, Han
         Ok(_) => {}
         Err(error) => return Err(Failed::Handshake(error.to_string())),
     }
-    let secured = acceptor.accept(stream).await.map_err(|error| Failed::Handshake(error.to_string()))?;
-    let (_, session) = secured.get_ref();
-    let certificate = match session.peer_certificates().and_then(<[_]>::first) {
-        Some(certificate) => subject(certificate).map_err(Failed::Handshake)?,
-        None => None,
-    };
-    let is_http2 = session.alpn_protocol() == Some(b"h2");
+    let (secured, certificate) = acceptor.accept(stream).await.map_err(|error| Failed::Handshake(error.to_string()))?;
+    let is_http2 = secured.get_ref().1.alpn_protocol() == Some(b"h2");
     Ok((Box::new(Secured(Box::new(secured))), Handshake { certificate, is_http2 }))
 }
 

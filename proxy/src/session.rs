@@ -2,7 +2,8 @@
 
 use crate::{
     access_log::{self, CLIENT_GONE, More, Record},
-    connection::{Conn, response_header, write},
+    connection::{Conn, response_header},
+    entrance::Client,
     fast_path,
     handlers::Request,
     listener::{Audience, Front},
@@ -14,7 +15,7 @@ use crate::{
     routes::{Match, is_batch},
 };
 use bytes::{Bytes, BytesMut};
-use castier_cache::{Asker, Fault, Limit, Tier};
+use castier_cache::{Asker, Fault, Limit, PIECE};
 use castier_cluster::Asked;
 use castier_config::Limits;
 use castier_upstream::{trace, via_header};
@@ -56,8 +57,10 @@ pub(crate) struct Arrived<'a> {
     pub(crate) draining: &'a ShutdownWatch,
     /// What the answer to a peer must prove.
     pub(crate) asked: &'a Asked,
-    /// The client's address; behind a trusted proxy, the one that the proxy names.
-    pub(crate) client: Option<IpAddr>,
+    /// The client; behind a trusted proxy, the one that the proxy names.
+    pub(crate) client: Client,
+    /// The other end of the connection; with the PROXY protocol the one that its header names.
+    pub(crate) address: Option<IpAddr>,
     /// The route that it is for.
     pub(crate) routed: Option<&'a Match>,
 }
@@ -85,7 +88,7 @@ impl Front {
         let memory = self.memory.lease(memory_plan::request(head));
         if memory.is_none() && (arrived.routed.is_some() || !self.is_control(head, &ahead)) {
             drop(ahead);
-            self.shed_request(conn, Limit::ClientMemory, Some(arrived.asked), client).await;
+            self.shed_request(conn, Limit::ClientMemory, Some(arrived.asked), client.shown).await;
             return None;
         }
         let prefix = ahead.split_to(head.len);
@@ -99,9 +102,9 @@ impl Front {
             session.set_keepalive(None);
             let reply = Reply::error(StatusCode::BAD_REQUEST, "malformed request head");
             let code = reply.status.as_u16();
-            let _ = write(&mut session, reply).await;
+            let _ = write(&mut session, reply, None).await;
             session.shutdown().await;
-            fast_path::refused(self.name(), code, "malformed request head", started, client).log(&self.metrics);
+            fast_path::refused(self.name(), code, "malformed request head", started, client.shown).log(&self.metrics);
             return None;
         }
         if *draining.borrow() {
@@ -227,7 +230,7 @@ impl Front {
             took: started.elapsed(),
             cache: &sent.cache,
             served: sent.served,
-            client: arrived.client,
+            client: arrived.client.shown,
             more,
         };
         record.log(&self.metrics);
@@ -242,7 +245,7 @@ impl Front {
         Arrived { routed, client, .. }: &Arrived<'_>,
     ) -> Result<Reply, Fault> {
         // A peer is no client.
-        let client = client.filter(|_| self.handlers.asker() == Asker::Client);
+        let client = client.shown.filter(|_| self.handlers.asker() == Asker::Client);
         if let Some(found) = *routed {
             return self.answer_route(session, request, limits, found).await;
         }
@@ -295,7 +298,7 @@ impl Front {
         let Reply { status, headers, body, served, tier } = reply;
         let mut reader = match body {
             Body::Blob(reader) => reader,
-            body => return write(session, Reply { status, headers, body, served, tier }).await.map_err(Cut::client),
+            body => return write(session, Reply { status, headers, body, served, tier }, Some((self, arrived))).await,
         };
         let mut head = response_header(status, &headers);
         if !headers.contains_key(header::CONTENT_LENGTH) {
@@ -311,9 +314,9 @@ impl Front {
             };
             match piece {
                 Ok(Some(mut piece)) => {
-                    self.pace(arrived.limits, arrived.client, piece.len()).await;
+                    self.pace(arrived, piece.len(), async || session.read_body_or_idle(true).await).await?;
                     while !piece.is_empty() {
-                        let part = part_for(session, &mut piece, tier);
+                        let part = part_for(session, &mut piece);
                         let bytes = part.len() as u64;
                         session.write_response_body(part, false).await.map_err(Cut::client)?;
                         self.metrics.served_from(self.name(), tier, bytes);
@@ -336,14 +339,51 @@ impl Front {
     }
 }
 
-/// The front of a piece that is written at once: over HTTP/1.1 all of it. Over HTTP/2 as much as its queue holds, for which the write timeout counts.
-/// What comes from the disk is copied then: the queue may outlive the request, and would hold the whole read buffer.
-fn part_for(session: &ServerSession, piece: &mut Bytes, tier: Option<Tier>) -> Bytes {
+/// How long an answer over HTTP/2 waits for the end of an upload that it does not need, and how long for more of it.
+const EARLY: Duration = Duration::from_secs(2);
+const LULL: Duration = Duration::from_millis(200);
+
+/// Writes a reply whose body is in memory, or empty. Long bodies are written in pieces, so that the write timeout counts for each piece, and
+/// `limits.bandwidth_per_client`, if it is told for whom.
+///
+/// # Errors
+/// The client has closed, or has taken no byte for `limits.write_timeout`.
+pub(crate) async fn write(session: &mut ServerSession, reply: Reply, paced: Option<(&Front, &Arrived<'_>)>) -> Result<(), Cut> {
+    if let ServerSession::H2(stream) = session
+        && !stream.is_body_done()
+    {
+        // Some clients of HTTP/2 (curl 7.88) lose an answer that comes before the end of their upload.
+        let upload = async { while let Ok(Ok(Some(_))) = timeout(LULL, stream.read_body_bytes()).await {} };
+        let _ = timeout(EARLY, upload).await;
+    }
+    let head = response_header(reply.status, &reply.headers);
+    let mut rest = if let Body::Whole(bytes) = reply.body { bytes } else { Bytes::new() };
+    if let ServerSession::H2(stream) = session
+        && (rest.is_empty() || stream.req_header().method == Method::HEAD)
+    {
+        // Over HTTP/1.1 pingora itself leaves out the body of an answer to HEAD.
+        return stream.write_response_header(head, true).map_err(Cut::client);
+    }
+    session.write_response_header(head).await.map_err(Cut::client)?;
+    loop {
+        let piece = rest.split_to(rest.len().min(PIECE));
+        if let Some((front, arrived)) = paced {
+            front.pace(arrived, piece.len(), async || session.read_body_or_idle(true).await).await?;
+        }
+        session.write_response_body(piece, rest.is_empty()).await.map_err(Cut::client)?;
+        if rest.is_empty() {
+            return Ok(());
+        }
+    }
+}
+
+/// The front of a piece that is written at once: over HTTP/1.1 all of it. Over HTTP/2 as much as its queue holds, for which the write timeout counts. It
+/// is copied: the queue may outlive the request, and would hold all of what this is a part of.
+fn part_for(session: &ServerSession, piece: &mut Bytes) -> Bytes {
     if !session.is_http2() {
         return std::mem::take(piece);
     }
-    let part = piece.split_to(piece.len().min(memory_plan::HTTP2_QUEUE));
-    if tier == Some(Tier::Disk) { Bytes::copy_from_slice(&part) } else { part }
+    Bytes::copy_from_slice(&piece.split_to(piece.len().min(memory_plan::HTTP2_QUEUE)))
 }
 
 /// A session over a fenced connection. `prefix` is the head, which has been read already.

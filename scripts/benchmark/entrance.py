@@ -1,6 +1,7 @@
 """What TLS and HTTP/2 cost, beside nginx in the same run, and what hits cost while the origin is overloaded. See scripts/bench."""
 
 import argparse
+import base64
 import hashlib
 import http.client
 import os
@@ -139,6 +140,37 @@ def costs(build, directory, rounds, seconds):
             server.stop()
 
 
+def credentials(build, directory, rounds, seconds):
+    """The same hits of the same castier, without credentials and with each kind of them."""
+    users, tokens = f"{directory}/users", f"{directory}/tokens"
+    with open(users, "w") as file:
+        file.write(subprocess.run(["htpasswd", "-nbB", "-C", "10", "alice", "password"], check=True, capture_output=True, text=True).stdout)
+    with open(tokens, "w") as file:
+        file.write(f"ci read {hashlib.sha256(b'token').hexdigest()}\n")
+    node = castier(build, directory, 18150, ACCESS__ANONYMOUS="write", ACCESS__HTPASSWD_FILE=users, ACCESS__TOKENS_FILE=tokens)
+    kinds = [("none", []), ("Basic", ["-H", "Authorization: Basic " + base64.b64encode(b"alice:password").decode()]), ("Bearer", ["-H", "Authorization: Bearer token"])]
+    figures = {name: [] for name, _ in kinds}
+    try:
+        ready(18151)
+        body = os.urandom(1024)
+        path = f"/cas/{hashlib.sha256(body).hexdigest()}"
+        url = f"http://127.0.0.1:18150{path}"
+        subprocess.run(["curl", "-sf", "-o", "/dev/null", "-X", "PUT", "--data-binary", "@-", url], input=body, check=True)
+        wrk(url, 1)
+        for round in range(rounds):
+            for name, header in kinds if round % 2 == 0 else reversed(kinds):
+                before = node.cpu()
+                requests, _ = wrk(url, seconds, *header)
+                figures[name].append(((node.cpu() - before) / requests * 1e6, requests / seconds))
+        plain = statistics.median(cpu for cpu, _ in figures["none"])
+        print("\n| credentials | µs of CPU | ÷ none | requests/s |\n| --- | --- | --- | --- |")
+        for name, _ in kinds:
+            cpu, rate = (statistics.median(column) for column in zip(*figures[name]))
+            print(f"| {name} | {cpu:.1f} | {cpu / plain:.2f} | {rate:,.0f} |", flush=True)
+    finally:
+        node.stop()
+
+
 class SlowOrigin(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -215,13 +247,12 @@ def main():
     parser.add_argument("build", help="the directory with castier's program")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=4)
-    parser.add_argument("--only", choices=["costs", "overload"])
+    parser.add_argument("--only", choices=["costs", "credentials", "overload"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-entrance-") as directory:
-        if arguments.only != "overload":
-            costs(arguments.build, directory, arguments.rounds, arguments.seconds)
-        if arguments.only != "costs":
-            overload(arguments.build, directory, arguments.rounds, arguments.seconds)
+        for part in (costs, credentials, overload):
+            if arguments.only in (None, part.__name__):
+                part(arguments.build, directory, arguments.rounds, arguments.seconds)
 
 
 main()

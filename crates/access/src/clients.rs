@@ -85,7 +85,7 @@ pub struct Connection(Option<(Arc<Open>, IpAddr)>);
 type Open = Mutex<HashMap<IpAddr, u32>>;
 
 /// The address that limits count by.
-pub(crate) fn client(address: IpAddr) -> IpAddr {
+pub fn client(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
         address => address,

@@ -24,7 +24,7 @@ mod who;
 pub use access::password_of;
 pub use access::{Access, Options, Refused};
 pub use castier_config::Role;
-pub use clients::{Clients, Connection, Limits};
+pub use clients::{Clients, Connection, Limits, client};
 pub use memo::Memo;
 pub use metrics::Metrics;
 pub use users::{Sources, Users};

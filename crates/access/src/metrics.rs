@@ -61,7 +61,8 @@ impl Metrics {
         self.connections.inc();
     }
 
-    pub(crate) fn wrong_credentials(&self) {
+    /// A request was refused: its credentials are wrong.
+    pub fn wrong_credentials(&self) {
         self.credentials.inc();
     }
 

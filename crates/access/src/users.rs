@@ -7,7 +7,7 @@ use bcrypt::HashParts;
 use castier_config::Role;
 use data_encoding::HEXLOWER_PERMISSIVE;
 use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
     fmt,
     fs::File,
     hash::{Hash, Hasher},
@@ -37,7 +37,7 @@ pub struct Sources<'a> {
     pub tokens: Option<&'a Path>,
     /// The role of the users in the htpasswd file.
     pub role: Role,
-    /// The scopes of a name: of the user, of the tokens and of the certificate that have it. A name that none of them has is no mistake.
+    /// The scopes of a name: of the user, of the tokens and of the certificate that have it.
     pub scopes: &'a BTreeMap<String, Vec<String>>,
 }
 
@@ -101,6 +101,20 @@ impl Users {
         let passwords = hashes.into_iter().map(|(name, hash)| (name.clone(), Password { hash, who: who(name, role) })).collect();
         let tokens = tokens.into_iter().map(|(hash, (name, role))| (hash, who(name, role))).collect();
         Self { epoch, passwords, tokens, scopes, decoy }
+    }
+
+    /// The names with scopes that no user and no token has. They may be those of certificates; else it is a mistake, and who was meant is not confined.
+    pub fn unknown_names(&self) -> Vec<&str> {
+        let tokens: HashSet<&str> = self.tokens.values().map(|who| who.name()).collect();
+        let is_unknown = |name: &&str| !self.passwords.contains_key(*name) && !tokens.contains(name);
+        let mut names: Vec<&str> = self.scopes.keys().map(String::as_str).filter(is_unknown).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// The names of routes in scopes, each with the name that is confined to it.
+    pub fn routes(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.scopes.iter().flat_map(|(name, scopes)| scopes.iter().filter_map(move |scope| Some((name.as_str(), scope.route()?))))
     }
 
     pub(crate) const fn epoch(&self) -> u64 {

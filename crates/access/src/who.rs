@@ -11,8 +11,13 @@ pub enum What<'a> {
     Blobs,
     /// An entry or a collection, by its decoded path: `/ac/KEY`, `/INSTANCE/ac/KEY`, `/kv/a/b`, `/kv/a/`.
     Entry(&'a str),
-    /// A route, by its name.
-    Route(&'a str),
+    /// A route.
+    Route {
+        /// Its own name.
+        name: &'a str,
+        /// The protocol that it caches; empty without one.
+        protocol: &'a str,
+    },
     /// Anything else.
     Other,
 }
@@ -27,7 +32,7 @@ pub enum What<'a> {
 /// | `ac/INSTANCE` | the entries below `/INSTANCE/ac/` |
 /// | `kv` | the entries below `/kv/` |
 /// | `kv/PATH` | the entry `/kv/PATH`, and those below `/kv/PATH/` |
-/// | `route/NAME` | a route |
+/// | `route/NAME` | a route, or all of this protocol |
 ///
 /// Without ROLE the client's own role holds there.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -90,6 +95,13 @@ impl Who {
     }
 }
 
+impl Scope {
+    /// The route that it covers, if it is one's.
+    pub(crate) fn route(&self) -> Option<&str> {
+        if let Part::Route(name) = &self.part { Some(name) } else { None }
+    }
+}
+
 impl Part {
     fn covers(&self, what: What<'_>) -> bool {
         match (self, what) {
@@ -100,7 +112,7 @@ impl Part {
             (Self::ValuesAt(top), What::Entry(path)) => {
                 value(path).and_then(|path| path.strip_prefix(top.as_str())).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
             }
-            (Self::Route(name), What::Route(route)) => name == route,
+            (Self::Route(known), What::Route { name, protocol }) => known == name || known == protocol,
             _ => false,
         }
     }
@@ -214,11 +226,14 @@ mod tests {
         assert!(serde_json::from_str::<Role>("\"Read\"").is_err());
     }
 
+    const PYPI: What<'static> = What::Route { name: "pypi /python", protocol: "pypi" };
+    const PYPI2: What<'static> = What::Route { name: "pypi /other", protocol: "pypi" };
+
     #[test]
     fn without_scopes_the_role_holds_everywhere() {
         for role in ROLES {
             for needed in ROLES {
-                for what in [What::Blobs, What::Entry("/kv/a"), What::Route("pypi"), What::Other] {
+                for what in [What::Blobs, What::Entry("/kv/a"), PYPI, What::Other] {
                     assert_eq!(who(role, &[]).may(needed, what), role >= needed, "{role} {needed} {what:?}");
                 }
             }
@@ -230,8 +245,8 @@ mod tests {
         const ALL: [What<'_>; 16] = [
             What::Blobs,
             What::Other,
-            What::Route("pypi"),
-            What::Route("pypi2"),
+            PYPI,
+            PYPI2,
             What::Entry("/ac/00"),
             What::Entry("/team/ac/00"),
             What::Entry("/team-2/ac/00"),
@@ -255,7 +270,8 @@ mod tests {
             ("kv/a/b", &[What::Entry("/kv/a/b"), What::Entry("/kv/a/b/c")]),
             ("kv/b:c", &[What::Entry("/kv/b:c")]),
             ("kv/ac", &[What::Entry("/kv/ac/00")]),
-            ("route/pypi", &[What::Route("pypi")]),
+            ("route/pypi", &[PYPI, PYPI2]),
+            ("route/pypi /other", &[PYPI2]),
         ] {
             let who = who(Role::Read, &[scope]);
             for what in ALL {
@@ -272,7 +288,7 @@ mod tests {
         for (what, expected) in [
             (What::Blobs, Role::Write),
             (What::Other, Role::Read),
-            (What::Route("x"), Role::Read),
+            (What::Route { name: "x", protocol: "" }, Role::Read),
             (What::Entry("/kv/a/b"), Role::Admin),
             (What::Entry("/kv/b"), Role::Read),
             (What::Entry("/ac/00"), Role::Read),

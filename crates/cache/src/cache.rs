@@ -79,6 +79,8 @@ pub struct Cache {
     pub(crate) retry_budget: Arc<RetryBudget>,
     /// `fill.max_wait`.
     pub(crate) max_wait: Duration,
+    /// `fill.max_waiting`.
+    pub(crate) waiting: Semaphore,
     /// How large blobs are read.
     pub(crate) parallel: Settings,
     /// `fill.finish_under`.
@@ -111,6 +113,7 @@ impl Cache {
             retries: config.origin.retries as usize,
             retry_budget,
             max_wait: config.fill.max_wait.get(),
+            waiting: Semaphore::new(config.fill.max_waiting.min(Semaphore::MAX_PERMITS)),
             parallel: Settings::new(config),
             finish_under: config.fill.finish_under.get(),
             buffer_up_to: config.verify.buffer_up_to.get(),

@@ -137,7 +137,7 @@ pub enum Limit {
     Connections,
     /// `limits.client_memory`.
     ClientMemory,
-    /// `fill.max_in_flight`, for longer than `fill.max_wait`.
+    /// `fill.max_in_flight`, for longer than `fill.max_wait`, or beside more than `fill.max_waiting`.
     Fills,
     /// `origin.max_requests`, for longer than `origin.read_timeout`.
     Requests,

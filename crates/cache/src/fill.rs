@@ -407,10 +407,16 @@ async fn open(flight: &Flight, step: &Step, ask: Ask) -> Result<Option<Answer>, 
 }
 
 impl Cache {
-    /// One of `fill.max_in_flight`.
+    /// One of `fill.max_in_flight`, after a wait of at most `fill.max_wait`, if fewer than `fill.max_waiting` wait.
     async fn fill_permit(&self) -> Result<OwnedSemaphorePermit, Fault> {
         let asked = Instant::now();
-        let permit = timeout(self.max_wait, self.fill_permits.clone().acquire_owned()).await;
+        let permit = match self.fill_permits.clone().try_acquire_owned() {
+            Ok(permit) => Ok(Ok(permit)),
+            Err(_) => {
+                let _waits = self.waiting.try_acquire().map_err(|_| Fault::Busy(Limit::Fills))?;
+                timeout(self.max_wait, self.fill_permits.clone().acquire_owned()).await
+            }
+        };
         self.metrics.waited(asked.elapsed());
         match permit {
             Ok(Ok(permit)) => Ok(permit),

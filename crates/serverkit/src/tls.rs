@@ -12,14 +12,19 @@ use rustls::{
     RootCertStore, ServerConfig,
     crypto::{CryptoProvider, ring},
     pki_types::CertificateDer,
-    server::{ClientHello, ProducesTickets, ResolvesServerCert, ServerSessionMemoryCache, StoresServerSessions, WebPkiClientVerifier},
+    server::{
+        ClientHello, NoServerSessionStorage, ProducesTickets, ResolvesServerCert, ServerSessionMemoryCache, StoresServerSessions,
+        WebPkiClientVerifier,
+    },
     sign::CertifiedKey,
 };
-use std::{os::unix::fs::MetadataExt as _, path::Path, sync::Arc, time::Duration};
-pub use tokio_rustls::TlsAcceptor;
+use std::{io, os::unix::fs::MetadataExt as _, path::Path, sync::Arc, time::Duration};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use x509_parser::{
     extensions::GeneralName,
     prelude::{FromDer as _, X509Certificate},
+    time::ASN1Time,
 };
 
 /// How often [`Tls::watch`] looks at the files.
@@ -41,6 +46,8 @@ pub struct Tls {
     files: TlsFiles,
     alpn: Vec<Vec<u8>>,
     provider: Arc<CryptoProvider>,
+    /// Outlive a reload, so that sessions can be resumed after it.
+    resumption: Resumption,
     metrics: Metrics,
     acceptor: ArcSwap<Accept>,
     /// What the files were when they were last read, and one reading at a time.
@@ -48,27 +55,52 @@ pub struct Tls {
 }
 
 struct Accept {
-    all: TlsAcceptor,
+    all: Acceptor,
     /// Offers no HTTP/2.
-    http1: TlsAcceptor,
-    resumption: Resumption,
+    http1: Acceptor,
     /// When the first certificate of the server expires, in seconds since 1970.
     expiry: i64,
 }
 
-/// What resumes sessions. It outlives a reload, but not a change of the authorities of client certificates: a resumed session has the client's
-/// certificate of the first handshake, and nobody verifies it again.
+/// The server's side of a new connection.
 #[derive(Clone)]
-struct Resumption {
-    authorities: Vec<CertificateDer<'static>>,
-    tickets: Arc<dyn ProducesTickets>,
-    sessions: Arc<dyn StoresServerSessions>,
+pub struct Acceptor {
+    tls: TlsAcceptor,
+    /// Those that sign clients' certificates. A reload that finds the same ones keeps the pointer.
+    authorities: Arc<[CertificateDer<'static>]>,
 }
 
-impl Resumption {
-    fn new(authorities: Vec<CertificateDer<'static>>) -> Result<Self, rustls::Error> {
-        Ok(Self { authorities, tickets: ring::Ticketer::new()?, sessions: ServerSessionMemoryCache::new(SESSIONS) })
+/// A client's certificate, which the handshake has verified.
+pub struct Certificate {
+    /// Its common name, or its first DNS name, mail name or URI, or all of its subject. Never empty.
+    pub name: String,
+    /// When it expires, in seconds since 1970.
+    expiry: i64,
+    authorities: Arc<[CertificateDer<'static>]>,
+}
+
+impl Acceptor {
+    /// Makes the handshake on `stream`, and returns what the client has shown.
+    ///
+    /// # Errors
+    /// The handshake failed.
+    pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> io::Result<(TlsStream<S>, Option<Certificate>)> {
+        let secured = self.tls.accept(stream).await?;
+        let leaf = secured.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        let parsed = leaf.and_then(|der| X509Certificate::from_der(der).ok());
+        let certificate = parsed.map(|(_, certificate)| Certificate {
+            name: name_of(&certificate),
+            expiry: certificate.validity().not_after.timestamp(),
+            authorities: self.authorities.clone(),
+        });
+        Ok((secured, certificate))
     }
+}
+
+/// What resumes sessions.
+struct Resumption {
+    tickets: Arc<dyn ProducesTickets>,
+    sessions: Arc<dyn StoresServerSessions>,
 }
 
 /// What a path leads to: device, inode, size, and time of the last change in nanoseconds. `None`: nothing.
@@ -82,20 +114,34 @@ impl Tls {
     pub fn open(files: TlsFiles, alpn: &[&[u8]], metrics: Metrics) -> Result<Arc<Self>, String> {
         let provider = Arc::new(ring::default_provider());
         let alpn: Vec<_> = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+        // In a resumed session the client's certificate is that of the first handshake, and nobody verifies it again. Tickets are renewed without end, so
+        // it would hold after its expiry, and after its authority is gone.
+        let resumption = if files.clients.is_some() {
+            Resumption { tickets: Arc::new(NoTickets), sessions: Arc::new(NoServerSessionStorage {}) }
+        } else {
+            let tickets = ring::Ticketer::new().map_err(|error| format!("{}: no key for tickets: {error}", files.section))?;
+            Resumption { tickets, sessions: ServerSessionMemoryCache::new(SESSIONS) }
+        };
         let seen = stamps(&files);
-        let accept = configure(&files, &alpn, &provider, None)?;
+        let accept = configure(&files, &alpn, &provider, &resumption, &[].into())?;
         metrics.expiry.set(accept.expiry);
-        Ok(Arc::new(Self { files, alpn, provider, metrics, acceptor: ArcSwap::from_pointee(accept), seen: Mutex::new(seen) }))
+        Ok(Arc::new(Self { files, alpn, provider, resumption, metrics, acceptor: ArcSwap::from_pointee(accept), seen: Mutex::new(seen) }))
     }
 
     /// Makes the server's side of a connection, with the certificates in force now.
-    pub fn acceptor(&self) -> TlsAcceptor {
+    pub fn acceptor(&self) -> Acceptor {
         self.acceptor.load().all.clone()
     }
 
     /// As [`Self::acceptor`], for a server that does not speak HTTP/2.
-    pub fn http1_acceptor(&self) -> TlsAcceptor {
+    pub fn http1_acceptor(&self) -> Acceptor {
         self.acceptor.load().http1.clone()
+    }
+
+    /// Whether a certificate that a client has shown still counts: it has not expired, and the authorities are those that have verified it.
+    pub fn trusts(&self, certificate: &Certificate) -> bool {
+        let is_valid = ASN1Time::now().timestamp() <= certificate.expiry;
+        is_valid && Arc::ptr_eq(&certificate.authorities, &self.acceptor.load().all.authorities)
     }
 
     /// Reads the files again. If they cannot be used, the certificates in force stay, and the log and a metric tell it. Blocks.
@@ -106,7 +152,8 @@ impl Tls {
         let mut seen = self.seen.lock();
         // Before they are read: what changes meanwhile is seen the next time.
         *seen = stamps(&self.files);
-        match configure(&self.files, &self.alpn, &self.provider, Some(&self.acceptor.load().resumption)) {
+        let before = self.acceptor.load().all.authorities.clone();
+        match configure(&self.files, &self.alpn, &self.provider, &self.resumption, &before) {
             Ok(accept) => {
                 self.metrics.expiry.set(accept.expiry);
                 self.acceptor.store(Arc::new(accept));
@@ -155,8 +202,14 @@ fn stamps(files: &TlsFiles) -> Stamps {
     files.paths().map(stamp).collect()
 }
 
-/// Reads the files. `before`: what resumes the sessions until now.
-fn configure(files: &TlsFiles, alpn: &[Vec<u8>], provider: &Arc<CryptoProvider>, before: Option<&Resumption>) -> Result<Accept, String> {
+/// Reads the files. `before`: the authorities until now.
+fn configure(
+    files: &TlsFiles,
+    alpn: &[Vec<u8>],
+    provider: &Arc<CryptoProvider>,
+    resumption: &Resumption,
+    before: &Arc<[CertificateDer<'static>]>,
+) -> Result<Accept, String> {
     let pairs = files.pairs.iter().map(|pair| Pair::read(pair, provider)).collect::<Result<Vec<_>, _>>()?;
     let expiry = pairs.iter().map(|pair| pair.expiry).min().unwrap_or(i64::MAX);
     let builder = ServerConfig::builder_with_provider(provider.clone())
@@ -177,17 +230,15 @@ fn configure(files: &TlsFiles, alpn: &[Vec<u8>], provider: &Arc<CryptoProvider>,
             builder.with_client_cert_verifier(verifier.build().map_err(|error| bad(&error))?)
         }
     };
-    let resumption = match before {
-        Some(before) if before.authorities == authorities => before.clone(),
-        _ => Resumption::new(authorities).map_err(|error| format!("{}: no key for tickets: {error}", files.section))?,
-    };
     let mut config = builder.with_cert_resolver(Arc::new(ByName(pairs)));
     config.ticketer = resumption.tickets.clone();
     config.session_storage = resumption.sessions.clone();
     let mut http1 = config.clone();
     config.alpn_protocols = alpn.to_vec();
     http1.alpn_protocols = alpn.iter().filter(|protocol| *protocol != b"h2").cloned().collect();
-    Ok(Accept { all: Arc::new(config).into(), http1: Arc::new(http1).into(), resumption, expiry })
+    let authorities = if before[..] == authorities[..] { before.clone() } else { authorities.into() };
+    let [all, http1] = [config, http1].map(|config| Acceptor { tls: Arc::new(config).into(), authorities: authorities.clone() });
+    Ok(Accept { all, http1, expiry })
 }
 
 /// A certificate with its key, and the names that it is for.
@@ -247,22 +298,39 @@ impl ResolvesServerCert for ByName {
     }
 }
 
-/// The name of a client's certificate: its common name, or its first DNS or mail name.
-///
-/// # Errors
-/// The certificate has expired: that of a resumed session can have, since only its first handshake verified it.
-pub fn subject(certificate: &[u8]) -> Result<Option<String>, String> {
-    let Ok((_, certificate)) = X509Certificate::from_der(certificate) else { return Ok(None) };
-    if !certificate.validity().is_valid() {
-        return Err(format!("the client's certificate is valid from {} to {}", certificate.validity().not_before, certificate.validity().not_after));
-    }
+fn name_of(certificate: &X509Certificate<'_>) -> String {
     let common = certificate.subject().iter_common_name().find_map(|name| name.as_str().ok()).filter(|name| !name.is_empty());
     let alternative = || {
         let names = certificate.subject_alternative_name().ok().flatten()?;
         names.value.general_names.iter().find_map(|name| match name {
-            GeneralName::DNSName(name) | GeneralName::RFC822Name(name) => Some((*name).to_owned()),
+            GeneralName::DNSName(name) | GeneralName::RFC822Name(name) | GeneralName::URI(name) if !name.is_empty() => {
+                Some((*name).to_owned())
+            }
             _ => None,
         })
     };
-    Ok(common.map(str::to_owned).or_else(alternative))
+    let subject = || Some(certificate.subject().to_string()).filter(|subject| !subject.is_empty());
+    common.map(str::to_owned).or_else(alternative).or_else(subject).unwrap_or_else(|| "a certificate without a name".to_owned())
+}
+
+/// Makes no tickets.
+#[derive(Debug)]
+struct NoTickets;
+
+impl ProducesTickets for NoTickets {
+    fn enabled(&self) -> bool {
+        false
+    }
+
+    fn lifetime(&self) -> u32 {
+        0
+    }
+
+    fn encrypt(&self, _plain: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn decrypt(&self, _cipher: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
 }

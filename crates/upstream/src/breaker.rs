@@ -215,7 +215,6 @@ impl Breaker {
                     self.metrics.half_open.dec();
                     self.metrics.open.inc();
                 }
-                let asked = open.trying.map_or(asked, |trying| trying.max(asked));
                 *open = Open { first: open.first, ..Open::new(now, self.pause(now.saturating_duration_since(asked), open.pause * 2)) };
                 self.tried.notify_waiters();
             }

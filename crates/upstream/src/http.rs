@@ -2,7 +2,7 @@
 
 use crate::{
     access::{self, ca_file},
-    breaker::{Admission, Breaker},
+    breaker::{Admission, Breaker, BreakerState},
     metrics::Metrics,
     origin_state::{OriginHealth, OriginState},
     put::REPLAYS,
@@ -564,8 +564,12 @@ impl Upstream {
 
     /// Whether the origin is up, as its last requests showed; `None` for a peer.
     pub fn origin_state(&self) -> Option<OriginState> {
-        let breaker = self.breaker.as_ref().map(|breaker| breaker.state()).unwrap_or_default();
-        self.health.as_ref().map(|health| OriginState { breaker, ..health.state() })
+        self.health.as_ref().map(|health| OriginState { breaker: self.breaker_state(), ..health.state() })
+    }
+
+    /// Its circuit breaker; closed if it has none.
+    pub fn breaker_state(&self) -> BreakerState {
+        self.breaker.as_ref().map(|breaker| breaker.state()).unwrap_or_default()
     }
 
     /// Reads response heads up to the first that is not informational, all within one `origin.read_timeout`: interim answers and parts of a head

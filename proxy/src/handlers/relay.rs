@@ -3,12 +3,13 @@
 
 use crate::{
     access_log,
-    connection::{self, Conn},
+    connection::Conn,
     memory_plan,
     metrics::{Listener, Metrics, Route, Served},
     reply::Reply,
     request_head::{Head, names_upgrade},
     routes::RelayTo,
+    session,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -106,6 +107,8 @@ pub struct Known {
     pub memory: Lease,
     /// The client's address; behind a trusted proxy, the one that the proxy names.
     pub client: Option<IpAddr>,
+    /// The other end of its connection; with the PROXY protocol the one that its header names.
+    pub address: Option<IpAddr>,
     /// Its trace and request id.
     pub trace: Trace,
     /// Where it goes; `None`: to the origin.
@@ -114,8 +117,8 @@ pub struct Known {
     pub credentials_are_ours: bool,
     /// It came over TLS.
     pub is_secured: bool,
-    /// Limits the bytes a second of its answer; `None` without such a limit.
-    pub pace: Option<Arc<Clients>>,
+    /// Limits the bytes a second of its answer, by this address; `None` without such a limit.
+    pub pace: Option<(Arc<Clients>, IpAddr)>,
 }
 
 /// [`Known`] on its way to the context that pingora makes for a request over HTTP/2.
@@ -339,9 +342,9 @@ impl ProxyHttp for Rules {
                 request.remove_header(&name);
             }
         }
-        let client_address = session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical());
-        let (client, is_secured) = ctx.known.as_ref().map_or((None, false), |known| (known.client, known.is_secured));
-        add_forwarded(request, client_address, client, if is_secured { "https" } else { "http" })?;
+        let (address, client, is_secured) =
+            ctx.known.as_ref().map_or((None, None, false), |known| (known.address, known.client, known.is_secured));
+        add_forwarded(request, address, client, if is_secured { "https" } else { "http" })?;
         request.insert_header(header::HOST, self.server(ctx).authority())?;
         if let Some(to) = ctx.known.as_ref().and_then(|known| known.to.as_ref()) {
             to.prepare(request)?;
@@ -419,8 +422,8 @@ impl ProxyHttp for Rules {
             ctx.pay(memory_plan::relay_answer(None))?;
             ctx.answer_paid = true;
         }
-        let Some((pace, client)) = ctx.known.as_ref().and_then(|known| known.pace.as_ref().zip(known.client)) else { return Ok(None) };
-        let (owed, wait) = pace.take_now(client, ctx.owed + body.as_ref().map_or(0, |body| body.len() as u64));
+        let Some((pace, client)) = ctx.known.as_ref().and_then(|known| known.pace.as_ref()) else { return Ok(None) };
+        let (owed, wait) = pace.take_now(*client, ctx.owed + body.as_ref().map_or(0, |body| body.len() as u64));
         ctx.owed = owed;
         Ok(Some(wait).filter(|wait| !wait.is_zero()))
     }
@@ -463,11 +466,15 @@ impl ProxyHttp for Rules {
                 _ => Reply::fault(&fault),
             }
         };
+        if reply.headers.contains_key(wire::CACHE_STATUS) {
+            // Of the circuit breaker. Relayed requests ask no cache.
+            reply.headers.insert(wire::CACHE_STATUS, http::HeaderValue::from_static("castier; fwd=bypass; detail=breaker"));
+        }
         reply.headers.extend(ctx.known.as_ref().and_then(|known| known.trace.id_header()).map(|id| (X_REQUEST_ID, id)));
         session.set_keepalive(None);
         let error_code = reply.status.as_u16();
-        if let Err(error) = connection::write(session.as_downstream_mut(), reply).await {
-            tracing::debug!(%error, "the client closed before it got the error");
+        if let Err(cut) = session::write(session.as_downstream_mut(), reply, None).await {
+            tracing::debug!(why = cut.why, "the client closed before it got the error");
         }
         FailToProxy { error_code, can_reuse_downstream: false }
     }
@@ -501,11 +508,11 @@ impl ProxyHttp for Rules {
     }
 }
 
-/// Adds the client's host, address and protocol as `X-Forwarded-…`. `socket_address` is the other end of the connection. `client` is the client
+/// Adds the client's host, address and protocol as `X-Forwarded-…`. `address` is the other end of the connection. `client` is the client
 /// that trusted proxies name. Must run before `Host` is replaced.
 fn add_forwarded(
     request: &mut RequestHeader,
-    socket_address: Option<IpAddr>,
+    address: Option<IpAddr>,
     client: Option<IpAddr>,
     protocol: &'static str,
 ) -> pingora::Result<()> {
@@ -514,7 +521,7 @@ fn add_forwarded(
     {
         request.insert_header("X-Forwarded-Host", host)?;
     }
-    if let Some(address) = socket_address {
+    if let Some(address) = address {
         let before = request.headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
         let mut chain: Vec<_> = before.map(str::to_owned).collect();
         // A proxy that sends only `Forwarded` has named the client there. Repeating it here lets the origin read one header only.

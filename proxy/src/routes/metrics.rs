@@ -76,7 +76,9 @@ pub struct RouteFigures {
     pub upstream: String,
     /// Whether the upstream answers, as the last question showed.
     pub up: bool,
-    /// Since when; `None` if that has never changed.
+    /// The circuit breaker of the upstream: `closed`, `open` or `half-open`.
+    pub breaker: &'static str,
+    /// Since when it answers, or does not; `None` if that has never changed.
     #[serde(skip)]
     pub since: Option<SystemTime>,
     /// Requests.
@@ -177,7 +179,13 @@ impl RouteMetrics {
         self.up.set(up.into());
     }
 
-    pub(crate) fn figures(&self, route: &str, upstream: &str, (up, since): (bool, Option<SystemTime>)) -> RouteFigures {
+    pub(crate) fn figures(
+        &self,
+        route: &str,
+        upstream: &str,
+        (up, since): (bool, Option<SystemTime>),
+        breaker: &'static str,
+    ) -> RouteFigures {
         let count = |outcome: Outcome| self.requests[outcome as usize].get();
         let questions = prometheus::core::Collector::collect(&self.questions);
         let own = |metric: &&prometheus::proto::Metric| {
@@ -189,6 +197,7 @@ impl RouteMetrics {
             route: route.to_owned(),
             upstream: upstream.to_owned(),
             up,
+            breaker,
             since,
             requests: self.requests.iter().map(IntCounter::get).sum(),
             hits: count(Outcome::Hit) + count(Outcome::Revalidated) + count(Outcome::Stale),

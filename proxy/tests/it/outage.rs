@@ -228,6 +228,29 @@ async fn misses_beyond_the_queue_are_refused_while_hits_flow() {
     }
 }
 
+/// `fill.max_waiting`: those beyond are refused while the others still wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_queue_for_the_origin_has_an_end() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let limits = "fill.max_in_flight = 4\nfill.max_waiting = 6\nfill.max_wait = \"60s\"\norigin.read_timeout = \"60s\"";
+    let castier = Castier::start(&origin.url(), limits).await;
+    let gate = Gate::new();
+    let mut all = JoinSet::new();
+    for _ in 0..30 {
+        let (public, blob) = (castier.public, origin.blob_with(KIB, [Lie::honest().hold(&gate)]));
+        all.spawn(async move { get(public, &blob).await.status });
+    }
+    for _ in 0..20 {
+        assert_eq!(all.join_next().await.unwrap().unwrap(), 503);
+    }
+    assert!(all.try_join_next().is_none());
+    gate.open();
+    while let Some(status) = all.join_next().await {
+        assert_eq!(status.unwrap(), 200);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_many_requests_one_tries() {
     let _turn = light().await;

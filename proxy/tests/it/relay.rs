@@ -99,6 +99,23 @@ async fn the_origin_learns_who_asks_and_nothing_about_the_connection() {
     assert!(text.contains("1.1 edge") && text.contains("castier"), "{text}");
 }
 
+/// With the PROXY protocol the other end of the connection is a balancer, which says for whom it is.
+#[tokio::test]
+async fn the_origin_learns_of_the_client_behind_the_proxy_protocol() {
+    let _turn = light().await;
+    let origin = LyingOrigin::start().await;
+    let castier = Castier::start(&origin.url(), "listen.proxy_protocol = true\nlisten.trusted_proxies = [\"127.0.0.1\"]").await;
+    let ask = async |lines: &str| {
+        let mut conn = Conn::open(castier.public).await;
+        conn.send(format!("PROXY TCP4 192.0.2.7 192.0.2.1 4711 80\r\nGET /who HTTP/1.1\r\nHost: a\r\n{lines}\r\n").as_bytes()).await;
+        String::from_utf8(conn.reply("GET").await.body).unwrap()
+    };
+    let told = ask("").await;
+    assert!(told.contains("x-forwarded-for: 192.0.2.7\n"), "{told}");
+    let told = ask("X-Forwarded-For: 6.6.6.6\r\n").await;
+    assert!(told.contains("x-forwarded-for: 6.6.6.6, 192.0.2.7\n"), "{told}");
+}
+
 #[tokio::test]
 async fn an_old_client_gets_what_it_can_read() {
     let _turn = light().await;

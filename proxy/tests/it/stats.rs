@@ -156,7 +156,7 @@ async fn routes_have_figures_and_an_upstream_that_is_away_is_a_problem() {
     let castier = Castier::start(&origin.url(), &config).await;
     let told = stats(&castier).await;
     let route = |route: &str| {
-        serde_json::json!({"route": route, "upstream": format!("{}/", upstream.url()), "up": true, "since": null, "requests": 0, "hits": 0,
+        serde_json::json!({"route": route, "upstream": format!("{}/", upstream.url()), "up": true, "breaker": "closed", "since": null, "requests": 0, "hits": 0,
             "revalidated": 0, "stale": 0, "misses": 0, "refused": 0, "questions": 0, "saved_bytes": 0})
     };
     assert_eq!(told["routes"], serde_json::json!([route("npm /npm"), route("/files/{name}")]));

@@ -4,11 +4,11 @@ use crate::support::{Castier, People, Request, Response, castier, castier_progra
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use std::{
     fs,
-    io::{Read as _, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::Instant,
 };
 use tempfile::TempDir;
@@ -219,6 +219,129 @@ fn client_certificates_have_a_role() {
     assert_eq!(ask(&castier, Some("reader"), "GET"), "200");
 }
 
+/// A client certificate counts as long as its authority does: not longer for who resumes a session, or keeps a connection open.
+#[test]
+fn a_client_certificate_ends_with_its_authority() {
+    let _turn = turn();
+    let (Some(curl), Some(openssl)) = (Curl::find(), tool("openssl")) else { return };
+    let (authority, next, dir) = (Authority::new(), Authority::new(), TempDir::new().unwrap());
+    let own = authority.certify("own", &["127.0.0.1"], dir.path());
+    let (cert, key) = authority.certify("old", &[], dir.path());
+    let trusted = dir.path().join("trusted.pem");
+    fs::copy(authority.ca(), &trusted).unwrap();
+    let config = format!("listen.tls.client_ca_file = {trusted:?}\naccess.anonymous = \"none\"\nlog.level = \"info\"\n");
+    let castier = castier(&tls_config(&own, &config));
+    let port = castier.public.port();
+    let request = format!("GET /cas/{} HTTP/1.1\r\nHost: a\r\n", sha256(b""));
+    let certificate = format!("-cert {} -key {}", cert.display(), key.display());
+    // Nobody gets a session that could be resumed.
+    for version in ["-tls1_2", "-tls1_3"] {
+        let session = dir.path().join(version);
+        let connect = format!("{} s_client -connect 127.0.0.1:{port} {certificate} {version} -ign_eof", openssl.display());
+        let script = format!("printf '{}Connection: close\r\n\r\n' | {connect}", request.replace("\r\n", "\\r\\n"));
+        let said = run(Command::new("sh").args(["-c", &format!("{script} -sess_out {}", session.display())]));
+        assert!(said.stdout.contains("HTTP/1.1 200") && !session.exists(), "{}", said.stdout);
+    }
+    let mut open = Command::new(&openssl)
+        .args(["s_client", "-quiet", "-no_ign_eof", "-connect", &format!("127.0.0.1:{port}")])
+        .args(certificate.split(' '))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (mut say, mut hear) = (open.stdin.take().unwrap(), BufReader::new(open.stdout.take().unwrap()));
+    let mut ask = || {
+        say.write_all(format!("{request}\r\n").as_bytes()).unwrap();
+        let (mut status, mut line) = (String::new(), String::new());
+        while line != "\r\n" {
+            line.clear();
+            hear.read_line(&mut line).unwrap();
+            if line.starts_with("HTTP/1.1") {
+                status = line[9..12].to_owned();
+            }
+        }
+        status
+    };
+    assert_eq!((ask(), ask()), ("200".into(), "200".into()));
+    fs::copy(next.ca(), &trusted).unwrap();
+    castier.says("the changed certificates are in use");
+    assert_eq!(ask(), "401", "an open connection");
+    open.kill().ok();
+    open.wait().unwrap();
+    let with =
+        ["--cacert", authority.ca().to_str().unwrap(), "--cert", cert.to_str().unwrap(), "--key", key.to_str().unwrap()].map(str::to_owned);
+    let with: Vec<&str> = with.iter().map(String::as_str).collect();
+    assert_eq!(curl.get(&with, &https(&castier, "/cas/x")).0, "000", "a new one");
+}
+
+#[test]
+fn the_admin_listener_takes_client_certificates() {
+    let _turn = turn();
+    let Some(curl) = Curl::find() else { return };
+    let (authority, dir) = (Authority::new(), TempDir::new().unwrap());
+    let own = authority.certify("own", &["127.0.0.1"], dir.path());
+    authority.certify("reader", &[], dir.path());
+    authority.certify("boss", &[], dir.path());
+    let more = format!(
+        "listen.tls.client_ca_file = {:?}\nlisten.tls.admin = true\naccess.admin = true\naccess.anonymous = \"none\"\naccess.scopes = {{ boss = [\"admin:*\"] }}",
+        authority.ca()
+    );
+    let castier = castier(&tls_config(&own, &more));
+    let ask = |name: &str, arguments: &[&str], target: &str| {
+        let [ca, cert, key] = [authority.ca(), dir.path().join(format!("{name}.pem")), dir.path().join(format!("{name}.key"))]
+            .map(|path| path.to_str().unwrap().to_owned());
+        let shows = if name.is_empty() { vec![] } else { vec!["--cert", cert.as_str(), "--key", &key] };
+        curl.get(&[&["--cacert", &ca], &shows[..], arguments].concat(), &format!("https://{}{target}", castier.admin)).0
+    };
+    let purge = format!("/purge/{}", sha256(b""));
+    assert_eq!(ask("", &[], "/stats"), "401");
+    assert_eq!(ask("reader", &[], "/stats"), "200");
+    assert_eq!(ask("reader", &["-X", "POST"], &purge), "403");
+    assert_eq!(ask("boss", &["-X", "POST"], &purge), "200");
+}
+
+/// Without a log-in the name of any site can lead a browser to the loopback.
+#[test]
+fn a_browser_asks_the_admin_listener_by_address() {
+    let _turn = turn();
+    let castier = castier("");
+    for (host, header, status) in [
+        ("castier.example:8082", Some("Origin"), 403),
+        ("castier.example", Some("Sec-Fetch-Site"), 403),
+        ("castier.example:8082", None, 200),
+        ("127.0.0.1:8082", Some("Origin"), 200),
+        ("[::1]:8082", Some("Origin"), 200),
+        ("localhost", Some("Sec-Fetch-Site"), 200),
+        ("LocalHost:8082", Some("Origin"), 200),
+        ("localhost.example", Some("Origin"), 403),
+    ] {
+        let mut request = Request::get("/stats").with("Host", host);
+        if let Some(name) = header {
+            request = request.with(name, if name == "Origin" { "http://castier.example:8082" } else { "same-origin" });
+        }
+        assert_eq!(request.send(castier.admin).status, status, "{host} {header:?}");
+    }
+}
+
+/// A body that does not come keeps nobody else out.
+#[test]
+fn the_admin_listener_does_not_wait_for_bodies() {
+    let _turn = turn();
+    let castier = castier("limits.max_admin_connections = 4\nlimits.header_timeout = \"1s\"\n");
+    let mut stuck: Vec<_> = (0..4)
+        .map(|_| {
+            let mut stream = TcpStream::connect(castier.admin).unwrap();
+            stream.write_all(b"POST /purge HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5\r\n\r\n").unwrap();
+            stream
+        })
+        .collect();
+    let mut answer = String::new();
+    stuck[0].read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    eventually("a health check is answered", || (Request::get("/healthz").try_send(castier.admin).ok()?.status == 200).then_some(()));
+}
+
 fn is_refused(answer: &Response, status: u16) {
     assert_eq!(answer.status, status, "{}", answer.text());
     assert_eq!(answer.header("content-type").as_deref(), Some("application/problem+json"));
@@ -408,8 +531,24 @@ fn the_proxy_protocol_names_the_client() {
     two[31] = 9;
     assert!(after(castier.public, &two, &target).contains(" 429 "));
     assert_eq!(after(castier.public, b"", &target), "", "without a header there is no answer");
+    // A proxy that does not know the client: what the client says of itself does not count.
+    let as_if =
+        |address: &str| format!("PROXY UNKNOWN\r\nGET {target} HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: {address}\r\n\r\n").into_bytes();
+    assert!(after(castier.public, &as_if("192.0.2.20"), &target).contains(" 200 "));
+    assert!(after(castier.public, &as_if("192.0.2.21"), &target).contains(" 429 "));
     let castier = castier.restart("listen.proxy_protocol = true\nlisten.trusted_proxies = [\"10.0.0.0/8\"]\n");
     assert_eq!(after(castier.public, &header(1), &target), "", "not from a stranger");
+}
+
+/// `log.trusted_proxies` name the client in records. Limits and log-ins do not believe them.
+#[test]
+fn a_proxy_of_the_log_moves_no_limit() {
+    let _turn = turn();
+    let castier = castier("log.trusted_proxies = [\"127.0.0.1\"]\nlimits.requests_per_second = 1\nlog.level = \"info\"\n");
+    let ask = |client: &str| Request::get(&format!("/cas/{}", sha256(b""))).with("X-Forwarded-For", client).send(castier.public).status;
+    assert_eq!((ask("192.0.2.1"), ask("192.0.2.2")), (200, 429));
+    castier.says("client=192.0.2.1");
+    castier.says("client=192.0.2.2");
 }
 
 #[test]
@@ -428,7 +567,8 @@ fn clients_have_limits() {
     assert!(start.elapsed().as_secs_f64() >= 1.5, "{:?}", start.elapsed());
     let open: Vec<_> = (0..3).map(|_| TcpStream::connect(castier.public).unwrap()).collect();
     eventually("they count", || (castier.metric("castier_connections", &[]) >= 3.0).then_some(()));
-    assert_eq!(Request::get(&small).send(castier.public).status, 429);
+    let refused = Request::get(&small).send(castier.public);
+    assert_eq!((refused.status, refused.header("retry-after").as_deref()), (429, Some("1")), "{}", refused.text());
     drop(open);
     eventually("they are closed", || (Request::get("/cas/x").try_send(castier.public).ok()?.status == 400).then_some(()));
 }
@@ -448,6 +588,104 @@ fn limits_per_client_are_counted() {
         TcpStream::connect(castier.public).unwrap();
         (castier.metric("castier_denied_requests_total", &["reason=\"connections\""]) >= 1.0).then_some(())
     });
+}
+
+/// A misspelt name would leave its client unconfined.
+#[test]
+fn scopes_are_for_somebody() {
+    let _turn = turn();
+    let (people, authority, dir) = (People::new(), Authority::new(), TempDir::new().unwrap());
+    let check = |more: &str, arguments: &[&str]| {
+        let config = people.config("read", "");
+        let scopes = config.lines().find(|line| line.starts_with("access.scopes")).unwrap();
+        fs::write(dir.path().join("castier.toml"), config.replace(scopes, more)).unwrap();
+        run(command(castier_program(), dir.path()).args(["--config", "castier.toml", "--check-config"]).args(arguments))
+    };
+    let wrong = check("access.scopes = { ic = [\"read:*\"] }", &[]).fails();
+    assert!(wrong.contains("access.scopes") && wrong.contains("\"ic\" is no user and no token"), "{wrong}");
+    let wrong = check("access.scopes = { ci = [\"route/pypi\"] }", &["--offline"]).fails();
+    assert!(wrong.contains("route \"pypi\"") && wrong.contains("there are none"), "{wrong}");
+    let wrong = check("access.scopes = { ci = [\"reads:*\"] }", &["--offline"]).fails();
+    assert!(wrong.contains("access.scopes") && wrong.contains("reads"), "{wrong}");
+    check("access.scopes = { ci = [\"cas\"] }", &[]).ok();
+    let pair = authority.certify("own", &["127.0.0.1"], dir.path());
+    let with_ca = tls_config(&pair, &format!("listen.tls.client_ca_file = {:?}\naccess.scopes = {{ ic = [\"read:*\"] }}", authority.ca()));
+    let noted = check(&with_ca, &[]);
+    assert!(noted.success() && noted.said().contains("only a certificate"), "{noted}");
+
+    // Later somebody may leave, and must not stay in because of that.
+    let castier = castier(&people.config("none", ""));
+    let blob = format!("/cas/{}", sha256(b""));
+    let ask = || Request::get(&blob).basic("reader", "read me").send(castier.public).status;
+    assert_eq!(ask(), 200);
+    people.write_users("writer:s:e:c");
+    castier.hang_up();
+    eventually("who has left is out", || (ask() == 401).then_some(()));
+    castier.says("confines a name that no user and no token has");
+}
+
+/// HTTP/2 has the same entrance.
+#[test]
+fn users_and_limits_over_http2() {
+    let _turn = turn();
+    let Some(curl) = Curl::find() else { return };
+    let (people, authority, dir) = (People::new(), Authority::new(), TempDir::new().unwrap());
+    let own = authority.certify("own", &["127.0.0.1"], dir.path());
+    authority.certify("machine", &[], dir.path());
+    let more = tls_config(&own, &format!("listen.tls.client_ca_file = {:?}", authority.ca()));
+    let castier = castier(&people.config("none", &more));
+    let ca = authority.ca();
+    let url = https(&castier, &format!("/cas/{}", sha256(b"")));
+    let [cert, key] = ["machine.pem", "machine.key"].map(|file| dir.path().join(file).to_str().unwrap().to_owned());
+    let ask = |arguments: &[&str]| {
+        let version = ["--cacert", ca.to_str().unwrap(), "--http2", "-w", "%{http_code} %{http_version}"];
+        curl.get(&[&version[..], arguments].concat(), &url)
+    };
+    for (arguments, expected) in [
+        (&[][..], "401 2"),
+        (&["-u", "reader:read me"], "200 2"),
+        (&["-u", "reader:wrong"], "401 2"),
+        (&["-u", "reader:read me", "-X", "PUT", "--data-binary", ""], "403 2"),
+        (&["-u", "writer:s:e:c", "-X", "PUT", "--data-binary", ""], "201 2"),
+        (&["-H", "Authorization: Bearer pull-t0ken"], "200 2"),
+        (&["--cert", &cert, "--key", &key], "200 2"),
+        (&["--cert", &cert, "--key", &key, "-X", "DELETE"], "403 2"),
+    ] {
+        let (told, body) = ask(arguments);
+        assert_eq!(told, expected, "{arguments:?}");
+        if !expected.starts_with('2') {
+            assert!(String::from_utf8_lossy(&body).contains("\"status\":"), "{arguments:?}: {}", String::from_utf8_lossy(&body));
+        }
+    }
+    // Malformed requests count as well. Over HTTP/1.1 each would end its connection.
+    let castier = castier.restart("limits.requests_per_second = 2\n");
+    let plain = format!("http://{}/cas/{}", castier.public, sha256(b""));
+    let trace = || curl.get(&["--http2-prior-knowledge", "-X", "TRACE"], &plain).0;
+    assert_eq!([trace(), trace(), trace()], ["405", "405", "429"]);
+}
+
+/// The conformance tests of `h2spec`, over TLS and over plain TCP.
+#[test]
+fn h2spec_finds_nothing() {
+    let _turn = turn();
+    let (Some(h2spec), Some(curl)) = (tool("h2spec"), Curl::find()) else { return };
+    let (authority, dir) = (Authority::new(), TempDir::new().unwrap());
+    let own = authority.certify("own", &["127.0.0.1"], dir.path());
+    let body = noise(720, 300_000);
+    let target = format!("/cas/{}", sha256(&body));
+    for (config, more) in [(tls_config(&own, ""), &["-t", "-k"][..]), (String::new(), &[])] {
+        let castier = castier(&config);
+        fs::write(dir.path().join("body"), &body).unwrap();
+        let scheme = if more.is_empty() { "http" } else { "https" };
+        let url = format!("{scheme}://127.0.0.1:{}{target}", castier.public.port());
+        assert_eq!(curl.get(&["-k", "-T", dir.path().join("body").to_str().unwrap()], &url).0, "201");
+        let port = castier.public.port().to_string();
+        let ran = run(command(&h2spec, dir.path()).args(["-h", "127.0.0.1", "-p", &port, "-P", &target, "-o", "5"]).args(more));
+        let failures = ran.stdout.split_once("Failures:").map_or("", |(_, failures)| failures);
+        // On plain TCP a wrong preface is a request of HTTP/1.1, and is answered as one.
+        let is_http1 = more.is_empty() && failures.contains("Sends invalid connection preface") && failures.contains(" 1 failed");
+        assert!(ran.stdout.contains("146 tests") && (ran.success() || is_http1), "{more:?}: {}", ran.stdout);
+    }
 }
 
 /// Other names in the configuration need a restart, as the log says; until then nothing of them counts.

@@ -1052,6 +1052,42 @@ fn an_old_answer_is_better_than_an_error() {
     }
 }
 
+/// An upstream that hangs is not waited for by everybody: after some failures in a row its requests fail at once, and one of them tries again.
+#[test]
+fn an_upstream_that_hangs_has_a_circuit_breaker() {
+    let _turn = turn();
+    let (upstream, _) = failing();
+    let config = "origin.read_timeout = \"300ms\"\norigin.breaker_failures = 2\norigin.breaker_pause = \"1s\"\n";
+    let castier = castier(&format!("{config}{}", routes(&upstream.url(), "negative_ttl = \"0s\"\n")));
+    gets(castier.public, &Request::get("/frozen/x"), b"as it should be");
+    let breaker = || Request::get("/stats").send(castier.admin).json()["routes"][1]["breaker"].as_str().unwrap().to_owned();
+    let state = |state: &str| castier.metric("castier_circuit_breakers", &["source=\"upstream\"", &format!("state=\"{state}\"")]);
+    assert_eq!((breaker().as_str(), state("open"), state("half-open")), ("closed", 0.0, 0.0));
+    upstream.hang();
+    let (mut number, mut asked) = (0, 0);
+    let refused = eventually("the breaker opens", || {
+        number += 1;
+        let answer = get(&castier, &format!("/frozen/new-{number}"));
+        assert_clear(&answer, &[502, 503, 504]);
+        asked += usize::from(!answer.cache_status().contains("detail=breaker"));
+        answer.cache_status().contains("detail=breaker").then_some(answer)
+    });
+    assert_eq!((refused.status, refused.header("retry-after").as_deref()), (502, Some("1")));
+    assert_eq!((breaker().as_str(), state("open")), ("open", 1.0));
+    assert!(asked >= 2, "{asked}");
+    // What is relayed says that it is no question to the cache.
+    let relayed = eventually("a relayed request is refused", || {
+        let answer = Request::new("POST", "/frozen/new").body("x").send(castier.public);
+        answer.cache_status().contains("detail=breaker").then_some(answer)
+    });
+    assert_eq!(relayed.cache_status(), "castier; fwd=bypass; detail=breaker");
+    // What is kept does not need it.
+    gets(castier.public, &Request::get("/frozen/x"), b"as it should be");
+    upstream.up();
+    eventually("the breaker closes", || (get(&castier, "/frozen/later").status == 200).then_some(()));
+    assert_eq!((breaker().as_str(), state("open"), state("half-open")), ("closed", 0.0, 0.0));
+}
+
 /// Errors are not kept, and an old answer is not served for longer than it may be.
 #[test]
 fn an_old_answer_has_its_time() {

@@ -4,7 +4,9 @@ use crate::{
     cargo::{self, PLACES, cargo_in, write_project},
     entrance::after,
     npm,
-    support::{Castier, Port, Ran, Request, Running, castier_as_written, command, eventually, noise, run, sha256, tool, turn},
+    support::{
+        Castier, Port, Ran, Request, Running, castier_as_written, castier_program, command, eventually, noise, run, sha256, tool, turn,
+    },
 };
 use std::{
     fs,
@@ -43,7 +45,7 @@ const SHELL: &str = "\
 htpasswd() { echo PASSWORD | command htpasswd -i \"$@\"; }
 curl() { for word; do shift; test \"$word\" != alice || word=alice:PASSWORD; set -- \"$@\" \"$word\"; done; command curl \"$@\"; }
 certbot() { :; }
-chgrp() { shift 2; command chgrp -R \"$(id -g)\" \"$@\"; }
+chgrp() { while test \"$1\" != castier; do shift; done; shift; command chgrp -R \"$(id -g)\" \"$@\"; }
 ";
 
 /// A machine to follow recipes on: its `/etc` and its home are folders. In the home curl finds castier as `cache.example`.
@@ -210,6 +212,59 @@ fn passwords_and_tokens() {
     let (name, value) = header.split_once('=').unwrap();
     let sent = format!("curl -H \"{name}: {value}\" -T file https://cache.example/cas/DIGEST");
     assert_eq!(machine.curl(&with_token(&sent, &token)), "200");
+}
+
+#[test]
+fn scopes_limits_and_the_admin_listener() {
+    let _turn = turn();
+    let Some(machine) = Machine::with(&["openssl", "curl", "htpasswd"]) else { return };
+    machine.authority();
+    machine.sh(&fence("Users", "sh", 0)).ok();
+    machine.sh(&fence("Tokens", "sh", 0)).ok();
+    let more = "echo \"$1 write $(printf %s \"$1\" | sha256sum | cut -d' ' -f1)\" >> /etc/castier/tokens\n";
+    for name in ["pull-requests", "mirror"] {
+        machine.sh(&format!("set -- {name}\n{more}")).ok();
+    }
+    // What the scopes name must be there.
+    let refused = |config: &str| {
+        fs::write(machine.at("castier.toml"), machine.own(config)).unwrap();
+        run(command(castier_program(), machine.dir.path()).args(["--config", "castier.toml", "--check-config"])).fails()
+    };
+    let (roles, scopes, limits) = (fence("Roles", "toml", 0), fence("Scopes", "toml", 0), fence("Limits per client", "toml", 0));
+    let said = refused(&format!("{roles}{scopes}"));
+    assert!(said.contains("route \"npm\"") && said.contains("route \"pypi\""), "{said}");
+    let route = |protocol: &str| {
+        format!("[[route]]\nprotocol = \"{protocol}\"\nprefix = \"/{protocol}\"\nupstream = \"http://127.0.0.1:9\"\naccess = \"local\"\n")
+    };
+    let access = roles.replace("[access]", "[access]\nadmin = true");
+    let tls = format!("{}admin = true\n", fence("TLS", "toml", 0));
+    let castier = machine.castier(&format!("{access}{scopes}{limits}{tls}{}{}", route("npm"), route("pypi")));
+    let with =
+        |token: &str, what: &str| machine.curl(&format!("export CURL_CA_BUNDLE=ca.pem\ncurl -H 'Authorization: Bearer {token}' {what}\n"));
+    for (token, what, status) in [
+        ("pull-requests", "https://cache.example/cas/DIGEST", "404"),
+        ("pull-requests", "-T file https://cache.example/cas/DIGEST", "403"),
+        ("pull-requests", "-T file https://cache.example/pr/ac/DIGEST", "201"),
+        ("pull-requests", "-T file https://cache.example/ac/DIGEST", "403"),
+        ("mirror", "https://cache.example/cas/DIGEST", "403"),
+        // There is no upstream, but that is not the entrance's.
+        ("mirror", "https://cache.example/npm/x", "502"),
+    ] {
+        assert_eq!(with(token, what), status, "{token} {what}");
+    }
+    // The admin listener's commands, with alice, whose scope makes her an administrator.
+    fs::write(machine.at("etc/castier/boss"), "alice:PASSWORD\n").unwrap();
+    fs::copy(machine.at("etc/castier/boss"), machine.at("boss")).unwrap();
+    let addr = format!("https://localhost:{}", castier.admin.port());
+    for line in fence("The admin listener", "sh", 0).lines() {
+        let line = line.replace("castier --config /etc/castier/castier.toml drain", &format!("castier drain --admin {addr}"));
+        let line = line.replace("https://cache.example:8082", &addr).replace("--ca-file ca.pem", "").replacen(
+            "castier",
+            castier_program().to_str().unwrap(),
+            1,
+        );
+        machine.sh(&line).ok();
+    }
 }
 
 #[test]

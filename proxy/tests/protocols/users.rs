@@ -51,6 +51,17 @@ fn skopeo() {
     let people = People::new();
     let castier = people.castier(&oci::route(&registry.front.url(), "access = \"local\""));
 
+    // In the form of a registry: also what castier itself refuses.
+    let manifest = Request::get("/v2/team/app/manifests/1");
+    let (nobody, reader) = (
+        manifest.send(castier.public),
+        Request::new("PUT", "/v2/team/app/manifests/1").basic(READER.0, READER.1).body("x").send(castier.public),
+    );
+    for (refused, status, code) in [(nobody, 401, "UNAUTHORIZED"), (reader, 403, "DENIED")] {
+        assert_eq!((refused.status, refused.header("content-type").as_deref()), (status, Some("application/json")));
+        assert_eq!(refused.json()["errors"][0]["code"], code);
+        assert_eq!(refused.header("www-authenticate").is_some(), status == 401);
+    }
     is_refused(pull_to(castier.public, "team/app:1", &[]).0, &["unauthorized"], &registry.front);
     let wrong = pull_to(castier.public, "team/app:1", &[&creds("src-creds", WRONG)]).0;
     is_refused(wrong, &["unauthorized"], &registry.front);
