@@ -213,7 +213,8 @@ impl Front {
                 Err(error) => {
                     let cause = error.root_cause().downcast_ref::<h2::Error>();
                     let calm = cause.filter(|cause| !cause.is_remote()).and_then(h2::Error::reason) == Some(h2::Reason::ENHANCE_YOUR_CALM);
-                    break calm.then_some(Flood::Library);
+                    // The library may have found the same, in the bytes that the alarm is about.
+                    break alarm.found().or(calm.then_some(Flood::Library));
                 }
             }
         };

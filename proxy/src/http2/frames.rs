@@ -94,11 +94,16 @@ impl Alarm {
         }
     }
 
+    /// What the client has sent too much of.
+    pub fn found(&self) -> Option<Flood> {
+        self.found.get().copied()
+    }
+
     /// Waits until the client has sent too much of something. Safe to cancel.
     pub async fn raised(&self) -> Flood {
         loop {
-            match self.found.get() {
-                Some(flood) => return *flood,
+            match self.found() {
+                Some(flood) => return flood,
                 None => self.raised.notified().await,
             }
         }
@@ -145,7 +150,7 @@ impl Frames {
 
     /// What the client has sent too much of: nothing more is read from it.
     pub fn found(&self) -> Option<Flood> {
-        self.alarm.found.get().copied()
+        self.alarm.found()
     }
 
     /// Castier has sent so many bytes.

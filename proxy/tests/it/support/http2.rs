@@ -35,6 +35,8 @@ impl Http2 {
 
     pub(crate) async fn with(to: SocketAddr, builder: &Builder) -> Self {
         let stream = TcpStream::connect(to).await.unwrap();
+        // As clients do it. Else the end of each window waits for an acknowledgement.
+        stream.set_nodelay(true).unwrap();
         let (send, connection) = builder.handshake(stream).await.unwrap();
         Self { send, end: tokio::spawn(connection), to }
     }
