@@ -33,8 +33,8 @@ impl Store {
     }
 }
 
-/// A build in a workspace of its own. Returns what Bazel said.
-fn bazel_build(bazel: &Path, root: &Path, cache: &str) -> String {
+/// A build in a workspace of its own, with these options of Bazel itself and of the build besides. Returns what Bazel said.
+pub(crate) fn bazel_build(bazel: &Path, root: &Path, cache: &str, startup: &[&str], more: &[&str]) -> String {
     let workspace = TempDir::new().unwrap();
     let at = workspace.path();
     fs::write(at.join("WORKSPACE"), "").unwrap();
@@ -42,9 +42,9 @@ fn bazel_build(bazel: &Path, root: &Path, cache: &str) -> String {
     let rule = "genrule(name = \"NAME\", srcs = [\"input.txt\"], outs = [\"NAME.txt\"], cmd = \"cat $(SRCS) > $@; echo NAME >> $@\")\n";
     fs::write(at.join("BUILD"), ["one", "two"].map(|name| rule.replace("NAME", name)).concat()).unwrap();
     let mut build = command(bazel, at);
-    build.args(["--batch", "--nohome_rc", "--noworkspace_rc"]).arg(format!("--output_user_root={}", root.display()));
+    build.args(["--batch", "--nohome_rc", "--noworkspace_rc"]).arg(format!("--output_user_root={}", root.display())).args(startup);
     build.args(["build", "--spawn_strategy=local", "--remote_upload_local_results", "--remote_local_fallback"]);
-    let ran = run(build.arg(format!("--remote_cache={cache}")).arg("//:all"));
+    let ran = run(build.arg(format!("--remote_cache={cache}")).args(more).arg("//:all"));
     assert!(ran.success(), "{ran}");
     assert_eq!(fs::read_to_string(at.join("bazel-bin/two.txt")).unwrap(), "what is built fromtwo\n");
     ran.said()
@@ -61,7 +61,7 @@ fn bazel_through_a_route() {
         store.upstream.url()
     ));
     let (root, cache) = (TempDir::new().unwrap(), format!("{}/build", castier.url()));
-    let build = || bazel_build(&bazel, root.path(), &cache);
+    let build = || bazel_build(&bazel, root.path(), &cache, &[], &[]);
 
     let first = build();
     assert!(!first.contains("remote cache hit") && !first.contains("WARNING"), "{first}");

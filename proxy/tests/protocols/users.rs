@@ -1,9 +1,10 @@
 //! castier's own users: each real client logs in at castier, comes to a route with `access = "local"`, and says so if it may not.
 
 use crate::{
-    build::{Sccache, write_source},
+    build::{Sccache, bazel_build, write_source},
     cargo::{self, PLACES, cargo_in, write_project},
     checks::asked,
+    entrance::{Authority, tls_config},
     lfs::{self, Giftless, Git, clone, clones},
     nix::{self, Built},
     npm::{self, npm},
@@ -264,7 +265,44 @@ fn git_lfs_pushes_nothing_for_readers() {
     assert_eq!(asked(&server.front), [""; 0]);
 }
 
-/// Bazel's `--remote_header=Authorization=Bearer …` is this header; Bazel itself is not needed for it.
+/// Bazel over TLS with a token. Its options for certificates are for HTTP only since 5.0, and Debian has an earlier one: that trusts what its JVM trusts.
+#[test]
+fn bazel_builds_with_a_token() {
+    let _turn = turn();
+    let (Some(bazel), Some(keytool)) = (tool("bazel"), tool("keytool")) else { return };
+    let (people, authority, dir) = (People::new(), Authority::new(), TempDir::new().unwrap());
+    let own = authority.certify("own", &["localhost"], dir.path());
+    let castier = people.castier(&tls_config(&own, ""));
+    let (store, ca) = (dir.path().join("trusted"), authority.ca());
+    let import = ["-importcert", "-noprompt", "-alias", "ca", "-storepass", "changeit", "-file"];
+    run(command(&keytool, dir.path()).args(import).arg(&ca).arg("-keystore").arg(&store)).ok();
+    let trusts = [format!("Store={}", store.display()), "StorePassword=changeit".into()]
+        .map(|set| format!("--host_jvm_args=-Djavax.net.ssl.trust{set}"));
+    let trusts = trusts.each_ref().map(String::as_str);
+    let root = TempDir::new().unwrap();
+    let build = |instance: &str, token: &str| {
+        let cache = format!("https://localhost:{}{instance}", castier.public.port());
+        let header = format!("--remote_header=Authorization=Bearer {token}");
+        let headers: Vec<&str> = [header.as_str()].into_iter().filter(|_| !token.is_empty()).collect();
+        bazel_build(&bazel, root.path(), &cache, &trusts, &headers)
+    };
+    // Bazel goes on without its cache, and says why.
+    for token in ["", "guessed"] {
+        let refused = build("", token);
+        assert!(refused.contains("401") && !refused.contains("remote cache hit"), "{refused}");
+    }
+    let first = build("", "t0ken");
+    assert!(!first.contains("remote cache hit") && !first.contains("WARNING"), "{first}");
+    for token in ["t0ken", "pull-t0ken"] {
+        let second = build("", token);
+        assert!(second.contains("2 remote cache hit"), "{token}: {second}");
+    }
+    // A build of a pull request stores its results in its own instance. Blobs it does not store, so they must be there.
+    let own = build("/ci", "ci-t0ken");
+    assert!(!own.contains("remote cache hit"), "{own}");
+}
+
+/// `--remote_header=Authorization=Bearer …` of Bazel is this header.
 struct Curl {
     program: PathBuf,
     dir: TempDir,
