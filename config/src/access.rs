@@ -199,8 +199,8 @@ pub struct Access {
     ///
     /// - Type: `read`, `write` or `admin`
     pub certificates: Role,
-    /// What users, tokens and certificates are confined to, by their name: `{ pr-builds = ["read:*", "write:ac/pr"] }`. A name that is not here is
-    /// not confined.
+    /// What users, tokens and certificates are confined to, by their name: `{ pr-builds = ["read:*", "write:ac/pr"] }`. A name that is not here has the
+    /// scopes of `*`, and without those it is not confined.
     ///
     /// Each item is `WHAT` or `ROLE:WHAT`. `WHAT` is `*` (everything), `cas`, `ac`, `ac/INSTANCE` (entries below `/INSTANCE/ac/`), `kv`, `kv/PATH`, or
     /// `route/NAME`, the name or the protocol of a route. Without `ROLE` it is that of the user or token. In a variable: `NAME=ITEM ITEM,NAME=ITEM`.

@@ -96,7 +96,7 @@ pub struct Listen {
     pub external_url: String,
     /// The proxies in front, as networks (`10.0.0.0/8`) or addresses, that name the client for limits per client and in records.
     ///
-    /// They name it in `X-Forwarded-For` or `Forwarded`, or with the PROXY protocol. `log.trusted_proxies` are trusted too. The default is none:
+    /// They name it in `X-Forwarded-For` or `Forwarded`, or with the PROXY protocol. `log.trusted_proxies` are believed in records, too. The default is none:
     /// anybody can write such a header.
     pub trusted_proxies: Proxies,
     /// Whether each connection to the public listener begins with a PROXY protocol header (version 1 or 2), as HAProxy and network load balancers

@@ -214,7 +214,9 @@ impl Guard {
                 Some(certified) if self.tls.as_ref().is_some_and(|tls| certified.is_trusted(tls)) => certified.who().clone(),
                 Some(_) => {
                     access.metrics().wrong_credentials();
-                    return Some(challenge("the certificate of this connection is not accepted any more; connect again"));
+                    let mut answer = challenge("the certificate of this connection is not accepted any more; connect again");
+                    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                    return Some(answer);
                 }
                 None => {
                     access.metrics().missing();
@@ -230,11 +232,11 @@ impl Guard {
         Some(problem(StatusCode::FORBIDDEN, &format!("these credentials do not suffice: this needs the role {needed}")))
     }
 
-    /// Without a log-in, a page of another site could read and purge what its reader may: it lets its own name lead to the loopback address, and the
-    /// browser takes castier for that site (DNS rebinding). So a browser on this machine must ask by address, or for `localhost`.
+    /// Without a log-in, a page of another site could purge what its reader may: it lets its own name lead to the loopback address, and the browser takes
+    /// castier for that site (DNS rebinding). So a browser on this machine, which names the origin of each POST, must ask by address or for `localhost`.
     fn check_host(&self, request: &Request<Incoming>, client: IpAddr) -> Option<Response> {
         let is_browser = ["sec-fetch-site", "origin"].iter().any(|name| request.headers().contains_key(*name));
-        if !is_browser || !client.to_canonical().is_loopback() {
+        if !is_browser || *request.method() != Method::POST || !client.to_canonical().is_loopback() {
             return None;
         }
         let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();

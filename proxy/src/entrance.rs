@@ -51,7 +51,9 @@ impl Door {
                 certificates: config.access.certificates,
                 ..Default::default()
             };
-            Some(Arc::new(Access::new(options, users(config, true).map_err(|(key, why)| format!("{key}: {why}"))?, metrics.access.clone())))
+            let users = users(config, true).map_err(|(key, why)| format!("{key}: {why}"))?;
+            warn_of_unknown(&users);
+            Some(Arc::new(Access::new(options, users, metrics.access.clone())))
         } else {
             None
         };
@@ -88,10 +90,7 @@ impl Door {
         if let Some(access) = &self.access {
             match users(config, true) {
                 Ok(users) => {
-                    // No reason to keep the old ones: the name may be that of somebody who has left.
-                    for name in users.unknown_names() {
-                        tracing::warn!(name, "access.scopes confines a name that no user and no token has");
-                    }
+                    warn_of_unknown(&users);
                     access.reload(users);
                 }
                 Err((key, why)) => tracing::error!(key, why, "users and tokens stay as they are"),
@@ -120,10 +119,18 @@ fn users(config: &Castier, with_files: bool) -> Result<Users, (&'static str, Str
     })
 }
 
+/// A misspelt name leaves the one who was meant unconfined. But it may also be that of a certificate, or of somebody who has left.
+fn warn_of_unknown(users: &Users) {
+    for name in users.unknown_names() {
+        tracing::warn!(name, "access.scopes confines a name that no user and no token has");
+    }
+}
+
 /// Checks the files of users and tokens, and the scopes. `routes`: the names of the routes.
 pub fn check(config: &Castier, routes: &[String], problems: &mut Problems) {
     let key = "access.scopes";
-    let users = match users(config, problems.ask_machine()) {
+    let with_files = problems.ask_machine();
+    let users = match users(config, with_files) {
         Ok(users) => users,
         Err((key, why)) => return problems.add(key, why),
     };
@@ -131,27 +138,18 @@ pub fn check(config: &Castier, routes: &[String], problems: &mut Problems) {
         let known = if routes.is_empty() { "there are none".to_owned() } else { format!("there are: {}", routes.join(", ")) };
         problems.add(key, format!("{name:?} is confined to the route {route:?}, which is not configured; {known}"));
     }
+    for name in users.unknown_names().into_iter().filter(|_| with_files) {
+        problems.note(
+            key,
+            format!(
+                "{name:?} is no user and no token: it confines only a certificate with this name; \"*\" confines all who are not named"
+            ),
+        );
+    }
     let is_plain = !config.listen.tls.is_on() && !config.listen.proxy_protocol && config.listen.trusted_proxies.0.is_empty();
     if is_plain && config.access.has_users(&config.listen.tls) && !config.is_public_on_loopback() {
         problems
             .note("listen.tls", "is not set, so passwords and tokens pass the network in the clear, unless something in front speaks TLS");
-    }
-}
-
-/// Checks that scopes are for somebody: a misspelt name leaves its client unconfined. Only before the start: later somebody may have been removed from the
-/// files, and must not stay in because of that.
-pub fn check_names(config: &Castier, problems: &mut Problems) {
-    if !problems.ask_machine() {
-        return;
-    }
-    let Ok(users) = users(config, true) else { return };
-    let key = "access.scopes";
-    for name in users.unknown_names() {
-        if config.listen.tls.client_ca_file.as_os_str().is_empty() {
-            problems.add(key, format!("{name:?} is no user and no token, so nobody is confined by this; correct the name, or remove it"));
-        } else {
-            problems.note(key, format!("{name:?} is no user and no token: it confines only a certificate with this name"));
-        }
     }
 }
 
@@ -182,8 +180,8 @@ pub(crate) struct Visitor {
     pub(crate) address: Option<SocketAddr>,
     /// Not, if a proxy in front does not know the client: the fields of its requests may be the client's own.
     pub(crate) names_clients: bool,
-    /// Who the client is by its certificate.
-    pub(crate) certificate: Option<Certified>,
+    /// Who the client is by its certificate. Boxed, since few connections have one.
+    pub(crate) certificate: Option<Box<Certified>>,
 }
 
 /// A client with a certificate.
@@ -278,7 +276,8 @@ impl Entrance {
             match secured::accept(tls.acceptor(), stream, limit).await {
                 Ok((secured, handshake)) => {
                     (stream, is_http2) = (secured, handshake.is_http2);
-                    certificate = handshake.certificate.zip(self.door.access.as_ref()).map(|(shown, access)| Certified::new(shown, access));
+                    certificate =
+                        handshake.certificate.zip(self.door.access.as_ref()).map(|(shown, access)| Box::new(Certified::new(shown, access)));
                 }
                 Err(Failed::Plain(stream)) => return Err(Closed::Plain(stream)),
                 Err(Failed::Handshake(why)) => return Err(Closed::Silently(format!("the TLS handshake failed: {why}"))),
@@ -302,16 +301,16 @@ impl Entrance {
         Client { counted, shown: self.shown_proxies.as_ref().map_or(counted, |proxies| Some(named_by(proxies))) }
     }
 
-    /// Counts a request.
+    /// Counts a request, which may be for a route.
     ///
     /// # Errors
     /// Its client sends too many.
-    pub(crate) fn count(&self, limits: &Limits, client: Client) -> Result<(), Box<Refusal>> {
+    pub(crate) fn count(&self, limits: &Limits, client: Client, routed: Option<&Match>) -> Result<(), Box<Refusal>> {
         let counted = client.counted.filter(|_| limits.requests_per_second > 0);
         let Some(Err(wait)) = counted.map(|counted| self.door.clients.admit(counted)) else { return Ok(()) };
         self.door.metrics.requests();
         let reply = too_many(wait, "more requests than one client may send; try again later");
-        Err(Box::new(Refusal { reply, why: "over limits.requests_per_second", client, closes: false }))
+        Err(refusal(reply, "over limits.requests_per_second", client, routed))
     }
 
     /// Decides whether a request is allowed, whose head is at the front of `bytes`.
@@ -347,11 +346,7 @@ impl Entrance {
                 }
             },
         };
-        let refuse = |(reply, why): (Reply, &'static str), routed: Option<&Match>| {
-            // In the form that the clients of the route read.
-            let reply = if let Some(found) = routed { found.error(reply) } else { reply };
-            Box::new(Refusal { reply, why, client, closes: false })
-        };
+        let refuse = |(reply, why): (Reply, &'static str), routed: Option<&Match>| refusal(reply, why, client, routed);
         let who = match head.authorization(bytes) {
             Some(authorization) => match memo.recall(access, authorization) {
                 Some(who) => who,
@@ -400,6 +395,12 @@ impl Entrance {
         };
         Err(refuse(refused, routed.as_deref()))
     }
+}
+
+/// The refusal of a request, in the form that the clients of its route read.
+fn refusal(reply: Reply, why: &'static str, client: Client, routed: Option<&Match>) -> Box<Refusal> {
+    let reply = if let Some(found) = routed { found.error(reply) } else { reply };
+    Box::new(Refusal { reply, why, client, closes: false })
 }
 
 impl Certified {

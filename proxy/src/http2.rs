@@ -16,7 +16,7 @@ use crate::{
     memory_plan,
     reply::{Body, Reply},
     request_head::{self, Head, NoHead},
-    session::{Arrived, Cut, LINGER, write},
+    session::{Arrived, Cut, LINGER, gone, write},
 };
 use bytes::{Bytes, BytesMut};
 use castier_access::Memo;
@@ -41,8 +41,9 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    task::Poll,
     time::{Duration, Instant},
 };
 use tokio::{
@@ -69,6 +70,10 @@ struct Shared {
     open: AtomicUsize,
     /// Wakes when none is open any more.
     idle: Notify,
+    /// The most bytes that requests which have ended may have left in the queue.
+    queued: AtomicU64,
+    /// Wakes when the connection may serve no more requests.
+    ends: Notify,
 }
 
 /// Counts one request for as long as it is open.
@@ -92,6 +97,24 @@ impl Drop for Stream {
 }
 
 impl Shared {
+    /// A request has ended that wrote so many bytes. The queue takes no more of each.
+    fn wrote(&self, bytes: u64) {
+        self.queued.fetch_add(bytes.min(memory_plan::HTTP2_QUEUE as u64), Ordering::Relaxed);
+    }
+
+    /// After castier has sent what the client takes: all that is left is of so many streams.
+    fn left(&self, streams: usize) -> u64 {
+        let ended = streams.saturating_sub(self.open.load(Ordering::Relaxed));
+        let most = (ended * memory_plan::HTTP2_QUEUE) as u64;
+        self.queued.fetch_min(most, Ordering::Relaxed).min(most)
+    }
+
+    /// What the connection must pay for: each request that is open can fill its part of the queue.
+    fn cost(&self) -> u64 {
+        let open = self.open.load(Ordering::Relaxed).saturating_sub(1) * memory_plan::HTTP2_QUEUE;
+        memory_plan::HTTP2 + open as u64 + self.queued.load(Ordering::Relaxed)
+    }
+
     /// Ends when no request has been open for `limit`.
     async fn idle(&self, limit: Duration) {
         while self.open.load(Ordering::Relaxed) > 0 {
@@ -139,16 +162,30 @@ impl Front {
             shutdown: shutdown.clone(),
             open: AtomicUsize::new(0),
             idle: Notify::new(),
+            queued: AtomicU64::new(0),
+            ends: Notify::new(),
         });
         let mut draining = shutdown.clone();
         // When castier began to close the connection.
         let mut closing: Option<Instant> = None;
         let mut malformed = (0, Instant::now());
         let mut wait = limits.header_timeout.get();
-        // For how long no request has been open, and how many were there when the last one came.
-        let (mut idle, mut streams) = (Duration::ZERO, 1);
+        // For how long no request has been open, and whether the connection pays for a queue.
+        let (mut idle, mut pays) = (Duration::ZERO, false);
+        // A request that came while this looked what is left in the queue.
+        let mut next = None;
         let flood = loop {
-            let step = if streams > 1 { TICK.min(wait) } else { wait };
+            if pays && next.is_none() {
+                let mut accept = pin!(together(&gathers, HttpSession::from_h2_conn(&mut connection, digest.clone())));
+                if let Poll::Ready(accepted) = futures::poll!(accept.as_mut()) {
+                    next = Some(accepted);
+                }
+            }
+            if pays && next.is_none() {
+                pays = shared.left(connection.num_wired_streams()) > 0 || shared.open.load(Ordering::Relaxed) > 0;
+                memory.resize(shared.cost());
+            }
+            let step = if pays { TICK.min(wait) } else { wait };
             let accepted = tokio::select! {
                 biased;
                 flood = alarm.raised() => break Some(flood),
@@ -157,14 +194,19 @@ impl Front {
                     (closing, wait) = (Some(Instant::now()), fast_path::REFUSAL);
                     continue;
                 }
-                accepted = together(&gathers, HttpSession::from_h2_conn(&mut connection, digest.clone())) => accepted,
+                () = shared.ends.notified(), if closing.is_none() => {
+                    connection.graceful_shutdown();
+                    (closing, wait) = (Some(Instant::now()), fast_path::REFUSAL);
+                    continue;
+                }
+                accepted = async {
+                    match next.take() {
+                        Some(accepted) => accepted,
+                        None => together(&gathers, HttpSession::from_h2_conn(&mut connection, digest.clone())).await,
+                    }
+                } => accepted,
                 () = shared.idle(step) => {
                     idle += step;
-                    // What was answered may still be in the queue. If nothing is, its memory is given back.
-                    if !connection.has_streams() {
-                        streams = 1;
-                        memory.resize(memory_plan::HTTP2);
-                    }
                     if idle < wait {
                         continue;
                     }
@@ -191,11 +233,11 @@ impl Front {
                     }
                     idle = Duration::ZERO;
                     let stream = Stream::open(&shared);
-                    // With those that have ended, and whose answer is still in the queue.
-                    streams = connection.num_wired_streams().max(1);
-                    let fits = memory.resize(memory_plan::HTTP2 + ((streams - 1) * memory_plan::HTTP2_QUEUE) as u64);
+                    pays = true;
+                    let cost = shared.cost();
+                    let fits = memory.resize(cost);
                     // A hit is answered here and now. What has to wait goes on in a task of its own.
-                    let mut answer = Box::pin(stream.serve(session, fits, streams <= 2));
+                    let mut answer = Box::pin(stream.serve(session, fits, cost == memory_plan::HTTP2));
                     if futures::poll!(answer.as_mut()).is_pending() {
                         tokio::spawn(answer);
                     }
@@ -228,7 +270,7 @@ impl Front {
 }
 
 impl Stream {
-    /// Answers one request. Not `fits`: the memory for it is used up. `is_lone`: there is no other, but for one that is about to end.
+    /// Answers one request. Not `fits`: the memory for it is used up. `is_lone`: there is no other, and the queue is empty.
     async fn serve(self, session: HttpSession, fits: bool, is_lone: bool) {
         let Self(shared) = &self;
         let front = &shared.front;
@@ -245,7 +287,7 @@ impl Stream {
                 // It counts as any other. Over HTTP/1.1 the connection would end here.
                 let client = shared.visitor.client();
                 if let Audience::Clients(_, entrance) = &front.audience
-                    && let Err(refusal) = entrance.count(&limits, client)
+                    && let Err(refusal) = entrance.count(&limits, client, None)
                 {
                     return self.refuse(session, refusal.reply, refusal.why, client.shown, started).await;
                 }
@@ -268,7 +310,10 @@ impl Stream {
         let Admitted { asked, routed, client } = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => {
-                let Refusal { reply, why, client, .. } = *refusal;
+                let Refusal { reply, why, client, closes } = *refusal;
+                if closes {
+                    shared.ends.notify_one();
+                }
                 return self.refuse(session, reply, why, client.shown, started).await;
             }
         };
@@ -312,12 +357,13 @@ impl Stream {
         let mut sent = 0;
         let written = async {
             session.write_response_header(response_header(reply.status, &reply.headers)).await.map_err(Cut::client)?;
+            let is_long = blob.len() > memory_plan::HTTP2_QUEUE;
             let mut rest = blob;
             loop {
                 let mut piece = rest.split_to(rest.len().min(memory_plan::HTTP2_QUEUE));
-                front.pace(arrived, piece.len(), async || session.read_body_or_idle(true).await).await?;
-                if rest.is_empty() && sent > 0 {
-                    // The queue may outlive the request, and would hold the whole blob.
+                front.pace(arrived, piece.len(), async || gone(&mut session).await).await?;
+                if is_long && rest.len() < memory_plan::HTTP2_QUEUE {
+                    // The queue may outlive the request with these last two, and would hold the whole blob.
                     piece = Bytes::copy_from_slice(&piece);
                 }
                 sent += piece.len() as u64;
@@ -332,6 +378,7 @@ impl Stream {
             sent = session.body_bytes_sent() as u64;
             session.shutdown().await;
         }
+        self.0.wrote(sent);
         front.metrics.served_from(front.name(), reply.tier, sent);
         let _ = front.record(&reply, bytes, digest, arrived, (sent, written), (started, ready));
     }
@@ -341,6 +388,7 @@ impl Stream {
         let trace = Arc::new(head.introduction(bytes, |fields| trace::of(fields)));
         // An answer that was not written to its end must not look as if it were: a reset tells the client.
         if self.0.front.exchange(&mut session, arrived, &trace, started).await {
+            self.0.wrote(session.body_bytes_sent() as u64);
             end(session, LINGER).await;
         } else {
             session.shutdown().await;
@@ -350,7 +398,9 @@ impl Stream {
     async fn relay(&self, relay: &Relay, session: ServerSession, bytes: &[u8], arrived: &Arrived<'_>, started: Instant) {
         match self.0.front.before_relay(arrived, bytes) {
             Ok((known, _descriptors)) => {
-                if relay.pass_http2(session, arrived.limits, &self.0.shutdown, known).await {
+                let failed = relay.pass_http2(session, arrived.limits, &self.0.shutdown, known).await;
+                self.0.wrote(u64::MAX);
+                if failed {
                     let front = &self.0.front;
                     let why = "the client sent nothing of its body for too long (limits.idle_timeout)";
                     let record = fast_path::refused(front.name(), access_log::CLIENT_GONE, why, started, arrived.client.shown);
@@ -378,6 +428,7 @@ impl Stream {
         let front = &self.0.front;
         let code = reply.status.as_u16();
         let _ = write(&mut session, reply, None).await;
+        self.0.wrote(session.body_bytes_sent() as u64);
         let head = session.req_header();
         let record = fast_path::refused(front.name(), code, why, started, client);
         Record { method: head.method.as_str(), path: head.uri.path(), ..record }.log(&front.metrics);

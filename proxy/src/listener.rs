@@ -302,10 +302,11 @@ impl Front {
         visitor: &Visitor,
         limits: &Limits,
     ) -> Result<Admitted, Box<Refusal>> {
+        let routed = self.route(head, bytes);
         let client = match &self.audience {
             Audience::Clients(_, entrance) => {
                 let client = entrance.client(visitor, head, bytes);
-                entrance.count(limits, client)?;
+                entrance.count(limits, client, routed.as_ref().ok().and_then(|routed| routed.as_deref()))?;
                 client
             }
             // A peer's flight may be for many clients.
@@ -313,7 +314,7 @@ impl Front {
         };
         let refuse = |(status, why)| Box::new(Refusal { reply: Reply::error(status, why), why, client, closes: true });
         let asked = self.admit_request(head, bytes).map_err(refuse)?;
-        let mut routed = self.route(head, bytes).map_err(refuse)?;
+        let mut routed = routed.map_err(refuse)?;
         if let Audience::Clients(_, entrance) = &self.audience
             && entrance.door.access.is_some()
         {

@@ -139,13 +139,6 @@ fn main() -> ExitCode {
 fn check(config: &Castier, problems: &mut config::Problems) {
     let routes = routes::check(config, problems);
     entrance::check(config, &routes, problems);
-    entrance::check_names(config, problems);
-}
-
-/// As [`check`], of a castier that runs.
-fn check_again(config: &Castier, problems: &mut config::Problems) {
-    let routes = routes::check(config, problems);
-    entrance::check(config, &routes, problems);
 }
 
 /// Starts everything, reloads the config at each SIGHUP, and ends at SIGTERM or SIGINT.
@@ -820,7 +813,7 @@ impl Live {
         // Of the config in force: what its keys name is read again, and other names need a restart.
         let (door, nodes, in_force) = (self.parts.door.clone(), self.parts.nodes.clone(), self.config.clone());
         let mut reading = Reading::new(move || {
-            let loaded = args.load_with::<Castier>(config::environment(), check_again);
+            let loaded = args.load_with::<Castier>(config::environment(), check);
             // If the config is refused, the secrets stay too.
             let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
             if loaded.is_ok() {

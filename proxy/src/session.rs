@@ -314,7 +314,7 @@ impl Front {
             };
             match piece {
                 Ok(Some(mut piece)) => {
-                    self.pace(arrived, piece.len(), async || session.read_body_or_idle(true).await).await?;
+                    self.pace(arrived, piece.len(), async || gone(session).await).await?;
                     while !piece.is_empty() {
                         let part = part_for(session, &mut piece);
                         let bytes = part.len() as u64;
@@ -337,6 +337,14 @@ impl Front {
         tracing::warn!(%fault, "response cut: what came is not, or not all of, the blob");
         Cut { why: fault.to_string() }
     }
+}
+
+/// Ends when the client has left. Never, while it may still send its body: to look for the end would take a byte of it.
+pub(crate) async fn gone(session: &mut ServerSession) {
+    if !session.is_body_done() {
+        return std::future::pending().await;
+    }
+    let _ = session.read_body_or_idle(true).await;
 }
 
 /// How long an answer over HTTP/2 waits for the end of an upload that it does not need, and how long for more of it.
@@ -365,10 +373,15 @@ pub(crate) async fn write(session: &mut ServerSession, reply: Reply, paced: Opti
         return stream.write_response_header(head, true).map_err(Cut::client);
     }
     session.write_response_header(head).await.map_err(Cut::client)?;
+    let is_long = rest.len() > PIECE && session.is_http2();
     loop {
-        let piece = rest.split_to(rest.len().min(PIECE));
+        let mut piece = rest.split_to(rest.len().min(PIECE));
+        if is_long && rest.is_empty() {
+            // The queue may outlive the request, and would hold the whole body.
+            piece = Bytes::copy_from_slice(&piece);
+        }
         if let Some((front, arrived)) = paced {
-            front.pace(arrived, piece.len(), async || session.read_body_or_idle(true).await).await?;
+            front.pace(arrived, piece.len(), async || gone(session).await).await?;
         }
         session.write_response_body(piece, rest.is_empty()).await.map_err(Cut::client)?;
         if rest.is_empty() {

@@ -2,13 +2,13 @@
 //!
 //! 1. A verdict about the same credentials, if there is a fresh one. Verdicts are found by an HMAC, with a random key: what is kept does not help to guess.
 //!    The HMAC covers what the credentials were compared with as well, so that verdicts stay true when the users are read again.
-//! 2. Else the address must be allowed an attempt (`failures`).
+//! 2. Else the address must be allowed an attempt (`failures`). Who brings the same credentials meanwhile makes none, and waits for the same verdict.
 //! 3. The attempt is a task of its own. A client that closes its connection does not end it: its slot stays taken, and the verdict is kept for the next try.
-//! 4. Passwords are checked on the blocking pool, few at once. Who brings the same header meanwhile waits for the same verdict.
+//! 4. Passwords are checked on the blocking pool, few at once.
 //! 5. A refusal is delayed.
 
 use crate::{
-    failures::{Attempt, Failures},
+    failures::Failures,
     metrics::Metrics,
     users::{TokenHash, Users},
     who::Who,
@@ -86,7 +86,8 @@ struct Verdict {
 enum Outcome {
     Right,
     Wrong,
-    Busy,
+    /// Nobody has looked. Only those who waited for it get it.
+    Refused(Refused),
 }
 
 /// What attempts need of [`Access`].
@@ -177,7 +178,10 @@ impl Access {
             of.iter().fold(lengths, |hmac, part| hmac.chain_update(part)).finalize().into_bytes().into()
         };
         match credentials {
-            Credentials::Token(hash) => Question { key: key(&[&hash.0]), who: users.token(hash).cloned(), password: None },
+            Credentials::Token(hash) => {
+                let who = users.token(hash).cloned();
+                Question { key: key(&[&hash.0, &[u8::from(who.is_some())]]), who, password: None }
+            }
             Credentials::Password { pair, colon } => {
                 let name = pair.get(..colon).and_then(|name| std::str::from_utf8(name).ok());
                 let (hash, who) = users.password(name).unzip();
@@ -195,18 +199,11 @@ impl Access {
         {
             return Ok(who.clone());
         }
+        // Credentials that were right before, and are compared with the same, are no guess. So one client with a wrong password does not lock out those with
+        // whom it shares its address.
+        let known = kept.filter(|_| question.who.is_some());
         let shared = self.shared.clone();
-        let task = if kept.is_some() && question.who.is_some() {
-            // These were right before, and what they are compared with is the same: it is no guess. So one client with a wrong password does not lock out
-            // those with whom it shares its address.
-            tokio::spawn(async move { shared.answer(question, kept).await })
-        } else {
-            let attempt = shared.failures.begin(address)?;
-            tokio::spawn(async move {
-                let result = shared.answer(question, None).await;
-                shared.ended(attempt, result).await
-            })
-        };
+        let task = tokio::spawn(async move { shared.answer(question, known, address).await });
         // The task has panicked, or the runtime ends.
         task.await.unwrap_or(Err(Refused::Busy))
     }
@@ -233,47 +230,50 @@ impl Verdict {
         match self.outcome {
             Outcome::Right => self.at.elapsed() < RIGHT_FOR,
             Outcome::Wrong => self.at.elapsed() < WRONG_FOR,
-            // Only those who waited for it get it.
-            Outcome::Busy => false,
+            Outcome::Refused(_) => false,
         }
     }
 }
 
 impl Shared {
     /// `known`: an old verdict by which the credentials are right.
-    async fn answer(&self, question: Question, known: Option<Verdict>) -> Result<Arc<Who>, Refused> {
+    async fn answer(&self, question: Question, known: Option<Verdict>, address: Option<IpAddr>) -> Result<Arc<Who>, Refused> {
         let Question { key, who, password } = question;
-        let is_known = who.is_some();
+        // Only the one who finds the verdict makes an attempt. Who brings the same meanwhile learns the same.
+        let mut attempt = None;
         let reached = async {
-            match (self.outcome(is_known, password).await, known) {
+            if known.is_none() {
+                match self.failures.begin(address) {
+                    Ok(begun) => attempt = Some(begun),
+                    Err(refused) => return Verdict { outcome: Outcome::Refused(refused), at: Instant::now() },
+                }
+            }
+            match (self.outcome(who.is_some(), password).await, known) {
                 // Still true: the hash is the same. It stays old, so that the next request tries again.
-                (Outcome::Busy, Some(known)) => known,
+                (Outcome::Refused(_), Some(known)) => known,
                 (outcome, _) => Verdict { outcome, at: Instant::now() },
             }
         };
-        match self.verdicts.entry(key).or_insert_with_if(reached, |kept| !kept.is_fresh()).await.into_value().outcome {
-            Outcome::Right => who.ok_or(Refused::Wrong),
-            Outcome::Wrong => Err(Refused::Wrong),
-            Outcome::Busy => Err(Refused::Busy),
+        let verdict = self.verdicts.entry(key).or_insert_with_if(reached, |kept| !kept.is_fresh()).await.into_value();
+        match (verdict.outcome, who) {
+            (Outcome::Right, Some(who)) => {
+                attempt.iter().for_each(Failures::succeeded);
+                Ok(who)
+            }
+            (Outcome::Right | Outcome::Wrong, _) => {
+                let attempt = attempt.map_or_else(|| self.failures.begin(address), Ok)?;
+                Err(self.failures.failed(attempt).await)
+            }
+            (Outcome::Refused(refused), _) => Err(refused),
         }
     }
 
     async fn outcome(&self, is_known: bool, password: Option<Password>) -> Outcome {
         let Some(Password { pair, colon, hash }) = password else { return if is_known { Outcome::Right } else { Outcome::Wrong } };
-        let Ok(is_right) = self.hashing.check(hash, pair, colon).await else { return Outcome::Busy };
+        let Ok(is_right) = self.hashing.check(hash, pair, colon).await else { return Outcome::Refused(Refused::Busy) };
         let is_right = is_right && is_known;
         self.metrics.checked(is_right);
         if is_right { Outcome::Right } else { Outcome::Wrong }
-    }
-
-    /// Counts how an attempt ended; returns when the client may be told.
-    async fn ended(&self, attempt: Attempt, result: Result<Arc<Who>, Refused>) -> Result<Arc<Who>, Refused> {
-        match result {
-            Ok(_) => Failures::succeeded(&attempt),
-            Err(Refused::Wrong) => return Err(self.failures.failed(attempt).await),
-            Err(_) => {}
-        }
-        result
     }
 }
 
@@ -532,7 +532,8 @@ pub(crate) mod tests {
         let (access, registry) = access(ann());
         let turn = access.shared.hashing.turns.clone().acquire_owned().await.unwrap();
         let header = basic(b"ann:secret");
-        let asking: Vec<_> = (0..200).map(|number| start(&access, &header, address(number))).collect();
+        // Half of them behind one address, as after a restart.
+        let asking: Vec<_> = (0..200).map(|number| start(&access, &header, address(number / 100 * number))).collect();
         until(|| waiting(&access) == 1).await;
         drop(turn);
         for asking in asking {

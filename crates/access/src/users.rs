@@ -37,7 +37,7 @@ pub struct Sources<'a> {
     pub tokens: Option<&'a Path>,
     /// The role of the users in the htpasswd file.
     pub role: Role,
-    /// The scopes of a name: of the user, of the tokens and of the certificate that have it.
+    /// The scopes of a name: of the user, of the tokens and of the certificate that have it. Those of `*` are for all names that are not here.
     pub scopes: &'a BTreeMap<String, Vec<String>>,
 }
 
@@ -95,7 +95,7 @@ impl Users {
         let epoch = EPOCHS.fetch_add(1, Ordering::Relaxed);
         let decoy = decoy(&hashes);
         let who = |name: String, role| {
-            let scopes = scopes.get(&name).cloned().unwrap_or_default();
+            let scopes = scopes_of(&scopes, &name);
             Arc::new(Who::new(name, role, scopes, epoch))
         };
         let passwords = hashes.into_iter().map(|(name, hash)| (name.clone(), Password { hash, who: who(name, role) })).collect();
@@ -106,7 +106,7 @@ impl Users {
     /// The names with scopes that no user and no token has. They may be those of certificates; else it is a mistake, and who was meant is not confined.
     pub fn unknown_names(&self) -> Vec<&str> {
         let tokens: HashSet<&str> = self.tokens.values().map(|who| who.name()).collect();
-        let is_unknown = |name: &&str| !self.passwords.contains_key(*name) && !tokens.contains(name);
+        let is_unknown = |name: &&str| *name != "*" && !self.passwords.contains_key(*name) && !tokens.contains(name);
         let mut names: Vec<&str> = self.scopes.keys().map(String::as_str).filter(is_unknown).collect();
         names.sort_unstable();
         names
@@ -137,8 +137,12 @@ impl Users {
 
     /// The scopes of a name; none if it has none.
     pub(crate) fn scopes(&self, name: &str) -> Arc<[Scope]> {
-        self.scopes.get(name).cloned().unwrap_or_default()
+        scopes_of(&self.scopes, name)
     }
+}
+
+fn scopes_of(scopes: &HashMap<String, Arc<[Scope]>>, name: &str) -> Arc<[Scope]> {
+    scopes.get(name).or_else(|| scopes.get("*")).cloned().unwrap_or_default()
 }
 
 impl fmt::Debug for Users {
@@ -453,6 +457,15 @@ pub(crate) mod tests {
         assert!(token("2").unwrap().may(Role::Read, What::Other) && token("3").is_none());
         assert_eq!(users.scopes("certificate").len(), 1);
         assert!(users.scopes("nobody").is_empty());
+        assert_eq!(users.unknown_names(), ["certificate"]);
+    }
+
+    #[test]
+    fn a_star_is_for_all_who_are_not_named() {
+        let users = users(&format!("ann:{APACHE}\nbob:{APACHE}"), "", &[("ann", &["*"]), ("*", &["read:cas"])]);
+        let may = |name: &str, what| users.password(Some(name)).unwrap().1.unwrap().may(Role::Write, what);
+        assert!(may("ann", What::Other) && !may("bob", What::Blobs));
+        assert!(users.scopes("a certificate").len() == 1 && users.unknown_names().is_empty());
     }
 
     #[test]

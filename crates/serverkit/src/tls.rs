@@ -138,10 +138,11 @@ impl Tls {
         self.acceptor.load().http1.clone()
     }
 
-    /// Whether a certificate that a client has shown still counts: it has not expired, and the authorities are those that have verified it.
+    /// Whether a certificate that a client has shown still counts: it has not expired, and none of the authorities that could have signed it is gone.
     pub fn trusts(&self, certificate: &Certificate) -> bool {
+        let (then, now) = (&certificate.authorities, &self.acceptor.load().all.authorities);
         let is_valid = ASN1Time::now().timestamp() <= certificate.expiry;
-        is_valid && Arc::ptr_eq(&certificate.authorities, &self.acceptor.load().all.authorities)
+        is_valid && (Arc::ptr_eq(then, now) || then.iter().all(|authority| now.contains(authority)))
     }
 
     /// Reads the files again. If they cannot be used, the certificates in force stay, and the log and a metric tell it. Blocks.

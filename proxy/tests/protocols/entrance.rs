@@ -242,33 +242,73 @@ fn a_client_certificate_ends_with_its_authority() {
         let said = run(Command::new("sh").args(["-c", &format!("{script} -sess_out {}", session.display())]));
         assert!(said.stdout.contains("HTTP/1.1 200") && !session.exists(), "{}", said.stdout);
     }
-    let mut open = Command::new(&openssl)
-        .args(["s_client", "-quiet", "-no_ign_eof", "-connect", &format!("127.0.0.1:{port}")])
-        .args(certificate.split(' '))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let (mut say, mut hear) = (open.stdin.take().unwrap(), BufReader::new(open.stdout.take().unwrap()));
+    let connect = |alpn: &str| {
+        let mut open = Command::new(&openssl)
+            .args(["s_client", "-quiet", "-no_ign_eof", "-alpn", alpn, "-connect", &format!("127.0.0.1:{port}")])
+            .args(certificate.split(' '))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (say, hear) = (open.stdin.take().unwrap(), BufReader::new(open.stdout.take().unwrap()));
+        (open, say, hear)
+    };
+    let (one, mut say, mut hear) = connect("http/1.1");
     let mut ask = || {
         say.write_all(format!("{request}\r\n").as_bytes()).unwrap();
         let (mut status, mut line) = (String::new(), String::new());
         while line != "\r\n" {
             line.clear();
-            hear.read_line(&mut line).unwrap();
+            assert!(hear.read_line(&mut line).unwrap() > 0, "the connection is closed");
             if line.starts_with("HTTP/1.1") {
                 status = line[9..12].to_owned();
             }
         }
         status
     };
+    // HTTP/2 with its frames made by hand: a GET, and then what comes until it is answered and, if so wanted, until GOAWAY.
+    let (two, mut say2, mut hear2) = connect("h2");
+    say2.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();
+    let mut ask2 = |stream: u8, until_goaway: bool| {
+        let path = format!("/cas/{}", sha256(b""));
+        // `:method: GET`, `:scheme: https`, and two literals: `:path` and `:authority`.
+        let block = [&[0x82, 0x87, 0x04, u8::try_from(path.len()).unwrap()], path.as_bytes(), &[0x01, 1, b'a']].concat();
+        say2.write_all(&[&[0, 0, u8::try_from(block.len()).unwrap(), 1, 5, 0, 0, 0, stream], &block[..]].concat()).unwrap();
+        let (mut answer, mut goaway) = (Vec::new(), false);
+        while answer.is_empty() || (until_goaway && !goaway) {
+            let mut head = [0; 9];
+            hear2.read_exact(&mut head).unwrap();
+            let mut payload = vec![0; usize::from(head[1]) * 256 + usize::from(head[2])];
+            hear2.read_exact(&mut payload).unwrap();
+            match head[3] {
+                1 if head[8] == stream => answer = payload,
+                7 => goaway = true,
+                _ => {}
+            }
+        }
+        answer
+    };
     assert_eq!((ask(), ask()), ("200".into(), "200".into()));
+    // `:status: 200` is in the table of HPACK.
+    assert_eq!(ask2(1, false)[0], 0x88);
+    // One authority more takes nothing away.
+    let loads = |count: usize| {
+        eventually("the file is read again", || {
+            (castier.log().matches("the changed certificates are in use").count() == count).then_some(())
+        })
+    };
+    fs::write(&trusted, [fs::read(authority.ca()).unwrap(), fs::read(next.ca()).unwrap()].concat()).unwrap();
+    loads(1);
+    assert_eq!((ask(), ask2(3, false)[0]), ("200".into(), 0x88));
     fs::copy(next.ca(), &trusted).unwrap();
-    castier.says("the changed certificates are in use");
+    loads(2);
+    assert_ne!(ask2(5, true)[0], 0x88, "an open connection of HTTP/2, which is told to end");
     assert_eq!(ask(), "401", "an open connection");
-    open.kill().ok();
-    open.wait().unwrap();
+    for mut open in [one, two] {
+        open.kill().ok();
+        open.wait().unwrap();
+    }
     let with =
         ["--cacert", authority.ca().to_str().unwrap(), "--cert", cert.to_str().unwrap(), "--key", key.to_str().unwrap()].map(str::to_owned);
     let with: Vec<&str> = with.iter().map(String::as_str).collect();
@@ -316,9 +356,10 @@ fn a_browser_asks_the_admin_listener_by_address() {
         ("LocalHost:8082", Some("Origin"), 200),
         ("localhost.example", Some("Origin"), 403),
     ] {
-        let mut request = Request::get("/stats").with("Host", host);
+        let mut request = Request::new("POST", &format!("/purge/{}", sha256(b""))).with("Host", host);
         if let Some(name) = header {
-            request = request.with(name, if name == "Origin" { "http://castier.example:8082" } else { "same-origin" });
+            let origin = format!("http://{host}");
+            request = request.with(name, if name == "Origin" { &origin } else { "same-origin" });
         }
         assert_eq!(request.send(castier.admin).status, status, "{host} {header:?}");
     }
@@ -535,7 +576,7 @@ fn the_proxy_protocol_names_the_client() {
     let as_if =
         |address: &str| format!("PROXY UNKNOWN\r\nGET {target} HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: {address}\r\n\r\n").into_bytes();
     assert!(after(castier.public, &as_if("192.0.2.20"), &target).contains(" 200 "));
-    assert!(after(castier.public, &as_if("192.0.2.21"), &target).contains(" 429 "));
+    assert!((21..100).any(|last| after(castier.public, &as_if(&format!("192.0.2.{last}")), &target).contains(" 429 ")));
     let castier = castier.restart("listen.proxy_protocol = true\nlisten.trusted_proxies = [\"10.0.0.0/8\"]\n");
     assert_eq!(after(castier.public, &header(1), &target), "", "not from a stranger");
 }
@@ -545,8 +586,10 @@ fn the_proxy_protocol_names_the_client() {
 fn a_proxy_of_the_log_moves_no_limit() {
     let _turn = turn();
     let castier = castier("log.trusted_proxies = [\"127.0.0.1\"]\nlimits.requests_per_second = 1\nlog.level = \"info\"\n");
-    let ask = |client: &str| Request::get(&format!("/cas/{}", sha256(b""))).with("X-Forwarded-For", client).send(castier.public).status;
-    assert_eq!((ask("192.0.2.1"), ask("192.0.2.2")), (200, 429));
+    let ask = |client: u8| {
+        Request::get(&format!("/cas/{}", sha256(b""))).with("X-Forwarded-For", &format!("192.0.2.{client}")).send(castier.public).status
+    };
+    assert!((1..100).any(|client| ask(client) == 429), "each has another address, but only in the log");
     castier.says("client=192.0.2.1");
     castier.says("client=192.0.2.2");
 }
@@ -594,24 +637,21 @@ fn limits_per_client_are_counted() {
 #[test]
 fn scopes_are_for_somebody() {
     let _turn = turn();
-    let (people, authority, dir) = (People::new(), Authority::new(), TempDir::new().unwrap());
+    let (people, dir) = (People::new(), TempDir::new().unwrap());
     let check = |more: &str, arguments: &[&str]| {
         let config = people.config("read", "");
         let scopes = config.lines().find(|line| line.starts_with("access.scopes")).unwrap();
         fs::write(dir.path().join("castier.toml"), config.replace(scopes, more)).unwrap();
         run(command(castier_program(), dir.path()).args(["--config", "castier.toml", "--check-config"]).args(arguments))
     };
-    let wrong = check("access.scopes = { ic = [\"read:*\"] }", &[]).fails();
-    assert!(wrong.contains("access.scopes") && wrong.contains("\"ic\" is no user and no token"), "{wrong}");
+    let noted = check("access.scopes = { ic = [\"read:*\"] }", &[]);
+    assert!(noted.success() && noted.said().contains("\"ic\" is no user and no token"), "{noted}");
     let wrong = check("access.scopes = { ci = [\"route/pypi\"] }", &["--offline"]).fails();
     assert!(wrong.contains("route \"pypi\"") && wrong.contains("there are none"), "{wrong}");
     let wrong = check("access.scopes = { ci = [\"reads:*\"] }", &["--offline"]).fails();
     assert!(wrong.contains("access.scopes") && wrong.contains("reads"), "{wrong}");
-    check("access.scopes = { ci = [\"cas\"] }", &[]).ok();
-    let pair = authority.certify("own", &["127.0.0.1"], dir.path());
-    let with_ca = tls_config(&pair, &format!("listen.tls.client_ca_file = {:?}\naccess.scopes = {{ ic = [\"read:*\"] }}", authority.ca()));
-    let noted = check(&with_ca, &[]);
-    assert!(noted.success() && noted.said().contains("only a certificate"), "{noted}");
+    let sound = check("access.scopes = { ci = [\"cas\"], \"*\" = [\"read:*\"] }", &[]);
+    assert!(sound.success() && !sound.said().contains("note: access.scopes"), "{sound}");
 
     // Later somebody may leave, and must not stay in because of that.
     let castier = castier(&people.config("none", ""));
@@ -658,10 +698,11 @@ fn users_and_limits_over_http2() {
         }
     }
     // Malformed requests count as well. Over HTTP/1.1 each would end its connection.
-    let castier = castier.restart("limits.requests_per_second = 2\n");
+    let castier = castier.restart("limits.requests_per_second = 1\n");
     let plain = format!("http://{}/cas/{}", castier.public, sha256(b""));
     let trace = || curl.get(&["--http2-prior-knowledge", "-X", "TRACE"], &plain).0;
-    assert_eq!([trace(), trace(), trace()], ["405", "405", "429"]);
+    assert_eq!(trace(), "405");
+    assert!((0..100).any(|_| trace() == "429"));
 }
 
 /// The conformance tests of `h2spec`, over TLS and over plain TCP.
