@@ -1,6 +1,11 @@
 //! Who may come in: TLS at the listeners, users, tokens and roles.
 
-use crate::{Castier, Listen, Malformed, Problems, address::Address, file::first_byte, value::path_text};
+use crate::{
+    Castier, Listen, Malformed, Problems,
+    address::Address,
+    file::{first_byte, open},
+    value::path_text,
+};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::{
     collections::BTreeMap,
@@ -199,7 +204,7 @@ pub struct Access {
     ///
     /// - Type: `read`, `write` or `admin`
     pub certificates: Role,
-    /// What users, tokens and certificates are confined to, by their name: `{ pr-builds = ["read:*", "write:ac/pr"] }`. A name that is not here has the
+    /// What users, tokens and certificates are confined to, by their name: `{ pr-builds = ["read:*", "write:cas", "write:ac/pr"] }`. A name that is not here has the
     /// scopes of `*`, and without those it is not confined.
     ///
     /// Each item is `WHAT` or `ROLE:WHAT`. `WHAT` is `*` (everything), `cas`, `ac`, `ac/INSTANCE` (entries below `/INSTANCE/ac/`), `kv`, `kv/PATH`, or
@@ -299,11 +304,11 @@ pub(crate) fn check_access(config: &Castier, problems: &mut Problems) {
     for (key, file) in [("access.htpasswd_file", &access.htpasswd_file), ("access.tokens_file", &access.tokens_file)] {
         if !file.as_os_str().is_empty()
             && problems.ask_machine()
-            && let Err(error) = first_byte(file)
+            && let Err(error) = open(file)
         {
             problems.add(
                 key,
-                format!("{} cannot be read ({error}); name a file with at least one line, or write \"\" for none", file.display()),
+                format!("{} cannot be read ({error}); name a file that castier may read, or write \"\" for none", file.display()),
             );
         }
     }

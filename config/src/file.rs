@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 const MOST: u64 = 1 << 20;
 
 /// Opens a regular file. It follows a symbolic link to one, since Kubernetes mounts files as such links.
-fn open(path: &Path) -> io::Result<File> {
+pub(crate) fn open(path: &Path) -> io::Result<File> {
     // Without O_NONBLOCK opening a FIFO waits for a writer.
     let flags = i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0);
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
@@ -51,5 +51,6 @@ pub(crate) fn read_secret(path: &Path) -> io::Result<Zeroizing<String>> {
 
 /// Checks that the file can be read, and is not empty.
 pub(crate) fn first_byte(path: &Path) -> io::Result<()> {
-    open(path)?.read_exact(&mut [0])
+    let read = open(path)?.read(&mut [0])?;
+    if read == 0 { Err(io::Error::other("it is empty")) } else { Ok(()) }
 }

@@ -102,7 +102,7 @@ impl Problems {
 
     /// Whether none of these keys has a problem, so that a check may compare them. A value that could not be read has its default by then,
     /// and a comparison with the default would report a false problem.
-    pub(crate) fn are_sound(&self, keys: &[&str]) -> bool {
+    pub fn are_sound(&self, keys: &[&str]) -> bool {
         !self.subjects().any(|subject| keys.contains(&subject))
     }
 

@@ -273,7 +273,7 @@ async fn connection(stream: TcpStream, client: IpAddr, router: Router, guard: Ar
     let mut stream = Conn::socket(stream);
     let mut certificate = None;
     if let Some(tls) = &guard.tls {
-        stream = match secured::accept(tls.http1_acceptor(), stream, limits.header_timeout.get()).await {
+        stream = match secured::accept(tls.admin_acceptor(), stream, limits.header_timeout.get()).await {
             Ok((stream, handshake)) => {
                 certificate =
                     handshake.certificate.zip(guard.access.as_ref()).map(|(shown, access)| Arc::new(Certified::new(shown, access)));

@@ -11,14 +11,15 @@ use crate::{
 };
 use castier_access::{Access, Clients, Connection, Memo, Refused, Sources, Users, What, Who};
 use castier_config::{Castier, Limits, Problems, Proxies, Role};
-use castier_serverkit::tls::{Certificate, Tls};
+use castier_serverkit::tls::{self, Certificate, Tls};
 use castier_wire::{Target, entry::Entry, forwarded};
 use http::{HeaderValue, Method, StatusCode, header};
 use pingora::protocols::Stream;
 use std::{
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// What the listeners need to know of clients, and what SIGHUP changes.
@@ -87,14 +88,21 @@ impl Door {
         {
             tracing::error!(why, "the certificates stay as they are");
         }
-        if let Some(access) = &self.access {
-            match users(config, true) {
-                Ok(users) => {
-                    warn_of_unknown(&users);
-                    access.reload(users);
+        let Some(access) = &self.access else { return };
+        let read = access.users().reread(&sources(config, true));
+        match read {
+            Ok((users, problems)) => {
+                for why in problems {
+                    let key = key_of(config, &why);
+                    self.metrics.reload_failed(key == TOKENS);
+                    tracing::error!(key, why, "this file cannot be used; who was in it before stays");
                 }
-                Err((key, why)) => tracing::error!(key, why, "users and tokens stay as they are"),
+                warn_of_unknown(&users);
+                let (users_now, tokens_now) = users.counts();
+                tracing::info!(users = users_now, tokens = tokens_now, "users and tokens were read again");
+                access.reload(users);
             }
+            Err(why) => tracing::error!(key = "access.scopes", why, "users and tokens stay as they are"),
         }
     }
 }
@@ -108,15 +116,31 @@ pub fn limits(limits: &Limits) -> castier_access::Limits {
     }
 }
 
+const HTPASSWD: &str = "access.htpasswd_file";
+const TOKENS: &str = "access.tokens_file";
+
+/// What users are read from. Not `with_files`: from the scopes alone.
+fn sources(config: &Castier, with_files: bool) -> Sources<'_> {
+    let access = &config.access;
+    let named = |path: &Path| with_files && !path.as_os_str().is_empty();
+    Sources {
+        htpasswd: Some(access.htpasswd_file.as_path()).filter(|path| named(path)),
+        tokens: Some(access.tokens_file.as_path()).filter(|path| named(path)),
+        role: access.users,
+        scopes: &access.scopes.0,
+    }
+}
+
+/// The key that is at fault for a problem of the users.
+fn key_of(config: &Castier, why: &str) -> &'static str {
+    let files = [(HTPASSWD, &config.access.htpasswd_file), (TOKENS, &config.access.tokens_file)];
+    let at_fault = files.iter().find(|(_, file)| !file.as_os_str().is_empty() && why.starts_with(&format!("{}: ", file.display())));
+    at_fault.map_or("access.scopes", |(key, _)| key)
+}
+
 /// The users and tokens, or the key that is at fault and why. Not `with_files`: the scopes alone.
 fn users(config: &Castier, with_files: bool) -> Result<Users, (&'static str, String)> {
-    let access = &config.access;
-    let files = [("access.htpasswd_file", &access.htpasswd_file), ("access.tokens_file", &access.tokens_file)];
-    let [htpasswd, tokens] = files.map(|(_, file)| Some(file.as_path()).filter(|file| with_files && !file.as_os_str().is_empty()));
-    Users::read(&Sources { htpasswd, tokens, role: access.users, scopes: &access.scopes.0 }).map_err(|why| {
-        let at_fault = files.iter().find(|(_, file)| !file.as_os_str().is_empty() && why.starts_with(&format!("{}: ", file.display())));
-        (at_fault.map_or("access.scopes", |(key, _)| key), why)
-    })
+    Users::read(&sources(config, with_files)).map_err(|why| (key_of(config, &why), why))
 }
 
 /// A misspelt name leaves the one who was meant unconfined. But it may also be that of a certificate, or of somebody who has left.
@@ -126,10 +150,22 @@ fn warn_of_unknown(users: &Users) {
     }
 }
 
-/// Checks the files of users and tokens, and the scopes. `routes`: the names of the routes.
-pub fn check(config: &Castier, routes: &[String], problems: &mut Problems) {
+/// Checks the files of certificates, users and tokens, and the scopes. `routes`: the names of the routes. Not `with_files`: they are read again one by one.
+pub fn check(config: &Castier, routes: &[String], with_files: bool, problems: &mut Problems) {
     let key = "access.scopes";
-    let with_files = problems.ask_machine();
+    let with_files = with_files && problems.ask_machine();
+    if with_files
+        && config.listen.tls.is_on()
+        && problems.are_sound(&["listen.tls.cert_file", "listen.tls.key_file", "listen.tls.more", "listen.tls.client_ca_file"])
+    {
+        match tls::check(&config.listen.tls.files()) {
+            Ok(notes) => notes.into_iter().for_each(|(key, note)| problems.note(key, note)),
+            Err(why) => {
+                let (key, why) = why.split_once(": ").unwrap_or(("listen.tls", &why));
+                problems.add(key, why);
+            }
+        }
+    }
     let users = match users(config, with_files) {
         Ok(users) => users,
         Err((key, why)) => return problems.add(key, why),
@@ -207,6 +243,8 @@ pub(crate) struct Refusal {
     pub(crate) client: Client,
     /// Whether its connection cannot serve another one.
     pub(crate) closes: bool,
+    /// When castier began to look at its credentials.
+    pub(crate) since: Instant,
 }
 
 impl Entered {
@@ -253,9 +291,13 @@ impl Entrance {
         if self.proxy_protocol {
             let is_trusted = address.is_some_and(|address| self.proxies.contains(&address.ip()));
             if !is_trusted {
+                self.door.metrics.no_proxy_header();
                 return Err(Closed::Silently("listen.proxy_protocol is on, and this is none of listen.trusted_proxies".into()));
             }
-            let (behind, client) = proxy_protocol::read(stream, limit).await.map_err(Closed::Silently)?;
+            let (behind, client) = proxy_protocol::read(stream, limit).await.map_err(|why| {
+                self.door.metrics.no_proxy_header();
+                Closed::Silently(why)
+            })?;
             stream = behind;
             names_clients = client.is_some();
             address = client.or(address);
@@ -279,8 +321,13 @@ impl Entrance {
                     certificate =
                         handshake.certificate.zip(self.door.access.as_ref()).map(|(shown, access)| Box::new(Certified::new(shown, access)));
                 }
-                Err(Failed::Plain(stream)) => return Err(Closed::Plain(stream)),
-                Err(Failed::Handshake(why)) => return Err(Closed::Silently(format!("the TLS handshake failed: {why}"))),
+                Err(failed) => {
+                    self.door.metrics.handshake_failed();
+                    return Err(match failed {
+                        Failed::Plain(stream) => Closed::Plain(stream),
+                        Failed::Handshake(why) => Closed::Silently(format!("the TLS handshake failed: {why}")),
+                    });
+                }
             }
         }
         Ok(Entered { stream, visitor: Visitor { address, names_clients, certificate }, counted, is_http2 })
@@ -350,21 +397,24 @@ impl Entrance {
         let who = match head.authorization(bytes) {
             Some(authorization) => match memo.recall(access, authorization) {
                 Some(who) => who,
-                None => match Box::pin(access.identify(authorization, client.counted)).await {
-                    Ok(who) => {
-                        memo.keep(authorization, &who);
-                        who
+                None => {
+                    let since = Instant::now();
+                    match Box::pin(access.identify(authorization, client.counted)).await {
+                        Ok(who) => {
+                            memo.keep(authorization, &who);
+                            who
+                        }
+                        Err(refused) => {
+                            let Explained { status, detail, why, retry_after } = explain(&refused);
+                            let reply = match retry_after {
+                                _ if status == StatusCode::UNAUTHORIZED => challenge(head, bytes, detail),
+                                Some(wait) => too_many(wait, detail),
+                                None => Reply::error(status, detail),
+                            };
+                            return Err(Box::new(Refusal { since, ..*refuse((reply, why), routed.as_deref()) }));
+                        }
                     }
-                    Err(refused) => {
-                        let Explained { status, detail, why, retry_after } = explain(&refused);
-                        let reply = match retry_after {
-                            _ if status == StatusCode::UNAUTHORIZED => challenge(head, bytes, detail),
-                            Some(wait) => too_many(wait, detail),
-                            None => Reply::error(status, detail),
-                        };
-                        return Err(refuse((reply, why), routed.as_deref()));
-                    }
-                },
+                }
             },
             None => match &visitor.certificate {
                 Some(certified) if self.door.tls.as_ref().is_some_and(|tls| certified.is_trusted(tls)) => certified.who().clone(),
@@ -400,7 +450,7 @@ impl Entrance {
 /// The refusal of a request, in the form that the clients of its route read.
 fn refusal(reply: Reply, why: &'static str, client: Client, routed: Option<&Match>) -> Box<Refusal> {
     let reply = if let Some(found) = routed { found.error(reply) } else { reply };
-    Box::new(Refusal { reply, why, client, closes: false })
+    Box::new(Refusal { reply, why, client, closes: false, since: Instant::now() })
 }
 
 impl Certified {
@@ -419,7 +469,7 @@ impl Certified {
 }
 
 /// What is wanted of a client without credentials.
-pub(crate) const MISSING: &str = "this needs credentials: send a user and a password (Basic), or a token (Bearer)";
+pub(crate) const MISSING: &str = "this needs credentials: a user and a password (Basic), a token (Bearer), or a certificate";
 
 /// How a refusal is answered.
 pub(crate) struct Explained {

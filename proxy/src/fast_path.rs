@@ -15,7 +15,7 @@ use castier_blob::Digest;
 use castier_cache::{Fault, Hit, Limit, PIECE, Part, Reader, Tier};
 use castier_cluster::Asked;
 use castier_upstream::trace;
-use castier_wire::Selection;
+use castier_wire::{Selection, trace::X_REQUEST_ID};
 use http::{Method, StatusCode, Version};
 use pingora::protocols::http::date::get_cached_date;
 use std::{
@@ -216,25 +216,27 @@ impl Front {
 
     /// Answers a request that may not be served. Gives the connection back if it can serve another: clients that learn of a challenge ask again at once.
     pub(crate) async fn deny(&self, mut conn: Conn, mut ahead: BytesMut, head: &Head, refusal: Refusal) -> Option<(Conn, BytesMut)> {
-        let started = Instant::now();
-        let Refusal { reply, why, client, closes } = refusal;
+        let Refusal { mut reply, why, client, closes, since } = refusal;
+        let trace = head.introduction(&ahead, |fields| trace::of(fields));
+        reply.headers.extend(trace.id_header().map(|id| (X_REQUEST_ID, id)));
         let is_last = closes || head.close || head.upgrade || head.framing != Framing::Length(0) || head.version != Version::HTTP_11;
-        let record = |path: &str| {
-            let record = refused(self.name(), reply.status.as_u16(), why, started, client.shown);
-            Record { method: head.method.as_str(), path, ..record }.log(&self.metrics);
+        let record = |bytes: &[u8], sent: u64| {
+            let record = refused(self.name(), reply.status.as_u16(), why, since, client.shown);
+            let more = More { proto: Some(head.version), user_agent: head.user_agent(bytes), trace: Some(&trace), ..record.more };
+            Record { method: head.method.as_str(), path: head.path(bytes), bytes: sent, more, ..record }.log(&self.metrics);
         };
         if is_last {
-            let path = head.path(&ahead).to_owned();
+            let bytes = ahead.split_to(head.len);
             drop(ahead);
             self.write_refusal(conn, &reply).await;
-            record(&path);
+            record(&bytes, 0);
             return None;
         }
         let body = if let (Body::Whole(body), true) = (&reply.body, head.method != Method::HEAD) { body.clone() } else { Bytes::new() };
         let mut out = reply.head(&get_cached_date(), true, body.len());
         out.extend_from_slice(&body);
         let (_, sent) = send(&mut conn, &mut &out[..]).await;
-        record(head.path(&ahead));
+        record(&ahead, body.len() as u64);
         sent.ok()?;
         ahead.advance(head.len);
         Some((conn, ahead))

@@ -7,7 +7,7 @@
 pub mod frames;
 
 use crate::{
-    access_log::{self, Record},
+    access_log::{self, More, Record},
     connection::{Conn, response_header},
     entrance::{Refusal, Visitor},
     fast_path,
@@ -24,7 +24,7 @@ use castier_blob::Digest;
 use castier_cache::{Fault, Hit, Limit, Reader};
 use castier_config::Limits;
 use castier_upstream::trace;
-use castier_wire::{Selection, Target};
+use castier_wire::{Selection, Target, trace::X_REQUEST_ID};
 use frames::{Flood, Frames};
 use http::{HeaderValue, StatusCode, header};
 use parking_lot::Mutex;
@@ -310,7 +310,7 @@ impl Stream {
         let Admitted { asked, routed, client } = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => {
-                let Refusal { reply, why, client, closes } = *refusal;
+                let Refusal { reply, why, client, closes, .. } = *refusal;
                 if closes {
                     shared.ends.notify_one();
                 }
@@ -424,14 +424,19 @@ impl Stream {
     }
 
     /// Refuses a request, with the reason. The others of the connection go on.
-    async fn refuse(&self, mut session: ServerSession, reply: Reply, why: &str, client: Option<IpAddr>, started: Instant) {
+    async fn refuse(&self, mut session: ServerSession, mut reply: Reply, why: &str, client: Option<IpAddr>, started: Instant) {
         let front = &self.0.front;
         let code = reply.status.as_u16();
+        let trace = trace::of(&session.req_header().headers);
+        reply.headers.extend(trace.id_header().map(|id| (X_REQUEST_ID, id)));
         let _ = write(&mut session, reply, None).await;
-        self.0.wrote(session.body_bytes_sent() as u64);
+        let sent = session.body_bytes_sent() as u64;
+        self.0.wrote(sent);
         let head = session.req_header();
         let record = fast_path::refused(front.name(), code, why, started, client);
-        Record { method: head.method.as_str(), path: head.uri.path(), ..record }.log(&front.metrics);
+        let more =
+            More { proto: Some(head.version), user_agent: access_log::user_agent(&head.headers), trace: Some(&trace), ..record.more };
+        Record { method: head.method.as_str(), path: head.uri.path(), bytes: sent, more, ..record }.log(&front.metrics);
         end(session, fast_path::REFUSAL).await;
     }
 }

@@ -31,7 +31,10 @@ use castier_upstream::trace;
 use castier_wire::Target;
 use http::{Method, StatusCode};
 use pingora::{apps::ServerApp, protocols::Stream, server::ShutdownWatch};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::{io::AsyncWriteExt, time::timeout};
 
 /// A listener's application.
@@ -312,7 +315,10 @@ impl Front {
             // A peer's flight may be for many clients.
             Audience::Peers(_) => visitor.client(),
         };
-        let refuse = |(status, why)| Box::new(Refusal { reply: Reply::error(status, why), why, client, closes: true });
+        let refuse = |(status, why)| {
+            let reply = Reply::error(status, why);
+            Box::new(Refusal { reply, why, client, closes: true, since: Instant::now() })
+        };
         let asked = self.admit_request(head, bytes).map_err(refuse)?;
         let mut routed = routed.map_err(refuse)?;
         if let Audience::Clients(_, entrance) = &self.audience

@@ -138,7 +138,13 @@ fn main() -> ExitCode {
 /// The checks that the configuration cannot make itself.
 fn check(config: &Castier, problems: &mut config::Problems) {
     let routes = routes::check(config, problems);
-    entrance::check(config, &routes, problems);
+    entrance::check(config, &routes, true, problems);
+}
+
+/// As [`check`], of a castier that runs: what is in the files of certificates and users is read again by itself.
+fn check_again(config: &Castier, problems: &mut config::Problems) {
+    let routes = routes::check(config, problems);
+    entrance::check(config, &routes, false, problems);
 }
 
 /// Starts everything, reloads the config at each SIGHUP, and ends at SIGTERM or SIGINT.
@@ -813,14 +819,13 @@ impl Live {
         // Of the config in force: what its keys name is read again, and other names need a restart.
         let (door, nodes, in_force) = (self.parts.door.clone(), self.parts.nodes.clone(), self.config.clone());
         let mut reading = Reading::new(move || {
-            let loaded = args.load_with::<Castier>(config::environment(), check);
+            let loaded = args.load_with::<Castier>(config::environment(), check_again);
             // If the config is refused, the secrets stay too.
             let secrets = secrets.as_ref().filter(|_| loaded.is_ok()).map_or(Ok(()), |secrets| secrets.reload());
-            if loaded.is_ok() {
-                door.reload(&in_force);
-                if let Some(nodes) = &nodes {
-                    nodes.reload_certificates();
-                }
+            // Those of the config in force, whether or not the new one is sound: who was removed from them is out.
+            door.reload(&in_force);
+            if let Some(nodes) = &nodes {
+                nodes.reload_certificates();
             }
             (loaded, secrets)
         });

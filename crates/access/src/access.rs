@@ -144,6 +144,11 @@ impl Access {
         &self.shared.metrics
     }
 
+    /// The users of now.
+    pub fn users(&self) -> Arc<Users> {
+        self.users.load_full()
+    }
+
     /// Replaces the users, and forgets all memos. Failures stay counted, and verdicts about hashes that are the same stay.
     pub fn reload(&self, users: Users) {
         self.users.store(Arc::new(users));

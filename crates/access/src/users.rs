@@ -85,6 +85,29 @@ impl Users {
         Ok(Self::new(hashes, tokens, scopes, sources.role))
     }
 
+    /// Reads the files again. In place of a file that cannot be used these users count on. Returns the problems of such files, too.
+    ///
+    /// # Errors
+    /// A wrong scope.
+    pub fn reread(&self, sources: &Sources<'_>) -> Result<(Self, Vec<String>), String> {
+        let scopes = parse_scopes(sources.scopes)?;
+        let mut problems = Vec::new();
+        let hashes = of_file(sources.htpasswd, parse_htpasswd).unwrap_or_else(|why| {
+            problems.push(why);
+            self.passwords.iter().map(|(name, password)| (name.clone(), password.hash.clone())).collect()
+        });
+        let tokens = of_file(sources.tokens, parse_tokens).unwrap_or_else(|why| {
+            problems.push(why);
+            self.tokens.iter().map(|(hash, who)| (*hash, (who.name().to_owned(), who.role()))).collect()
+        });
+        Ok((Self::new(hashes, tokens, scopes, sources.role), problems))
+    }
+
+    /// How many users and how many tokens there are.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.passwords.len(), self.tokens.len())
+    }
+
     fn new(
         hashes: HashMap<String, Zeroizing<String>>,
         tokens: HashMap<TokenHash, (String, Role)>,
@@ -458,6 +481,29 @@ pub(crate) mod tests {
         assert_eq!(users.scopes("certificate").len(), 1);
         assert!(users.scopes("nobody").is_empty());
         assert_eq!(users.unknown_names(), ["certificate"]);
+    }
+
+    #[test]
+    fn each_file_is_read_again_by_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let [htpasswd, tokens] = ["users", "tokens"].map(|name| dir.path().join(name));
+        let scopes = BTreeMap::from([("ci".to_owned(), vec!["cas".to_owned()])]);
+        let sources = Sources { htpasswd: Some(&htpasswd), tokens: Some(&tokens), role: Role::Write, scopes: &scopes };
+        std::fs::write(&htpasswd, format!("ann:{APACHE}\nbob:{APACHE}\n")).unwrap();
+        std::fs::write(&tokens, format!("ci admin {}\n", sha256("token"))).unwrap();
+        let first = Users::read(&sources).unwrap();
+        std::fs::write(&tokens, "ci admin token\n").unwrap();
+        std::fs::write(&htpasswd, format!("ann:{APACHE}\n")).unwrap();
+        let (second, problems) = first.reread(&sources).unwrap();
+        assert!(problems.len() == 1 && problems[0].contains("tokens: line 1: "), "{problems:?}");
+        assert_eq!((second.counts(), second.epoch() == first.epoch()), ((1, 1), false));
+        let ci = second.token(TokenHash(Sha256::digest("token").into())).unwrap();
+        assert!(ci.may(Role::Admin, What::Blobs) && !ci.may(Role::Read, What::Other));
+        // Nobody is left, which is no mistake.
+        std::fs::write(&htpasswd, "").unwrap();
+        std::fs::write(&tokens, "").unwrap();
+        let (third, problems) = second.reread(&sources).unwrap();
+        assert_eq!((third.counts(), problems.len()), ((0, 0), 0));
     }
 
     #[test]

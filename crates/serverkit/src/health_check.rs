@@ -66,8 +66,14 @@ pub fn post(url: &str, credentials: &Credentials) -> Result<String, Failed> {
 }
 
 fn ask(method: Method, url: &str, credentials: &Credentials) -> Result<String, Failed> {
+    let parsed = Url::parse(url).ok();
+    if let Some(parsed) = parsed.as_ref().filter(|parsed| !parsed.username().is_empty() || parsed.password().is_some()) {
+        let host = parsed.host_str().unwrap_or_default();
+        let why = "the URL has a user or a password, which others on this machine can see; name a file with --credentials-file";
+        return Err(Failed::No(format!("{}://{host}: {why}", parsed.scheme())));
+    }
     let no = |why: &dyn std::fmt::Display| Failed::No(format!("{url}: {why}"));
-    let parsed = Url::parse(url).ok().filter(|parsed| matches!(parsed.scheme(), "http" | "https") && parsed.has_host());
+    let parsed = parsed.filter(|parsed| matches!(parsed.scheme(), "http" | "https") && parsed.has_host());
     let mut parsed = parsed.ok_or_else(|| no(&"write http://HOST:PORT/healthz"))?;
     if parsed.path() == "/" && !url.ends_with('/') {
         parsed.set_path("/healthz");

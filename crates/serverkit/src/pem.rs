@@ -1,6 +1,9 @@
 //! Certificates and private keys in PEM files. Errors name the key of the configuration that names the file.
 
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls_pki_types::{
+    CertificateDer, PrivateKeyDer,
+    pem::{self, PemObject},
+};
 use std::{fmt::Display, path::Path};
 
 /// The certificates in a file: one or more.
@@ -9,7 +12,7 @@ use std::{fmt::Display, path::Path};
 /// The file cannot be read, is not PEM, or has no certificate.
 pub fn certificates(key: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
-    let found = found.map_err(|error| unusable(key, file, &error))?;
+    let found = found.map_err(|error| unusable(key, file, &said(&error, "PEM certificate")))?;
     if found.is_empty() { Err(unusable(key, file, &"holds no PEM certificate")) } else { Ok(found) }
 }
 
@@ -18,7 +21,19 @@ pub fn certificates(key: &str, file: &Path) -> Result<Vec<CertificateDer<'static
 /// # Errors
 /// The file cannot be read, or has no private key.
 pub fn private_key(key: &str, file: &Path) -> Result<PrivateKeyDer<'static>, String> {
-    PrivateKeyDer::from_pem_file(file).map_err(|error| unusable(key, file, &error))
+    PrivateKeyDer::from_pem_file(file).map_err(|error| unusable(key, file, &said(&error, "PEM private key without a password")))
+}
+
+/// What is wrong with a file that should hold `what`.
+fn said(error: &pem::Error, what: &str) -> String {
+    match error {
+        pem::Error::NoItemsFound => format!("holds no {what}"),
+        pem::Error::MissingSectionEnd { .. } => format!("is cut: a section of it does not end; name a file with a whole {what}"),
+        pem::Error::Base64Decode(_) | pem::Error::IllegalSectionStart { .. } => {
+            format!("is damaged, or encrypted; name a file with a {what}")
+        }
+        error => error.to_string(),
+    }
 }
 
 /// The path of a file, for a library that takes text.

@@ -14,7 +14,7 @@ use rustls::{
     pki_types::CertificateDer,
     server::{
         ClientHello, NoServerSessionStorage, ProducesTickets, ResolvesServerCert, ServerSessionMemoryCache, StoresServerSessions,
-        WebPkiClientVerifier,
+        WebPkiClientVerifier, danger::ClientCertVerifier,
     },
     sign::CertifiedKey,
 };
@@ -56,7 +56,7 @@ pub struct Tls {
 
 struct Accept {
     all: Acceptor,
-    /// Offers no HTTP/2.
+    /// See [`Tls::admin_acceptor`].
     http1: Acceptor,
     /// When the first certificate of the server expires, in seconds since 1970.
     expiry: i64,
@@ -103,6 +103,12 @@ struct Resumption {
     sessions: Arc<dyn StoresServerSessions>,
 }
 
+impl Resumption {
+    fn none() -> Self {
+        Self { tickets: Arc::new(NoTickets), sessions: Arc::new(NoServerSessionStorage {}) }
+    }
+}
+
 /// What a path leads to: device, inode, size, and time of the last change in nanoseconds. `None`: nothing.
 type Stamps = Vec<Option<(u64, u64, u64, i128)>>;
 
@@ -117,7 +123,7 @@ impl Tls {
         // In a resumed session the client's certificate is that of the first handshake, and nobody verifies it again. Tickets are renewed without end, so
         // it would hold after its expiry, and after its authority is gone.
         let resumption = if files.clients.is_some() {
-            Resumption { tickets: Arc::new(NoTickets), sessions: Arc::new(NoServerSessionStorage {}) }
+            Resumption::none()
         } else {
             let tickets = ring::Ticketer::new().map_err(|error| format!("{}: no key for tickets: {error}", files.section))?;
             Resumption { tickets, sessions: ServerSessionMemoryCache::new(SESSIONS) }
@@ -133,8 +139,8 @@ impl Tls {
         self.acceptor.load().all.clone()
     }
 
-    /// As [`Self::acceptor`], for a server that does not speak HTTP/2.
-    pub fn http1_acceptor(&self) -> Acceptor {
+    /// As [`Self::acceptor`], for an admin listener: it does not speak HTTP/2, and lets in whoever checks the health without a certificate.
+    pub fn admin_acceptor(&self) -> Acceptor {
         self.acceptor.load().http1.clone()
     }
 
@@ -154,7 +160,13 @@ impl Tls {
         // Before they are read: what changes meanwhile is seen the next time.
         *seen = stamps(&self.files);
         let before = self.acceptor.load().all.authorities.clone();
-        match configure(&self.files, &self.alpn, &self.provider, &self.resumption, &before) {
+        let configured = configure(&self.files, &self.alpn, &self.provider, &self.resumption, &before).and_then(|accept| {
+            // Clients would refuse it at once.
+            let now = ASN1Time::now().timestamp();
+            let is_worse = accept.expiry < now && now <= self.acceptor.load().expiry;
+            if is_worse { Err(format!("{}: a certificate there has expired", self.files.section)) } else { Ok(accept) }
+        });
+        match configured {
             Ok(accept) => {
                 self.metrics.expiry.set(accept.expiry);
                 self.acceptor.store(Arc::new(accept));
@@ -194,6 +206,29 @@ impl Tls {
     }
 }
 
+/// Checks the files as [`Tls::open`] does. Returns notes about certificates that clients will not like, each with the key that names the file.
+///
+/// # Errors
+/// A text that names the key and the file that cannot be used.
+pub fn check(files: &TlsFiles) -> Result<Vec<(String, String)>, String> {
+    let provider = Arc::new(ring::default_provider());
+    configure(files, &[], &provider, &Resumption::none(), &[].into())?;
+    let mut notes = Vec::new();
+    for pair in &files.pairs {
+        let chain = certificates(&pair.cert_key, &pair.cert_file)?;
+        let Some((_, leaf)) = chain.first().and_then(|der| X509Certificate::from_der(der).ok()) else { continue };
+        let mut note = |what: String| notes.push((pair.cert_key.clone(), format!("{}: {what}", pair.cert_file.display())));
+        if !leaf.validity().is_valid() {
+            note(format!("the certificate is valid from {} to {}, and not now", leaf.validity().not_before, leaf.validity().not_after));
+        }
+        let uses = leaf.extended_key_usage().ok().flatten();
+        if uses.is_some_and(|uses| !uses.value.any && !uses.value.server_auth) {
+            note("the certificate is not for servers (extendedKeyUsage lacks serverAuth)".to_owned());
+        }
+    }
+    Ok(notes)
+}
+
 fn stamps(files: &TlsFiles) -> Stamps {
     let stamp = |path: &Path| {
         // Of the file behind the links.
@@ -213,32 +248,39 @@ fn configure(
 ) -> Result<Accept, String> {
     let pairs = files.pairs.iter().map(|pair| Pair::read(pair, provider)).collect::<Result<Vec<_>, _>>()?;
     let expiry = pairs.iter().map(|pair| pair.expiry).min().unwrap_or(i64::MAX);
-    let builder = ServerConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(|error| format!("{}: {error}", files.section))?;
+    let resolver = Arc::new(ByName(pairs));
     let mut authorities = Vec::new();
-    let builder = match &files.clients {
-        None => builder.with_no_client_auth(),
-        Some(clients) => {
-            let bad = |error: &dyn std::fmt::Display| unusable(&clients.key, &clients.ca_file, error);
-            let mut roots = RootCertStore::empty();
-            authorities = certificates(&clients.key, &clients.ca_file)?;
-            for root in &authorities {
-                roots.add(root.clone()).map_err(|error| bad(&error))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone());
-            let verifier = if clients.required { verifier } else { verifier.allow_unauthenticated() };
-            builder.with_client_cert_verifier(verifier.build().map_err(|error| bad(&error))?)
+    let mut verifier = None;
+    if let Some(clients) = &files.clients {
+        let bad = |error: &dyn std::fmt::Display| unusable(&clients.key, &clients.ca_file, error);
+        let mut roots = RootCertStore::empty();
+        authorities = certificates(&clients.key, &clients.ca_file)?;
+        for root in &authorities {
+            roots.add(root.clone()).map_err(|error| bad(&error))?;
         }
+        let builder = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone());
+        let optional = builder.clone().allow_unauthenticated().build().map_err(|error| bad(&error))?;
+        verifier = Some((if clients.required { builder.build().map_err(|error| bad(&error))? } else { optional.clone() }, optional));
+    }
+    let config = |verifier: Option<&Arc<dyn ClientCertVerifier>>, alpn: Vec<Vec<u8>>| {
+        let builder = ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| format!("{}: {error}", files.section))?;
+        let builder = match verifier {
+            Some(verifier) => builder.with_client_cert_verifier(verifier.clone()),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_cert_resolver(resolver.clone());
+        config.ticketer = resumption.tickets.clone();
+        config.session_storage = resumption.sessions.clone();
+        config.alpn_protocols = alpn;
+        Ok::<_, String>(config)
     };
-    let mut config = builder.with_cert_resolver(Arc::new(ByName(pairs)));
-    config.ticketer = resumption.tickets.clone();
-    config.session_storage = resumption.sessions.clone();
-    let mut http1 = config.clone();
-    config.alpn_protocols = alpn.to_vec();
-    http1.alpn_protocols = alpn.iter().filter(|protocol| *protocol != b"h2").cloned().collect();
+    let all = config(verifier.as_ref().map(|(public, _)| public), alpn.to_vec())?;
+    let http1 = alpn.iter().filter(|protocol| *protocol != b"h2").cloned().collect();
+    let http1 = config(verifier.as_ref().map(|(_, admin)| admin), http1)?;
     let authorities = if before[..] == authorities[..] { before.clone() } else { authorities.into() };
-    let [all, http1] = [config, http1].map(|config| Acceptor { tls: Arc::new(config).into(), authorities: authorities.clone() });
+    let [all, http1] = [all, http1].map(|config| Acceptor { tls: Arc::new(config).into(), authorities: authorities.clone() });
     Ok(Accept { all, http1, expiry })
 }
 
@@ -270,7 +312,13 @@ impl Pair {
             names.into_iter().flatten().collect()
         };
         // Fails if the key is not that of the certificate.
-        let key = CertifiedKey::from_der(chain, key, provider).map_err(|error| unusable(&files.key_key, &files.key_file, &error))?;
+        let key = CertifiedKey::from_der(chain, key, provider).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => {
+                unusable(&files.key_key, &files.key_file, &format!("is not the key of the certificate in {}", files.cert_file.display()))
+            }
+            rustls::Error::InvalidCertificate(_) => bad(&format!("{error}; make it with a subjectAltName (X.509 version 3)")),
+            error => unusable(&files.key_key, &files.key_file, &error),
+        })?;
         Ok(Self { names, key: Arc::new(key), expiry })
     }
 

@@ -229,6 +229,8 @@ const ELSEWHERE_TESTED: &[(&str, &str)] = &[
     ("castier_retries_refused_total", "outage, retries_do_not_multiply_an_outage: an origin that fails"),
     ("castier_bucket_retries_refused_total", "castier-cache, retries_are_a_part_of_the_requests: the same budget"),
     ("castier_denied_requests_total", "protocols, users_and_tokens_have_roles_and_scopes: users"),
+    ("castier_access_reload_failures_total", "castier-access, every_series_exists_from_the_start_and_counts_its_own"),
+    ("castier_connections_turned_away_total", "castier-access, every_series_exists_from_the_start_and_counts_its_own"),
     ("castier_password_checks_total", "castier-access, every_series_exists_from_the_start_and_counts_its_own"),
     ("castier_fill_ranges_total", "parallel, ranges_are_read_at_the_same_time: a blob over fill.parallel_over"),
     ("castier_bucket_max_requests", "protocols, a_throttling_store_is_asked_more_gently: a bucket"),

@@ -1,7 +1,7 @@
 //! Who may come in: TLS, users, tokens, certificates, the PROXY protocol, and limits per client; with curl and openssl.
 
 use crate::support::{Castier, People, Request, Response, castier, castier_program, command, eventually, noise, run, sha256, tool, turn};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd};
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -36,10 +36,18 @@ impl Authority {
 
     /// A certificate for these hosts and this common name, and its key: `NAME.pem` and `NAME.key` in `into`.
     pub(crate) fn certify(&self, name: &str, hosts: &[&str], into: &Path) -> (PathBuf, PathBuf) {
+        self.certify_until(name, hosts, into, None)
+    }
+
+    /// As [`Self::certify`]. `years`: from the first to the second.
+    fn certify_until(&self, name: &str, hosts: &[&str], into: &Path, years: Option<(i32, i32)>) -> (PathBuf, PathBuf) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(hosts.iter().map(|host| (*host).to_owned()).collect::<Vec<_>>()).unwrap();
         params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        if let Some((from, to)) = years {
+            (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(to, 1, 1));
+        }
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let files = (into.join(format!("{name}.pem")), into.join(format!("{name}.key")));
         fs::write(&files.0, certificate.pem()).unwrap();
@@ -169,11 +177,16 @@ fn certificates_are_read_again() {
         symlink(to, &next).unwrap();
         fs::rename(next, &current).unwrap();
     };
-    swap("broken");
-    eventually("the broken pair is told of", || {
-        (castier.metric("castier_tls_reload_failures_total", &["listener=\"public\""]) >= 1.0).then_some(())
-    });
-    assert_eq!(status(&authority), "404");
+    // Nor does one that has expired.
+    fs::create_dir(dir.path().join("expired")).unwrap();
+    authority.certify_until("tls", &["127.0.0.1"], &dir.path().join("expired"), Some((2001, 2002)));
+    for (number, name) in [(1.0, "broken"), (2.0, "expired")] {
+        swap(name);
+        eventually("it is told of", || {
+            (castier.metric("castier_tls_reload_failures_total", &["listener=\"public\""]) >= number).then_some(())
+        });
+        assert_eq!(status(&authority), "404");
+    }
     swap("two");
     eventually("the new pair is in use", || (status(&other) == "404").then_some(()));
     assert_eq!(status(&authority), "000");
@@ -455,13 +468,21 @@ fn anonymous_clients_may_read_and_the_files_are_read_again() {
     // Broken: the users before stay.
     fs::write(people.dir.path().join("users"), "writer:$apr1$abc$def\n").unwrap();
     castier.hang_up();
-    castier.says("access.htpasswd_file: ");
+    castier.says("access.htpasswd_file");
     castier.says("line 1: ");
     assert_eq!(put("writer", "s:e:c"), 200);
     people.write_users("writer:another");
     castier.hang_up();
     eventually("the new password is in force", || (put("writer", "another") == 200).then_some(()));
     assert_eq!(put("writer", "s:e:c"), 401);
+    assert_eq!(castier.metric("castier_access_reload_failures_total", &["file=\"htpasswd\""]), 1.0);
+    // A broken file of tokens keeps nobody in who has left the other one, and an empty one is no mistake.
+    fs::write(people.dir.path().join("tokens"), "robot write t0ken\n").unwrap();
+    fs::write(people.dir.path().join("users"), "").unwrap();
+    castier.hang_up();
+    eventually("nobody is left", || (put("writer", "another") == 401).then_some(()));
+    assert_eq!(Request::new("PUT", &blob).body(&body[..]).bearer("t0ken").send(castier.public).status, 200);
+    assert_eq!(castier.metric("castier_access_reload_failures_total", &["file=\"tokens\""]), 1.0);
 }
 
 #[test]
@@ -509,6 +530,8 @@ fn the_commands_ask_an_admin_listener_with_tls_and_users() {
     assert!(missing.contains("401") && missing.contains("--credentials-file"), "{missing}");
     let plain = ask(&["why", "/kv/x", "--admin", &castier.admin.to_string()]).fails();
     assert!(plain.contains("400") && plain.contains("https://"), "{plain}");
+    let shown = ask(&["drain", "--admin", &https.replace("https://", "https://boss:b0ss@")]).fails();
+    assert!(shown.contains("--credentials-file") && !shown.contains("b0ss"), "{shown}");
     let role = ask(&["drain", "--admin", &https, "--credentials-file", "reader"]).fails();
     assert!(role.contains("403"), "{role}");
     assert!(ask(&["drain", "--admin", &https, "--credentials-file", "boss"]).ok().contains("is empty"));
@@ -536,6 +559,39 @@ fn castier_does_not_open_itself_to_the_world_by_mistake() {
     fs::write(dir.path().join("users"), "a:{SHA}xyz\n").unwrap();
     let users = said("access.htpasswd_file = \"users\"");
     assert!(users.contains("line 1") && users.contains("SHA-1") && users.contains("htpasswd -B") && !users.contains("xyz"), "{users}");
+}
+
+/// Certificates that cannot be used are found before the start, with a text that says what is wrong.
+#[test]
+fn files_of_certificates_are_checked_before_the_start() {
+    let (authority, dir) = (Authority::new(), TempDir::new().unwrap());
+    let (cert, key) = authority.certify("own", &["127.0.0.1"], dir.path());
+    let (_, other) = authority.certify("other", &["127.0.0.1"], dir.path());
+    let expired = authority.certify_until("expired", &["127.0.0.1"], dir.path(), Some((2001, 2002)));
+    let text = fs::read_to_string(&cert).unwrap();
+    let [cut, empty] = [("cut.pem", &text[..text.len() / 2]), ("empty.pem", "")].map(|(name, text)| {
+        fs::write(dir.path().join(name), text).unwrap();
+        dir.path().join(name)
+    });
+    let check = |pair: (&PathBuf, &PathBuf), more: &str| {
+        fs::write(dir.path().join("castier.toml"), tls_config(&(pair.0.clone(), pair.1.clone()), more)).unwrap();
+        run(command(castier_program(), dir.path()).args(["--config", "castier.toml", "--check-config"]))
+    };
+    check((&cert, &key), "").ok();
+    for (pair, says) in [
+        ((&cert, &other), ["listen.tls.key_file", "is not the key of the certificate"]),
+        ((&key, &cert), ["listen.tls.cert_file", "holds no PEM certificate"]),
+        ((&cert, &cert), ["listen.tls.key_file", "holds no PEM private key"]),
+        ((&cut, &key), ["listen.tls.cert_file", "is cut"]),
+        ((&empty, &key), ["listen.tls.cert_file", "it is empty"]),
+    ] {
+        let said = check(pair, "").fails();
+        assert!(says.iter().all(|words| said.contains(words)), "{says:?}: {said}");
+    }
+    let said = check((&cert, &key), &format!("listen.tls.client_ca_file = {key:?}")).fails();
+    assert!(said.contains("listen.tls.client_ca_file") && said.contains("holds no PEM certificate"), "{said}");
+    let noted = check((&expired.0, &expired.1), "");
+    assert!(noted.success() && noted.said().contains("listen.tls.cert_file") && noted.said().contains("not now"), "{noted}");
 }
 
 /// One request over a connection that begins with `before`: the status line.

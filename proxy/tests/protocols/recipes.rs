@@ -243,7 +243,8 @@ fn scopes_limits_and_the_admin_listener() {
         |token: &str, what: &str| machine.curl(&format!("export CURL_CA_BUNDLE=ca.pem\ncurl -H 'Authorization: Bearer {token}' {what}\n"));
     for (token, what, status) in [
         ("pull-requests", "https://cache.example/cas/DIGEST", "404"),
-        ("pull-requests", "-T file https://cache.example/cas/DIGEST", "403"),
+        ("pull-requests", "-T file https://cache.example/cas/DIGEST", "201"),
+        ("pull-requests", "-T file https://cache.example/kv/DIGEST", "403"),
         ("pull-requests", "-T file https://cache.example/pr/ac/DIGEST", "201"),
         ("pull-requests", "-T file https://cache.example/ac/DIGEST", "403"),
         ("mirror", "https://cache.example/cas/DIGEST", "403"),
@@ -256,7 +257,7 @@ fn scopes_limits_and_the_admin_listener() {
     fs::write(machine.at("etc/castier/boss"), "alice:PASSWORD\n").unwrap();
     fs::copy(machine.at("etc/castier/boss"), machine.at("boss")).unwrap();
     let addr = format!("https://localhost:{}", castier.admin.port());
-    for line in fence("The admin listener", "sh", 0).lines() {
+    for line in lines_of(&fence("The admin listener", "sh", 0), "castier ").lines() {
         let line = line.replace("castier --config /etc/castier/castier.toml drain", &format!("castier drain --admin {addr}"));
         let line = line.replace("https://cache.example:8082", &addr).replace("--ca-file ca.pem", "").replacen(
             "castier",
