@@ -24,9 +24,13 @@ pub struct ListenTls {
     /// A PEM file with the certificate for clients and those between it and its root. Empty: no TLS.
     ///
     /// The default leaves TLS to a proxy in front, or does without it on one machine.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub cert_file: PathBuf,
     /// A PEM file with the private key of that certificate.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub key_file: PathBuf,
     /// More certificates, for other names: each `CERT_FILE KEY_FILE`, with a blank between.
@@ -35,10 +39,13 @@ pub struct ListenTls {
     /// have several names.
     ///
     /// - Type: list of CERT_FILE KEY_FILE
+    /// - Live: content
     pub more: Vec<String>,
     /// A PEM file with the authorities that sign the certificates of clients. Empty: clients are not asked for one.
     ///
     /// Who shows one has the role of `access.certificates`. The authorities of the system do not count: anybody can get a certificate from them.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub client_ca_file: PathBuf,
     /// Whether a client without a certificate is refused in the handshake. It needs `listen.tls.client_ca_file`.
@@ -185,6 +192,8 @@ pub struct Access {
     /// A file of users for Basic authentication, as `htpasswd -B` writes it: bcrypt only. Empty: none.
     ///
     /// castier reads it again at SIGHUP. If it has a mistake then, the users before stay. There is no default: only you know your users.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub htpasswd_file: PathBuf,
     /// The role of the users in `access.htpasswd_file`, unless `access.scopes` gives another.
@@ -196,6 +205,8 @@ pub struct Access {
     /// A file of tokens for Bearer authentication: lines of `NAME ROLE SHA256-OF-THE-TOKEN`. Empty: none.
     ///
     /// `sha256sum` gives the last part (of the token without a newline). Lines that begin with `#` are comments. castier reads it again at SIGHUP, as the users.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub tokens_file: PathBuf,
     /// The role of a client that shows a certificate signed by `listen.tls.client_ca_file`. The name for `access.scopes` is its common name.

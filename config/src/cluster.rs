@@ -94,14 +94,20 @@ pub struct ClusterTls {
     /// A PEM file with this node's certificate and those between it and its root.
     ///
     /// It must be valid for a server and for a client, and for the host in `cluster.advertise`.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub cert_file: PathBuf,
     /// A PEM file with the private key of that certificate.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub key_file: PathBuf,
     /// A PEM file with the authorities that must have signed the peers' certificates.
     ///
     /// Those of the system do not count: anybody can get a certificate from them.
+    ///
+    /// - Live: content
     #[serde(serialize_with = "path_text")]
     pub ca_file: PathBuf,
 }
