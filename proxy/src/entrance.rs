@@ -150,7 +150,8 @@ fn warn_of_unknown(users: &Users) {
     }
 }
 
-/// Checks the files of certificates, users and tokens, and the scopes. `routes`: the names of the routes. Not `with_files`: they are read again one by one.
+/// Checks the files of certificates, users and tokens, and the scopes. `routes`: the names of the routes and of their protocols. `with_files` is false at
+/// SIGHUP: [`Door::reload`] reads the files then, and one that is broken must not keep the others from being read.
 pub fn check(config: &Castier, routes: &[String], with_files: bool, problems: &mut Problems) {
     let key = "access.scopes";
     let with_files = with_files && problems.ask_machine();
@@ -393,7 +394,6 @@ impl Entrance {
                 }
             },
         };
-        let refuse = |(reply, why): (Reply, &'static str), routed: Option<&Match>| refusal(reply, why, client, routed);
         let who = match head.authorization(bytes) {
             Some(authorization) => match memo.recall(access, authorization) {
                 Some(who) => who,
@@ -411,7 +411,7 @@ impl Entrance {
                                 Some(wait) => too_many(wait, detail),
                                 None => Reply::error(status, detail),
                             };
-                            return Err(Box::new(Refusal { since, ..*refuse((reply, why), routed.as_deref()) }));
+                            return Err(Box::new(Refusal { since, ..*refusal(reply, why, client, routed.as_deref()) }));
                         }
                     }
                 }
@@ -421,7 +421,10 @@ impl Entrance {
                 Some(_) => {
                     access.metrics().wrong_credentials();
                     let reply = challenge(head, bytes, "the certificate of this connection is not accepted any more; connect again");
-                    return Err(Box::new(Refusal { closes: true, ..*refuse((reply, "the certificate has ended"), routed.as_deref()) }));
+                    return Err(Box::new(Refusal {
+                        closes: true,
+                        ..*refusal(reply, "the certificate has ended", client, routed.as_deref())
+                    }));
                 }
                 None => access.anonymous().clone(),
             },
@@ -435,7 +438,7 @@ impl Entrance {
             }
             return Ok(());
         }
-        let refused = if who.name().is_empty() {
+        let (reply, why) = if who.name().is_empty() {
             access.metrics().missing();
             (challenge(head, bytes, MISSING), "no credentials")
         } else {
@@ -443,7 +446,7 @@ impl Entrance {
             let detail = format!("these credentials do not suffice: {} needs the role {needed} for this", head.method);
             (Reply::error(StatusCode::FORBIDDEN, &detail), "the role does not suffice")
         };
-        Err(refuse(refused, routed.as_deref()))
+        Err(refusal(reply, why, client, routed.as_deref()))
     }
 }
 

@@ -77,36 +77,46 @@ struct Shared {
 }
 
 /// Counts one request for as long as it is open.
-struct Stream(Arc<Shared>);
+struct Stream {
+    shared: Arc<Shared>,
+    /// How many bytes of its answer it has written.
+    wrote: AtomicU64,
+}
 
 impl Stream {
     fn open(shared: &Arc<Shared>) -> Self {
-        shared.open.fetch_add(1, Ordering::Relaxed);
+        shared.open.fetch_add(1, Ordering::Release);
         shared.front.metrics.http2_streams.inc();
-        Self(shared.clone())
+        Self { shared: shared.clone(), wrote: AtomicU64::new(0) }
     }
 }
 
 impl Drop for Stream {
+    /// Moves what the request may have left in the queue from the part of an open request to `queued`. In this order:
+    ///
+    /// 1. A request that has ended is no longer open.
+    /// 2. Its bytes are queued.
+    ///
+    /// The other way round, [`Shared::left`] between the two would take the stream for an open one, find that no stream has ended, and set `queued` to 0.
+    /// Nobody would pay for these bytes.
     fn drop(&mut self) {
-        self.0.front.metrics.http2_streams.dec();
-        if self.0.open.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.0.idle.notify_one();
+        self.shared.front.metrics.http2_streams.dec();
+        let was_last = self.shared.open.fetch_sub(1, Ordering::AcqRel) == 1;
+        let bytes = (*self.wrote.get_mut()).min(memory_plan::HTTP2_QUEUE as u64);
+        self.shared.queued.fetch_add(bytes, Ordering::AcqRel);
+        if was_last {
+            self.shared.idle.notify_one();
         }
     }
 }
 
 impl Shared {
-    /// A request has ended that wrote so many bytes. The queue takes no more of each.
-    fn wrote(&self, bytes: u64) {
-        self.queued.fetch_add(bytes.min(memory_plan::HTTP2_QUEUE as u64), Ordering::Relaxed);
-    }
-
-    /// After castier has sent what the client takes: all that is left is of so many streams.
+    /// Lowers `queued`, and returns it. `streams`: how many the library still holds after it has sent what the client takes. Those that are not open have
+    /// ended, and each has at most its part of the queue left.
     fn left(&self, streams: usize) -> u64 {
-        let ended = streams.saturating_sub(self.open.load(Ordering::Relaxed));
+        let ended = streams.saturating_sub(self.open.load(Ordering::Acquire));
         let most = (ended * memory_plan::HTTP2_QUEUE) as u64;
-        self.queued.fetch_min(most, Ordering::Relaxed).min(most)
+        self.queued.fetch_min(most, Ordering::AcqRel).min(most)
     }
 
     /// What the connection must pay for: each request that is open can fill its part of the queue.
@@ -270,9 +280,13 @@ impl Front {
 }
 
 impl Stream {
+    fn wrote(&self, bytes: u64) {
+        self.wrote.store(bytes, Ordering::Relaxed);
+    }
+
     /// Answers one request. Not `fits`: the memory for it is used up. `is_lone`: there is no other, and the queue is empty.
     async fn serve(self, session: HttpSession, fits: bool, is_lone: bool) {
-        let Self(shared) = &self;
+        let shared = &self.shared;
         let front = &shared.front;
         let started = Instant::now();
         let limits = front.limits.load_full();
@@ -349,7 +363,7 @@ impl Stream {
 
     /// Sends a blob that is in memory. As everywhere, the fast path exists because hits are what there is most of.
     async fn hit(&self, mut session: ServerSession, bytes: &[u8], hit: Hit, digest: &Digest, arrived: &Arrived<'_>, started: Instant) {
-        let front = &self.0.front;
+        let front = &self.shared.front;
         let Hit { size, via, reader } = hit;
         let Reader::Memory(blob) = reader else { return };
         let reply = Reply::blob(digest, size, Selection::Whole, via, Body::Empty);
@@ -378,7 +392,7 @@ impl Stream {
             sent = session.body_bytes_sent() as u64;
             session.shutdown().await;
         }
-        self.0.wrote(sent);
+        self.wrote(sent);
         front.metrics.served_from(front.name(), reply.tier, sent);
         let _ = front.record(&reply, bytes, digest, arrived, (sent, written), (started, ready));
     }
@@ -387,8 +401,8 @@ impl Stream {
     async fn exchange(&self, mut session: ServerSession, head: &Head, bytes: &[u8], arrived: &Arrived<'_>, started: Instant) {
         let trace = Arc::new(head.introduction(bytes, |fields| trace::of(fields)));
         // An answer that was not written to its end must not look as if it were: a reset tells the client.
-        if self.0.front.exchange(&mut session, arrived, &trace, started).await {
-            self.0.wrote(session.body_bytes_sent() as u64);
+        if self.shared.front.exchange(&mut session, arrived, &trace, started).await {
+            self.wrote(session.body_bytes_sent() as u64);
             end(session, LINGER).await;
         } else {
             session.shutdown().await;
@@ -396,12 +410,13 @@ impl Stream {
     }
 
     async fn relay(&self, relay: &Relay, session: ServerSession, bytes: &[u8], arrived: &Arrived<'_>, started: Instant) {
-        match self.0.front.before_relay(arrived, bytes) {
+        match self.shared.front.before_relay(arrived, bytes) {
             Ok((known, _descriptors)) => {
-                let failed = relay.pass_http2(session, arrived.limits, &self.0.shutdown, known).await;
-                self.0.wrote(u64::MAX);
+                let failed = relay.pass_http2(session, arrived.limits, &self.shared.shutdown, known).await;
+                // pingora wrote it, and has not said how much.
+                self.wrote(u64::MAX);
                 if failed {
-                    let front = &self.0.front;
+                    let front = &self.shared.front;
                     let why = "the client sent nothing of its body for too long (limits.idle_timeout)";
                     let record = fast_path::refused(front.name(), access_log::CLIENT_GONE, why, started, arrived.client.shown);
                     let (method, path) = (arrived.head.method.as_str(), arrived.head.path(bytes));
@@ -418,20 +433,20 @@ impl Stream {
 
     /// Refuses a request that is over a limit.
     async fn shed(&self, session: ServerSession, limit: Limit, client: Option<IpAddr>, started: Instant) {
-        self.0.front.metrics.shed(limit);
+        self.shared.front.metrics.shed(limit);
         let fault = Fault::Busy(limit);
         self.refuse(session, Reply::fault(&fault), &fault.to_string(), client, started).await;
     }
 
     /// Refuses a request, with the reason. The others of the connection go on.
     async fn refuse(&self, mut session: ServerSession, mut reply: Reply, why: &str, client: Option<IpAddr>, started: Instant) {
-        let front = &self.0.front;
+        let front = &self.shared.front;
         let code = reply.status.as_u16();
         let trace = trace::of(&session.req_header().headers);
         reply.headers.extend(trace.id_header().map(|id| (X_REQUEST_ID, id)));
         let _ = write(&mut session, reply, None).await;
         let sent = session.body_bytes_sent() as u64;
-        self.0.wrote(sent);
+        self.wrote(sent);
         let head = session.req_header();
         let record = fast_path::refused(front.name(), code, why, started, client);
         let more =

@@ -55,9 +55,8 @@ pub struct Tls {
 }
 
 struct Accept {
-    all: Acceptor,
-    /// See [`Tls::admin_acceptor`].
-    http1: Acceptor,
+    public: Acceptor,
+    admin: Acceptor,
     /// When the first certificate of the server expires, in seconds since 1970.
     expiry: i64,
 }
@@ -136,17 +135,17 @@ impl Tls {
 
     /// Makes the server's side of a connection, with the certificates in force now.
     pub fn acceptor(&self) -> Acceptor {
-        self.acceptor.load().all.clone()
+        self.acceptor.load().public.clone()
     }
 
-    /// As [`Self::acceptor`], for an admin listener: it does not speak HTTP/2, and lets in whoever checks the health without a certificate.
+    /// As [`Self::acceptor`], for an admin listener: without HTTP/2, and without `client_required`, since health checks have no certificate.
     pub fn admin_acceptor(&self) -> Acceptor {
-        self.acceptor.load().http1.clone()
+        self.acceptor.load().admin.clone()
     }
 
     /// Whether a certificate that a client has shown still counts: it has not expired, and none of the authorities that could have signed it is gone.
     pub fn trusts(&self, certificate: &Certificate) -> bool {
-        let (then, now) = (&certificate.authorities, &self.acceptor.load().all.authorities);
+        let (then, now) = (&certificate.authorities, &self.acceptor.load().public.authorities);
         let is_valid = ASN1Time::now().timestamp() <= certificate.expiry;
         is_valid && (Arc::ptr_eq(then, now) || then.iter().all(|authority| now.contains(authority)))
     }
@@ -159,7 +158,7 @@ impl Tls {
         let mut seen = self.seen.lock();
         // Before they are read: what changes meanwhile is seen the next time.
         *seen = stamps(&self.files);
-        let before = self.acceptor.load().all.authorities.clone();
+        let before = self.acceptor.load().public.authorities.clone();
         let configured = configure(&self.files, &self.alpn, &self.provider, &self.resumption, &before).and_then(|accept| {
             // Clients would refuse it at once.
             let now = ASN1Time::now().timestamp();
@@ -276,12 +275,12 @@ fn configure(
         config.alpn_protocols = alpn;
         Ok::<_, String>(config)
     };
-    let all = config(verifier.as_ref().map(|(public, _)| public), alpn.to_vec())?;
-    let http1 = alpn.iter().filter(|protocol| *protocol != b"h2").cloned().collect();
-    let http1 = config(verifier.as_ref().map(|(_, admin)| admin), http1)?;
+    let public = config(verifier.as_ref().map(|(public, _)| public), alpn.to_vec())?;
+    let without_http2 = alpn.iter().filter(|protocol| *protocol != b"h2").cloned().collect();
+    let admin = config(verifier.as_ref().map(|(_, admin)| admin), without_http2)?;
     let authorities = if before[..] == authorities[..] { before.clone() } else { authorities.into() };
-    let [all, http1] = [all, http1].map(|config| Acceptor { tls: Arc::new(config).into(), authorities: authorities.clone() });
-    Ok(Accept { all, http1, expiry })
+    let [public, admin] = [public, admin].map(|config| Acceptor { tls: Arc::new(config).into(), authorities: authorities.clone() });
+    Ok(Accept { public, admin, expiry })
 }
 
 /// A certificate with its key, and the names that it is for.
